@@ -1,0 +1,273 @@
+"""One autograd Function per fused operation: what it saves, and its gradients.
+
+fprop, dgrad and wgrad are each other's gradients, so the plain convolutions differentiate any
+number of times through the same kernels, and blocks without batch norm with them. Where a graph of
+the gradient is asked for (`create_graph=True`) through batch norm or sampling, the gradient is taken
+through PyTorch instead, which can differentiate its own.
+"""
+
+import torch
+from torch.autograd import Function
+
+from genfast import launch, reference
+from genfast.launch import Epilogue
+
+
+def block(
+    x, weight, bias, geometry, transposed, *, norm, norm_weight, norm_bias, running_mean,
+    running_var, training, momentum, eps, activation, negative_slope,
+):  # fmt: skip
+    """`functional.conv_block`, or `conv_transpose_block` if `transposed`, on the kernels.
+
+    The arguments have been checked; the output is channels_last.
+    """
+    act = activation, negative_slope
+    if not norm:
+        return _ConvActivation.apply(x, weight, bias, geometry, transposed, *act)
+    if not training and running_mean is not None:
+        fixed = _vectors(running_mean, running_var, norm_weight, norm_bias, eps, x.dtype)
+        inputs = (x, weight, bias, norm_weight, norm_bias)
+        if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs):
+            return _ConvNormActivation.apply(*inputs, fixed, geometry, transposed, eps, *act)[0]
+        epilogue = Epilogue(
+            bias=bias, vectors=fixed, activation=activation, negative_slope=negative_slope
+        )
+        return _convolve(x, weight, geometry, transposed, epilogue)[0]
+    y, vectors = _ConvNormActivation.apply(
+        x, weight, bias, norm_weight, norm_bias, None, geometry, transposed, eps, *act
+    )
+    if running_mean is not None:
+        # Outside the kernels, in place and once a step, so that a captured graph replays it.
+        with torch.no_grad():
+            running_mean.lerp_(vectors[launch.MEAN].to(running_mean.dtype), momentum)
+            running_var.lerp_(vectors[launch.UNBIASED_VAR].to(running_var.dtype), momentum)
+    return y
+
+
+def reparameterize(mu, logvar, seed):
+    """`functional.reparameterize` on the kernels, with noise keyed by `seed`."""
+    return _Reparameterize.apply(mu, logvar, seed, False)[0]
+
+
+def reparameterize_with_kl(mu, logvar, seed):
+    """`functional.reparameterize_with_kl` on the kernels, with noise keyed by `seed`."""
+    return _Reparameterize.apply(mu, logvar, seed, True)
+
+
+class _Convolution(Function):
+    """conv2d (transposed False: fprop) or conv_transpose2d (dgrad), nothing else."""
+
+    @staticmethod
+    def forward(ctx, x, weight, geometry, transposed):
+        ctx.save_for_backward(x, weight)
+        ctx.geometry, ctx.transposed = geometry, transposed
+        return _convolve(x, weight, geometry, transposed)[0]
+
+    @staticmethod
+    def backward(ctx, dz):
+        x, weight = ctx.saved_tensors
+        dx, dw = _convolution_backward(
+            dz, x, weight, ctx.geometry, ctx.transposed, ctx.needs_input_grad
+        )
+        return dx, dw, None, None
+
+
+class _WeightGradient(Function):
+    """wgrad of the geometry's big and small sides."""
+
+    @staticmethod
+    def forward(ctx, big, small, geometry):
+        ctx.save_for_backward(big, small)
+        ctx.geometry = geometry
+        return launch.wgrad(big, small, geometry)
+
+    @staticmethod
+    def backward(ctx, ddw):
+        big, small = ctx.saved_tensors
+        dbig = dsmall = None
+        if ctx.needs_input_grad[0]:
+            dbig = _Convolution.apply(small, ddw, ctx.geometry, True)
+        if ctx.needs_input_grad[1]:
+            dsmall = _Convolution.apply(big, ddw, ctx.geometry, False)
+        return dbig, dsmall, None
+
+
+class _ActivationGradient(Function):
+    """du = dy * act'(u), from the output y."""
+
+    @staticmethod
+    def forward(ctx, dy, y, activation, negative_slope):
+        ctx.save_for_backward(dy, y)
+        ctx.activation, ctx.negative_slope = activation, negative_slope
+        return launch.activation_backward(dy, y, activation, negative_slope)
+
+    @staticmethod
+    def backward(ctx, ddu):
+        dy, y = ctx.saved_tensors
+        ddy = _ActivationGradient.apply(ddu, y, ctx.activation, ctx.negative_slope)
+        # d act'(u) / dy, act' being a function of y: 1 - y^2 for tanh, y - y^2 for sigmoid.
+        if ctx.activation == "tanh":
+            return ddy, -2 * ddu * dy * y, None, None
+        if ctx.activation == "sigmoid":
+            return ddy, ddu * dy * (1 - 2 * y), None, None
+        return ddy, None, None, None
+
+
+class _ConvActivation(Function):
+    """Convolution, bias and activation in one kernel. Saves its inputs and its output."""
+
+    @staticmethod
+    def forward(ctx, x, weight, bias, geometry, transposed, activation, negative_slope):
+        epilogue = Epilogue(bias=bias, activation=activation, negative_slope=negative_slope)
+        y, _ = _convolve(x, weight, geometry, transposed, epilogue)
+        ctx.save_for_backward(x, weight, y if activation != "identity" else None)
+        ctx.geometry, ctx.transposed = geometry, transposed
+        ctx.activation, ctx.negative_slope = activation, negative_slope
+        return y
+
+    @staticmethod
+    def backward(ctx, dy):
+        x, weight, y = ctx.saved_tensors
+        du = dy
+        if y is not None:
+            du = _ActivationGradient.apply(dy, y, ctx.activation, ctx.negative_slope)
+        dx, dw = _convolution_backward(
+            du, x, weight, ctx.geometry, ctx.transposed, ctx.needs_input_grad
+        )
+        dbias = du.sum((0, 2, 3)) if ctx.needs_input_grad[2] else None
+        return dx, dw, dbias, None, None, None, None
+
+
+class _ConvNormActivation(Function):
+    """Convolution, batch norm and activation; also returns the batch norm's `vectors`.
+
+    Saves the convolution's output and `vectors` beside the inputs; everything else in backward is
+    computed from them. `fixed` are the vectors of known statistics, None to take the batch's.
+    """
+
+    @staticmethod
+    def forward(
+        ctx, x, weight, bias, gamma, beta, fixed, geometry, transposed, eps, activation,
+        negative_slope,
+    ):  # fmt: skip
+        epilogue = Epilogue(bias=bias, statistics=fixed is None)
+        z, statistics = _convolve(x, weight, geometry, transposed, epilogue)
+        vectors = fixed
+        if fixed is None:
+            vectors = launch.combine_statistics(statistics, gamma, beta, eps)
+        y = launch.normalize_activate(z, vectors, activation, negative_slope)
+        ctx.save_for_backward(x, weight, bias, gamma, beta, z, vectors)
+        ctx.geometry, ctx.transposed, ctx.eps = geometry, transposed, eps
+        ctx.training = fixed is None
+        ctx.activation, ctx.negative_slope = activation, negative_slope
+        ctx.mark_non_differentiable(vectors)
+        return y, vectors
+
+    @staticmethod
+    def backward(ctx, dy, _):
+        if torch.is_grad_enabled():
+            return _ConvNormActivation._differentiable_backward(ctx, dy)
+        x, weight, bias, gamma, beta, z, vectors = ctx.saved_tensors
+        need_x, need_w, need_bias, need_gamma, need_beta = ctx.needs_input_grad[:5]
+        dz, sums = launch.norm_backward(
+            dy,
+            z,
+            vectors,
+            training=ctx.training,
+            need_dz=need_x or need_w or need_bias,
+            activation=ctx.activation,
+            negative_slope=ctx.negative_slope,
+        )
+        dx, dw = _convolution_backward(
+            dz, x, weight, ctx.geometry, ctx.transposed, (need_x, need_w)
+        )
+        dbias = None
+        if need_bias:
+            # The batch's mean takes any constant away again, so in training the sum is exactly 0.
+            dbias = torch.zeros_like(bias) if ctx.training else dz.sum((0, 2, 3))
+        dbeta = sums[0].to(beta.dtype) if need_beta else None
+        dgamma = sums[1].to(gamma.dtype) if need_gamma else None
+        return dx, dw, dbias, dgamma, dbeta, None, None, None, None, None, None
+
+    @staticmethod
+    def _differentiable_backward(ctx, dy):
+        x, weight, bias, gamma, beta, _, vectors = ctx.saved_tensors
+        geometry = ctx.geometry
+        z = _Convolution.apply(x, weight, geometry, ctx.transposed)
+        if bias is not None:
+            z = z + bias[:, None, None]
+        mean = rstd_var = None
+        if not ctx.training:
+            mean = vectors[launch.MEAN].to(z.dtype)
+            rstd_var = (vectors[launch.RSTD].to(z.dtype) ** -2) - ctx.eps
+        y = torch.nn.functional.batch_norm(
+            z, mean, rstd_var, gamma, beta, training=ctx.training, momentum=0.0, eps=ctx.eps
+        )
+        y = reference.activate(y, ctx.activation, ctx.negative_slope)
+        inputs = (x, weight, bias, gamma, beta)
+        wanted = [i for i in range(5) if ctx.needs_input_grad[i]]
+        found = torch.autograd.grad(y, [inputs[i] for i in wanted], dy, create_graph=True)
+        gradients = [None] * 11
+        for i, gradient in zip(wanted, found, strict=True):
+            gradients[i] = gradient
+        return tuple(gradients)
+
+
+class _Reparameterize(Function):
+    """z and, with `with_kl`, the KL divergence. Saves its inputs and the seed, not the noise."""
+
+    @staticmethod
+    def forward(ctx, mu, logvar, seed, with_kl):
+        ctx.save_for_backward(mu, logvar, seed)
+        ctx.with_kl = with_kl
+        ctx.set_materialize_grads(False)
+        return launch.reparameterize(mu, logvar, seed, with_kl=with_kl)
+
+    @staticmethod
+    def backward(ctx, dz, dkl):
+        mu, logvar, seed = ctx.saved_tensors
+        if dz is None and dkl is None:
+            return None, None, None, None
+        if not torch.is_grad_enabled():
+            dmu, dlogvar = launch.reparameterize_backward(
+                dz, dkl, mu, logvar, seed, with_kl=ctx.with_kl
+            )
+            return dmu, dlogvar, None, None
+        zeros = torch.zeros_like(mu)
+        eps = launch.reparameterize(zeros, zeros, seed, with_kl=ctx.with_kl)[0]
+        dmu = dlogvar = zeros
+        if dz is not None:
+            dmu = dmu + dz
+            dlogvar = dlogvar + 0.5 * dz * eps * torch.exp(0.5 * logvar)
+        if dkl is not None:
+            dkl = dkl.to(mu.dtype).view(-1, *[1] * (mu.dim() - 1))
+            dmu = dmu + dkl * mu
+            dlogvar = dlogvar + 0.5 * dkl * torch.expm1(logvar)
+        return dmu, dlogvar, None, None
+
+
+def _convolve(x, weight, geometry, transposed, epilogue=launch.PLAIN):
+    convolve = launch.dgrad if transposed else launch.fprop
+    return convolve(x, weight, geometry, epilogue)
+
+
+def _convolution_backward(dz, x, weight, geometry, transposed, needs_input_grad):
+    """dx and dweight of a convolution, each None if not needed; differentiable themselves."""
+    dx = dw = None
+    if needs_input_grad[0]:
+        dx = _Convolution.apply(dz, weight, geometry, not transposed)
+    if needs_input_grad[1]:
+        big, small = (dz, x) if transposed else (x, dz)
+        dw = _WeightGradient.apply(big, small, geometry)
+    return dx, dw
+
+
+def _vectors(running_mean, running_var, gamma, beta, eps, dtype):
+    """Known statistics in the form that `launch.combine_statistics` gives the batch's."""
+    dtype = torch.float64 if dtype == torch.float64 else torch.float32
+    with torch.no_grad():
+        mean, var = running_mean.to(dtype), running_var.to(dtype)
+        rstd = (var + eps).rsqrt()
+        scale = rstd if gamma is None else rstd * gamma
+        shift = torch.zeros_like(mean) if beta is None else beta.to(dtype)
+        return torch.stack([mean, var, rstd, scale, shift])

@@ -1,0 +1,140 @@
+"""Swap fused execution into a model that exists, and out again."""
+
+import functools
+from collections import defaultdict
+from dataclasses import dataclass
+
+from torch import nn
+
+from genfast import functional
+from genfast.backend import selected_backend
+from genfast.nn import FusedBlock, FusedSequential
+
+
+@dataclass(frozen=True)
+class ReportEntry:
+    """One convolution of a model, with what runs together with it.
+
+    name: the dotted path of the convolution, as `named_modules` gives it.
+    layers: the layers, such as "ConvTranspose2d + BatchNorm2d + ReLU".
+    fused: whether they run as one operation.
+    reason: why not; empty if they do.
+    """
+
+    name: str
+    layers: str
+    fused: bool
+    reason: str
+
+    def __str__(self):
+        return f"{self.name}: {self.layers}: {'fused' if self.fused else self.reason}"
+
+
+class Report(list):
+    """The `ReportEntry` of each convolution, in the model's order; prints as a table.
+
+    device_reason: why nothing runs on the kernels where the model is now; empty if they run.
+    """
+
+    def __init__(self, entries, device_reason):
+        super().__init__(entries)
+        self.device_reason = device_reason
+
+    def __str__(self):
+        if not self:
+            return "genfast: the model has no 2-d convolution"
+        fused = sum(entry.fused for entry in self)
+        title = f"genfast: {fused} of {len(self)} convolutions fuse"
+        if self.device_reason:
+            title += f"; for now all run through PyTorch: {self.device_reason}"
+        rows = [(e.name, e.layers, "fused" if e.fused else f"PyTorch: {e.reason}") for e in self]
+        widths = [max(len(row[i]) for row in rows) for i in range(2)]
+        lines = [f"  {n:<{widths[0]}}  {layers:<{widths[1]}}  {how}" for n, layers, how in rows]
+        return "\n".join([title, *lines])
+
+
+def accelerate(model):
+    """Make every `nn.Sequential` of a model, the root included, run fused. Works in place.
+
+    Parameters, state_dict keys, hooks, optimizers and results stay what they were: the class of the
+    containers changes, nothing else. A convolution outside an `nn.Sequential`, a child with a hook
+    or a parametrisation, one with a setting that the kernels do not know, and one that appears at
+    several places of the model run as PyTorch runs them.
+
+    Args:
+        model: any `nn.Module`.
+
+    Returns:
+        A `Report`: print it, or iterate over its entries, to see what fuses, what does not and why.
+    """
+    paths = _paths(model)
+    for module in list(model.modules()):
+        if _can_swap(module):
+            module._genfast_original = type(module)
+            module.__class__ = _fused_class(type(module))
+        if isinstance(module, FusedSequential):
+            module.unfusable = {
+                name: f"it also appears as {_other(paths[id(child)])}"
+                for name, child in module._modules.items()
+                if len(paths[id(child)]) > len(paths[id(module)])
+            }
+    return Report(_entries(model), _why_nothing_runs(model))
+
+
+def restore(model):
+    """Undo `accelerate`: every container gets its own class back. Works in place."""
+    for module in list(model.modules()):
+        if isinstance(module, FusedSequential):
+            vars(module).pop("unfusable", None)
+        if "_genfast_original" in vars(module):
+            module.__class__ = vars(module).pop("_genfast_original")
+
+
+def _can_swap(module):
+    if not isinstance(module, nn.Sequential) or isinstance(module, FusedSequential):
+        return False
+    return type(module).forward is nn.Sequential.forward and "forward" not in vars(module)
+
+
+@functools.cache
+def _fused_class(cls):
+    """FusedSequential; for a subclass of nn.Sequential, the subclass with its forward and name."""
+    if cls is nn.Sequential:
+        return FusedSequential
+    return type(cls.__name__, (FusedSequential, cls), {})
+
+
+def _paths(model):
+    """Every dotted path at which a module of the model appears, by the module's id."""
+    paths = defaultdict(list)
+    for path, module in model.named_modules(remove_duplicate=False):
+        paths[id(module)].append(path)
+    return paths
+
+
+def _other(paths):
+    return " and ".join(repr(path) for path in paths[1:])
+
+
+def _entries(model):
+    for path, module in model.named_modules():
+        if not isinstance(module, (nn.Conv2d, nn.ConvTranspose2d)):
+            continue
+        parent_path, _, name = path.rpartition(".")
+        parent = model.get_submodule(parent_path) if path else None
+        if isinstance(parent, FusedSequential):
+            run = next(run for run in parent.plan() if name in run.names)
+            yield ReportEntry(path, run.layers, run.fused, run.reason)
+        elif isinstance(parent, FusedBlock):
+            reason = parent.why_not_fused() or ""
+            yield ReportEntry(path, parent.layers, not reason, reason)
+        else:
+            reason = "it is not a child of an nn.Sequential that runs its children in order"
+            yield ReportEntry(path, type(module).__name__, False, reason)
+
+
+def _why_nothing_runs(model):
+    if selected_backend() == "reference":
+        return "the backend 'reference' is selected"
+    parameter = next(model.parameters(), None)
+    return "" if parameter is None else functional.why_not_triton(parameter) or ""

@@ -1,0 +1,350 @@
+"""The public functions: check the arguments, choose Triton or PyTorch, and be able to say why.
+
+Shapes are PyTorch's (N, C, H, W) whatever the memory format. The kernels work on channels_last
+memory and copy what is not; tensors and weights kept so cost no copy.
+"""
+
+import torch
+
+from genfast import autograd, reference
+from genfast.backend import INTERPRETING, selected_backend, why_device_cannot_run_triton
+from genfast.geometry import ConvGeometry, pair
+
+# Half precision needs fp32 accumulation and float64 an fp64 matrix product, which GPUs' tensor
+# cores offer too unevenly for one kernel; the interpreter does not care.
+_COMPILED_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+_INTERPRETED_DTYPES = (*_COMPILED_DTYPES, torch.float64)
+
+
+def conv_block(
+    x,
+    weight,
+    bias=None,
+    stride=1,
+    padding=0,
+    *,
+    norm=False,
+    norm_weight=None,
+    norm_bias=None,
+    running_mean=None,
+    running_var=None,
+    training=True,
+    momentum=0.1,
+    eps=1e-5,
+    activation="identity",
+    negative_slope=0.2,
+    memory_format=None,
+):
+    """`conv2d`, then batch norm (if `norm`), then an activation: a discriminator block.
+
+    Args:
+        x: (N, in_channels, H, W), float32, bfloat16 or float16 (float64 when interpreted).
+        weight: (out_channels, in_channels, kh, kw), as `nn.Conv2d` keeps it; dtype of `x`.
+        bias: (out_channels,) or None; dtype of `x`.
+        stride, padding: an int or (height, width), in pixels.
+        norm: whether to batch-normalise. The five arguments that follow are
+            `torch.nn.functional.batch_norm`'s and mean nothing without it.
+        norm_weight, norm_bias: (out_channels,) gamma and beta, or None for 1 and 0.
+        running_mean, running_var: (out_channels,), or both None. In training they move in place
+            towards the batch's mean and unbiased variance; in evaluation they are the statistics.
+        training: normalise by the batch's statistics. Without running statistics that is always so.
+        momentum: the weight of the new statistics, a float or a scalar tensor.
+        eps: added to the variance.
+        activation: "identity", "relu", "leaky_relu", "tanh" or "sigmoid".
+        negative_slope: of "leaky_relu".
+        memory_format: of the output: `torch.channels_last`, the kernels' own, or None for the one
+            PyTorch would give: channels_last if `x` or `weight` is, else contiguous.
+
+    Returns:
+        (N, out_channels, Ho, Wo) with Ho = (H + 2 padding - kh) // stride + 1, likewise Wo. Under
+        autocast the dtype is autocast's, as `conv2d`'s is.
+
+    Raises:
+        ValueError: a wrong rank, size, channel count or activation, devices that differ, or one
+            value a channel in training.
+        TypeError: a tensor that is not floating point, or dtypes that differ.
+        RuntimeError: the backend "triton" was asked for and cannot run.
+    """
+    return _block(
+        x,
+        weight,
+        bias,
+        stride,
+        padding,
+        memory_format=memory_format,
+        norm=norm,
+        norm_weight=norm_weight,
+        norm_bias=norm_bias,
+        running_mean=running_mean,
+        running_var=running_var,
+        training=training,
+        momentum=momentum,
+        eps=eps,
+        activation=activation,
+        negative_slope=negative_slope,
+    )
+
+
+def conv_transpose_block(
+    x,
+    weight,
+    bias=None,
+    stride=1,
+    padding=0,
+    output_padding=0,
+    *,
+    norm=False,
+    norm_weight=None,
+    norm_bias=None,
+    running_mean=None,
+    running_var=None,
+    training=True,
+    momentum=0.1,
+    eps=1e-5,
+    activation="identity",
+    negative_slope=0.2,
+    memory_format=None,
+):
+    """`conv_transpose2d`, then batch norm (if `norm`), then an activation: a generator block.
+
+    As `conv_block`, but for these:
+
+    Args:
+        weight: (in_channels, out_channels, kh, kw), as `nn.ConvTranspose2d` keeps it.
+        output_padding: rows and columns added at the bottom and right, fewer than the stride.
+
+    Returns:
+        (N, out_channels, Ho, Wo) with Ho = (H - 1) stride - 2 padding + kh + output_padding.
+    """
+    return _block(
+        x,
+        weight,
+        bias,
+        stride,
+        padding,
+        output_padding,
+        memory_format=memory_format,
+        norm=norm,
+        norm_weight=norm_weight,
+        norm_bias=norm_bias,
+        running_mean=running_mean,
+        running_var=running_var,
+        training=training,
+        momentum=momentum,
+        eps=eps,
+        activation=activation,
+        negative_slope=negative_slope,
+    )
+
+
+def reparameterize(mu, logvar, *, generator=None):
+    """Sample z = mu + exp(logvar / 2) * eps with eps ~ N(0, 1) (Kingma and Welling, 2014).
+
+    Args:
+        mu, logvar: the mean and log-variance, of one shape (N, ...), dtype and device.
+        generator: a `torch.Generator` of that device, or None for PyTorch's default one.
+
+    Returns:
+        z, of the shape and dtype of `mu`. The noise is a function of the generator's state: the
+        same seed gives the same z on the same backend (the two backends draw different noise).
+
+    Raises:
+        ValueError, TypeError: `mu` and `logvar` do not match or are not floating point.
+    """
+    _check_latent(mu, logvar)
+    if uses_triton(mu, logvar):
+        return autograd.reparameterize(mu, logvar, _draw_seed(mu, generator))
+    return reference.reparameterize(mu, logvar, _draw_noise(mu, generator))
+
+
+def reparameterize_with_kl(mu, logvar, *, generator=None):
+    """As `reparameterize`, with the KL divergence from N(0, 1) in the same pass.
+
+    Returns:
+        (z, kl): kl has shape (N,), summed over the latent (every dimension but the first), and
+        dtype float32 (float64 for float64 inputs): a sum in half precision would not be worth much.
+    """
+    _check_latent(mu, logvar)
+    if mu.dim() == 0:
+        raise ValueError("expected mu of shape (N, ...), got a scalar")
+    if uses_triton(mu, logvar):
+        return autograd.reparameterize_with_kl(mu, logvar, _draw_seed(mu, generator))
+    z = reference.reparameterize(mu, logvar, _draw_noise(mu, generator))
+    wide = torch.promote_types(mu.dtype, torch.float32)
+    return z, reference.kl_divergence(mu.to(wide), logvar.to(wide))
+
+
+def why_not_triton(*tensors, activation="identity", negative_slope=0.2):
+    """Say why an operation on these tensors would run through PyTorch; None if kernels run it."""
+    first = tensors[0]
+    if torch.compiler.is_compiling():
+        return "torch.compile traces PyTorch's own operations"
+    reason = why_device_cannot_run_triton(first.device)
+    if reason:
+        return reason
+    dtypes = _INTERPRETED_DTYPES if INTERPRETING else _COMPILED_DTYPES
+    if first.dtype not in dtypes:
+        return f"the kernels do not take {first.dtype}"
+    if activation == "leaky_relu" and not negative_slope >= 0:
+        return f"the kernels take no negative slope below 0, got {negative_slope}"
+    for t in tensors:
+        if t is not None:
+            if type(t) not in (torch.Tensor, torch.nn.Parameter):
+                return f"the kernels take plain tensors, got a {type(t).__name__}"
+            if torch._C._functorch.is_functorch_wrapped_tensor(t):
+                return "the kernels do not run inside a torch.func transform"
+            if t.numel() == 0:
+                return "there is nothing to compute in an empty tensor"
+    return None
+
+
+def uses_triton(*tensors, **options):
+    """Whether an operation on these tensors runs on the kernels, by `use_backend` and the tensors.
+
+    Raises:
+        RuntimeError: the backend "triton" was asked for and cannot run.
+    """
+    backend = selected_backend()
+    if backend == "reference":
+        return False
+    reason = why_not_triton(*tensors, **options)
+    if reason and backend == "triton":
+        raise RuntimeError(f"the backend 'triton' was asked for and cannot run: {reason}")
+    return reason is None
+
+
+def is_channels_last(t):
+    """Whether PyTorch would give a convolution of `t` (N, C, H, W) a channels_last output."""
+    # A tensor of 1 channel or 1 x 1 pixels is both; PyTorch then takes it for contiguous.
+    return t.is_contiguous(memory_format=torch.channels_last) and not t.is_contiguous()
+
+
+def _block(x, weight, bias, stride, padding, output_padding=None, *, memory_format, **options):
+    """Both blocks: a transposed convolution where there is an `output_padding`."""
+    transposed = output_padding is not None
+    stride, padding = pair(stride, "stride"), pair(padding, "padding")
+    x, weight, bias = _autocast(x, weight, bias)
+    _check_tensors(x, weight, bias, transposed, **options)
+    if memory_format is None and (is_channels_last(x) or is_channels_last(weight)):
+        memory_format = torch.channels_last
+    kernel_size = tuple(weight.shape[2:])
+    if transposed:
+        output_padding = pair(output_padding, "output_padding")
+        _check_output_padding(output_padding, stride)
+        geometry = ConvGeometry.conv_transpose(
+            tuple(x.shape[2:]), kernel_size, stride, padding, output_padding
+        )
+        size = geometry.big
+    else:
+        geometry = ConvGeometry.conv(tuple(x.shape[2:]), kernel_size, stride, padding)
+        size = geometry.small
+    _check_output(x, size, **options)
+
+    vectors = (options[name] for name in ("norm_weight", "norm_bias", "running_mean", "running_var"))
+    settings = {name: options[name] for name in ("activation", "negative_slope")}
+    if uses_triton(x, weight, bias, *vectors, **settings):
+        y = autograd.block(x, weight, bias, geometry, transposed, **options)
+    elif transposed:
+        y = reference.conv_transpose_block(
+            x, weight, bias, stride, padding, output_padding, **options
+        )
+    else:
+        y = reference.conv_block(x, weight, bias, stride, padding, **options)
+    return y.contiguous(memory_format=memory_format or torch.contiguous_format)
+
+
+def _autocast(x, weight, bias):
+    """Cast as autocast casts the arguments of a convolution (float64 stays as it is)."""
+    device = x.device.type
+    if not torch.is_autocast_enabled(device):
+        return x, weight, bias
+    dtype = torch.get_autocast_dtype(device)
+    return tuple(
+        t.to(dtype) if t is not None and t.is_floating_point() and t.dtype != torch.float64 else t
+        for t in (x, weight, bias)
+    )
+
+
+def _check_tensors(
+    x, weight, bias, transposed, *, norm_weight, norm_bias, running_mean, running_var, activation, **_
+):
+    in_dim, out_dim = (0, 1) if transposed else (1, 0)
+    if activation not in reference.ACTIVATIONS:
+        raise ValueError(
+            f"expected an activation among {reference.ACTIVATIONS}, got {activation!r}"
+        )
+    if x.dim() != 4:
+        raise ValueError(f"expected x of shape (N, C, H, W), got shape {tuple(x.shape)}")
+    if weight.dim() != 4:
+        raise ValueError(f"expected weight of 4 dimensions, got shape {tuple(weight.shape)}")
+    if not x.is_floating_point():
+        raise TypeError(f"expected x to be floating point, got {x.dtype}")
+    if x.shape[1] != weight.shape[in_dim]:
+        raise ValueError(
+            f"expected x with {weight.shape[in_dim]} channels for a weight of shape "
+            f"{tuple(weight.shape)}, got {x.shape[1]}"
+        )
+    for name, t in (("weight", weight), ("bias", bias)):
+        if t is not None and t.dtype != x.dtype:
+            raise TypeError(f"expected {name} of x's dtype {x.dtype}, got {t.dtype}")
+    if (running_mean is None) != (running_var is None):
+        raise ValueError("expected running_mean and running_var together, got only one of them")
+    vectors = (
+        ("bias", bias),
+        ("norm_weight", norm_weight),
+        ("norm_bias", norm_bias),
+        ("running_mean", running_mean),
+        ("running_var", running_var),
+    )
+    channels = weight.shape[out_dim]
+    for name, t in vectors:
+        if t is not None and tuple(t.shape) != (channels,):
+            raise ValueError(f"expected {name} of shape ({channels},), got {tuple(t.shape)}")
+    for name, t in (("weight", weight), *vectors):
+        if t is not None and t.device != x.device:
+            raise ValueError(f"expected {name} on x's device {x.device}, got {t.device}")
+
+
+def _check_output_padding(output_padding, stride):
+    if any(o < 0 or o >= s for o, s in zip(output_padding, stride, strict=True)):
+        raise ValueError(
+            f"expected output_padding to be at least 0 and smaller than the stride {stride}, "
+            f"got {output_padding}"
+        )
+
+
+def _check_output(x, size, *, norm, running_mean, training, **_):
+    if min(size) < 1:
+        raise ValueError(
+            f"expected an input large enough for one output pixel, got {tuple(x.shape[2:])}, "
+            f"which gives an output of {size}"
+        )
+    if norm and (training or running_mean is None) and x.shape[0] * size[0] * size[1] == 1:
+        raise ValueError(
+            "expected more than 1 value per channel when training with batch norm, got an output "
+            f"of {x.shape[0]} x {size[0]} x {size[1]} pixels"
+        )
+
+
+def _check_latent(mu, logvar):
+    if mu.shape != logvar.shape:
+        raise ValueError(
+            f"expected mu and logvar of one shape, got {tuple(mu.shape)} and {tuple(logvar.shape)}"
+        )
+    if mu.device != logvar.device:
+        raise ValueError(
+            f"expected mu and logvar on one device, got {mu.device} and {logvar.device}"
+        )
+    if not (mu.is_floating_point() and mu.dtype == logvar.dtype):
+        raise TypeError(
+            f"expected mu and logvar of one floating-point dtype, got {mu.dtype} and {logvar.dtype}"
+        )
+
+
+def _draw_seed(mu, generator):
+    # Drawn on the device: nothing waits for the host, and a replayed graph draws a new one.
+    return torch.randint(2**63 - 1, (1,), device=mu.device, generator=generator)
+
+
+def _draw_noise(mu, generator):
+    return torch.randn(mu.shape, dtype=mu.dtype, device=mu.device, generator=generator)

@@ -1,0 +1,610 @@
+"""The only file that starts a kernel: layouts, allocation, descriptors, grids, the device guard.
+
+Tensors come and go as PyTorch's (N, C, H, W); inside, activations are dense NHWC memory and weights
+dense [C_small, kh, kw, C_big], which is what `torch.channels_last` makes of both. `channels_last`
+input is taken as it is, anything else is copied into that layout first.
+"""
+
+import contextlib
+import math
+from dataclasses import dataclass
+
+import torch
+
+from genfast.backend import INTERPRETING, triton
+from genfast.geometry import ConvGeometry
+
+if triton is not None:
+    from triton.tools.tensor_descriptor import TensorDescriptor
+
+    from genfast.kernels import configs, conv, norm, sampling
+
+# Rows of the matrix `vectors` of batch-norm quantities, one column a channel: see kernels/norm.py.
+MEAN, UNBIASED_VAR, RSTD, SCALE, SHIFT = range(5)
+
+# One program of `combine_statistics` combines this many tiles; more tiles take another round.
+_STATISTICS_CHUNK = 256
+# About how many programs keep a GPU busy: the H200 has 132 multiprocessors.
+_BUSY_PROGRAMS = 264
+
+
+@dataclass(frozen=True)
+class Epilogue:
+    """What a convolution does to its accumulator before it stores it, in this order.
+
+    bias: (channels,) added, or None.
+    statistics: whether to return each tile's batch statistics.
+    vectors: (5, channels) to normalise by, or None.
+    activation, negative_slope: as in `functional.conv_block`.
+    """
+
+    bias: torch.Tensor | None = None
+    statistics: bool = False
+    vectors: torch.Tensor | None = None
+    activation: str = "identity"
+    negative_slope: float = 0.0
+
+
+@dataclass(frozen=True)
+class TileStatistics:
+    """Count, mean and sum of squared deviations of each tile of a convolution's output.
+
+    count: (tiles,); mean and m2: (tiles * repeat, channels), `repeat` rows in a row sharing a count.
+    """
+
+    count: torch.Tensor
+    mean: torch.Tensor
+    m2: torch.Tensor
+    repeat: int
+
+
+PLAIN = Epilogue()
+
+
+def fprop(big, weight, geometry, epilogue=PLAIN):
+    """`conv2d`, or the input gradient of `conv_transpose2d`.
+
+    Args:
+        big: (N, C_big, H, W) of `geometry.big`.
+        weight: (C_small, C_big, kh, kw).
+        geometry: a `ConvGeometry`.
+        epilogue: an `Epilogue` over C_small channels.
+
+    Returns:
+        (N, C_small, Ho, Wo) of `geometry.small`, channels_last, and its `TileStatistics` or None.
+    """
+    return _conv("fprop", big, weight, geometry, epilogue)
+
+
+def dgrad(small, weight, geometry, epilogue=PLAIN):
+    """`conv_transpose2d`, or the input gradient of `conv2d`.
+
+    As `fprop` with the sides swapped: (N, C_small, ...) of `geometry.small` in,
+    (N, C_big, ...) of `geometry.big` out, the epilogue over C_big channels.
+    """
+    return _conv("dgrad", small, weight, geometry, epilogue)
+
+
+def wgrad(big, small, geometry):
+    """The weight gradient of `conv2d` and `conv_transpose2d`: (C_small, C_big, kh, kw)."""
+    big, small = nhwc(big), nhwc(small)
+    shape = (small.shape[3], *geometry.kernel_size, big.shape[3])
+    big, small, geometry = _collapse(big, small, geometry)
+    n, h_small, w_small, c_small = small.shape
+    _, h_big, w_big, c_big = big.shape
+
+    config = configs.gemm_config(_architecture(big), big.element_size(), c_small, c_big)
+    packed = c_big < config.block_n and geometry.taps > 1
+    # The reduction is over pixels: what a descriptor moves is a box of block_k of them.
+    box = _box(config.block_k, h_small, w_small)
+    boxed = (
+        config.descriptors
+        and not packed
+        and h_small % box[1] == w_small % box[2] == 0  # A ragged box would pair zeros with pixels.
+        and _descriptors_fit(big, small, geometry)
+    )
+    k_tiles = _pixel_tiles((n, h_small, w_small), config.block_k, box if boxed else None)
+    columns = geometry.taps * c_big if packed else c_big
+    mn_tiles = _ceil_div(c_small, config.block_m) * _ceil_div(columns, config.block_n)
+    taps = 1 if packed else geometry.taps
+    splits = min(_ceil_div(_BUSY_PROGRAMS, mn_tiles * taps), _ceil_div(k_tiles, 4))
+    tiles_per_split = _ceil_div(k_tiles, splits)
+    splits = _ceil_div(k_tiles, tiles_per_split)
+
+    acc_dtype = _acc_dtype(big.dtype)
+    out = torch.empty(shape, dtype=big.dtype, device=big.device)
+    target = out
+    if splits > 1:
+        target = torch.empty((splits, out.numel()), dtype=acc_dtype, device=big.device)
+    _start(
+        conv.wgrad,
+        (mn_tiles, taps, splits),
+        big=_big_descriptor(big, geometry, box, config.block_n) if boxed else big,
+        small=_descriptor(small, [*box, config.block_m]) if boxed else small,
+        out_ptr=target,
+        N=n,
+        H_big=h_big,
+        W_big=w_big,
+        C_big=c_big,
+        H_small=h_small,
+        W_small=w_small,
+        C_small=c_small,
+        tiles_per_split=tiles_per_split,
+        KW=geometry.kernel_size[1],
+        TAPS=geometry.taps,
+        **_stride_and_padding(geometry),
+        **_arithmetic(big),
+        DESCRIPTORS=boxed,
+        PACKED=packed,
+        **_tile(config, box),
+    )
+    if splits > 1:
+        sum_partials(target, out)
+    return out.permute(0, 3, 1, 2)
+
+
+def sum_partials(partials, out):
+    """out = partials.sum(0), in the order of the parts, into `out` of any shape and dtype."""
+    _start(
+        conv.sum_partials,
+        (_ceil_div(out.numel(), 1024),),
+        partials_ptr=partials,
+        out_ptr=out,
+        length=out.numel(),
+        parts=partials.shape[0],
+        ACC_DTYPE=_tl_dtype(partials.dtype),
+        BLOCK=1024,
+    )
+
+
+def combine_statistics(statistics, gamma, beta, eps):
+    """Combine `TileStatistics` into `vectors` (5, channels), for normalising by the batch."""
+    parts, channels = statistics.mean.shape
+    while parts > _STATISTICS_CHUNK:
+        chunks = _ceil_div(parts, _STATISTICS_CHUNK)
+        empty = statistics.mean.new_empty
+        combined = TileStatistics(
+            empty(chunks), empty((chunks, channels)), empty((chunks, channels)), 1
+        )
+        _combine(statistics, chunks, combined=combined)
+        statistics, parts = combined, chunks
+    vectors = statistics.mean.new_empty((5, channels))
+    _combine(statistics, 1, vectors=vectors, gamma=gamma, beta=beta, eps=eps)
+    return vectors
+
+
+def _combine(statistics, chunks, combined=None, vectors=None, gamma=None, beta=None, eps=0.0):
+    parts, channels = statistics.mean.shape
+    block_c = min(32, _power_of_two(channels))
+    unused = statistics.mean
+    _start(
+        norm.combine_statistics,
+        (_ceil_div(channels, block_c), chunks),
+        count_ptr=statistics.count,
+        mean_ptr=statistics.mean,
+        m2_ptr=statistics.m2,
+        out_count_ptr=combined.count if combined else unused,
+        out_mean_ptr=combined.mean if combined else unused,
+        out_m2_ptr=combined.m2 if combined else unused,
+        vectors_ptr=vectors if vectors is not None else unused,
+        gamma_ptr=gamma if gamma is not None else unused,
+        beta_ptr=beta if beta is not None else unused,
+        parts=parts,
+        channels=channels,
+        parts_per_count=statistics.repeat,
+        chunk=_STATISTICS_CHUNK,
+        eps=eps,
+        HAS_GAMMA=gamma is not None,
+        HAS_BETA=beta is not None,
+        FINAL=vectors is not None,
+        BLOCK_P=64,
+        BLOCK_C=block_c,
+    )
+
+
+def normalize_activate(z, vectors, activation, negative_slope):
+    """act((z - mean) * scale + shift): (N, C, H, W) to the same, channels_last."""
+    z = nhwc(z)
+    y = torch.empty_like(z)
+    grid, tile = _elementwise(z)
+    _start(
+        norm.normalize_activate,
+        grid,
+        z_ptr=z,
+        vectors_ptr=vectors,
+        y_ptr=y,
+        rows=z.numel() // z.shape[3],
+        channels=z.shape[3],
+        negative_slope=negative_slope,
+        ACTIVATION=activation,
+        **tile,
+    )
+    return y.permute(0, 3, 1, 2)
+
+
+def norm_backward(dy, z, vectors, *, training, need_dz, activation, negative_slope):
+    """The backward of `normalize_activate` and, in training, of the statistics in `vectors`.
+
+    Returns:
+        dz (N, C, H, W), None unless `need_dz`; and (2, C): the gradients of beta and of gamma.
+    """
+    dy, z = nhwc(dy), nhwc(z)
+    channels = z.shape[3]
+    rows = z.numel() // channels
+    common = dict(
+        dy_ptr=dy,
+        z_ptr=z,
+        vectors_ptr=vectors,
+        rows=rows,
+        channels=channels,
+        negative_slope=negative_slope,
+        ACTIVATION=activation,
+    )
+    grid, tile = _elementwise(z)
+    parts = min(grid[0], _ceil_div(4 * _BUSY_PROGRAMS, grid[1]))
+    tiles_per_part = _ceil_div(grid[0], parts)
+    parts = _ceil_div(grid[0], tiles_per_part)
+    partials = vectors.new_empty((parts, 2, channels))
+    _start(
+        norm.norm_backward_reduce,
+        (parts, grid[1]),
+        partials_ptr=partials,
+        tiles_per_part=tiles_per_part,
+        **common,
+        **tile,
+    )
+    sums = vectors.new_empty((2, channels))
+    sum_partials(partials, sums)
+    if not need_dz:
+        return None, sums
+    dz = torch.empty_like(z)
+    _start(
+        norm.norm_backward,
+        grid,
+        sums_ptr=sums,
+        dz_ptr=dz,
+        TRAINING=training,
+        **common,
+        **tile,
+    )
+    return dz.permute(0, 3, 1, 2), sums
+
+
+def activation_backward(dy, y, activation, negative_slope):
+    """dy * act'(u), computed from the output y = act(u): (N, C, H, W), channels_last."""
+    dy, y = nhwc(dy), nhwc(y)
+    du = torch.empty_like(y)
+    _start(
+        norm.activation_backward_from_output,
+        (_ceil_div(y.numel(), 1024),),
+        dy_ptr=dy,
+        y_ptr=y,
+        du_ptr=du,
+        length=y.numel(),
+        negative_slope=negative_slope,
+        ACC_DTYPE=_tl_dtype(_acc_dtype(y.dtype)),
+        ACTIVATION=activation,
+        BLOCK=1024,
+    )
+    return du.permute(0, 3, 1, 2)
+
+
+def reparameterize(mu, logvar, seed, *, with_kl):
+    """z = mu + exp(logvar / 2) * eps and, if `with_kl`, the KL divergence of each row, else None.
+
+    Args:
+        mu, logvar: (N, ...), of one shape and dtype.
+        seed: (1,) int64 on the device: the key of the noise.
+    """
+    mu, logvar = mu.contiguous(), logvar.contiguous()
+    z = torch.empty_like(mu)
+    grid, sizes = _sampling_grid(mu, rows_matter=with_kl)
+    rows, parts = sizes["N"], grid[1]
+    acc_dtype = _acc_dtype(mu.dtype)
+    partials = torch.empty((parts, rows), dtype=acc_dtype, device=mu.device) if with_kl else None
+    _start(
+        sampling.reparameterize,
+        grid,
+        mu_ptr=mu,
+        logvar_ptr=logvar,
+        seed_ptr=seed,
+        z_ptr=z,
+        kl_ptr=partials if with_kl else z,
+        ACC_DTYPE=_tl_dtype(acc_dtype),
+        HAS_KL=with_kl,
+        **sizes,
+    )
+    if not with_kl:
+        return z, None
+    kl = partials[0]
+    if parts > 1:
+        kl = torch.empty_like(kl)
+        sum_partials(partials, kl)
+    return z, kl
+
+
+def reparameterize_backward(dz, dkl, mu, logvar, seed, *, with_kl):
+    """The gradients of mu and logvar; dz or dkl is None where nothing flows back.
+
+    `with_kl` says which forward it was: the noise depends on how that saw its rows.
+    """
+    mu, logvar = mu.contiguous(), logvar.contiguous()
+    dmu, dlogvar = torch.empty_like(mu), torch.empty_like(logvar)
+    grid, sizes = _sampling_grid(mu, rows_matter=with_kl)
+    _start(
+        sampling.reparameterize_backward,
+        grid,
+        dz_ptr=mu if dz is None else dz.contiguous(),
+        dkl_ptr=mu if dkl is None else dkl.contiguous(),
+        mu_ptr=mu,
+        logvar_ptr=logvar,
+        seed_ptr=seed,
+        dmu_ptr=dmu,
+        dlogvar_ptr=dlogvar,
+        ACC_DTYPE=_tl_dtype(_acc_dtype(mu.dtype)),
+        HAS_DZ=dz is not None,
+        HAS_DKL=dkl is not None,
+        **sizes,
+    )
+    return dmu, dlogvar
+
+
+def nhwc(x):
+    """(N, C, H, W) as dense (N, H, W, C) memory; no copy where it is channels_last already."""
+    return x.permute(0, 2, 3, 1).contiguous()
+
+
+def _conv(direction, source, weight, geometry, epilogue):
+    to_small = direction == "fprop"
+    source, weight = nhwc(source), nhwc(weight)
+    c_small, c_big = weight.shape[0], weight.shape[3]
+    channels = c_small if to_small else c_big
+    n = source.shape[0]
+    out_size = geometry.small if to_small else geometry.big
+    out = torch.empty((n, *out_size, channels), dtype=source.dtype, device=source.device)
+    result = out.permute(0, 3, 1, 2)
+
+    # From here on, in the terms of the matrix product that runs.
+    big, small = (source, out) if to_small else (out, source)
+    big, small, geometry = _collapse(big, small, geometry)
+    c_big = big.shape[3]
+    weight = weight.view(c_small, geometry.taps, c_big)
+    columns = c_small if to_small else c_big
+    phases = 1 if to_small else math.prod(geometry.stride)
+    # Phase 0 has the most pixels; the descriptors' phases are all alike.
+    m_size = small.shape[1:3]
+    if not to_small:
+        m_size = tuple(map(_ceil_div, big.shape[1:3], geometry.stride))
+
+    config = configs.gemm_config(
+        _architecture(source), source.element_size(), n * math.prod(m_size), columns
+    )
+    packed = to_small and c_big < config.block_k and geometry.taps > 1
+    box = _box(config.block_m, *m_size)
+    block_big, block_small = (
+        (config.block_k, config.block_n) if to_small else (config.block_n, config.block_k)
+    )
+    boxed = (
+        config.descriptors
+        and not packed
+        and _descriptors_fit(big, small, geometry)
+        # A pixel's neighbour follows it in the folded view of a strided side: no reach into it.
+        and (geometry.stride[1] == 1 or c_big % block_big == 0)
+        and (to_small or _stride_divides_kernel(geometry))
+    )
+    tiles = _pixel_tiles((n, *m_size), config.block_m, box if boxed else None)
+    statistics = None
+    if epilogue.statistics:
+        acc_dtype = _acc_dtype(source.dtype)
+        empty = torch.empty((2, tiles * phases, columns), dtype=acc_dtype, device=source.device)
+        repeat = columns // channels
+        mean, m2 = empty.view(2, tiles * phases * repeat, channels)
+        count = torch.empty(tiles * phases, dtype=acc_dtype, device=source.device)
+        statistics = TileStatistics(count, mean, m2, repeat)
+
+    if boxed:
+        big = _big_descriptor(big, geometry, box, block_big)
+        small = _descriptor(small, [*box, block_small])
+        weight = _descriptor(weight, [block_small, 1, block_big])
+    tile_grid = (tiles * _ceil_div(columns, config.block_n), phases)
+    shared = dict(
+        weight=weight,
+        bias_ptr=epilogue.bias if epilogue.bias is not None else out,
+        vectors_ptr=epilogue.vectors if epilogue.vectors is not None else out,
+        count_ptr=statistics.count if statistics else out,
+        mean_ptr=statistics.mean if statistics else out,
+        m2_ptr=statistics.m2 if statistics else out,
+        N=n,
+        H_big=geometry.big[0],
+        W_big=geometry.big[1],
+        C_big=c_big,
+        H_small=geometry.small[0],
+        W_small=geometry.small[1],
+        C_small=c_small,
+        channels=channels,
+        negative_slope=epilogue.negative_slope,
+        KH=geometry.kernel_size[0],
+        KW=geometry.kernel_size[1],
+        **_stride_and_padding(geometry),
+        HAS_BIAS=epilogue.bias is not None,
+        HAS_NORM=epilogue.vectors is not None,
+        HAS_STATISTICS=epilogue.statistics,
+        ACTIVATION=epilogue.activation,
+        **_arithmetic(source),
+        DESCRIPTORS=boxed,
+        **_tile(config, box),
+    )
+    if to_small:
+        _start(conv.fprop, tile_grid[:1], big=big, out=small, PACKED=packed, **shared)
+    else:
+        _start(conv.dgrad, tile_grid, small=small, out=big, **shared)
+    return result, statistics
+
+
+def _collapse(big, small, geometry):
+    """See an unpadded kernel that covers its whole input at once as the matrix product it is.
+
+    Latents (1 x 1) to 4 x 4 and 4 x 4 to one logit: the big side's pixels become channels, in
+    memory the same array, and no tap is multiplied by padding.
+    """
+    if geometry.small != (1, 1) or geometry.big != geometry.kernel_size or any(geometry.padding):
+        return big, small, geometry
+    flat = ConvGeometry((1, 1), (1, 1), (1, 1), (1, 1), (0, 0))
+    return big.view(big.shape[0], 1, 1, -1), small, flat
+
+
+def _box(pixels, height, width):
+    """[n, h, w] powers of two with product `pixels`, no wider and higher than an image needs."""
+    w = min(pixels, _power_of_two(width))
+    h = min(pixels // w, _power_of_two(height))
+    return pixels // (h * w), h, w
+
+
+def _pixel_tiles(size, block, box):
+    if box is None:
+        return _ceil_div(math.prod(size), block)
+    return math.prod(map(_ceil_div, size, box))
+
+
+def _descriptors_fit(big, small, geometry):
+    """Whether tensor descriptors can address both sides (the weight then fits too)."""
+    return (
+        all(t.shape[3] * t.element_size() % 16 == 0 and t.data_ptr() % 16 == 0 for t in (big, small))
+        and all(n % s == 0 for n, s in zip(geometry.big, geometry.stride, strict=True))
+        and max(big.shape[:3]) < 2**31
+    )
+
+
+def _stride_divides_kernel(geometry):
+    return all(k % s == 0 for k, s in zip(geometry.kernel_size, geometry.stride, strict=True))
+
+
+def _descriptor(tensor, block_shape):
+    # Dense strides, spelled out: PyTorch leaves any stride on a dimension of size 1.
+    strides = [math.prod(tensor.shape[i + 1 :]) for i in range(tensor.dim())]
+    return TensorDescriptor(tensor, list(tensor.shape), strides, block_shape)
+
+
+def _big_descriptor(big, geometry, box, block_channels):
+    """big as [N, H / sh, sh, W / sw, sw * C]: a tap's or a phase's pixels are a box of it."""
+    n, h, w, c = big.shape
+    sh, sw = geometry.stride
+    folded = big.view(n, h // sh, sh, w // sw, sw * c)
+    return _descriptor(folded, [box[0], box[1], 1, box[2], block_channels])
+
+
+def _stride_and_padding(geometry):
+    return dict(
+        STRIDE_H=geometry.stride[0],
+        STRIDE_W=geometry.stride[1],
+        PAD_H=geometry.padding[0],
+        PAD_W=geometry.padding[1],
+    )
+
+
+def _arithmetic(tensor):
+    return dict(
+        ACC_DTYPE=_tl_dtype(_acc_dtype(tensor.dtype)),
+        PRECISION=_precision(tensor),
+    )
+
+
+def _tile(config, box):
+    return dict(
+        BOX_N=box[0],
+        BOX_H=box[1],
+        BOX_W=box[2],
+        BLOCK_M=config.block_m,
+        BLOCK_N=config.block_n,
+        BLOCK_K=config.block_k,
+        num_warps=config.num_warps,
+        num_stages=config.num_stages,
+    )
+
+
+def _elementwise(x):
+    """Grid and tile for one pass over an NHWC tensor as [rows, channels]: 4096 elements a program."""
+    channels = x.shape[3]
+    block_c = min(64, _power_of_two(channels))
+    block_r = 64 if INTERPRETING else 4096 // block_c
+    rows = x.numel() // channels
+    grid = (_ceil_div(rows, block_r), _ceil_div(channels, block_c))
+    return grid, dict(BLOCK_R=block_r, BLOCK_C=block_c)
+
+
+def _sampling_grid(mu, *, rows_matter):
+    """Grid and sizes for sampling. Only KL needs rows; else the tensor is one long row."""
+    rows = mu.shape[0] if rows_matter else 1
+    columns = mu.numel() // rows
+    quarter = _ceil_div(columns, 4)
+    block_q = min(256, _power_of_two(quarter))
+    block_n = min(256 // block_q, _power_of_two(rows))
+    row_tiles, column_tiles = _ceil_div(rows, block_n), _ceil_div(quarter, block_q)
+    # A row is cut where there are too few of them to fill a GPU, and at the grid's limit.
+    parts = min(column_tiles, max(1, 8 * _BUSY_PROGRAMS // row_tiles))
+    tiles_per_part = _ceil_div(column_tiles, parts)
+    sizes = dict(
+        N=rows, D=columns, tiles_per_part=tiles_per_part, BLOCK_N=block_n, BLOCK_Q=block_q
+    )
+    return (row_tiles, _ceil_div(column_tiles, tiles_per_part)), sizes
+
+
+def _start(kernel, grid, **arguments):
+    """Start a kernel on the device its tensors are on (Triton starts on the current device)."""
+    if INTERPRETING:
+        _interpret(kernel, grid, arguments)
+        return
+    device = next(a.device for a in arguments.values() if isinstance(a, torch.Tensor))
+    guard = torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
+    with guard:
+        kernel[grid](**arguments)
+
+
+def _interpret(kernel, grid, arguments):
+    # The interpreter multiplies the raw bits of bfloat16 and truncates where a GPU rounds. So half
+    # precision travels as float32 copies, and PyTorch rounds what the kernel stored.
+    copies = {}
+
+    def widen(a):
+        if isinstance(a, TensorDescriptor):
+            return TensorDescriptor(widen(a.base), a.shape, a.strides, a.block_shape)
+        if not isinstance(a, torch.Tensor) or a.element_size() != 2:
+            return a
+        return copies.setdefault(a.data_ptr(), (a, a.float()))[1]
+
+    kernel[grid](**{name: widen(a) for name, a in arguments.items()})
+    for half, wide in copies.values():
+        half.copy_(wide.view(half.shape))
+
+
+def _architecture(tensor):
+    if INTERPRETING:
+        return "interpreter"
+    properties = torch.cuda.get_device_properties(tensor.device)
+    if torch.version.hip:
+        return properties.gcnArchName.split(":")[0]
+    return f"sm_{properties.major}{properties.minor}"
+
+
+def _precision(tensor):
+    """How float32 products round: TF32 where PyTorch's convolutions may use it, as by its setting."""
+    if tensor.dtype != torch.float32 or torch.version.hip:
+        return "ieee"
+    return "tf32" if torch.backends.cudnn.conv.fp32_precision == "tf32" else "ieee"
+
+
+def _acc_dtype(dtype):
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def _tl_dtype(dtype):
+    return getattr(triton.language, str(dtype).removeprefix("torch."))
+
+
+def _ceil_div(a, b):
+    return -(-a // b)
+
+
+def _power_of_two(n):
+    """The smallest power of two that is at least n."""
+    return 1 << (n - 1).bit_length()

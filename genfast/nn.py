@@ -1,0 +1,333 @@
+"""Drop-in modules: blocks, a sequential container that fuses what it holds, and a sampler.
+
+The children of every module here are PyTorch's own layers, so parameters, state_dict keys and
+optimizers are what they were; only the execution changes. No class name holds "Conv" or
+"BatchNorm", because the customary `weights_init` of DCGANs looks for those and a `.weight`.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from torch.nn.utils import parametrize
+
+from genfast import functional, reference
+
+_ACTIVATIONS = {
+    nn.ReLU: "relu",
+    nn.LeakyReLU: "leaky_relu",
+    nn.Tanh: "tanh",
+    nn.Sigmoid: "sigmoid",
+}
+
+
+def run_block(x, conv, norm, activation, negative_slope, memory_format=None):
+    """Run a stock convolution, an optional stock batch norm and an activation as one operation.
+
+    Args:
+        x: (N, C, H, W).
+        conv: `nn.Conv2d` or `nn.ConvTranspose2d` without groups or dilation, zero padding.
+        norm: `nn.BatchNorm2d` or None. Its statistics and counter move as in its own forward.
+        activation, negative_slope, memory_format: as in `functional.conv_block`.
+    """
+    options = dict(
+        activation=activation, negative_slope=negative_slope, memory_format=memory_format
+    )
+    if norm is not None:
+        training = norm.training or norm.running_mean is None
+        updating = norm.training and norm.running_mean is not None
+        options |= dict(
+            norm=True,
+            norm_weight=norm.weight,
+            norm_bias=norm.bias,
+            running_mean=norm.running_mean,
+            running_var=norm.running_var,
+            training=training,
+            momentum=_advance_momentum(norm) if updating else 0.0,
+            eps=norm.eps,
+        )
+    if isinstance(conv, nn.ConvTranspose2d):
+        return functional.conv_transpose_block(
+            x, conv.weight, conv.bias, conv.stride, conv.padding, conv.output_padding, **options
+        )
+    return functional.conv_block(
+        x, conv.weight, conv.bias, conv.stride, _explicit_padding(conv), **options
+    )
+
+
+def why_not_fused(module):
+    """Say why a convolution, batch norm or activation cannot be part of a block; None if it can."""
+    if parametrize.is_parametrized(module):
+        return "it has a parametrisation"
+    stock = (nn.Conv2d, nn.ConvTranspose2d, nn.BatchNorm2d, *_ACTIVATIONS)
+    if type(module) not in stock:
+        return f"{type(module).__name__} is not one of PyTorch's own layers that fuse"
+    if _has_hook(module):
+        return "it has a hook"
+    if "forward" in vars(module):
+        return "its forward is replaced"
+    if isinstance(module, (nn.Conv2d, nn.ConvTranspose2d)):
+        return _why_conv_not_fused(module)
+    if isinstance(module, nn.LeakyReLU) and module.negative_slope < 0:
+        return f"its negative slope {module.negative_slope} is below 0"
+    return None
+
+
+def _is_image(x):
+    return isinstance(x, torch.Tensor) and x.dim() == 4
+
+
+def _has_hook(module):
+    own = (
+        module._forward_hooks,
+        module._forward_pre_hooks,
+        module._backward_hooks,
+        module._backward_pre_hooks,
+    )
+    return any(own) or nn.modules.module._has_any_global_hook()
+
+
+def _why_conv_not_fused(conv):
+    if conv.groups != 1:
+        return f"it has {conv.groups} groups"
+    if conv.dilation != (1, 1):
+        return f"it has dilation {conv.dilation}"
+    if conv.padding_mode != "zeros":
+        return f"it pads with {conv.padding_mode}"
+    if conv.padding == "same" and any(k % 2 == 0 for k in conv.kernel_size):
+        return "it pads one side more than the other"
+    return None
+
+
+def _advance_momentum(norm):
+    """Count the batch and return the weight of its statistics, on the device where it varies."""
+    if norm.num_batches_tracked is None:
+        return norm.momentum or 0.0
+    norm.num_batches_tracked.add_(1)
+    if norm.momentum is None:  # A cumulative average: the n-th batch weighs 1/n.
+        return norm.num_batches_tracked.to(norm.running_mean.dtype).reciprocal()
+    return norm.momentum
+
+
+def _explicit_padding(conv):
+    if conv.padding == "valid":
+        return 0
+    if conv.padding == "same":
+        return tuple(k // 2 for k in conv.kernel_size)
+    return conv.padding
+
+
+class FusedBlock(nn.Module):
+    """What the two blocks share: a convolution, a batch norm and an activation."""
+
+    def __init__(self, conv, norm, activation, negative_slope, eps, momentum):
+        super().__init__()
+        if activation not in reference.ACTIVATIONS:
+            raise ValueError(
+                f"expected an activation among {reference.ACTIVATIONS}, "
+                f"got {activation!r}"
+            )
+        # The kernels' own layout, so that no step repacks the weight; shapes and keys do not change.
+        self.conv = conv.to(memory_format=torch.channels_last)
+        channels = conv.out_channels
+        self.norm = nn.BatchNorm2d(channels, eps=eps, momentum=momentum) if norm else None
+        self.activation = activation
+        self.negative_slope = negative_slope
+
+    def forward(self, x):
+        """Run the block: (N, in_channels, H, W) to (N, out_channels, Ho, Wo)."""
+        if self.why_not_fused():
+            for child in self.children():
+                x = child(x)
+            return reference.activate(x, self.activation, self.negative_slope)
+        return run_block(x, self.conv, self.norm, self.activation, self.negative_slope)
+
+    def why_not_fused(self):
+        """Say why a child keeps the block from running as one operation; None if none does."""
+        reasons = (why_not_fused(child) for child in self.children())
+        return next((reason for reason in reasons if reason), None)
+
+    @property
+    def layers(self):
+        """What the block is made of: "Conv2d + BatchNorm2d + relu"."""
+        return " + ".join([*(type(child).__name__ for child in self.children()), self.activation])
+
+    def extra_repr(self):
+        slope = f", {self.negative_slope}" if self.activation == "leaky_relu" else ""
+        return f"activation={self.activation}{slope}"
+
+
+class GeneratorBlock(FusedBlock):
+    """Transposed convolution, batch norm and activation: the block that doubles the resolution.
+
+    Children: `conv`, a stock `nn.ConvTranspose2d`, and `norm`, a stock `nn.BatchNorm2d` or None.
+
+    Args:
+        in_channels, out_channels, kernel_size, stride, padding, output_padding, bias: as in
+            `nn.ConvTranspose2d`. The defaults double height and width (Radford et al., 2016).
+        norm: whether to batch-normalise.
+        activation: "relu", "leaky_relu", "tanh", "sigmoid" or "identity".
+        negative_slope: of "leaky_relu".
+        eps, momentum: as in `nn.BatchNorm2d`.
+
+    Shape:
+        (N, in_channels, H, W) to (N, out_channels, Ho, Wo), Ho = (H - 1) stride - 2 padding +
+        kernel_size + output_padding, likewise Wo.
+    """
+
+    def __init__(
+        self,
+        in_channels,
+        out_channels,
+        kernel_size=4,
+        stride=2,
+        padding=1,
+        output_padding=0,
+        *,
+        bias=False,
+        norm=True,
+        activation="relu",
+        negative_slope=0.2,
+        eps=1e-5,
+        momentum=0.1,
+    ):
+        conv = nn.ConvTranspose2d(
+            in_channels, out_channels, kernel_size, stride, padding, output_padding, bias=bias
+        )
+        super().__init__(conv, norm, activation, negative_slope, eps, momentum)
+
+
+class DiscriminatorBlock(FusedBlock):
+    """Convolution, batch norm and leaky ReLU: the block that halves the resolution.
+
+    Children: `conv`, a stock `nn.Conv2d`, and `norm`, a stock `nn.BatchNorm2d` or None.
+
+    Args:
+        in_channels, out_channels, kernel_size, stride, padding, bias: as in `nn.Conv2d`. The
+            defaults halve height and width (Radford et al., 2016).
+        norm: whether to batch-normalise.
+        activation: "relu", "leaky_relu", "tanh", "sigmoid" or "identity".
+        negative_slope: of "leaky_relu".
+        eps, momentum: as in `nn.BatchNorm2d`.
+
+    Shape:
+        (N, in_channels, H, W) to (N, out_channels, Ho, Wo), Ho = (H + 2 padding - kernel_size)
+        // stride + 1, likewise Wo.
+    """
+
+    def __init__(
+        self,
+        in_channels,
+        out_channels,
+        kernel_size=4,
+        stride=2,
+        padding=1,
+        *,
+        bias=False,
+        norm=True,
+        activation="leaky_relu",
+        negative_slope=0.2,
+        eps=1e-5,
+        momentum=0.1,
+    ):
+        conv = nn.Conv2d(in_channels, out_channels, kernel_size, stride, padding, bias=bias)
+        super().__init__(conv, norm, activation, negative_slope, eps, momentum)
+
+
+@dataclass(frozen=True)
+class Run:
+    """Consecutive children of a container that execute together.
+
+    names, modules: of the children, in order.
+    fused: whether they run as one operation.
+    reason: why a convolution does not fuse; empty for one that does and for other layers.
+    """
+
+    names: tuple[str, ...]
+    modules: tuple[nn.Module, ...]
+    fused: bool
+    reason: str = ""
+
+    @property
+    def layers(self):
+        """The class names of the children: "Conv2d + BatchNorm2d + ReLU"."""
+        return " + ".join(type(module).__name__ for module in self.modules)
+
+    def __call__(self, x, memory_format):
+        conv, *rest = self.modules
+        norm = next((m for m in rest if isinstance(m, nn.BatchNorm2d)), None)
+        last = self.modules[-1]
+        activation = _ACTIVATIONS.get(type(last), "identity")
+        return run_block(
+            x, conv, norm, activation, getattr(last, "negative_slope", 0.0), memory_format
+        )
+
+
+class FusedSequential(nn.Sequential):
+    """An `nn.Sequential` that runs convolution + batch norm + activation as one operation.
+
+    Children, parameters, state_dict keys and results are those of the `nn.Sequential` it stands
+    for. Runs of `ConvTranspose2d`/`Conv2d`, then optionally `BatchNorm2d`, then optionally `ReLU`,
+    `LeakyReLU`, `Tanh` or `Sigmoid` fuse; every other child, and one that has a hook, a
+    parametrisation or a setting the kernels do not know, runs as PyTorch runs it. That is looked up
+    at each call, so a hook registered later counts too.
+    """
+
+    # Children that must not fuse, by name, and why; `genfast.accelerate` sets it.
+    unfusable = {}
+
+    def forward(self, x):
+        """Run the children in order, fused where they can be."""
+        if not (_is_image(x) and functional.uses_triton(x)):
+            return super().forward(x)
+        # Between fused runs x stays channels_last, as the kernels have it, even where PyTorch's
+        # layers would make it contiguous; anything else is handed what PyTorch would hand it.
+        owes_contiguous = False
+        for run in self.plan():
+            if run.fused and _is_image(x):
+                weight = run.modules[0].weight
+                owes_contiguous |= not functional.is_channels_last(x)
+                owes_contiguous &= not functional.is_channels_last(weight)
+                x = run(x, torch.channels_last)
+                continue
+            x = x.contiguous() if owes_contiguous else x
+            owes_contiguous = False
+            for module in run.modules:
+                x = module(x)
+        return x.contiguous() if owes_contiguous else x
+
+    def plan(self):
+        """The children as a list of `Run`s: what fuses, what does not, and why."""
+        runs = []
+        children = list(self._modules.items())
+        while children:
+            taken = self._take_block(children)
+            modules = tuple(module for _, module in taken)
+            reason = self._why_not_fused(*taken[0]) or ""
+            is_conv = isinstance(modules[0], (nn.Conv2d, nn.ConvTranspose2d))
+            names = tuple(name for name, _ in taken)
+            runs.append(Run(names, modules, is_conv and not reason, reason if is_conv else ""))
+            del children[: len(taken)]
+        return runs
+
+    def _take_block(self, children):
+        """The first children that make one run: one child, or a convolution and what follows it."""
+        first, *following = children
+        taken = [first]
+        if not isinstance(first[1], (nn.Conv2d, nn.ConvTranspose2d)) or self._why_not_fused(*first):
+            return taken
+        for kinds in ((nn.BatchNorm2d,), tuple(_ACTIVATIONS)):
+            if following and type(following[0][1]) in kinds and not self._why_not_fused(*following[0]):
+                taken.append(following.pop(0))
+        return taken
+
+    def _why_not_fused(self, name, module):
+        return self.unfusable.get(name) or why_not_fused(module)
+
+
+class GaussianSampler(nn.Module):
+    """Reparameterised sampling as a layer: `sampler(mu, logvar)` gives mu + exp(logvar/2) * eps."""
+
+    def forward(self, mu, logvar):
+        """Sample: (N, ...) and (N, ...) to (N, ...). See `functional.reparameterize`."""
+        return functional.reparameterize(mu, logvar)

@@ -1,0 +1,30 @@
+"""What genfast is made of and what it needs. The versions that `make` installs: constraints.txt."""
+
+import re
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+HERE = Path(__file__).parent
+
+# Read as text: importing genfast would need PyTorch, which is not there yet.
+version = re.search(r'__version__ = "(.+)"', (HERE / "genfast/__init__.py").read_text()).group(1)
+
+train = ["pillow", "safetensors", "scikit-learn", "tqdm"]
+benchmark = ["matplotlib", "pytest", "pytest-benchmark"]
+test = [*train, "pytest", "pytest-xdist", "ruff", "setuptools>=77"]
+
+setup(
+    name="genfast",
+    version=version,
+    description="Fast training of GANs and VAEs: fused Triton kernels in drop-in PyTorch modules",
+    long_description=(HERE / "README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    python_requires=">=3.10",
+    install_requires=["torch>=2.11", 'triton>=3.6; sys_platform == "linux"', "numpy"],
+    extras_require={"train": train, "benchmark": benchmark, "test": test},
+    entry_points={"console_scripts": ["genfast = genfast.cli:main"]},
+    # `kernels/` installs as genfast.kernels: another package owns the name `kernels`.
+    packages=["genfast.kernels", *find_packages(include=["genfast", "genfast.*"])],
+    package_dir={"genfast.kernels": "kernels"},
+)

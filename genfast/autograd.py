@@ -2,8 +2,8 @@
 
 fprop, dgrad and wgrad are each other's gradients, so the plain convolutions differentiate any
 number of times through the same kernels, and blocks without batch norm with them. Where a graph of
-the gradient is asked for (`create_graph=True`) through batch norm or sampling, the gradient is taken
-through PyTorch instead, which can differentiate its own.
+the gradient is asked for (`create_graph=True`) through batch norm or sampling, the gradient is
+taken through PyTorch instead, which can differentiate its own.
 """
 
 import torch

@@ -240,7 +240,9 @@ def _block(x, weight, bias, stride, padding, output_padding=None, *, memory_form
         size = geometry.small
     _check_output(x, size, **options)
 
-    vectors = (options[name] for name in ("norm_weight", "norm_bias", "running_mean", "running_var"))
+    vectors = (
+        options[name] for name in ("norm_weight", "norm_bias", "running_mean", "running_var")
+    )
     settings = {name: options[name] for name in ("activation", "negative_slope")}
     if uses_triton(x, weight, bias, *vectors, **settings):
         y = autograd.block(x, weight, bias, geometry, transposed, **options)
@@ -266,7 +268,17 @@ def _autocast(x, weight, bias):
 
 
 def _check_tensors(
-    x, weight, bias, transposed, *, norm_weight, norm_bias, running_mean, running_var, activation, **_
+    x,
+    weight,
+    bias,
+    transposed,
+    *,
+    norm_weight,
+    norm_bias,
+    running_mean,
+    running_var,
+    activation,
+    **_,
 ):
     in_dim, out_dim = (0, 1) if transposed else (1, 0)
     if activation not in reference.ACTIVATIONS:

@@ -49,7 +49,7 @@ class Epilogue:
 class TileStatistics:
     """Count, mean and sum of squared deviations of each tile of a convolution's output.
 
-    count: (tiles,); mean and m2: (tiles * repeat, channels), `repeat` rows in a row sharing a count.
+    count: (tiles,); mean and m2: (tiles * repeat, channels), `repeat` of whose rows share a count.
     """
 
     count: torch.Tensor
@@ -93,7 +93,7 @@ def wgrad(big, small, geometry):
     n, h_small, w_small, c_small = small.shape
     _, h_big, w_big, c_big = big.shape
 
-    config = configs.gemm_config(_architecture(big), big.element_size(), c_small, c_big)
+    config = _config(big, c_small, c_big, channels=(c_small, c_big))
     packed = c_big < config.block_n and geometry.taps > 1
     # The reduction is over pixels: what a descriptor moves is a box of block_k of them.
     box = _box(config.block_k, h_small, w_small)
@@ -101,7 +101,7 @@ def wgrad(big, small, geometry):
         config.descriptors
         and not packed
         and h_small % box[1] == w_small % box[2] == 0  # A ragged box would pair zeros with pixels.
-        and _descriptors_fit(big, small, geometry)
+        and _descriptors_fit(geometry, big, small)
     )
     k_tiles = _pixel_tiles((n, h_small, w_small), config.block_k, box if boxed else None)
     columns = geometry.taps * c_big if packed else c_big
@@ -376,9 +376,7 @@ def _conv(direction, source, weight, geometry, epilogue):
     if not to_small:
         m_size = tuple(map(_ceil_div, big.shape[1:3], geometry.stride))
 
-    config = configs.gemm_config(
-        _architecture(source), source.element_size(), n * math.prod(m_size), columns
-    )
+    config = _config(source, n * math.prod(m_size), columns, channels=(c_small, c_big))
     packed = to_small and c_big < config.block_k and geometry.taps > 1
     box = _box(config.block_m, *m_size)
     block_big, block_small = (
@@ -387,7 +385,7 @@ def _conv(direction, source, weight, geometry, epilogue):
     boxed = (
         config.descriptors
         and not packed
-        and _descriptors_fit(big, small, geometry)
+        and _descriptors_fit(geometry, big, small, weight)
         # A pixel's neighbour follows it in the folded view of a strided side: no reach into it.
         and (geometry.stride[1] == 1 or c_big % block_big == 0)
         and (to_small or _stride_divides_kernel(geometry))
@@ -441,6 +439,13 @@ def _conv(direction, source, weight, geometry, epilogue):
     return result, statistics
 
 
+def _config(operand, m, n, *, channels):
+    """The configuration of an m x n product of operands like this one."""
+    # 16 is what Triton tells a compiler about an integer: only then does it join loads.
+    scattered = any(c % 16 for c in channels)
+    return configs.gemm_config(_architecture(operand), operand.element_size(), m, n, scattered)
+
+
 def _collapse(big, small, geometry):
     """See an unpadded kernel that covers its whole input at once as the matrix product it is.
 
@@ -466,13 +471,11 @@ def _pixel_tiles(size, block, box):
     return math.prod(map(_ceil_div, size, box))
 
 
-def _descriptors_fit(big, small, geometry):
-    """Whether tensor descriptors can address both sides (the weight then fits too)."""
-    return (
-        all(t.shape[3] * t.element_size() % 16 == 0 and t.data_ptr() % 16 == 0 for t in (big, small))
-        and all(n % s == 0 for n, s in zip(geometry.big, geometry.stride, strict=True))
-        and max(big.shape[:3]) < 2**31
-    )
+def _descriptors_fit(geometry, *tensors):
+    """Whether tensor descriptors can address these tensors and a strided side folds evenly."""
+    aligned = (t.shape[-1] * t.element_size() % 16 == 0 and t.data_ptr() % 16 == 0 for t in tensors)
+    folds = all(n % s == 0 for n, s in zip(geometry.big, geometry.stride, strict=True))
+    return folds and all(aligned) and max(t.shape[0] for t in tensors) < 2**31
 
 
 def _stride_divides_kernel(geometry):
@@ -523,7 +526,7 @@ def _tile(config, box):
 
 
 def _elementwise(x):
-    """Grid and tile for one pass over an NHWC tensor as [rows, channels]: 4096 elements a program."""
+    """Grid and tile for one pass over an NHWC tensor as [rows, channels]."""
     channels = x.shape[3]
     block_c = min(64, _power_of_two(channels))
     block_r = 64 if INTERPRETING else 4096 // block_c
@@ -543,9 +546,7 @@ def _sampling_grid(mu, *, rows_matter):
     # A row is cut where there are too few of them to fill a GPU, and at the grid's limit.
     parts = min(column_tiles, max(1, 8 * _BUSY_PROGRAMS // row_tiles))
     tiles_per_part = _ceil_div(column_tiles, parts)
-    sizes = dict(
-        N=rows, D=columns, tiles_per_part=tiles_per_part, BLOCK_N=block_n, BLOCK_Q=block_q
-    )
+    sizes = dict(N=rows, D=columns, tiles_per_part=tiles_per_part, BLOCK_N=block_n, BLOCK_Q=block_q)
     return (row_tiles, _ceil_div(column_tiles, tiles_per_part)), sizes
 
 
@@ -587,7 +588,7 @@ def _architecture(tensor):
 
 
 def _precision(tensor):
-    """How float32 products round: TF32 where PyTorch's convolutions may use it, as by its setting."""
+    """How float32 products round: to TF32 where PyTorch's convolutions may use it."""
     if tensor.dtype != torch.float32 or torch.version.hip:
         return "ieee"
     return "tf32" if torch.backends.cudnn.conv.fp32_precision == "tf32" else "ieee"

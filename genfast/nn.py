@@ -124,10 +124,9 @@ class FusedBlock(nn.Module):
         super().__init__()
         if activation not in reference.ACTIVATIONS:
             raise ValueError(
-                f"expected an activation among {reference.ACTIVATIONS}, "
-                f"got {activation!r}"
+                f"expected an activation among {reference.ACTIVATIONS}, got {activation!r}"
             )
-        # The kernels' own layout, so that no step repacks the weight; shapes and keys do not change.
+        # The kernels' own layout, so that no step repacks the weight; shapes and keys stay.
         self.conv = conv.to(memory_format=torch.channels_last)
         channels = conv.out_channels
         self.norm = nn.BatchNorm2d(channels, eps=eps, momentum=momentum) if norm else None
@@ -312,13 +311,14 @@ class FusedSequential(nn.Sequential):
 
     def _take_block(self, children):
         """The first children that make one run: one child, or a convolution and what follows it."""
-        first, *following = children
-        taken = [first]
-        if not isinstance(first[1], (nn.Conv2d, nn.ConvTranspose2d)) or self._why_not_fused(*first):
+        taken = children[:1]
+        _, first = children[0]
+        if not isinstance(first, (nn.Conv2d, nn.ConvTranspose2d)) or self._why_not_fused(*taken[0]):
             return taken
         for kinds in ((nn.BatchNorm2d,), tuple(_ACTIVATIONS)):
-            if following and type(following[0][1]) in kinds and not self._why_not_fused(*following[0]):
-                taken.append(following.pop(0))
+            following = children[len(taken) : len(taken) + 1]
+            if any(isinstance(m, kinds) and not self._why_not_fused(n, m) for n, m in following):
+                taken = taken + following
         return taken
 
     def _why_not_fused(self, name, module):

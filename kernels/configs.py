@@ -67,14 +67,23 @@ _SHIPPED = {
         ),
     },
 }
+# Where channels are not a multiple of 16, every element is addressed, loaded and stored on its own:
+# small tiles and many warps, or the addresses alone fill the registers.
+_SCATTERED = (
+    GemmConfig(64, 64, 32, 8, 2, False),
+    GemmConfig(64, 32, 32, 8, 2, False),
+    GemmConfig(64, 16, 32, 4, 2, False),
+)
 # Data-centre Blackwell starts from Hopper's tiles.
 _SHIPPED["sm_100"] = _SHIPPED["sm_90"]
 
 
-def shipped(architecture, itemsize):
+def shipped(architecture, itemsize, scattered=False):
     """The configurations of an architecture for elements of `itemsize` bytes, widest tile first."""
     if architecture == "interpreter":
         return _INTERPRETED
+    if scattered:
+        return _SCATTERED
     if architecture in _SHIPPED:
         return _SHIPPED[architecture][itemsize]
     # Consumer Blackwell, Ada and older have Ampere's shared memory; other AMD chips CDNA3's.
@@ -82,15 +91,16 @@ def shipped(architecture, itemsize):
     return _SHIPPED[family][itemsize]
 
 
-def gemm_config(architecture, itemsize, m, n):
+def gemm_config(architecture, itemsize, m, n, scattered):
     """The configuration for an m x n product: no wider than its columns and rows need.
 
     Args:
         architecture: "sm_90", "gfx942" and so on, or "interpreter".
         itemsize: bytes of an operand's element.
         m, n: rows and columns of the product.
+        scattered: whether a number of channels is not a multiple of 16.
     """
-    candidates = shipped(architecture, itemsize)
+    candidates = shipped(architecture, itemsize, scattered)
     for config in candidates:
         if config.block_n <= max(n, 16) and config.block_m <= max(m, 64):
             return config

@@ -63,10 +63,11 @@ def fprop(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """out[n, y, x, cs] = act(sum over taps and cb of big * weight), M = pixels of small, N = C_small.
+    """out[n, y, x, cs] = act(sum over taps and cb of big * weight).
 
-    Grid: (tiles of pixels * tiles of C_small). PACKED makes (tap, cb) one reduction axis, which
-    wastes nothing when C_big is less than BLOCK_K: an image has 3 channels.
+    M = pixels of small, N = C_small, K = taps * C_big. PACKED makes (tap, cb) one reduction axis,
+    which wastes nothing when C_big is less than BLOCK_K: an image has 3 channels. Grid: (tiles of
+    pixels * tiles of C_small).
     """
     TAPS: tl.constexpr = KH * KW
     tiles_n = tl.cdiv(C_small, BLOCK_N)
@@ -169,7 +170,7 @@ def dgrad(
     N = C_big. Grid: (tiles of pixels * tiles of C_big, phases).
     """
     TAPS: tl.constexpr = KH * KW
-    # The taps of a phase; the last ones may lie beyond the kernel where the stride does not divide it.
+    # The taps of a phase; the last may lie beyond a kernel that the stride does not divide.
     PHASE_KH: tl.constexpr = (KH + STRIDE_H - 1) // STRIDE_H
     PHASE_KW: tl.constexpr = (KW + STRIDE_W - 1) // STRIDE_W
     PHASE_TAPS: tl.constexpr = PHASE_KH * PHASE_KW
@@ -307,7 +308,9 @@ def wgrad(
 
 
 @triton.jit
-def sum_partials(partials_ptr, out_ptr, length, parts, ACC_DTYPE: tl.constexpr, BLOCK: tl.constexpr):
+def sum_partials(
+    partials_ptr, out_ptr, length, parts, ACC_DTYPE: tl.constexpr, BLOCK: tl.constexpr
+):
     """out[i] = sum over p of partials[p, i], always in the order of p. Grid: (tiles of length)."""
     i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     acc = tl.zeros((BLOCK,), dtype=ACC_DTYPE)
@@ -362,7 +365,7 @@ def _load_big(
     STRIDE_H: tl.constexpr, STRIDE_W: tl.constexpr, PAD_H: tl.constexpr, PAD_W: tl.constexpr,
     DESCRIPTORS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """[ROWS, COLUMNS] of big: the pixels that meet small's (n, y, x) at tap (ky, kx), channels c0..."""
+    """[ROWS, COLUMNS] of big: the pixels that meet small's (n, y, x) at a tap, channels c0 on."""
     if DESCRIPTORS:
         # Device division rounds towards zero; adding PAD strides first makes it a floor.
         shift_y = (ky - PAD_H + PAD_H * STRIDE_H) // STRIDE_H - PAD_H
@@ -393,11 +396,17 @@ def _load_big_packed(
 ):  # fmt: skip
     """As `_load_big`, each column k being a tap and a channel: k = (ky * KW + kx) * C + c."""
     tap = k // C
-    Y = (y * STRIDE_H - PAD_H)[:, None] + (tap // KW)[None, :]
-    X = (x * STRIDE_W - PAD_W)[:, None] + (tap % KW)[None, :]
+    ky = tap // KW
+    kx = tap % KW
+    Y0 = y * STRIDE_H - PAD_H
+    X0 = x * STRIDE_W - PAD_W
+    Y = Y0[:, None] + ky[None, :]
+    X = X0[:, None] + kx[None, :]
     inside = exists[:, None] & (tap < TAPS)[None, :] & (Y >= 0) & (Y < H) & (X >= 0) & (X < W)
-    pixel = (n[:, None] * H + Y) * W + X
-    return tl.load(big + pixel * C + (k % C)[None, :], mask=inside, other=0.0)
+    # A row's part and a column's part: one 64-bit addition an element, which saves registers.
+    row_offset = ((n * H + Y0) * W + X0) * C
+    column_offset = (ky * W + kx) * C + k % C
+    return tl.load(big + row_offset[:, None] + column_offset[None, :], mask=inside, other=0.0)
 
 
 @triton.jit

@@ -24,7 +24,7 @@ def reparameterize(
     BLOCK_N: tl.constexpr,
     BLOCK_Q: tl.constexpr,
 ):
-    """z = mu + exp(logvar / 2) * eps and, with HAS_KL, this part's share of the row's KL divergence.
+    """z = mu + exp(logvar / 2) * eps and, with HAS_KL, this part's share of each row's KL.
 
     kl[part, n] = 1/2 * sum over the part's columns of mu^2 + exp(logvar) - 1 - logvar (Kingma and
     Welling, 2014, appendix B). Grid: (tiles of rows, parts of the columns).

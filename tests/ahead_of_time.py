@@ -1,0 +1,223 @@
+"""Compile every kernel and shipped configuration for GPUs that are not here, and read the result.
+
+    python tests/ahead_of_time.py sm_90            a table
+    python tests/ahead_of_time.py sm_90 --json     one JSON object a kernel, for the tests
+
+The kernels are those that `genfast.launch` would start for the cases below: it runs as it is, with
+the starting replaced by compiling and the architecture by the one asked for. Nothing executes, so
+the tensors' values mean nothing. Not for TRITON_INTERPRET=1.
+"""
+
+import argparse
+import contextlib
+import dataclasses
+import json
+import re
+import subprocess
+import tempfile
+from pathlib import Path
+from unittest import mock
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.backends.driver import DriverBase
+
+from genfast import launch
+from genfast.geometry import ConvGeometry
+from genfast.launch import Epilogue
+
+TARGETS = {
+    "sm_80": GPUTarget("cuda", 80, 32),
+    "sm_90": GPUTarget("cuda", 90, 32),
+    "sm_100": GPUTarget("cuda", 100, 32),
+    "gfx942": GPUTarget("hip", "gfx942", 64),
+}
+
+
+class AbsentDriver(DriverBase):
+    """Says which GPU to compile for, and can start nothing."""
+
+    def __init__(self, architecture):
+        self.architecture = architecture
+
+    @classmethod
+    def is_active(cls):
+        return True
+
+    def get_current_target(self):
+        return TARGETS[self.architecture]
+
+    def get_current_device(self):
+        return self.architecture
+
+    def get_current_stream(self, device):
+        return 0
+
+    def get_active_torch_device(self):
+        raise NotImplementedError
+
+    def get_benchmarker(self):
+        raise NotImplementedError
+
+    def map_python_to_cpp_type(self, ty):
+        raise NotImplementedError
+
+
+def compile_cases(architecture):
+    """Compile what the cases start; yield a dictionary of facts for each distinct kernel."""
+    triton.runtime.driver.set_active(AbsentDriver(architecture))
+    started = {}
+
+    def record(kernel, grid, **arguments):
+        compiled = kernel.warmup(**arguments, grid=grid)
+        facts = {
+            "kernel": kernel.__name__,
+            "dtype": _dtype(arguments),
+            "loader": "descriptors" if arguments.get("DESCRIPTORS") else "pointers",
+            "tile": [arguments[k] for k in ("BLOCK_M", "BLOCK_N", "BLOCK_K") if k in arguments],
+            "warps": compiled.metadata.num_warps,
+            "shared": compiled.metadata.shared,
+        }
+        started.setdefault(compiled.hash, facts | _read(compiled, architecture))
+
+    with (
+        mock.patch.object(launch, "_start", record),
+        mock.patch.object(launch, "_architecture", lambda tensor: architecture),
+    ):
+        for case in _cases(architecture):
+            before = set(started)
+            case()
+            yield from (started[key] for key in started if key not in before)
+
+
+def _cases(architecture):
+    k4s2 = ConvGeometry((16, 16), (8, 8), (4, 4), (2, 2), (1, 1))
+    k3s2_odd = ConvGeometry((15, 15), (8, 8), (3, 3), (2, 2), (1, 1))
+    for dtype in (torch.bfloat16, torch.float16, torch.float32):
+        configs = launch.configs.shipped(architecture, dtype.itemsize)
+        for config in configs if dtype != torch.float16 else configs[:1]:
+            with_descriptors = _force(config)
+            yield with_descriptors(lambda d=dtype: _convolutions(k4s2, d, 256, 128))
+            if config.descriptors and dtype != torch.float16:  # The other loader.
+                pointers = dataclasses.replace(config, descriptors=False)
+                yield _force(pointers)(lambda d=dtype: _convolutions(k4s2, d, 256, 128))
+        # The ends of the networks, an odd size, and what surrounds the convolutions.
+        yield lambda d=dtype: _convolutions(k4s2, d, 128, 3)
+        for config in launch.configs.shipped(architecture, dtype.itemsize, scattered=True):
+            yield _force(config)(lambda d=dtype: _convolutions(k3s2_odd, d, 40, 24))
+        yield lambda d=dtype: _around(d)
+
+
+def _force(config):
+    def wrap(case):
+        def forced():
+            with mock.patch.object(launch.configs, "gemm_config", lambda *_: config):
+                case()
+
+        return forced
+
+    return wrap
+
+
+def _image(channels, size, dtype):
+    return torch.empty(64, channels, *size, dtype=dtype).to(memory_format=torch.channels_last)
+
+
+def _convolutions(geometry, dtype, c_small, c_big):
+    big, small = _image(c_big, geometry.big, dtype), _image(c_small, geometry.small, dtype)
+    weight = torch.empty(c_small, c_big, *geometry.kernel_size, dtype=dtype)
+    statistics = Epilogue(statistics=True)
+    launch.fprop(big, weight, geometry, statistics)
+    launch.dgrad(small, weight, geometry, statistics)
+    launch.wgrad(big, small, geometry)
+
+
+def _around(dtype):
+    """Batch norm and sampling, and the epilogues that the generator's last layer and eval use."""
+    geometry = ConvGeometry((16, 16), (8, 8), (4, 4), (2, 2), (1, 1))
+    z = _image(64, geometry.big, dtype)
+    small = _image(128, geometry.small, dtype)
+    weight, bias = torch.empty(128, 64, 4, 4, dtype=dtype), torch.empty(64, dtype=dtype)
+    gamma, beta = torch.empty(64), torch.empty(64)
+    launch.dgrad(small, weight, geometry, Epilogue(bias=bias, activation="tanh"))
+    evaluation = Epilogue(vectors=torch.empty(5, 64), activation="relu")
+    launch.dgrad(small, weight, geometry, evaluation)
+    _, statistics = launch.dgrad(small, weight, geometry, Epilogue(statistics=True))
+    launch.combine_statistics(launch.TileStatistics(
+        torch.empty(999), torch.empty(999, 64), torch.empty(999, 64), 1
+    ), gamma, beta, 1e-5)  # fmt: skip
+    vectors = launch.combine_statistics(statistics, gamma, beta, 1e-5)
+    # The others differ in a few instructions; each is compiled once.
+    every = ("relu", "leaky_relu", "tanh", "sigmoid", "identity")
+    for activation in every if dtype == torch.bfloat16 else every[:1]:
+        options = dict(activation=activation, negative_slope=0.2)
+        launch.normalize_activate(z, vectors, **options)
+        launch.norm_backward(z, z, vectors, training=True, need_dz=True, **options)
+        launch.activation_backward(z, z, **options)
+    launch.norm_backward(
+        z, z, vectors, training=False, need_dz=True, activation="relu", negative_slope=0.0
+    )
+    mu, seed = torch.empty(128, 100, dtype=dtype), torch.empty(1, dtype=torch.int64)
+    for with_kl in (False, True):
+        launch.reparameterize(mu, mu, seed, with_kl=with_kl)
+        launch.reparameterize_backward(
+            mu, mu[:, 0] if with_kl else None, mu, mu, seed, with_kl=with_kl
+        )
+
+
+def _dtype(arguments):
+    floats = (getattr(a, "base", a) for a in arguments.values())
+    dtypes = (a.dtype for a in floats if isinstance(a, torch.Tensor) and a.is_floating_point())
+    return str(next(dtypes)).removeprefix("torch.")
+
+
+def _read(compiled, architecture):
+    if architecture.startswith("gfx"):
+        text = compiled.asm["amdgcn"]
+        return {
+            "registers": _number(r"\.vgpr_count:\s+(\d+)", text),
+            "spills": _number(r"\.vgpr_spill_count:\s+(\d+)", text),
+            "matrix": len(re.findall(r"v_mfma", text)),
+            "tma": 0,
+        }
+    ptx = compiled.asm["ptx"]
+    with tempfile.TemporaryDirectory() as folder:
+        cubin = Path(folder) / "kernel.cubin"
+        cubin.write_bytes(compiled.asm["cubin"])
+        command = [triton.knobs.nvidia.cuobjdump.path, "-res-usage", cubin]
+        usage = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    return {
+        "registers": _number(r"REG:(\d+)", usage),
+        "spills": _number(r"LOCAL:(\d+)", usage) + _number(r"STACK:(\d+)", usage),
+        "matrix": len(re.findall(r"wgmma\.mma_async|tcgen05\.mma|mma\.sync", ptx)),
+        "wgmma": len(re.findall(r"wgmma\.mma_async", ptx)),
+        "tma": len(re.findall(r"cp\.async\.bulk\.tensor", ptx)),
+    }
+
+
+def _number(pattern, text):
+    return int(re.search(pattern, text).group(1))
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("architecture", choices=TARGETS)
+    parser.add_argument("--json", action="store_true", help="one JSON object a line")
+    arguments = parser.parse_args()
+    with contextlib.suppress(BrokenPipeError):
+        for facts in compile_cases(arguments.architecture):
+            print(json.dumps(facts) if arguments.json else _row(facts), flush=True)
+
+
+def _row(facts):
+    tile = "x".join(map(str, facts["tile"]))
+    return (
+        f"{facts['kernel']:32} {facts['dtype']:9} {facts['loader']:11} {tile:11} "
+        f"{facts['warps']} warps {facts['registers']:4} registers {facts['spills']:4} spills "
+        f"{facts['shared']:7} B shared {facts['matrix']:4} matrix {facts['tma']:3} TMA"
+    )
+
+
+if __name__ == "__main__":
+    main()

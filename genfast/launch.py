@@ -88,7 +88,7 @@ def dgrad(small, weight, geometry, epilogue=PLAIN):
 def wgrad(big, small, geometry):
     """The weight gradient of `conv2d` and `conv_transpose2d`: (C_small, C_big, kh, kw)."""
     big, small = nhwc(big), nhwc(small)
-    shape = (small.shape[3], *geometry.kernel_size, big.shape[3])
+    dweight = _channels_last((small.shape[3], *geometry.kernel_size, big.shape[3]), big)
     big, small, geometry = _collapse(big, small, geometry)
     n, h_small, w_small, c_small = small.shape
     _, h_big, w_big, c_big = big.shape
@@ -112,10 +112,9 @@ def wgrad(big, small, geometry):
     splits = _ceil_div(k_tiles, tiles_per_split)
 
     acc_dtype = _acc_dtype(big.dtype)
-    out = torch.empty(shape, dtype=big.dtype, device=big.device)
-    target = out
+    target = dweight
     if splits > 1:
-        target = torch.empty((splits, out.numel()), dtype=acc_dtype, device=big.device)
+        target = torch.empty((splits, dweight.numel()), dtype=acc_dtype, device=big.device)
     _start(
         conv.wgrad,
         (mn_tiles, taps, splits),
@@ -139,12 +138,12 @@ def wgrad(big, small, geometry):
         **_tile(config, box),
     )
     if splits > 1:
-        sum_partials(target, out)
-    return out.permute(0, 3, 1, 2)
+        sum_partials(target, dweight)
+    return dweight
 
 
 def sum_partials(partials, out):
-    """out = partials.sum(0), in the order of the parts, into `out` of any shape and dtype."""
+    """out = partials.sum(0), in the order of the parts, into dense `out` of any shape and dtype."""
     _start(
         conv.sum_partials,
         (_ceil_div(out.numel(), 1024),),
@@ -205,7 +204,7 @@ def _combine(statistics, chunks, combined=None, vectors=None, gamma=None, beta=N
 def normalize_activate(z, vectors, activation, negative_slope):
     """act((z - mean) * scale + shift): (N, C, H, W) to the same, channels_last."""
     z = nhwc(z)
-    y = torch.empty_like(z)
+    y = _channels_last(z.shape, z)
     grid, tile = _elementwise(z)
     _start(
         norm.normalize_activate,
@@ -219,7 +218,7 @@ def normalize_activate(z, vectors, activation, negative_slope):
         ACTIVATION=activation,
         **tile,
     )
-    return y.permute(0, 3, 1, 2)
+    return y
 
 
 def norm_backward(dy, z, vectors, *, training, need_dz, activation, negative_slope):
@@ -257,7 +256,7 @@ def norm_backward(dy, z, vectors, *, training, need_dz, activation, negative_slo
     sum_partials(partials, sums)
     if not need_dz:
         return None, sums
-    dz = torch.empty_like(z)
+    dz = _channels_last(z.shape, z)
     _start(
         norm.norm_backward,
         grid,
@@ -267,13 +266,13 @@ def norm_backward(dy, z, vectors, *, training, need_dz, activation, negative_slo
         **common,
         **tile,
     )
-    return dz.permute(0, 3, 1, 2), sums
+    return dz, sums
 
 
 def activation_backward(dy, y, activation, negative_slope):
     """dy * act'(u), computed from the output y = act(u): (N, C, H, W), channels_last."""
     dy, y = nhwc(dy), nhwc(y)
-    du = torch.empty_like(y)
+    du = _channels_last(y.shape, y)
     _start(
         norm.activation_backward_from_output,
         (_ceil_div(y.numel(), 1024),),
@@ -286,7 +285,7 @@ def activation_backward(dy, y, activation, negative_slope):
         ACTIVATION=activation,
         BLOCK=1024,
     )
-    return du.permute(0, 3, 1, 2)
+    return du
 
 
 def reparameterize(mu, logvar, seed, *, with_kl):
@@ -301,7 +300,11 @@ def reparameterize(mu, logvar, seed, *, with_kl):
     grid, sizes = _sampling_grid(mu, rows_matter=with_kl)
     rows, parts = sizes["N"], grid[1]
     acc_dtype = _acc_dtype(mu.dtype)
-    partials = torch.empty((parts, rows), dtype=acc_dtype, device=mu.device) if with_kl else None
+    kl = partials = None
+    if with_kl:
+        kl = partials = torch.empty(rows, dtype=acc_dtype, device=mu.device)
+        if parts > 1:
+            partials = torch.empty((parts, rows), dtype=acc_dtype, device=mu.device)
     _start(
         sampling.reparameterize,
         grid,
@@ -314,11 +317,7 @@ def reparameterize(mu, logvar, seed, *, with_kl):
         HAS_KL=with_kl,
         **sizes,
     )
-    if not with_kl:
-        return z, None
-    kl = partials[0]
-    if parts > 1:
-        kl = torch.empty_like(kl)
+    if with_kl and parts > 1:
         sum_partials(partials, kl)
     return z, kl
 
@@ -354,6 +353,14 @@ def nhwc(x):
     return x.permute(0, 2, 3, 1).contiguous()
 
 
+def _channels_last(nhwc_shape, like):
+    """An empty (N, C, H, W) tensor; no view of another, so that callers may change it in place."""
+    n, h, w, c = nhwc_shape
+    return torch.empty(
+        (n, c, h, w), dtype=like.dtype, device=like.device, memory_format=torch.channels_last
+    )
+
+
 def _conv(direction, source, weight, geometry, epilogue):
     to_small = direction == "fprop"
     source, weight = nhwc(source), nhwc(weight)
@@ -361,8 +368,8 @@ def _conv(direction, source, weight, geometry, epilogue):
     channels = c_small if to_small else c_big
     n = source.shape[0]
     out_size = geometry.small if to_small else geometry.big
-    out = torch.empty((n, *out_size, channels), dtype=source.dtype, device=source.device)
-    result = out.permute(0, 3, 1, 2)
+    result = _channels_last((n, *out_size, channels), source)
+    out = nhwc(result)
 
     # From here on, in the terms of the matrix product that runs.
     big, small = (source, out) if to_small else (out, source)
@@ -575,7 +582,7 @@ def _interpret(kernel, grid, arguments):
 
     kernel[grid](**{name: widen(a) for name, a in arguments.items()})
     for half, wide in copies.values():
-        half.copy_(wide.view(half.shape))
+        half.copy_(wide)
 
 
 def _architecture(tensor):

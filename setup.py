@@ -10,7 +10,7 @@ HERE = Path(__file__).parent
 # Read as text: importing genfast would need PyTorch, which is not there yet.
 version = re.search(r'__version__ = "(.+)"', (HERE / "genfast/__init__.py").read_text()).group(1)
 
-train = ["pillow", "safetensors", "scikit-learn", "tqdm"]
+train = ["pillow", "scikit-learn", "tqdm"]
 benchmark = ["matplotlib", "pytest", "pytest-benchmark"]
 test = [*train, "pytest", "pytest-xdist", "ruff", "setuptools>=77"]
 

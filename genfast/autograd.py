@@ -191,20 +191,20 @@ class _ConvNormActivation(Function):
 
     @staticmethod
     def _differentiable_backward(ctx, dy):
-        x, weight, bias, gamma, beta, _, vectors = ctx.saved_tensors
-        geometry = ctx.geometry
-        z = _Convolution.apply(x, weight, geometry, ctx.transposed)
+        *inputs, _, vectors = ctx.saved_tensors
+        # Aliases: the gradient stops at them, also where one input was computed from another.
+        inputs = [t if t is None else t.view_as(t) for t in inputs]
+        x, weight, bias, gamma, beta = inputs
+        z = _Convolution.apply(x, weight, ctx.geometry, ctx.transposed)
         if bias is not None:
             z = z + bias[:, None, None]
-        mean = rstd_var = None
+        mean = var = None
         if not ctx.training:
-            mean = vectors[launch.MEAN].to(z.dtype)
-            rstd_var = (vectors[launch.RSTD].to(z.dtype) ** -2) - ctx.eps
+            mean, var = vectors[launch.MEAN], vectors[launch.RSTD] ** -2 - ctx.eps
         y = torch.nn.functional.batch_norm(
-            z, mean, rstd_var, gamma, beta, training=ctx.training, momentum=0.0, eps=ctx.eps
+            z, mean, var, gamma, beta, training=ctx.training, momentum=0.0, eps=ctx.eps
         )
         y = reference.activate(y, ctx.activation, ctx.negative_slope)
-        inputs = (x, weight, bias, gamma, beta)
         wanted = [i for i in range(5) if ctx.needs_input_grad[i]]
         found = torch.autograd.grad(y, [inputs[i] for i in wanted], dy, create_graph=True)
         gradients = [None] * 11
@@ -219,7 +219,6 @@ class _Reparameterize(Function):
     @staticmethod
     def forward(ctx, mu, logvar, seed, with_kl):
         ctx.save_for_backward(mu, logvar, seed)
-        ctx.with_kl = with_kl
         ctx.set_materialize_grads(False)
         return launch.reparameterize(mu, logvar, seed, with_kl=with_kl)
 
@@ -229,12 +228,10 @@ class _Reparameterize(Function):
         if dz is None and dkl is None:
             return None, None, None, None
         if not torch.is_grad_enabled():
-            dmu, dlogvar = launch.reparameterize_backward(
-                dz, dkl, mu, logvar, seed, with_kl=ctx.with_kl
-            )
+            dmu, dlogvar = launch.reparameterize_backward(dz, dkl, mu, logvar, seed)
             return dmu, dlogvar, None, None
         zeros = torch.zeros_like(mu)
-        eps = launch.reparameterize(zeros, zeros, seed, with_kl=ctx.with_kl)[0]
+        eps = launch.reparameterize(zeros, zeros, seed, with_kl=False)[0]
         dmu = dlogvar = zeros
         if dz is not None:
             dmu = dmu + dz

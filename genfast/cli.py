@@ -58,7 +58,7 @@ def _tell(message):
 
 def _train(args):
     given = {name: getattr(args, name) for name in SETTINGS if getattr(args, name) is not None}
-    device = _device(args.device)
+    device = _working_device(args.device)
     resume_from = _resume_from(args)
     out = _out_folder(args, resume_from)
     if resume_from:
@@ -110,7 +110,7 @@ def _out_folder(args, resume_from):
 
 
 def _default_out(args):
-    return Path(args.out or f"runs/{args.model}-{Path(args.data).name}")
+    return Path(args.out or f"runs/{args.model}-{Path(args.data).resolve().name}")
 
 
 def _sample(args):
@@ -119,7 +119,7 @@ def _sample(args):
     out = Path(args.out)
     if not out.parent.is_dir():
         raise BadInput(f"expected --out in a folder that exists, got {out}")
-    sample_checkpoint(path, args.num, out, device=_device(args.device), seed=args.seed)
+    sample_checkpoint(path, args.num, out, device=_working_device(args.device), seed=args.seed)
     print(out)
     return 0
 
@@ -144,7 +144,7 @@ def _env(args):
 
 
 def _demo(args):
-    return 0 if demo(Path(args.out), _device(args.device)) else 130
+    return 0 if demo(Path(args.out), _working_device(args.device)) else 130
 
 
 def _device(name):
@@ -161,6 +161,15 @@ def _device(name):
             f"expected --device to be one this machine has, got {name!r}; PyTorch finds "
             f"{torch.cuda.device_count()} GPUs"
         )
+    return device
+
+
+def _working_device(name):
+    """As `_device`; BadInput if GENFAST_BACKEND asks for kernels that cannot run there."""
+    device = _device(name)
+    reason = why_not_triton(torch.empty(1, device=device))
+    if reason and selected_backend() == "triton":
+        raise BadInput(f"expected kernels to run, as GENFAST_BACKEND=triton asks, but {reason}")
     return device
 
 
@@ -200,8 +209,8 @@ def _add_train(commands):
         "--image-size",
         type=int,
         metavar="PIXELS",
-        help=f"height and width, one of {', '.join(map(str, IMAGE_SIZES))} (default: 32 for "
-        "digits, 64 for photos and folders, that of the images for arrays)",
+        help=f"height and width, one of {', '.join(map(str, IMAGE_SIZES))} (default: 16 for "
+        "digits, 32 with dcgan; 64 for photos and folders; that of the images for arrays)",
     )
     _add_setting(parser, "batch_size", _whole, "images a step")
     _add_setting(parser, "epochs", _whole, "passes over the images")

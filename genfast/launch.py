@@ -297,7 +297,7 @@ def reparameterize(mu, logvar, seed, *, with_kl):
     """
     mu, logvar = mu.contiguous(), logvar.contiguous()
     z = torch.empty_like(mu)
-    grid, sizes = _sampling_grid(mu, rows_matter=with_kl)
+    grid, sizes = _sampling_grid(mu)
     rows, parts = sizes["N"], grid[1]
     acc_dtype = _acc_dtype(mu.dtype)
     kl = partials = None
@@ -322,14 +322,11 @@ def reparameterize(mu, logvar, seed, *, with_kl):
     return z, kl
 
 
-def reparameterize_backward(dz, dkl, mu, logvar, seed, *, with_kl):
-    """The gradients of mu and logvar; dz or dkl is None where nothing flows back.
-
-    `with_kl` says which forward it was: the noise depends on how that saw its rows.
-    """
+def reparameterize_backward(dz, dkl, mu, logvar, seed):
+    """The gradients of mu and logvar; dz or dkl is None where nothing flows back."""
     mu, logvar = mu.contiguous(), logvar.contiguous()
     dmu, dlogvar = torch.empty_like(mu), torch.empty_like(logvar)
-    grid, sizes = _sampling_grid(mu, rows_matter=with_kl)
+    grid, sizes = _sampling_grid(mu)
     _start(
         sampling.reparameterize_backward,
         grid,
@@ -542,9 +539,9 @@ def _elementwise(x):
     return grid, dict(BLOCK_R=block_r, BLOCK_C=block_c)
 
 
-def _sampling_grid(mu, *, rows_matter):
-    """Grid and sizes for sampling. Only KL needs rows; else the tensor is one long row."""
-    rows = mu.shape[0] if rows_matter else 1
+def _sampling_grid(mu):
+    """Grid and sizes for sampling, mu seen as a matrix of its first dimension and the rest."""
+    rows = mu.shape[0] if mu.dim() else 1
     columns = mu.numel() // rows
     quarter = _ceil_div(columns, 4)
     block_q = min(256, _power_of_two(quarter))

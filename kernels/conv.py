@@ -69,6 +69,7 @@ def fprop(
     which wastes nothing when C_big is less than BLOCK_K: an image has 3 channels. Grid: (tiles of
     pixels * tiles of C_small).
     """
+    OUT_DTYPE: tl.constexpr = out.dtype if DESCRIPTORS else out.dtype.element_ty
     TAPS: tl.constexpr = KH * KW
     tiles_n = tl.cdiv(C_small, BLOCK_N)
     tile = tl.program_id(0) // tiles_n
@@ -110,15 +111,16 @@ def fprop(
     acc = _epilogue(
         acc, exists, tile, cs, C_small, channels, bias_ptr, vectors_ptr,
         count_ptr, mean_ptr, m2_ptr, negative_slope, HAS_BIAS, HAS_NORM, HAS_STATISTICS, ACTIVATION,
+        OUT_DTYPE,
     )  # fmt: skip
     if DESCRIPTORS:
-        box = acc.to(out.dtype).reshape(BOX_N, BOX_H, BOX_W, BLOCK_N)
+        box = acc.to(OUT_DTYPE).reshape(BOX_N, BOX_H, BOX_W, BLOCK_N)
         out.store([n0, y0, x0, cs0], box)
     else:
         pixel = (n * H_small + y) * W_small + x
         tl.store(
             out + pixel[:, None] * C_small + cs[None, :],
-            acc.to(out.dtype.element_ty),
+            acc.to(OUT_DTYPE),
             mask=exists[:, None] & (cs < C_small)[None, :],
         )
 
@@ -169,6 +171,7 @@ def dgrad(
     dense stride-1 convolution and nothing is multiplied by an inserted zero. M = pixels of a phase,
     N = C_big. Grid: (tiles of pixels * tiles of C_big, phases).
     """
+    OUT_DTYPE: tl.constexpr = out.dtype if DESCRIPTORS else out.dtype.element_ty
     TAPS: tl.constexpr = KH * KW
     # The taps of a phase; the last may lie beyond a kernel that the stride does not divide.
     PHASE_KH: tl.constexpr = (KH + STRIDE_H - 1) // STRIDE_H
@@ -218,15 +221,16 @@ def dgrad(
     acc = _epilogue(
         acc, exists, phase * tiles + tile, cb, C_big, channels, bias_ptr, vectors_ptr,
         count_ptr, mean_ptr, m2_ptr, negative_slope, HAS_BIAS, HAS_NORM, HAS_STATISTICS, ACTIVATION,
+        OUT_DTYPE,
     )  # fmt: skip
     if DESCRIPTORS:
-        box = acc.to(out.dtype).reshape(BOX_N, BOX_H, 1, BOX_W, BLOCK_N)
+        box = acc.to(OUT_DTYPE).reshape(BOX_N, BOX_H, 1, BOX_W, BLOCK_N)
         out.store([n0, y0, py, x0, px * C_big + cb0], box)
     else:
         pixel = (n * H_big + y * STRIDE_H + py) * W_big + x * STRIDE_W + px
         tl.store(
             out + pixel[:, None] * C_big + cb[None, :],
-            acc.to(out.dtype.element_ty),
+            acc.to(OUT_DTYPE),
             mask=exists[:, None] & (cb < C_big)[None, :],
         )
 
@@ -460,20 +464,21 @@ def _epilogue(
     acc, exists, tile, column, columns, channels, bias_ptr, vectors_ptr,
     count_ptr, mean_ptr, m2_ptr, negative_slope,
     HAS_BIAS: tl.constexpr, HAS_NORM: tl.constexpr, HAS_STATISTICS: tl.constexpr,
-    ACTIVATION: tl.constexpr,
+    ACTIVATION: tl.constexpr, OUT_DTYPE: tl.constexpr,
 ):  # fmt: skip
     """Bias, this tile's batch statistics, normalisation by known statistics, activation.
 
-    The statistics are of the accumulator before rounding: count[tile], mean[tile, column] and
-    m2[tile, column], the sum of squared deviations from that mean.
+    The statistics, count[tile], mean[tile, column] and m2[tile, column] (the sum of squared
+    deviations from that mean), are of the values as they are stored, since those get normalised.
     """
     channel = column % channels
     if HAS_BIAS:
         acc += tl.load(bias_ptr + channel).to(acc.dtype)[None, :]
     if HAS_STATISTICS:
+        stored = acc.to(OUT_DTYPE).to(acc.dtype)
         count = tl.sum(exists.to(acc.dtype), axis=0)
-        mean = tl.sum(tl.where(exists[:, None], acc, 0.0), axis=0) / tl.maximum(count, 1.0)
-        deviation = tl.where(exists[:, None], acc - mean[None, :], 0.0)
+        mean = tl.sum(tl.where(exists[:, None], stored, 0.0), axis=0) / tl.maximum(count, 1.0)
+        deviation = tl.where(exists[:, None], stored - mean[None, :], 0.0)
         offset = tile.to(tl.int64) * columns + column
         tl.store(mean_ptr + offset, mean, mask=column < columns)
         tl.store(m2_ptr + offset, tl.sum(deviation * deviation, axis=0), mask=column < columns)

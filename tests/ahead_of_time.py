@@ -93,20 +93,26 @@ def compile_cases(architecture):
 
 def _cases(architecture):
     k4s2 = ConvGeometry((16, 16), (8, 8), (4, 4), (2, 2), (1, 1))
+    whole = ConvGeometry((4, 4), (1, 1), (4, 4), (1, 1), (0, 0))
     k3s2_odd = ConvGeometry((15, 15), (8, 8), (3, 3), (2, 2), (1, 1))
-    for dtype in (torch.bfloat16, torch.float16, torch.float32):
-        configs = launch.configs.shipped(architecture, dtype.itemsize)
-        for config in configs if dtype != torch.float16 else configs[:1]:
-            with_descriptors = _force(config)
-            yield with_descriptors(lambda d=dtype: _convolutions(k4s2, d, 256, 128))
-            if config.descriptors and dtype != torch.float16:  # The other loader.
-                pointers = dataclasses.replace(config, descriptors=False)
-                yield _force(pointers)(lambda d=dtype: _convolutions(k4s2, d, 256, 128))
-        # The ends of the networks, an odd size, and what surrounds the convolutions.
-        yield lambda d=dtype: _convolutions(k4s2, d, 128, 3)
-        for config in launch.configs.shipped(architecture, dtype.itemsize, scattered=True):
-            yield _force(config)(lambda d=dtype: _convolutions(k3s2_odd, d, 40, 24))
+    for dtype in (torch.bfloat16, torch.float32):
+        for config in launch.configs.shipped(architecture, dtype.itemsize):
+            yield _force(config)(lambda d=dtype: _convolutions(k4s2, d, 256, 128))
         yield lambda d=dtype: _around(d)
+    widest, *_ = launch.configs.shipped(architecture, torch.bfloat16.itemsize)
+    if widest.descriptors:
+        with_pointers = dataclasses.replace(widest, descriptors=False)
+        yield _force(with_pointers)(lambda: _convolutions(k4s2, torch.bfloat16, 256, 128))
+    for config in launch.configs.shipped(architecture, torch.bfloat16.itemsize, scattered=True):
+        yield _force(config)(lambda: _convolutions(k3s2_odd, torch.bfloat16, 40, 24))
+    # The ends of the networks. Triton makes an argument of 1 a constant, so sizes of 1 are kernels
+    # of their own.
+    yield lambda: _convolutions(k4s2, torch.bfloat16, 128, 3)
+    yield lambda: _convolutions(whole, torch.bfloat16, 1, 64)
+    yield lambda: _convolutions(whole, torch.bfloat16, 112, 64, batch=1)
+    # float16 differs from bfloat16 in the name of an instruction.
+    yield lambda: _convolutions(k4s2, torch.float16, 256, 128)
+    yield lambda: _convolutions(k3s2_odd, torch.float16, 40, 24)
 
 
 def _force(config):
@@ -120,12 +126,13 @@ def _force(config):
     return wrap
 
 
-def _image(channels, size, dtype):
-    return torch.empty(64, channels, *size, dtype=dtype).to(memory_format=torch.channels_last)
+def _image(channels, size, dtype, batch=64):
+    return torch.empty(batch, channels, *size, dtype=dtype).to(memory_format=torch.channels_last)
 
 
-def _convolutions(geometry, dtype, c_small, c_big):
-    big, small = _image(c_big, geometry.big, dtype), _image(c_small, geometry.small, dtype)
+def _convolutions(geometry, dtype, c_small, c_big, batch=64):
+    big = _image(c_big, geometry.big, dtype, batch)
+    small = _image(c_small, geometry.small, dtype, batch)
     weight = torch.empty(c_small, c_big, *geometry.kernel_size, dtype=dtype)
     statistics = Epilogue(statistics=True)
     launch.fprop(big, weight, geometry, statistics)
@@ -158,12 +165,11 @@ def _around(dtype):
     launch.norm_backward(
         z, z, vectors, training=False, need_dz=True, activation="relu", negative_slope=0.0
     )
-    mu, seed = torch.empty(128, 100, dtype=dtype), torch.empty(1, dtype=torch.int64)
-    for with_kl in (False, True):
+    seed = torch.empty(1, dtype=torch.int64)
+    for with_kl, shape in ((False, (128, 100)), (True, (128, 100)), (True, (1, 1))):
+        mu = torch.empty(shape, dtype=dtype)
         launch.reparameterize(mu, mu, seed, with_kl=with_kl)
-        launch.reparameterize_backward(
-            mu, mu[:, 0] if with_kl else None, mu, mu, seed, with_kl=with_kl
-        )
+        launch.reparameterize_backward(mu, mu[:, 0] if with_kl else None, mu, mu, seed)
 
 
 def _dtype(arguments):

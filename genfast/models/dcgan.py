@@ -1,0 +1,110 @@
+"""DCGAN: a GAN of convolutions (Radford, Metz and Chintala, 2016, arXiv:1511.06434).
+
+The layers, their names in `state_dict` and their initialisation are those of the DCGAN among
+PyTorch's public examples, so checkpoints load from one into the other. The discriminator ends
+before the example's sigmoid: it returns logits, from which the loss is computed more accurately.
+"""
+
+import torch
+from torch import nn
+
+from genfast.nn import FusedSequential
+
+IMAGE_SIZES = (16, 32, 64, 128, 256)
+
+
+def check_image_size(image_size):
+    """Raise ValueError unless repeated halving leads from `image_size` to 4."""
+    if image_size not in IMAGE_SIZES:
+        raise ValueError(
+            f"expected image_size to be a power of two from {IMAGE_SIZES[0]} to "
+            f"{IMAGE_SIZES[-1]}, got {image_size}"
+        )
+
+
+def weights_init(module):
+    """Initialise one layer as DCGANs are: `model.apply(weights_init)`.
+
+    Weights of convolutions are drawn from N(0, 0.02), those of batch norms from N(1, 0.02) with
+    biases of 0; the second number is the standard deviation.
+    """
+    if isinstance(module, nn.Conv2d | nn.ConvTranspose2d):
+        nn.init.normal_(module.weight, 0.0, 0.02)
+    elif isinstance(module, nn.BatchNorm2d):
+        nn.init.normal_(module.weight, 1.0, 0.02)
+        nn.init.zeros_(module.bias)
+
+
+class DCGANGenerator(nn.Module):
+    """Noise to images: 4x4 pixels first, then twice the size and half the channels a block.
+
+    Args:
+        nz: the length of the noise vector.
+        ngf: the channels of the last hidden layer; the first has ngf * image_size / 8.
+        nc: the channels of the images.
+        image_size: their height and width: 16, 32, 64, 128 or 256.
+
+    Shape:
+        (N, nz, 1, 1) to (N, nc, image_size, image_size), in [-1, 1].
+    """
+
+    def __init__(self, nz=100, ngf=64, nc=3, image_size=64):
+        super().__init__()
+        check_image_size(image_size)
+        self.latent_shape = (nz, 1, 1)
+        width = ngf * image_size // 8
+        layers = [
+            nn.ConvTranspose2d(nz, width, 4, 1, 0, bias=False),
+            nn.BatchNorm2d(width),
+            nn.ReLU(True),
+        ]
+        while width > ngf:
+            layers += [
+                nn.ConvTranspose2d(width, width // 2, 4, 2, 1, bias=False),
+                nn.BatchNorm2d(width // 2),
+                nn.ReLU(True),
+            ]
+            width //= 2
+        layers += [nn.ConvTranspose2d(ngf, nc, 4, 2, 1, bias=False), nn.Tanh()]
+        self.main = FusedSequential(*layers)
+        self.apply(weights_init)
+        # The layout the kernels read, so that no step repacks a weight.
+        self.to(memory_format=torch.channels_last)
+
+    def forward(self, z):
+        """Draw the images that these noise vectors stand for."""
+        return self.main(z)
+
+
+class DCGANDiscriminator(nn.Module):
+    """Images to logits, the generator mirrored: half the size and twice the channels a block.
+
+    Args:
+        nc: the channels of the images.
+        ndf: the channels of the first hidden layer; the last has ndf * image_size / 8.
+        image_size: height and width of the images: 16, 32, 64, 128 or 256.
+
+    Shape:
+        (N, nc, image_size, image_size) to (N,): positive where an image looks real.
+    """
+
+    def __init__(self, nc=3, ndf=64, image_size=64):
+        super().__init__()
+        check_image_size(image_size)
+        layers = [nn.Conv2d(nc, ndf, 4, 2, 1, bias=False), nn.LeakyReLU(0.2, True)]
+        width = ndf
+        while width < ndf * image_size // 8:
+            layers += [
+                nn.Conv2d(width, width * 2, 4, 2, 1, bias=False),
+                nn.BatchNorm2d(width * 2),
+                nn.LeakyReLU(0.2, True),
+            ]
+            width *= 2
+        layers += [nn.Conv2d(width, 1, 4, 1, 0, bias=False)]
+        self.main = FusedSequential(*layers)
+        self.apply(weights_init)
+        self.to(memory_format=torch.channels_last)
+
+    def forward(self, images):
+        """Judge the images."""
+        return self.main(images).flatten()

@@ -1,0 +1,105 @@
+"""Variational autoencoders (Kingma and Welling, 2014, arXiv:1312.6114).
+
+`VAE` has the layers, and the names in `state_dict`, of the VAE among PyTorch's public examples.
+Both models end in a sigmoid taken in at least float32 also under autocast: bfloat16 has no number
+between 0.996 and 1, and the loss takes the logarithm of one minus the result.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from genfast.functional import reparameterize
+from genfast.models.dcgan import check_image_size
+from genfast.nn import DiscriminatorBlock, GeneratorBlock
+
+
+def _sigmoid(logits):
+    return torch.sigmoid(logits.to(torch.promote_types(logits.dtype, torch.float32)))
+
+
+class VAE(nn.Module):
+    """One hidden layer each way, 784-400-20 by default.
+
+    Args:
+        image_dim: the number of values of an image.
+        hidden_dim: the width of the hidden layers.
+        latent_dim: the length of the latent vector.
+    """
+
+    def __init__(self, image_dim=784, hidden_dim=400, latent_dim=20):
+        super().__init__()
+        self.latent_dim = latent_dim
+        self.fc1 = nn.Linear(image_dim, hidden_dim)
+        self.fc21 = nn.Linear(hidden_dim, latent_dim)
+        self.fc22 = nn.Linear(hidden_dim, latent_dim)
+        self.fc3 = nn.Linear(latent_dim, hidden_dim)
+        self.fc4 = nn.Linear(hidden_dim, image_dim)
+
+    def encode(self, images):
+        """(N, ...) in [0, 1] to the mean and log-variance of the latent, (N, latent_dim) each."""
+        hidden = F.relu(self.fc1(images.flatten(1)))
+        return self.fc21(hidden), self.fc22(hidden)
+
+    def reparameterize(self, mu, logvar):
+        """Sample the latent: see `genfast.functional.reparameterize`."""
+        return reparameterize(mu, logvar)
+
+    def decode(self, z):
+        """(N, latent_dim) to flat images, (N, image_dim) in [0, 1]."""
+        return _sigmoid(self.fc4(F.relu(self.fc3(z))))
+
+    def forward(self, images):
+        """Images to (their reconstructions, mu, logvar)."""
+        mu, logvar = self.encode(images)
+        return self.decode(self.reparameterize(mu, logvar)), mu, logvar
+
+
+class ConvVAE(nn.Module):
+    """A VAE of the blocks DCGANs are made of: down to 4x4 pixels, and up again.
+
+    Args:
+        nc: the channels of the images.
+        image_size: their height and width: 16, 32, 64, 128 or 256.
+        latent_dim: the length of the latent vector.
+        width: the channels of the layers next to the image; each halving of the size doubles them.
+    """
+
+    def __init__(self, nc=1, image_size=32, latent_dim=32, width=32):
+        super().__init__()
+        check_image_size(image_size)
+        self.latent_dim = latent_dim
+        widest = width * image_size // 8
+        # The widths from the image's side to the 4x4 maps.
+        widths = [width]
+        while widths[-1] < widest:
+            widths.append(widths[-1] * 2)
+        self.encoder = nn.Sequential(
+            DiscriminatorBlock(nc, width),
+            *(DiscriminatorBlock(w, w * 2) for w in widths[:-1]),
+            DiscriminatorBlock(
+                widest, 2 * latent_dim, 4, 1, 0, bias=True, norm=False, activation="identity"
+            ),
+        )
+        self.decoder = nn.Sequential(
+            GeneratorBlock(latent_dim, widest, 4, 1, 0),
+            *(GeneratorBlock(w * 2, w) for w in reversed(widths[:-1])),
+            GeneratorBlock(width, nc, bias=True, norm=False, activation="identity"),
+        )
+
+    def encode(self, images):
+        """(N, nc, H, W) in [0, 1] to the mean and log-variance, (N, latent_dim) each."""
+        return self.encoder(images).flatten(1).chunk(2, dim=1)
+
+    def reparameterize(self, mu, logvar):
+        """Sample the latent: see `genfast.functional.reparameterize`."""
+        return reparameterize(mu, logvar)
+
+    def decode(self, z):
+        """(N, latent_dim) to images, (N, nc, H, W) in [0, 1]."""
+        return _sigmoid(self.decoder(z[:, :, None, None]))
+
+    def forward(self, images):
+        """Images to (their reconstructions, mu, logvar)."""
+        mu, logvar = self.encode(images)
+        return self.decode(self.reparameterize(mu, logvar)), mu, logvar

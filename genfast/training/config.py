@@ -1,0 +1,175 @@
+"""What a run is made of: its settings, their defaults for each model, and the step they build."""
+
+from dataclasses import asdict, dataclass, replace
+
+import torch
+
+from genfast.models import GAN, VAE, ConvVAE, DCGANDiscriminator, DCGANGenerator
+from genfast.models.dcgan import IMAGE_SIZES
+from genfast.training.checkpoint import read_checkpoint
+from genfast.training.data import fingerprint, load_images, resize
+from genfast.training.errors import BadInput
+from genfast.training.step import GANStep, VAEStep
+
+_COMMON = dict(seed=0, precision="auto")
+# Learning rates, betas and widths are those of the papers and of PyTorch's public examples. A model
+# has the settings named here and no other.
+DEFAULTS = {
+    "gan": dict(batch_size=64, epochs=50, lr=2e-4, beta1=0.5, nz=100, **_COMMON),
+    "dcgan": dict(batch_size=64, epochs=25, lr=2e-4, beta1=0.5, nz=100, ngf=64, ndf=64, **_COMMON),
+    "vae": dict(batch_size=128, epochs=25, lr=1e-3, beta1=0.9, nz=20, **_COMMON),
+    "conv-vae": dict(batch_size=128, epochs=25, lr=1e-3, beta1=0.9, nz=32, ngf=32, **_COMMON),
+}
+# The digits are few and simple: more epochs, smaller images and latents, narrower networks.
+DIGITS_DEFAULTS = {
+    "gan": dict(image_size=16, epochs=150),
+    "dcgan": dict(image_size=32, epochs=60, nz=20, ngf=48, ndf=16),
+    "vae": dict(image_size=16, batch_size=64, epochs=150, nz=10),
+    "conv-vae": dict(image_size=16, batch_size=64, epochs=60, nz=10),
+}
+MODELS = tuple(DEFAULTS)
+# Networks of convolutions halve the image down to 4 pixels; perceptrons take any size.
+CONVOLUTIONAL = ("dcgan", "conv-vae")
+
+
+@dataclass(frozen=True)
+class Config:
+    """The settings of a run. `ngf` and `ndf` are None for models that have no such widths.
+
+    `num_images` and `checksum` tell the images of a run from others.
+    """
+
+    model: str
+    data: str
+    num_images: int
+    checksum: int
+    image_size: int
+    channels: int
+    batch_size: int
+    epochs: int
+    lr: float
+    beta1: float
+    nz: int
+    seed: int
+    precision: str
+    ngf: int | None = None
+    ndf: int | None = None
+
+    def as_dict(self):
+        """The settings as a dict of numbers and strings."""
+        return asdict(self)
+
+
+def check_settings(model, given):
+    """BadInput if a setting in the dict `given` is not one the model has or takes."""
+    if model not in MODELS:
+        raise BadInput(f"expected a model among {', '.join(MODELS)}, got {model!r}")
+    known = {"image_size", *DEFAULTS[model]}
+    for name in given:
+        if name not in known:
+            raise BadInput(
+                f"expected settings that {model} has, got {option(name)}, which it lacks"
+            )
+    size = given.get("image_size")
+    if size is not None and size not in IMAGE_SIZES:
+        raise BadInput(
+            f"expected --image-size to be a power of two from {IMAGE_SIZES[0]} to "
+            f"{IMAGE_SIZES[-1]}, got {size}"
+        )
+
+
+def option(name):
+    """A setting's name as it is written on the command line."""
+    return "--" + name.replace("_", "-")
+
+
+def prepare(model, data, given):
+    """Load the images and settle what was not given.
+
+    Args:
+        model: one of `MODELS`.
+        data: as `load_images` takes it.
+        given: a dict of the settings that are not to be the defaults.
+
+    Returns:
+        (Config, uint8 images).
+
+    Raises:
+        BadInput: a setting or the data cannot be used.
+    """
+    check_settings(model, given)
+    settings = DEFAULTS[model] | (DIGITS_DEFAULTS[model] if data == "digits" else {})
+    images = load_images(data, (settings | given).get("image_size"))
+    if model in CONVOLUTIONAL and images.shape[-1] not in IMAGE_SIZES:
+        wanted = (size for size in IMAGE_SIZES if size >= images.shape[-1])
+        images = resize(images, next(wanted, IMAGE_SIZES[-1]))
+    settings["batch_size"] = min(settings["batch_size"], len(images))
+    config = Config(
+        model=model,
+        data=str(data),
+        num_images=len(images),
+        checksum=fingerprint(images),
+        **(settings | given | dict(channels=images.shape[1], image_size=images.shape[2])),
+    )
+    return config, images
+
+
+def prepare_resumed(model, data, given, path):
+    """As `prepare`, for a run that goes on from the checkpoint at `path`.
+
+    The settings are the checkpoint's; of those given only `epochs` may differ, and `data` (None for
+    the checkpoint's) may name another place that holds the same images.
+
+    Raises:
+        BadInput: a setting or the images are not those the run began with.
+    """
+    check_settings(model, given)
+    began = Config(**read_checkpoint(path)["config"])
+    if began.model != model:
+        raise BadInput(f"expected a checkpoint of {model} at {path}, got one of {began.model}")
+    for name, value in given.items():
+        if name != "epochs" and value != getattr(began, name):
+            raise BadInput(
+                f"expected {option(name)} {getattr(began, name)}, with which the run in {path} "
+                f"began, got {value}"
+            )
+    config = replace(began, data=str(data or began.data), epochs=given.get("epochs", began.epochs))
+    images = load_images(config.data, config.image_size)
+    if fingerprint(images) != began.checksum:
+        raise BadInput(
+            f"expected the {began.num_images} images with which the run in {path} began, got "
+            f"{len(images)} images from {config.data} that are not the same"
+        )
+    return config, images
+
+
+def build_step(config, device):
+    """The step that trains the model of these settings on this device, with fresh weights."""
+    shape = (config.channels, config.image_size, config.image_size)
+    if config.model in ("vae", "conv-vae"):
+        if config.model == "vae":
+            model = VAE(image_dim=shape[0] * shape[1] * shape[2], latent_dim=config.nz)
+        else:
+            model = ConvVAE(config.channels, config.image_size, config.nz, config.ngf)
+        model.to(device)
+        return VAEStep(model, optimizer=_adam(model, config), precision=config.precision)
+    if config.model == "gan":
+        gan = GAN(shape, config.nz)
+        generator, discriminator = gan.generator, gan.discriminator
+    else:
+        generator = DCGANGenerator(config.nz, config.ngf, config.channels, config.image_size)
+        discriminator = DCGANDiscriminator(config.channels, config.ndf, config.image_size)
+    generator.to(device)
+    discriminator.to(device)
+    return GANStep(
+        generator,
+        discriminator,
+        latent_shape=generator.latent_shape,
+        optimizers=(_adam(generator, config), _adam(discriminator, config)),
+        precision=config.precision,
+    )
+
+
+def _adam(module, config):
+    betas = (config.beta1, 0.999)
+    return torch.optim.Adam(module.parameters(), lr=config.lr, betas=betas, fused=True)

@@ -1,0 +1,311 @@
+"""Images from where people keep them, as one uint8 tensor, and the batches drawn from it.
+
+Images stay uint8, (N, C, H, W) with C of 1 or 3, until they are a batch: a quarter of the memory.
+"""
+
+import gzip
+import math
+import os
+import struct
+import warnings
+import zipfile
+import zlib
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from genfast.training.errors import BadInput, require
+
+IMAGE_SUFFIXES = (".jpeg", ".jpg", ".png", ".webp")
+IDX_NAMES = ("train-images-idx3-ubyte", "train-images.idx3-ubyte")
+DEFAULT_SIZES = {"digits": 32, "photos": 64}
+DEFAULT_FOLDER_SIZE = 64
+PHOTO_CROPS = 2048
+
+
+def load_images(source, image_size=None):
+    """Load images, cropped to squares around their centres and resized.
+
+    Args:
+        source: "digits" (scikit-learn's 1,797 handwritten digits), "photos" (random crops of
+            scikit-learn's two photographs), or a path: a folder of png, jpg and webp images of any
+            depth, a `.npy` or `.npz` file of uint8 images, or MNIST's IDX file, plain or gzipped,
+            or the folder it lies in.
+        image_size: height and width in pixels. None: 32 for digits, 64 for photos and folders, and
+            what arrays and IDX files already have (their smaller side).
+
+    Returns:
+        A uint8 tensor (N, C, image_size, image_size), C 1 for grey images and 3 for colour.
+
+    Raises:
+        BadInput: there is nothing readable, or it is not what was expected.
+
+    Warns:
+        UserWarning: images in a folder that could not be read and were skipped, by name.
+    """
+    if source == "digits":
+        return resize(_digits(), image_size or DEFAULT_SIZES["digits"])
+    if source == "photos":
+        return _photos(image_size or DEFAULT_SIZES["photos"])
+    path = Path(source)
+    if not path.exists():
+        raise BadInput(
+            f"expected --data to be digits, photos, or the path of a folder, .npy, .npz or IDX "
+            f"file, got {str(source)!r}, where there is nothing"
+        )
+    if path.is_dir():
+        idx = _idx_file_in(path)
+        if idx is None:
+            return _read_folder(path, image_size or DEFAULT_FOLDER_SIZE)
+        path = idx
+    elif path.suffix.lower() in IMAGE_SUFFIXES:
+        raise BadInput(f"expected --data to be a folder of images, got the single image {path}")
+    return resize(_read_array_file(path), image_size)
+
+
+def resize(images, image_size):
+    """Crop uint8 images (N, C, H, W) to squares around their centres, then resize the squares.
+
+    `image_size` is in pixels; None keeps the size of the square.
+    """
+    height, width = images.shape[2:]
+    side = min(height, width)
+    top, left = (height - side) // 2, (width - side) // 2
+    images = images[:, :, top : top + side, left : left + side].contiguous()
+    if image_size in (None, side):
+        return images
+    chunks = [
+        F.interpolate(chunk, (image_size, image_size), mode="bicubic", antialias=True)
+        for chunk in images.split(1024)
+    ]
+    return torch.cat(chunks)
+
+
+def _digits():
+    datasets = require("sklearn.datasets", "scikit-learn")
+    grey = datasets.load_digits().images  # (1797, 8, 8), 0 to 16
+    return torch.from_numpy(np.round(grey * (255 / 16)).astype(np.uint8))[:, None]
+
+
+def _photos(image_size):
+    """Square crops of a quarter to half of a photograph's height, anywhere in it, half mirrored.
+
+    The crops are the same in every run: they are the data set, not a part of the training.
+    """
+    require("PIL.Image", "pillow")
+    datasets = require("sklearn.datasets", "scikit-learn")
+    photos = [_to_nchw(image[None]) for image in datasets.load_sample_images().images]
+    draw = np.random.default_rng(0)
+    crops = torch.empty(PHOTO_CROPS, 3, image_size, image_size, dtype=torch.uint8)
+    for i in range(PHOTO_CROPS):
+        photo = photos[i % len(photos)]
+        height, width = photo.shape[2:]
+        side = int(draw.integers(height // 4, height // 2 + 1))
+        top, left = draw.integers(height - side + 1), draw.integers(width - side + 1)
+        crop = photo[:, :, top : top + side, left : left + side]
+        crops[i] = resize(crop.flip(3) if draw.random() < 0.5 else crop, image_size)[0]
+    return crops
+
+
+def _to_nchw(images):
+    return torch.from_numpy(images.transpose(0, 3, 1, 2).copy())
+
+
+def _read_folder(folder, image_size):
+    """Decode every image below the folder, on several threads: decoders let go of Python's lock."""
+    require("PIL.Image", "pillow")
+    progress = require("tqdm", "tqdm").tqdm
+    paths = sorted(p for p in _files_below(folder) if p.suffix.lower() in IMAGE_SUFFIXES)
+    if not paths:
+        raise BadInput(
+            f"expected images ({', '.join(IMAGE_SUFFIXES)}) or MNIST's {IDX_NAMES[0]} in the "
+            f"folder {folder} or below, found none"
+        )
+    images = torch.empty(len(paths), 3, image_size, image_size, dtype=torch.uint8)
+    count, grey, failures = 0, True, []
+    with ThreadPoolExecutor() as pool:
+        decoded = pool.map(lambda path: _decode(path, image_size), paths)
+        bar = progress(zip(paths, decoded, strict=True), "images", len(paths), leave=False)
+        for path, (pixels, is_grey, problem) in bar:
+            if problem:
+                failures.append(f"{path} ({problem})")
+                continue
+            images[count] = pixels
+            grey &= is_grey
+            count += 1
+    if count == 0:
+        raise BadInput(
+            f"expected readable images in {folder}, could read none of {len(paths)}: {failures[0]}"
+        )
+    if failures:
+        warnings.warn(
+            f"skipped {len(failures)} of {len(paths)} images, which could not be read: "
+            + "; ".join(failures),
+            stacklevel=3,
+        )
+    images = images[:count]
+    return images[:, :1].contiguous() if grey else images
+
+
+def _files_below(folder):
+    def refuse(error):  # `os.walk` would pass over what it may not read.
+        raise BadInput(f"expected a readable folder, could not read {error.filename}: {error}")
+
+    for where, _, names in os.walk(folder, onerror=refuse):
+        yield from (Path(where, name) for name in names)
+
+
+def _decode(path, image_size):
+    """One image as ((3, H, W) uint8, whether it is grey, None), or (None, None, what is wrong)."""
+    image_module = require("PIL.Image", "pillow")
+    image_ops = require("PIL.ImageOps", "pillow")
+    try:
+        with image_module.open(path) as image:
+            is_grey = image.mode in ("1", "L", "LA")
+            # JPEGs decode at a half, a quarter or an eighth of their size for a part of the time.
+            image.draft("RGB", (2 * image_size, 2 * image_size))
+            upright = image_ops.exif_transpose(image).convert("RGB")
+            square = image_ops.fit(
+                upright, (image_size, image_size), image_module.Resampling.LANCZOS
+            )
+    except Exception as error:  # Damaged bytes make the decoders raise nearly anything.
+        return None, None, str(error) or type(error).__name__
+    return _to_nchw(np.array(square)[None])[0], is_grey, None
+
+
+def _idx_file_in(folder):
+    candidates = (folder / f"{name}{suffix}" for name in IDX_NAMES for suffix in ("", ".gz"))
+    return next((path for path in candidates if path.is_file()), None)
+
+
+def _read_array_file(path):
+    """The images of a .npy, .npz or IDX file, (N, C, H, W) uint8 of any size."""
+    try:
+        if path.suffix == ".npy":
+            return _images_from_array(np.load(path, allow_pickle=False), path)
+        if path.suffix == ".npz":
+            return _images_from_array(_only_array(path), path)
+        return _read_idx(path)
+    except BadInput:
+        raise
+    except (OSError, EOFError, ValueError, zipfile.BadZipFile, zlib.error) as error:
+        raise BadInput(f"expected uint8 images in {path}, could not read it: {error}") from None
+
+
+def _only_array(path):
+    with np.load(path, allow_pickle=False) as arrays:
+        names = arrays.files
+        name = next((n for n in ("images", "x_train") if n in names), names[0] if names else None)
+        if name is None or (len(names) > 1 and name not in ("images", "x_train")):
+            raise BadInput(
+                f"expected {path} to hold one array, or one called images or x_train, "
+                f"got {', '.join(names) or 'none'}"
+            )
+        return arrays[name]
+
+
+def _images_from_array(array, path):
+    expected = f"expected uint8 images (N, H, W), (N, H, W, C) or (N, C, H, W) in {path}"
+    if array.dtype != np.uint8:
+        raise BadInput(f"{expected}, got dtype {array.dtype}")
+    if array.ndim == 3:
+        array = array[..., None]
+    if array.ndim != 4 or not {1, 3} & {array.shape[1], array.shape[3]}:
+        raise BadInput(f"{expected} with C of 1 or 3, got shape {array.shape}")
+    if 0 in array.shape:
+        raise BadInput(f"{expected}, got an empty array of shape {array.shape}")
+    if array.shape[3] in (1, 3):
+        return _to_nchw(array)
+    return torch.from_numpy(array.copy())
+
+
+def _read_idx(path):
+    """MNIST's format: 0, 0, the type (8: uint8), the rank, the sizes as big-endian int32, the data.
+
+    Described by Y. LeCun, C. Cortes and C. Burges on "The MNIST database of handwritten digits".
+    """
+    content = path.read_bytes()
+    if content[:2] == b"\x1f\x8b":
+        try:
+            content = gzip.decompress(content)
+        except EOFError:
+            raise BadInput(f"expected a whole gzip file, got {path}, which is truncated") from None
+    if content[:2] != b"\0\0" or len(content) < 4:
+        raise BadInput(
+            f"expected {path} to be a folder of images, a .npy or .npz file, or an IDX file, and "
+            f"it is none: an IDX file starts with two zero bytes"
+        )
+    kind, rank = content[2], content[3]
+    if (kind, rank) != (8, 3):
+        raise BadInput(
+            f"expected {path} to hold uint8 images (IDX type 8, rank 3), got type {kind}, "
+            f"rank {rank}" + (": these may be labels" if rank == 1 else "")
+        )
+    if len(content) < 16:
+        raise BadInput(f"expected an IDX header of 16 bytes in {path}, got {len(content)}")
+    shape = struct.unpack(">3I", content[4:16])
+    if len(content) - 16 != math.prod(shape):
+        raise BadInput(
+            f"expected {math.prod(shape)} bytes of pixels in {path} for {shape[0]} images of "
+            f"{shape[1]} x {shape[2]}, got {len(content) - 16}: the file is truncated or damaged"
+        )
+    return _images_from_array(np.frombuffer(content, np.uint8, offset=16).reshape(shape), path)
+
+
+def fingerprint(images):
+    """A checksum of the images, by which a resumed run knows that its data are the same."""
+    return zlib.crc32(images.numpy())
+
+
+def normalize(images, pixel_range):
+    """uint8 images to float32 with 0 and 255 at the ends of `pixel_range` = (low, high)."""
+    low, high = pixel_range
+    return images.float().mul_((high - low) / 255).add_(low)
+
+
+class Batches:
+    """Batches of shuffled images, each image at most once an epoch; the last, smaller one is left.
+
+    The order of an epoch depends on the seed and the epoch's number alone. So a resumed run needs
+    no state to go on with the very batches that an interrupted one would have seen.
+
+    Args:
+        images: uint8 (N, C, H, W). They move to the device if they take at most a quarter of its
+            free memory, else each batch does.
+        batch_size: the number of images a batch; BadInput if there are fewer.
+        seed: an int from 0.
+        device: where batches are wanted.
+    """
+
+    def __init__(self, images, batch_size, seed, device):
+        if len(images) < batch_size:
+            raise BadInput(
+                f"expected --batch-size of at most the {len(images)} images, got {batch_size}"
+            )
+        self.images = images
+        if device.type == "cuda" and images.nbytes <= torch.cuda.mem_get_info(device)[0] // 4:
+            self.images = images.to(device)
+        self.batch_size = batch_size
+        self.seed = seed
+        self.device = device
+
+    def __len__(self):
+        """The number of batches in an epoch."""
+        return len(self.images) // self.batch_size
+
+    def stream(self, start=0):
+        """Yield uint8 batches for ever, epoch after epoch, from batch number `start` on."""
+        epoch, skipped = divmod(start, len(self))
+        while True:
+            order = self._order(epoch).to(self.images.device)
+            for chosen in order.split(self.batch_size)[skipped : len(self)]:
+                yield self.images[chosen].to(self.device, non_blocking=True)
+            epoch, skipped = epoch + 1, 0
+
+    def _order(self, epoch):
+        seed = np.random.SeedSequence([self.seed, epoch]).generate_state(1, np.uint32)
+        generator = torch.Generator().manual_seed(int(seed[0]))
+        return torch.randperm(len(self.images), generator=generator)

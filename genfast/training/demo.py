@@ -1,0 +1,117 @@
+"""`make demo`: train a DCGAN on digits, then compare its speed with the usual PyTorch recipe."""
+
+import statistics
+import time
+
+import torch
+from torch import nn
+
+from genfast.models import DCGANDiscriminator, DCGANGenerator
+from genfast.training.checkpoint import NAME as CHECKPOINT_NAME
+from genfast.training.config import build_step, prepare
+from genfast.training.data import Batches, normalize
+from genfast.training.loop import cudnn_setting, train
+
+MAX_SECONDS = 110
+WARMUP_STEPS = 3
+TURNS = 10
+STEPS_A_TURN = 4
+
+
+def demo(out, device):
+    """Train into the folder `out`, measure, and print the last picture's name and both speeds.
+
+    Training stops after `MAX_SECONDS` on a machine too slow for all epochs. What an earlier demo
+    left in the folder is overwritten.
+
+    Returns:
+        Whether it came to its end; False after an interrupt.
+    """
+    (out / CHECKPOINT_NAME).unlink(missing_ok=True)
+    for picture in out.glob("samples/epoch_*.png"):
+        picture.unlink()
+    config, images = prepare("dcgan", "digits", {})
+    outcome = train(config, images, out, device=device, max_seconds=MAX_SECONDS)
+    if outcome.interrupted:
+        return False
+    step, stock_step = build_step(config, device), build_stock_step(config, device)
+    batches = Batches(images, config.batch_size, config.seed, device).stream()
+    rate, stock_rate = compare((step, stock_step), batches, step.pixel_range, device)
+    print(f"the digits your DCGAN drew last: {outcome.picture}")
+    print(f"the stock PyTorch recipe, float32: {stock_rate:.0f} images/s")
+    print(f"genfast, {step.precision}: {rate:.0f} images/s, {rate / stock_rate:.2f} times as many")
+    return True
+
+
+def compare(steps, batches, pixel_range, device):
+    """Time training steps in short turns: whatever else the machine does then slows all of them.
+
+    Args:
+        steps: callables that take float images.
+        batches: an iterator of uint8 batches of one size.
+        pixel_range: what the steps expect of the images.
+        device: where they run.
+
+    Returns:
+        The images a second of each, in its median turn.
+    """
+    rates = [[] for _ in steps]
+    with cudnn_setting("benchmark", True):  # As the public example has it.
+        for step in steps:
+            _rate(step, batches, pixel_range, device, WARMUP_STEPS)
+        for _ in range(TURNS):
+            for step, turns in zip(steps, rates, strict=True):
+                turns.append(_rate(step, batches, pixel_range, device, STEPS_A_TURN))
+    return [statistics.median(turns) for turns in rates]
+
+
+def _rate(step, batches, pixel_range, device, count):
+    images = [normalize(next(batches), pixel_range) for _ in range(count)]
+    _synchronize(device)
+    started = time.perf_counter()
+    for batch in images:
+        step(batch)
+    _synchronize(device)
+    return sum(map(len, images)) / (time.perf_counter() - started)
+
+
+def _synchronize(device):
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def build_stock_step(config, device):
+    """A step of a DCGAN as PyTorch's public example trains it: float32, NCHW, nothing left out.
+
+    The layers are the stock ones of genfast's own models, in a plain `nn.Sequential`; the loss
+    takes probabilities, and the generator's update computes the discriminator's gradients too.
+    """
+    generator = DCGANGenerator(config.nz, config.ngf, config.channels, config.image_size).main
+    discriminator = DCGANDiscriminator(config.channels, config.ndf, config.image_size).main
+    generator = nn.Sequential(*generator)
+    discriminator = nn.Sequential(*discriminator, nn.Sigmoid())
+    for network in (generator, discriminator):
+        network.to(device, memory_format=torch.contiguous_format)
+    betas = (config.beta1, 0.999)
+    g_optimizer = torch.optim.Adam(generator.parameters(), lr=config.lr, betas=betas)
+    d_optimizer = torch.optim.Adam(discriminator.parameters(), lr=config.lr, betas=betas)
+    criterion = nn.BCELoss()
+    ones = torch.ones(config.batch_size, device=device)
+    zeros = torch.zeros(config.batch_size, device=device)
+
+    def step(images):
+        discriminator.zero_grad()
+        real_loss = criterion(discriminator(images).flatten(), ones)
+        real_loss.backward()
+        fakes = generator(torch.randn(len(images), config.nz, 1, 1, device=device))
+        fake_loss = criterion(discriminator(fakes.detach()).flatten(), zeros)
+        fake_loss.backward()
+        d_optimizer.step()
+
+        generator.zero_grad()
+        g_loss = criterion(discriminator(fakes).flatten(), ones)
+        g_loss.backward()
+        g_optimizer.step()
+        return (real_loss + fake_loss).detach(), g_loss.detach()
+
+    return step

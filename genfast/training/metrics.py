@@ -1,0 +1,79 @@
+"""metrics.csv: the losses of every step, fetched from the device now and then."""
+
+import csv
+import math
+import time
+
+import torch
+
+from genfast.training.errors import Diverged
+from genfast.training.files import replacing
+
+
+class Metrics:
+    """Collects the losses of each step and writes them as rows of a CSV file.
+
+    Columns: step, epoch, the losses, images_per_second (over the steps fetched together).
+
+    Args:
+        path: the file. What it holds of steps up to `keep` stays; what lies beyond, and a row that
+            a crash cut short, goes.
+        names: the names of the losses.
+        batch_size: images a step.
+        keep: the number of steps that a resumed run has behind it.
+    """
+
+    def __init__(self, path, names, batch_size, keep=0):
+        self.path = path
+        self.columns = ["step", "epoch", *names, "images_per_second"]
+        self.names = names
+        self.batch_size = batch_size
+        self._pending = []
+        self._write_kept_rows(keep)
+        self.restart_clock()
+
+    def restart_clock(self):
+        """Let the time until now not count as training."""
+        self._since = time.perf_counter()
+
+    def age(self):
+        """Seconds since the last `flush` or `restart_clock`."""
+        return time.perf_counter() - self._since
+
+    def add(self, step, epoch, result):
+        """Take note of the losses of a step, scalar tensors, without waiting for the device."""
+        self._pending.append((step, epoch, torch.stack(result)))
+
+    def flush(self):
+        """Write what was added and return the newest losses and the speed, formatted.
+
+        Raises:
+            Diverged: a loss is not finite.
+        """
+        if not self._pending:
+            return {}
+        losses = torch.stack([row for *_, row in self._pending]).tolist()  # Waits for the device.
+        rate = len(losses) * self.batch_size / self.age()
+        positions = [row[:2] for row in self._pending]
+        self._pending = []
+        self.restart_clock()
+        with open(self.path, "a", newline="", encoding="utf-8") as file:
+            writer = csv.writer(file, lineterminator="\n")
+            for position, row in zip(positions, losses, strict=True):
+                writer.writerow([*position, *row, f"{rate:.1f}"])
+        for (step, _), row in zip(positions, losses, strict=True):
+            if not all(map(math.isfinite, row)):
+                values = ", ".join(f"{n} {v}" for n, v in zip(self.names, row, strict=True))
+                raise Diverged(f"training diverged: the losses of step {step} are {values}")
+        newest = {name: f"{v:.3f}" for name, v in zip(self.names, losses[-1], strict=True)}
+        return newest | {"images/s": f"{rate:.0f}"}
+
+    def _write_kept_rows(self, keep):
+        rows = []
+        if keep and self.path.exists():
+            with open(self.path, newline="", encoding="utf-8") as file:
+                rows = [row for row in csv.reader(file) if len(row) == len(self.columns)]
+            rows = [row for row in rows[1:] if int(row[0]) <= keep]
+        with replacing(self.path) as file:
+            lines = [",".join(row) for row in [self.columns, *rows]]
+            file.write(("\n".join(lines) + "\n").encode())

@@ -1,0 +1,32 @@
+"""Pictures of what a model makes of noise."""
+
+import torch
+
+from genfast.training import checkpoint, pictures
+from genfast.training.config import Config, build_step
+
+
+def draw_noise(num, step, seed):
+    """(num, *latent_shape) from N(0, 1): the same on every device, whatever training draws."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(num, *step.latent_shape, generator=generator).to(step.device)
+
+
+def write_samples(step, noise, config, path):
+    """Write a grid of the images that the networks of a step make of noise, as PNG."""
+    images = torch.cat([step.sample(z) for z in noise.split(256)])
+    images = images.reshape(-1, config.channels, config.image_size, config.image_size)
+    pictures.save_grid(pictures.to_uint8(images, step.pixel_range), path)
+
+
+def sample_checkpoint(path, num, out, *, device, seed=0):
+    """Write a grid of `num` new images by the networks of a checkpoint, as PNG.
+
+    Raises:
+        BadInput: the checkpoint cannot be read, or an extra is not installed.
+    """
+    content = checkpoint.read_checkpoint(path)
+    config = Config(**content["config"])
+    step = build_step(config, device)
+    checkpoint.restore_modules(step, content, path)
+    write_samples(step, draw_noise(num, step, seed), config, out)

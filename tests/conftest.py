@@ -1,0 +1,55 @@
+"""Where the tests run: kernels compiled on a CUDA GPU, or interpreted by Triton on the CPU."""
+
+import os
+
+import pytest
+import torch
+
+# Triton settles this when a kernel is decorated, so it must be known before genfast is imported.
+os.environ["TRITON_INTERPRET"] = "0" if torch.cuda.is_available() else "1"
+# cuBLAS asks for this where algorithms must be deterministic.
+os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"
+
+from genfast.backend import INTERPRETING, triton, use_backend
+
+# Float32 means float32: TF32 would make PyTorch's own error, the yardstick, too large.
+torch.backends.cudnn.allow_tf32 = False
+# The tests are many and small, and the workers of pytest-xdist fill the cores.
+torch.set_num_threads(1)
+
+
+def pytest_configure(config):
+    config.addinivalue_line("markers", "kernels: runs on the Triton kernels, and on nothing else")
+
+
+def pytest_report_header():
+    if triton is None:
+        return "genfast: Triton is not installed, so tests of the kernels are skipped"
+    if INTERPRETING:
+        return "genfast: kernels run in Triton's interpreter on the CPU"
+    return f"genfast: kernels compiled for {torch.cuda.get_device_name()}"
+
+
+@pytest.fixture(scope="session")
+def device():
+    """The device that kernels run on here."""
+    return torch.device("cpu" if INTERPRETING else "cuda")
+
+
+@pytest.fixture(autouse=True)
+def environment(request, monkeypatch):
+    """Tests marked `kernels` cannot fall back to PyTorch; the others never meet the interpreter."""
+    torch.manual_seed(0)
+    if not request.node.get_closest_marker("kernels"):
+        name = "reference" if INTERPRETING else "auto"
+        monkeypatch.setenv("GENFAST_BACKEND", name)  # for processes that the test starts
+        with use_backend(name):
+            yield
+        return
+    if triton is None:
+        pytest.skip("Triton is not installed")
+    # PyTorch then also fills what torch.empty gives with NaN: a kernel must write every element.
+    torch.use_deterministic_algorithms(True)
+    with use_backend("triton"):
+        yield
+    torch.use_deterministic_algorithms(False)

@@ -1,0 +1,199 @@
+"""What "right" means: every tolerance of the tests of the kernels, and the comparison by them.
+
+The oracle is the formula in float64, given the same (rounded) inputs. A result passes when its
+largest error is at most twice that of eager PyTorch in the same dtype, three times for gradients,
+plus one rounding of its largest element. No tolerance grows with the number of elements.
+"""
+
+from dataclasses import replace
+
+import torch
+import torch.nn.functional as F
+from cases import LAYOUTS, VECTORS
+
+CONVOLVED = ("x", "weight", "bias")
+STATISTICS = ("running_mean", "running_var")
+
+VALUE_FACTOR = 2
+GRADIENT_FACTOR = 3
+# A reduction to a handful of numbers may come out exact by luck, so eager PyTorch's error is the
+# largest over this many draws of the inputs, those of the test among them.
+DRAWS = 16
+# Where an activation bends, a rounding decides between two derivatives. Pixels closer to the bend
+# than this many of eager PyTorch's errors get no gradient from above; the others obey the rule.
+BEND_MARGIN = 4
+# What random draws show may lie this many standard deviations from what is expected. The seeds are
+# fixed: a test that passes goes on passing.
+SIGMAS = 5
+# Losses of two trainings in float32 may part by this much, relatively, at any step.
+LOSS_DRIFT = 1e-3
+
+
+def assert_close(ours, oracle, samples):
+    """Hold named tensors to the rule; None and integers must be equal.
+
+    Args:
+        ours: the results under test, by name. Names of gradients begin with "gradient".
+        oracle: those of the formula in float64.
+        samples: pairs of eager PyTorch's results and their oracle's. To test float64 they are in
+            float32, and their errors count in proportion to the roundings.
+    """
+    assert ours.keys() == oracle.keys()
+    problems = []
+    for name, result in ours.items():
+        expected = oracle[name]
+        if result is None or not result.is_floating_point():
+            assert result is expected is None or torch.equal(result, expected), name
+            continue
+        assert result.shape == expected.shape, name
+        dtype = samples[0][0][name].dtype
+        assert result.dtype in (dtype, torch.float64), name
+        rounding = torch.finfo(result.dtype).eps
+        eager_error = max(largest_error(eager[name], exact[name]) for eager, exact in samples)
+        eager_error *= rounding / torch.finfo(dtype).eps
+        factor = GRADIENT_FACTOR if name.startswith("gradient") else VALUE_FACTOR
+        factor += result.dtype == torch.float64  # there the oracle errs as much itself
+        allowed = factor * eager_error + rounding * largest_error(expected, 0 * expected)
+        error = largest_error(result, expected)
+        if not error <= allowed:  # NaN is no pass either
+            problems.append(f"{name}: error {error:.3g}, allowed {allowed:.3g}")
+    assert not problems, "; ".join(problems)
+
+
+def assert_stable_statistics(z, mean, var, normalized, correction=1):
+    """Hold batch statistics, and what they normalise to, to their condition number.
+
+    A stable algorithm errs by about |mean| / deviation roundings, relatively; the difference of
+    mean squares by the square of that many (Chan, Golub and LeVeque, 1983).
+
+    Args:
+        z: the values of one channel.
+        mean: their mean.
+        var: their variance: unbiased, or biased if `correction` is 0.
+        normalized: (z - mean) / sqrt(biased variance).
+    """
+    exact_var, exact_mean = torch.var_mean(z.double(), correction=0)
+    exact = (z.double() - exact_mean) / exact_var.sqrt()
+    allowed = (exact_mean.abs() / exact_var.sqrt() * torch.finfo(z.dtype).eps).item()
+    exact_var = z.double().var(correction=correction)
+    assert abs(mean.item() / exact_mean.item() - 1) <= allowed, "mean"
+    assert abs(var.item() / exact_var.item() - 1) <= allowed, "variance"
+    assert largest_error(normalized, exact) <= allowed * exact.abs().max(), "normalised"
+
+
+def largest_error(result, expected):
+    """The largest |result - expected|: NaN if there is one, 0 for empty tensors."""
+    difference = result.double() - expected.double()
+    return difference.abs().max().item() if difference.numel() else 0.0
+
+
+def assert_block(case, device, gradients=True):
+    """Hold a fused block's output, gradients and running statistics to the rule.
+
+    Args:
+        case: a `cases.Case`.
+        device: where the kernels run.
+        gradients: whether any are wanted; without them the block runs as for inference.
+
+    Returns:
+        The output.
+    """
+    tensors = case.tensors(device)
+    dy = upstream_gradient(case, tensors) if gradients else None
+    ours = evaluate(case.fused, case, tensors, dy, case.dtype, case.autocast)
+    oracle = evaluate(exact_block, case, _exact(case, tensors), dy, torch.float64)
+    samples = [_sample(case, tensors, dy)]
+    for _ in range(DRAWS - 1):
+        others = case.tensors(device)
+        dy = upstream_gradient(case, others) if gradients else None
+        samples.append(_sample(case, others, dy))
+    assert_close(ours, oracle, samples)
+    return ours["output"]
+
+
+def evaluate(operation, case, tensors, dy=None, dtype=None, autocast=False, frozen=()):
+    """Output, gradients and running statistics of a block, by name; what is absent is None.
+
+    Args:
+        operation: a function with the arguments of `case.fused`.
+        case: a `cases.Case`.
+        tensors: the operation's tensor arguments, by name. They do not change.
+        dy: the gradient of the output, or None if no gradients are wanted.
+        dtype: to convert dy to.
+        autocast: whether to run under autocast to the case's dtype.
+        frozen: names of tensors that need no gradient.
+    """
+    tensors = {n: t if t is None else t.detach() for n, t in tensors.items()}
+    tensors |= {n: tensors[n].clone() for n in STATISTICS if tensors[n] is not None}
+    leaves = {
+        name: t.requires_grad_()
+        for name, t in tensors.items()
+        if t is not None and name not in (*STATISTICS, *frozen)
+    }
+    x, weight, bias = (tensors[name] for name in CONVOLVED)
+    vectors = {name: tensors[name] for name in VECTORS}
+    context = torch.autocast(x.device.type, case.dtype, enabled=autocast)
+    with context, torch.set_grad_enabled(dy is not None):
+        y = operation(x, weight, bias, *case.arguments, **vectors, **case.options)
+    results = {"output": y.detach(), **{name: tensors[name] for name in STATISTICS}}
+    if dy is None:
+        return results
+    gradients = torch.autograd.grad(y, list(leaves.values()), dy.to(dtype))
+    return results | {f"gradient of {n}": g for n, g in zip(leaves, gradients, strict=True)}
+
+
+def exact_block(
+    x, weight, bias, stride, padding, output_padding=None, *, norm, norm_weight, norm_bias,
+    running_mean, running_var, training, momentum, eps, activation, negative_slope,
+):  # fmt: skip
+    """Both blocks by their formulas. In float64, `F.batch_norm` would be less exact than this."""
+    if output_padding is None:
+        u = F.conv2d(x, weight, bias, stride, padding)
+    else:
+        u = F.conv_transpose2d(x, weight, bias, stride, padding, output_padding)
+    if norm:
+        mean, var = running_mean, running_var
+        if training or mean is None:
+            var, mean = torch.var_mean(u, (0, 2, 3), correction=0)
+        if training and running_mean is not None:
+            unbiased = torch.var(u.detach(), (0, 2, 3), correction=1)
+            running_mean += momentum * (mean.detach() - running_mean)
+            running_var += momentum * (unbiased - running_var)
+        mean, rstd = mean[:, None, None], (var[:, None, None] + eps).rsqrt()
+        u = (u - mean) * rstd
+        if norm_weight is not None:
+            u = u * norm_weight[:, None, None]
+        if norm_bias is not None:
+            u = u + norm_bias[:, None, None]
+    slopes = {"relu": 0.0, "leaky_relu": negative_slope, "identity": 1.0}
+    if activation in slopes:
+        return torch.where(u > 0, u, slopes[activation] * u)
+    return {"tanh": torch.tanh, "sigmoid": torch.sigmoid}[activation](u)
+
+
+def upstream_gradient(case, tensors):
+    """A gradient for the output, 0 next to the bend of an activation, in the layout of the case."""
+    linear = replace(case, activation="identity")
+    eager, exact = (result["output"] for result in _sample(linear, tensors))
+    clear = exact.abs() > BEND_MARGIN * largest_error(eager, exact)
+    assert clear.double().mean() > 0.5, "too few pixels are left to compare gradients at"
+    return LAYOUTS[case.dy_layout](torch.randn_like(eager) * clear)
+
+
+def _sample(case, tensors, dy=None):
+    """Eager PyTorch's results in the dtype of the case (float32 for float64) and their oracle's."""
+    narrow = {
+        name: t.float() if t is not None and t.dtype == torch.float64 else t
+        for name, t in tensors.items()
+    }
+    dtype = torch.float32 if case.dtype == torch.float64 else case.dtype
+    eager = evaluate(case.plain, case, narrow, dy, dtype, case.autocast)
+    return eager, evaluate(exact_block, case, _exact(case, narrow), dy, torch.float64)
+
+
+def _exact(case, tensors):
+    """The tensors as the operation sees them, autocast's rounding included, in float64."""
+    seen = dict(tensors)
+    if case.autocast:
+        seen |= {n: tensors[n].to(case.dtype) for n in CONVOLVED if tensors[n] is not None}
+    return {name: t if t is None else t.double() for name, t in seen.items()}

@@ -1,0 +1,272 @@
+"""The command line: every command, every sentence about bad input, interrupts and kills."""
+
+import csv
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from genfast import cli
+from genfast.training import demo
+
+ROOT = Path(__file__).parents[1]
+TINY = ["--batch-size", "4", "--nz", "3", "--device", "cpu"]
+TINY_DCGAN = [*TINY, "--ngf", "4", "--ndf", "4"]
+
+
+@pytest.fixture
+def images(tmp_path):
+    path = tmp_path / "images.npy"
+    np.save(path, np.random.default_rng(0).integers(0, 256, (12, 16, 16), dtype=np.uint8))
+    return str(path)
+
+
+def _run(*arguments):
+    return cli.main([str(a) for a in arguments])
+
+
+def _fails(capsys, *arguments):
+    """The one line that a failing command prints."""
+    assert _run(*arguments) == 1
+    error = capsys.readouterr().err
+    assert re.fullmatch(r"genfast: error: [^\n]+\n", error), error
+    assert "expected" in error
+    return error
+
+
+def _losses(out):
+    with open(Path(out) / "metrics.csv", newline="") as file:
+        return [row[:-1] for row in csv.reader(file)]
+
+
+@pytest.mark.parametrize("model", ["gan", "dcgan", "vae", "conv-vae"])
+def test_train_then_sample(tmp_path, images, model, capsys):
+    out = tmp_path / "out"
+    assert _run("train", model, "--data", images, "--epochs", 1, "--out", out, *TINY) == 0
+    assert capsys.readouterr().out == f"{out}/samples/epoch_001.png\n"
+    assert sorted(p.name for p in out.iterdir()) == [
+        "checkpoint.pt", "config.json", "metrics.csv", "samples",
+    ]  # fmt: skip
+    for checkpoint in (out, out / "checkpoint.pt"):
+        picture = tmp_path / "picture.png"
+        assert _run("sample", checkpoint, "--num", 5, "--out", picture, "--device", "cpu") == 0
+        with Image.open(picture) as opened:
+            assert opened.size == (3 * 66 + 2, 2 * 66 + 2)
+        picture.unlink()
+
+
+def test_folder_and_image_size(tmp_path, capsys):
+    rng = np.random.default_rng(0)
+    for i in range(4):
+        pixels = rng.integers(0, 256, (40, 30, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(tmp_path / f"{i}.png")
+    (tmp_path / "broken.png").write_bytes(b"nothing")
+    arguments = ("--data", tmp_path, "--image-size", 16, "--epochs", 1, "--out", tmp_path / "out")
+    assert _run("train", "dcgan", *arguments, *TINY_DCGAN) == 0
+    error = capsys.readouterr().err
+    assert re.search(r"genfast: warning: skipped 1 of 5 images.*broken\.png", error)
+    assert "4 images of 3 x 16 x 16" in error
+
+
+def test_env(capsys):
+    assert _run("env") == 0
+    printed = capsys.readouterr().out
+    for word in ("genfast", "python", "torch", "triton", "device", "precision", "float32 "):
+        assert re.search(rf"^{word}", printed, re.M)
+    assert re.search("runs (the Triton kernels|PyTorch, because)", printed)
+
+
+def test_env_says_why(monkeypatch, capsys):
+    monkeypatch.setattr(cli, "selected_backend", lambda: "auto")
+    monkeypatch.setattr(cli, "why_not_triton", lambda t: f"{t.device} is too slow")
+    assert _run("env", "--device", "cpu") == 0
+    assert "bfloat16   runs PyTorch, because cpu is too slow" in capsys.readouterr().out
+    monkeypatch.setattr(cli, "why_not_triton", lambda t: None)
+    assert _run("env", "--device", "cpu") == 0
+    assert "float16    runs the Triton kernels" in capsys.readouterr().out
+    monkeypatch.setattr(cli, "selected_backend", lambda: "reference")
+    assert _run("env", "--device", "cpu") == 0
+    assert "because the backend 'reference' was asked for" in capsys.readouterr().out
+
+
+def test_demo(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(demo, "MAX_SECONDS", 0)
+    monkeypatch.setattr(demo, "TURNS", 1)
+    prepare = demo.prepare
+    tiny = dict(image_size=16, ngf=4, ndf=4)
+    monkeypatch.setattr(demo, "prepare", lambda *args: prepare(*args[:2], tiny))
+    for _ in range(2):  # It runs again over what it left.
+        assert _run("demo", "--out", tmp_path / "demo", "--device", "cpu") == 0
+    printed = capsys.readouterr().out
+    assert re.search(r"stock PyTorch recipe, float32: \d+ images/s", printed)
+    assert re.search(r"genfast, (bf16|fp32): \d+ images/s, \d+\.\d\d times as many", printed)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["train", "stylegan"], "invalid choice: 'stylegan'"),
+        (["train", "gan", "--epochs", "0"], "expected a whole number from 1, got '0'"),
+        (["train", "gan", "--batch-size", "1.5"], "expected a whole number from 1, got '1.5'"),
+        (["train", "gan", "--lr", "nan"], "expected a number above 0, got 'nan'"),
+        (["train", "gan", "--beta1", "1"], "expected a number from 0 to below 1, got '1'"),
+        (["train", "gan", "--seed", "-1"], "expected a whole number from 0, got '-1'"),
+        (["train", "gan", "--precision", "fp8"], "invalid choice: 'fp8'"),
+        (["sample", "x", "--num", "0"], "expected a whole number from 1, got '0'"),
+        ([], "required"),
+    ],
+)
+def test_unsuitable_arguments(arguments, expected, capsys):
+    with pytest.raises(SystemExit) as stop:
+        _run(*arguments)
+    assert stop.value.code == 2
+    assert expected in capsys.readouterr().err
+
+
+def test_bad_input_ends_in_one_sentence(tmp_path, images, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    train = ("train", "dcgan", "--device", "cpu")
+    assert "expected --data" in _fails(capsys, *train)
+    assert "where there is nothing" in _fails(capsys, *train, "--data", "absent")
+    assert "got 48" in _fails(capsys, *train, "--data", images, "--image-size", 48)
+    assert "got --ngf" in _fails(capsys, "train", "vae", "--data", images, "--ngf", 8)
+    assert "got 13" in _fails(capsys, *train, "--data", images, "--batch-size", 13)
+    assert "got the file" in _fails(capsys, *train, "--data", images, "--out", images)
+    assert "got it alone" in _fails(capsys, *train, "--resume")
+    absent = _fails(capsys, *train, "--data", images, "--resume")
+    assert "expected a checkpoint file at runs/dcgan-images.npy/checkpoint.pt" in absent
+    for device in ("tpu", "meta", "cuda:99"):
+        error = _fails(capsys, "train", "gan", "--data", images, "--device", device)
+        assert f"got '{device}'" in error
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_backend_that_cannot_run(images, monkeypatch, capsys):
+    monkeypatch.setattr(cli, "selected_backend", lambda: "triton")
+    monkeypatch.setattr(cli, "why_not_triton", lambda t: "there is no GPU")
+    error = _fails(capsys, "train", "vae", "--data", images, "--device", "cpu")
+    assert "GENFAST_BACKEND=triton asks, but there is no GPU" in error
+
+
+def test_bad_checkpoints_end_in_one_sentence(tmp_path, images, capsys):
+    assert "where there is none" in _fails(capsys, "sample", tmp_path / "absent.pt")
+    assert "could not read" in _fails(capsys, "sample", images)
+    out = tmp_path / "out"
+    arguments = ("--data", images, "--epochs", 1, "--out", out, *TINY)
+    assert _run("train", "vae", *arguments) == 0
+    capsys.readouterr()
+    sample = ("sample", out, "--out", tmp_path / "no/folder.png")
+    assert "folder that exists" in _fails(capsys, *sample)
+    resume = ("--out", out, "--resume", "--device", "cpu")
+    assert "expected a checkpoint of gan at" in _fails(capsys, "train", "gan", *resume)
+    assert "got one of vae" in _fails(capsys, "train", "gan", "--resume", out / "checkpoint.pt")
+    assert "expected --nz 3" in _fails(capsys, "train", "vae", *resume, "--nz", 4)
+    assert "expected --epochs of more than the 1" in _fails(capsys, "train", "vae", *resume)
+
+
+def test_a_finished_run_is_not_overwritten(tmp_path, images, capsys):
+    arguments = ("train", "vae", "--data", images, "--epochs", 1, "--out", tmp_path / "out", *TINY)
+    assert _run(*arguments) == 0
+    before = (tmp_path / "out/checkpoint.pt").read_bytes()
+    capsys.readouterr()
+    assert "holds one: give --resume" in _fails(capsys, *arguments)
+    assert (tmp_path / "out/checkpoint.pt").read_bytes() == before
+
+
+def test_default_folder(tmp_path, images, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert _run("train", "vae", "--data", images, "--epochs", 1, *TINY) == 0
+    assert (tmp_path / "runs/vae-images.npy/checkpoint.pt").exists()
+    resume = ("train", "vae", "--data", images, "--resume", "--epochs", 2, "--device", "cpu")
+    assert _run(*resume) == 0
+    assert len(_losses("runs/vae-images.npy")) == 1 + 6
+
+
+def _start(*arguments):
+    return subprocess.Popen(
+        [sys.executable, "-m", "genfast", *map(str, arguments)],
+        cwd=ROOT,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )
+
+
+def _wait_for(condition, process, seconds=60):
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert process.poll() is None, process.stderr.read()
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+@pytest.mark.parametrize("signal_number", [signal.SIGINT, signal.SIGKILL])
+def test_a_stopped_run_resumes_with_the_losses_of_an_uninterrupted_one(
+    tmp_path, images, signal_number, monkeypatch
+):
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    out = tmp_path / "out"
+    arguments = ("train", "dcgan", "--data", images, *TINY_DCGAN, "--checkpoint-seconds", 0)
+    process = _start(*arguments, "--out", out, "--epochs", 100000)
+    checkpoint = out / "checkpoint.pt"
+    _wait_for(checkpoint.exists, process)
+    first = checkpoint.stat().st_mtime_ns
+    _wait_for(lambda: checkpoint.stat().st_mtime_ns != first, process)
+    process.send_signal(signal_number)
+    error = process.communicate(timeout=60)[1]
+
+    steps = cli.prepare_resumed("dcgan", None, {}, checkpoint) and _steps(checkpoint)
+    if signal_number == signal.SIGKILL:
+        assert process.returncode == -signal.SIGKILL
+    else:
+        assert process.returncode == 130
+        said = re.search(r"stopped after step (\d+); to go on: python -m (genfast .*)\n", error)
+        assert int(said[1]) == steps
+        assert f"--out {out}" in said[2]
+        assert said[2].endswith("--resume")
+
+    epochs = steps // 3 + 2
+    assert _run(*arguments[:-2], "--out", out, "--resume", "--epochs", epochs) == 0
+    assert _run(*arguments[:-2], "--out", tmp_path / "whole", "--epochs", epochs) == 0
+    assert _losses(out) == _losses(tmp_path / "whole")
+
+
+def _steps(path):
+    from genfast.training.checkpoint import read_checkpoint
+
+    return read_checkpoint(path)["steps"]
+
+
+def test_help_needs_no_extras_and_shows_defaults():
+    code = """
+import runpy, sys
+sys.modules.update(dict.fromkeys(["PIL", "matplotlib", "safetensors", "scipy", "sklearn", "tqdm"]))
+sys.argv[1:] = ["train", "--help"]
+runpy.run_module("genfast", run_name="__main__")
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    words = " ".join(done.stdout.split())
+    assert words.startswith("usage: genfast train")
+    assert "(default: gan 0.0002; dcgan 0.0002; vae 0.001; conv-vae 0.001)" in words
+
+
+def test_missing_tqdm_is_named(images, tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "tqdm", None)
+    error = _fails_without_extra(capsys, "train", "vae", "--data", images, "--out", tmp_path / "o")
+    assert "tqdm" in error
+    assert not (tmp_path / "o").exists()
+
+
+def _fails_without_extra(capsys, *arguments):
+    assert _run(*arguments) == 1
+    error = capsys.readouterr().err
+    assert 'pip install "genfast[train]"' in error
+    return error

@@ -31,7 +31,7 @@ lint: $(VENV)/.installed-test
 	$(VENV)/bin/python -m ruff format --check
 
 clean:
-	rm -rf $(VENV) build *.egg-info .pytest_cache .ruff_cache .benchmarks
+	rm -rf $(VENV) build *.egg-info .pytest_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(VENV)/.installed-%: $(VENV)/.made setup.py constraints.txt

@@ -5,6 +5,7 @@ largest error is at most twice that of eager PyTorch in the same dtype, three ti
 plus one rounding of its largest element. No tolerance grows with the number of elements.
 """
 
+import copy
 from dataclasses import replace
 
 import torch
@@ -197,3 +198,68 @@ def _exact(case, tensors):
     if case.autocast:
         seen |= {n: tensors[n].to(case.dtype) for n in CONVOLVED if tensors[n] is not None}
     return {name: t if t is None else t.double() for name, t in seen.items()}
+
+
+def assert_standard_normal(draws):
+    """Hold many draws to N(0, 1), independent of each other at every distance.
+
+    The bounds are `SIGMAS` standard deviations of each figure for true normal draws; the largest of
+    a million correlations may be two more.
+    """
+    x = draws.double().flatten()
+    n = x.numel()
+    figures = {
+        "mean": (x.mean(), 0, 1),
+        "variance": (x.square().mean(), 1, 2),
+        "skewness": (x.pow(3).mean(), 0, 15),
+        "kurtosis": (x.pow(4).mean(), 3, 96),
+        "beyond two deviations": ((x.abs() > 2).double().mean(), 0.0455003, 0.0434),
+    }
+    for name, (found, expected, variance) in figures.items():
+        assert abs(found.item() - expected) <= SIGMAS * (variance / n) ** 0.5, name
+    for name, values in (("values", x), ("squares", (x.square() - 1) / 2**0.5)):
+        spectrum = torch.fft.rfft(values).abs().square()
+        correlation = torch.fft.irfft(spectrum, n=n)[1:] / n
+        assert correlation.abs().max() <= (SIGMAS + 2) * n**-0.5, f"correlation of {name}"
+
+
+def assert_module(ours, stock, x):
+    """Run both modules forward and backward, and hold ours to the rule; both modules' state moves.
+
+    Compares the output, the gradients of the input and of every parameter, and every buffer.
+
+    Args:
+        ours: the module under test.
+        stock: a module of PyTorch's layers with the same parameters, in the same state.
+        x: the input.
+    """
+    dy = torch.randn_like(copy.deepcopy(stock)(x))
+    exact = copy.deepcopy(stock).double()
+    samples = []
+    for _ in range(DRAWS):
+        other = torch.randn_like(x)
+        twins = copy.deepcopy(stock), copy.deepcopy(exact)
+        samples.append([_run_module(module, other, dy) for module in twins])
+    results, expected, eager = (_run_module(module, x, dy) for module in (ours, exact, stock))
+    assert_close(results, expected, [(eager, expected), *samples])
+
+
+def _run_module(module, x, dy):
+    dtype = next(module.parameters()).dtype
+    x = x.detach().to(dtype, copy=True).requires_grad_()
+    module.zero_grad()
+    y = module(x)
+    y.backward(dy.to(dtype))
+    gradients = {f"gradient of {name}": p.grad for name, p in module.named_parameters()}
+    return {
+        "output": y.detach(),
+        "gradient of x": x.grad,
+        **gradients,
+        **dict(module.named_buffers()),
+    }
+
+
+def assert_same_losses(ours, stock):
+    """Hold the losses of two trainings, a list for every step, to be the same but for rounding."""
+    drift = (torch.tensor(ours) / torch.tensor(stock) - 1).abs().amax(1)
+    assert drift.max() <= LOSS_DRIFT, f"{drift.max():.2g} at step {drift.argmax()}"

@@ -97,7 +97,7 @@ def test_env_says_why(monkeypatch, capsys):
 
 
 def test_demo(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(demo, "MAX_SECONDS", 0)
+    monkeypatch.setattr(demo, "TRAINING_SECONDS", 0)
     monkeypatch.setattr(demo, "TURNS", 1)
     prepare = demo.prepare
     tiny = dict(image_size=16, ngf=4, ndf=4)

@@ -1,0 +1,236 @@
+"""Show that the tests notice: plant one bug at a time in a copy and run tests that should fail.
+
+    python tests/planted_bugs.py            all of them, a few minutes
+    python tests/planted_bugs.py tap slope  those with one of these words in their name
+
+Ends with status 1 if a bug survives, and if the code has changed so that a bug no longer fits it.
+"""
+
+import argparse
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import NamedTuple
+
+ROOT = Path(__file__).resolve().parents[1]
+COPIED = ("genfast", "kernels", "tests", "pyproject.toml")
+
+
+class Bug(NamedTuple):
+    """`old`, which stands once in `file`, becomes `new`; some test of `tests` must then fail."""
+
+    name: str
+    file: str
+    old: str
+    new: str
+    tests: str
+
+
+STRIDED = "test_blocks.py::test_gradient_of_a_sum"
+TILES = "test_blocks.py::test_ragged_tiles"
+LOADERS = "test_blocks.py::test_ragged_tiles_with_either_loader"
+REDUCTIONS = "test_blocks.py::test_few_programs_share_long_reductions"
+SAMPLING = "test_sampling.py"
+
+BUGS = (
+    Bug(
+        "fprop drops the last tap",
+        "kernels/conv.py",
+        "range(0, tl.cdiv(C_big, BLOCK_K) * TAPS)",
+        "range(0, tl.cdiv(C_big, BLOCK_K) * TAPS - 1)",
+        TILES,
+    ),
+    Bug(
+        "dgrad stores phases at each other's pixels",
+        "kernels/conv.py",
+        "pixel = (n * H_big + y * STRIDE_H + py) * W_big + x * STRIDE_W + px",
+        "pixel = (n * H_big + y * STRIDE_H + px) * W_big + x * STRIDE_W + py",
+        STRIDED,
+    ),
+    Bug(
+        "pixels beyond the right edge are read",
+        "kernels/conv.py",
+        "    X = x + dx\n        inside = exists & (Y >= 0) & (Y < H) & (X >= 0) & (X < W)",
+        "    X = x + dx\n        inside = exists & (Y >= 0) & (Y < H) & (X >= 0)",
+        STRIDED,
+    ),
+    Bug(
+        "a tap beyond the kernel counts",
+        "kernels/conv.py",
+        "in_kernel = (ky < KH) & (kx < KW)",
+        "in_kernel = ky < KH",
+        STRIDED,
+    ),
+    Bug(
+        "a folded column is taken for its neighbour",
+        "kernels/conv.py",
+        "parity_x * C + c0]",
+        "c0]",
+        LOADERS,
+    ),
+    Bug(
+        "packed taps lose their column",
+        "kernels/conv.py",
+        "kx = tap % KW\n    Y0",
+        "kx = tap // KW\n    Y0",
+        TILES,
+    ),
+    Bug(
+        "the last partial sum is dropped",
+        "kernels/conv.py",
+        "for _ in range(0, parts):",
+        "for _ in range(0, tl.maximum(parts - 1, 1)):",
+        REDUCTIONS,
+    ),
+    Bug(
+        "padded rows count in the statistics",
+        "kernels/conv.py",
+        "count = tl.sum(exists.to(acc.dtype), axis=0)",
+        "count = tl.sum(tl.where(exists, 1.0, 1.0).to(acc.dtype), axis=0)",
+        STRIDED,
+    ),
+    Bug(
+        "tiles' means are not compared when statistics combine",
+        "kernels/norm.py",
+        "squares += n[:, None] * deviation * deviation",
+        "squares += 0 * deviation",
+        REDUCTIONS,
+    ),
+    Bug(
+        "the running variance divides by n",
+        "kernels/norm.py",
+        "m2 / (count - 1.0)",
+        "m2 / count",
+        STRIDED,
+    ),
+    Bug(
+        "eps is forgotten",
+        "kernels/norm.py",
+        "m2 / count + eps",
+        "m2 / count",
+        STRIDED,
+    ),
+    Bug(
+        "the gradient keeps its mean",
+        "kernels/norm.py",
+        "g = g - mean_g[None, :] - xhat",
+        "g = g - xhat",
+        TILES,
+    ),
+    Bug(
+        "leaky relu's gradient has another slope",
+        "kernels/activation.py",
+        "du = tl.where(y > 0, dy, dy * negative_slope)",
+        "du = tl.where(y > 0, dy, dy * 0.01)",
+        TILES,
+    ),
+    Bug(
+        "relu swallows NaN",
+        "kernels/activation.py",
+        "tl.where(u <= 0, 0.0, u)",
+        "tl.where(u > 0, u, 0.0)",
+        "test_edge_values.py::test_special_pixel",
+    ),
+    Bug(
+        "momentum weighs the old statistics",
+        "genfast/autograd.py",
+        "running_mean.lerp_(vectors[launch.MEAN].to(running_mean.dtype), momentum)",
+        "running_mean.lerp_(vectors[launch.MEAN].to(running_mean.dtype), 1 - momentum)",
+        STRIDED,
+    ),
+    Bug(
+        "the KL divergence has a sign wrong",
+        "kernels/sampling.py",
+        "_expm1(logvar) - logvar",
+        "_expm1(logvar) + logvar",
+        SAMPLING,
+    ),
+    Bug(
+        "every row gets the same noise",
+        "kernels/sampling.py",
+        "n[:, None].to(tl.int64) * quarter + i[None, :]",
+        "n[:, None].to(tl.int64) * 0 + i[None, :]",
+        SAMPLING,
+    ),
+    Bug(
+        "backward draws other noise",
+        "kernels/sampling.py",
+        "0.5 * dz * noise[j]",
+        "0.5 * dz * noise[3 - j]",
+        SAMPLING,
+    ),
+)
+
+
+def run_tests(folder, tests):
+    """pytest's exit status and the first test that failed, None if none did."""
+    command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [*command, f"tests/{tests}"], cwd=folder, env=environment, capture_output=True, text=True
+    )
+    failed = re.search(r"^FAILED tests/(\S+)", done.stdout, re.MULTILINE)
+    return done.returncode, failed and failed.group(1)
+
+
+def copy_of_the_project(folder):
+    for name in COPIED:
+        source, target = ROOT / name, Path(folder) / name
+        if source.is_dir():
+            shutil.copytree(source, target, ignore=shutil.ignore_patterns("__pycache__"))
+        else:
+            shutil.copy(source, target)
+
+
+def plant(bug):
+    """(whether the bug was noticed, one line about it)."""
+    with tempfile.TemporaryDirectory() as folder:
+        copy_of_the_project(folder)
+        file = Path(folder) / bug.file
+        text = file.read_text(encoding="utf-8")
+        if text.count(bug.old) != 1:
+            return False, f"the code it changes stands {text.count(bug.old)} times in {bug.file}"
+        file.write_text(text.replace(bug.old, bug.new), encoding="utf-8")
+        status, failed = run_tests(folder, bug.tests)
+    if status == 0:
+        return False, f"SURVIVED {bug.tests}"
+    # Status 1 means that tests failed; any other, that pytest itself could not run or died.
+    return failed is not None, failed or f"pytest ended with status {status} and no failed test"
+
+
+def check_that_tests_pass(selections, workers):
+    """Without a bug every selection must pass, else its failures would prove nothing."""
+    with tempfile.TemporaryDirectory() as folder:
+        copy_of_the_project(folder)
+        with ThreadPoolExecutor(workers) as pool:
+            results = list(pool.map(lambda tests: run_tests(folder, tests), selections))
+    for tests, (status, failed) in zip(selections, results, strict=True):
+        if status:
+            sys.exit(f"{tests} fails without any bug: {failed or f'status {status}'}")
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("words", nargs="*", help="plant only bugs whose name has one of these")
+    words = parser.parse_args().words
+    bugs = [b for b in BUGS if not words or any(word in b.name for word in words)]
+    if not bugs:
+        sys.exit(f"expected words from the name of a bug, got {words}")
+    workers = os.cpu_count() or 1
+    check_that_tests_pass(sorted({bug.tests for bug in bugs}), workers)
+    survivors = 0
+    with ThreadPoolExecutor(workers) as pool:
+        for bug, (noticed, line) in zip(bugs, pool.map(plant, bugs), strict=True):
+            survivors += not noticed
+            print(f"{'noticed' if noticed else 'MISSED '}  {bug.name:55} {line}", flush=True)
+    print(f"{len(bugs) - survivors} passed, {survivors} failed")
+    sys.exit(survivors > 0)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,329 @@
+"""The modules, `accelerate` and `restore`, beside PyTorch's own layers."""
+
+import copy
+import io
+
+import pytest
+import torch
+from oracle import assert_module
+from torch import nn
+from torch.nn.utils import parametrizations, spectral_norm
+
+from genfast import accelerate, functional, restore, use_backend
+from genfast.models import weights_init
+from genfast.nn import DiscriminatorBlock, FusedSequential, GaussianSampler, GeneratorBlock
+
+pytestmark = pytest.mark.kernels
+
+ACTIVATIONS = {
+    "relu": nn.ReLU(),
+    "leaky_relu": nn.LeakyReLU(0.3),
+    "tanh": nn.Tanh(),
+    "sigmoid": nn.Sigmoid(),
+    "identity": nn.Identity(),
+}
+
+
+def generator():
+    """Three fused runs of transposed convolutions, the last without batch norm."""
+    return nn.Sequential(
+        nn.ConvTranspose2d(4, 6, 3, 1, 0, bias=False),
+        nn.BatchNorm2d(6),
+        nn.ReLU(True),
+        nn.ConvTranspose2d(6, 3, 2, 2),
+        nn.BatchNorm2d(3, momentum=None),
+        nn.ConvTranspose2d(3, 1, 3, 1, 1),
+        nn.Tanh(),
+    )
+
+
+def discriminator():
+    """Fused runs of convolutions, one of them inside another module."""
+    return nn.Sequential(
+        nn.Conv2d(1, 4, 2, 2, bias=False),
+        nn.LeakyReLU(0.2, True),
+        nn.Sequential(nn.Conv2d(4, 5, 3, 1, 1), nn.BatchNorm2d(5), nn.LeakyReLU(0.2)),
+        nn.Flatten(),
+        nn.Linear(45, 1),
+    )
+
+
+def latent(device):
+    return torch.randn(3, 4, 1, 1, device=device)
+
+
+def image(device):
+    return torch.randn(3, 1, 6, 6, device=device)
+
+
+@pytest.fixture
+def fused_runs(monkeypatch):
+    """Counts the calls of the fused functions."""
+    calls = []
+    for name in ("conv_block", "conv_transpose_block"):
+        run = getattr(functional, name)
+
+        def counting(*args, run=run, name=name, **kwargs):
+            calls.append(name)
+            return run(*args, **kwargs)
+
+        monkeypatch.setattr(functional, name, counting)
+    return calls
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("norm", [True, False])
+@pytest.mark.parametrize("training", [True, False])
+def test_blocks(activation, norm, training, device):
+    options = dict(bias=not norm, norm=norm, activation=activation, negative_slope=0.3)
+    if norm:
+        options |= dict(eps=1e-3, momentum=0.4)
+    pairs = (
+        (GeneratorBlock(3, 5, 3, 2, 1, 1, **options), (2, 3, 3, 4)),
+        (DiscriminatorBlock(3, 5, 3, 2, 1, **options), (2, 3, 6, 7)),
+    )
+    for block, shape in pairs:
+        block = block.to(device).train(training)
+        assert type(block.conv) in (nn.ConvTranspose2d, nn.Conv2d)
+        assert type(block.norm) is (nn.BatchNorm2d if norm else type(None))
+        layers = {"conv": block.conv, "norm": block.norm or nn.Identity()}
+        stock = nn.Sequential()
+        for name, layer in layers.items():
+            stock.add_module(name, copy.deepcopy(layer))
+        stock.append(ACTIVATIONS[activation]).train(training)
+        assert_module(block, stock, torch.randn(shape, device=device))
+
+
+def test_blocks_default_to_dcgan(device):
+    up, down = GeneratorBlock(3, 5).to(device), DiscriminatorBlock(5, 3).to(device)
+    assert up(torch.randn(2, 3, 4, 4, device=device)).shape == (2, 5, 8, 8)
+    assert down(torch.randn(2, 5, 8, 8, device=device)).shape == (2, 3, 4, 4)
+    for block, activation in ((up, "relu"), (down, "leaky_relu")):
+        assert (block.activation, block.negative_slope) == (activation, 0.2)
+        assert block.conv.bias is None
+        assert (block.norm.eps, block.norm.momentum) == (1e-5, 0.1)
+    keys = ["conv.weight"]
+    keys += [f"norm.{name}" for name in nn.BatchNorm2d(1).state_dict()]
+    assert list(up.state_dict()) == list(down.state_dict()) == keys
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize(
+    ("build", "sample", "runs"), [(generator, latent, 3), (discriminator, image, 2)]
+)
+def test_accelerate_changes_the_execution_and_nothing_else(
+    build, sample, runs, training, device, fused_runs
+):
+    stock = build().to(device).train(training)
+    model = copy.deepcopy(stock)
+    keys, parameters = list(model.state_dict()), list(map(id, model.parameters()))
+    report = accelerate(model)
+    assert list(model.state_dict()) == keys
+    assert list(map(id, model.parameters())) == parameters
+    assert sum(entry.fused for entry in report) == len(report) == runs
+    for _ in range(2):  # the second step starts from running statistics that moved
+        fused_runs.clear()
+        assert_module(model, stock, sample(device))
+        assert len(fused_runs) == runs
+    restore(model)
+    assert repr(model) == repr(stock)
+    assert [type(m) for m in model.modules()] == [type(m) for m in stock.modules()]
+    assert [vars(m).keys() for m in model.modules()] == [vars(m).keys() for m in stock.modules()]
+    fused_runs.clear()
+    x = sample(device)
+    assert torch.equal(model.eval()(x), model(x))
+    assert not fused_runs
+
+
+def test_fused_sequential_is_a_sequential(device, fused_runs):
+    stock = generator().to(device)
+    model = FusedSequential(*copy.deepcopy(stock))
+    assert isinstance(model, nn.Sequential)
+    assert list(model.state_dict()) == list(stock.state_dict())
+    assert_module(model, stock, latent(device))
+    assert len(fused_runs) == 3
+    assert len(model[3:]) == 4
+
+
+def test_reference_backend_is_pytorch(device, fused_runs):
+    stock = generator().to(device)
+    model = copy.deepcopy(stock)
+    accelerate(model)
+    x = latent(device)
+    with use_backend("reference"):
+        assert torch.equal(model(x), stock(x))
+    assert not fused_runs
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_reference_blocks_are_pytorch(training, device):
+    block = GeneratorBlock(3, 5, activation="leaky_relu").to(device).train(training)
+    stock = nn.Sequential(*copy.deepcopy([block.conv, block.norm]), nn.LeakyReLU(0.2))
+    x = torch.randn(2, 3, 3, 3, device=device)
+    with use_backend("reference"):
+        torch.testing.assert_close(block(x), stock.train(training)(x))
+    for name, buffer in block.norm.named_buffers():
+        assert torch.equal(buffer, stock[1].get_buffer(name)), name
+
+
+def hooked():
+    layer = nn.Conv2d(3, 3, 3, 1, 1)
+    layer.register_forward_hook(lambda module, inputs, output: output * 2)
+    return layer
+
+
+def replaced():
+    layer = nn.Conv2d(3, 3, 3, 1, 1)
+    layer.forward = lambda x: x + 1
+    return layer
+
+
+class Doubled(nn.Conv2d):
+    """A layer with a forward of its own."""
+
+    def forward(self, x):
+        return 2 * super().forward(x)
+
+
+UNFUSED = {
+    "hook": hooked,
+    "forward": replaced,
+    "Doubled": lambda: Doubled(3, 3, 3, 1, 1),
+    "groups": lambda: nn.Conv2d(3, 3, 3, 1, 1, groups=3),
+    "dilation": lambda: nn.Conv2d(3, 3, 3, 1, 2, dilation=2),
+    "reflect": lambda: nn.Conv2d(3, 3, 3, 1, 1, padding_mode="reflect"),
+    "parametrisation": lambda: parametrizations.spectral_norm(nn.Conv2d(3, 3, 3, 1, 1)),
+    # The older spectral norm is a hook.
+    "a hook": lambda: spectral_norm(nn.Conv2d(3, 3, 3, 1, 1)),
+}
+
+
+@pytest.mark.parametrize("reason", UNFUSED)
+def test_what_does_not_fuse_behaves_as_in_pytorch(reason, device):
+    layers = [UNFUSED[reason](), nn.BatchNorm2d(3), nn.ReLU(), nn.Conv2d(3, 2, 1), nn.Tanh()]
+    stock = nn.Sequential(*layers).to(device)
+    model = copy.deepcopy(stock)
+    first, second = accelerate(model)
+    assert not first.fused
+    assert reason in first.reason
+    assert (second.name, second.layers, second.fused) == ("3", "Conv2d + Tanh", True)
+    assert second.reason == ""
+    x = torch.randn(2, 3, 5, 4, device=device)
+    assert_module(model, stock, x)
+
+
+def test_norm_or_activation_with_a_hook_stays_out_of_the_run(device):
+    seen = []
+    stock = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU()).to(device)
+    model = copy.deepcopy(stock)
+    accelerate(model)
+    model[2].register_forward_hook(lambda module, inputs, output: seen.append(output.shape))
+    assert_module(model, stock, torch.randn(2, 3, 5, 4, device=device))
+    assert seen == [(2, 4, 3, 2)]
+    assert [entry.layers for entry in accelerate(model)] == ["Conv2d + BatchNorm2d"]
+
+
+def test_layer_that_appears_twice(device):
+    shared = nn.Conv2d(3, 3, 3, 1, 1)
+    stock = nn.Sequential(shared, nn.ReLU(), shared, nn.Tanh()).to(device)
+    model = copy.deepcopy(stock)
+    assert model[0] is model[2]
+    (entry,) = accelerate(model)
+    assert not entry.fused
+    assert "also appears" in entry.reason
+    assert_module(model, stock, torch.randn(2, 3, 5, 4, device=device))
+
+
+def test_convolution_outside_a_sequential():
+    model = nn.ModuleDict({"stem": nn.Conv2d(3, 4, 3), "body": discriminator()})
+    stem, *others = accelerate(model)
+    assert (stem.name, stem.fused) == ("stem", False)
+    assert "nn.Sequential" in stem.reason
+    assert [entry.name for entry in others] == ["body.0", "body.2.0"]
+
+
+def test_report_prints():
+    report = accelerate(nn.Sequential(*generator(), nn.Conv2d(1, 1, 3, dilation=2)))
+    assert report[0].name == "0"
+    assert report[0].layers == "ConvTranspose2d + BatchNorm2d + ReLU"
+    text = str(report)
+    for entry in report:
+        assert entry.name in text
+        assert entry.layers in text
+        assert entry.reason in text
+    assert "3 of 4" in text
+
+
+def test_accelerate_twice_and_restore_once(device):
+    stock = discriminator().to(device)
+    model = copy.deepcopy(stock)
+    accelerate(model)
+    accelerate(model)
+    restore(model)
+    assert [type(m) for m in model.modules()] == [type(m) for m in stock.modules()]
+
+
+def test_copies_and_state_dicts_of_an_accelerated_model(device):
+    stock = generator().to(device)
+    model = copy.deepcopy(stock)
+    accelerate(model)
+    twin = copy.deepcopy(model)
+    file = io.BytesIO()
+    torch.save(model.state_dict(), file)
+    file.seek(0)
+    stock.load_state_dict(torch.load(file, weights_only=True))
+    x = latent(device)
+    assert_module(twin, stock, x)
+    restore(twin)
+    assert type(twin) is nn.Sequential
+
+
+def test_half_precision_model(device):
+    stock = generator().to(device, torch.bfloat16)
+    model = copy.deepcopy(stock)
+    accelerate(model)
+    x = latent(device).bfloat16()
+    assert model(x).dtype == torch.bfloat16
+    assert_module(copy.deepcopy(stock), stock, x)
+
+
+def test_switching_between_training_and_evaluation(device):
+    stock = generator().to(device)
+    model = copy.deepcopy(stock)
+    accelerate(model)
+    for training in (True, False, True):
+        assert_module(model.train(training), stock.train(training), latent(device))
+
+
+@pytest.mark.parametrize("tracking", [True, False])
+def test_frozen_norm_beside_training_layers(tracking, device):
+    norm = nn.BatchNorm2d(4, track_running_stats=tracking, affine=tracking)
+    stock = nn.Sequential(nn.Conv2d(3, 4, 3), norm, nn.ReLU()).to(device)
+    stock[1].eval()
+    model = copy.deepcopy(stock)
+    accelerate(model)
+    assert_module(model, stock, torch.randn(2, 3, 5, 4, device=device))
+
+
+def test_weights_init_of_dcgans(device):
+    model = nn.Sequential(GeneratorBlock(3, 4), DiscriminatorBlock(4, 3), GaussianSampler())
+    accelerate(nn.Sequential(model))
+    model.apply(weights_init)
+    for module in model.modules():
+        name = type(module).__name__
+        assert hasattr(module, "weight") == ("Conv" in name or "BatchNorm" in name)
+    assert 0.01 < model[0].conv.weight.std() < 0.03
+
+
+def test_inference_mode_and_other_inputs(device):
+    stock = generator().to(device).eval()
+    model = copy.deepcopy(stock)
+    accelerate(model)
+    x = latent(device)
+    with torch.inference_mode():
+        torch.testing.assert_close(model(x), stock(x))
+    mixed = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU()).to(device)
+    single = torch.randn(3, 5, 4, device=device)  # (C, H, W), which PyTorch takes too
+    expected = mixed(single)
+    accelerate(mixed)
+    torch.testing.assert_close(mixed(single), expected)

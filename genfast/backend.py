@@ -52,6 +52,6 @@ def why_device_cannot_run_triton(device):
     """A sentence saying why no kernel can start on this device; None if one can."""
     if triton is None:
         return "Triton is not installed"
-    if device.type == "cuda" or INTERPRETING:
+    if device.type == "cuda" or (INTERPRETING and device.type == "cpu"):
         return None
     return f"Triton has no {device.type} target (TRITON_INTERPRET=1 interprets kernels on the CPU)"

@@ -258,7 +258,7 @@ def _block(x, weight, bias, stride, padding, output_padding=None, *, memory_form
 def _autocast(x, weight, bias):
     """Cast as autocast casts the arguments of a convolution (float64 stays as it is)."""
     device = x.device.type
-    if not torch.is_autocast_enabled(device):
+    if not (torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)):
         return x, weight, bias
     dtype = torch.get_autocast_dtype(device)
     return tuple(

@@ -3,7 +3,6 @@
 import gzip
 import re
 import struct
-import subprocess
 import sys
 
 import numpy as np
@@ -117,6 +116,23 @@ def test_corrupt_images_are_named_counted_and_skipped(tmp_path):
     with pytest.warns(UserWarning, match="skipped 2 of 5 images.*cut.jpg.*text.png"):
         images = load_images(tmp_path, 16)
     assert images.shape[0] == 3
+
+
+def test_sixteen_bits_a_channel_are_not_cut_off(tmp_path):
+    _png(tmp_path / "good.png", 9, mode="L")
+    deep = np.linspace(0, 65535, 64, dtype=np.uint16).reshape(8, 8)
+    Image.fromarray(deep).save(tmp_path / "deep.png")
+    with pytest.warns(UserWarning, match="deep.png .expected 8 bits a channel, got mode I"):
+        assert load_images(tmp_path, 16).shape == (1, 1, 16, 16)
+
+
+def test_a_warning_names_so_many_and_counts_the_rest(tmp_path, monkeypatch):
+    monkeypatch.setattr(data, "NAMED", 2)
+    _png(tmp_path / "z.png", 9, mode="L")
+    for i in range(5):
+        (tmp_path / f"{i}.png").write_bytes(b"nonsense")
+    with pytest.warns(UserWarning, match="skipped 5 of 6 .*0.png.*1.png.*; and 3 more$"):
+        load_images(tmp_path, 16)
 
 
 def test_large_jpegs_are_sampled_finely(tmp_path):
@@ -242,23 +258,19 @@ def test_damaged_idx(tmp_path, content, words):
 
 @pytest.mark.parametrize(
     ("module", "package", "source"),
-    [("sklearn", "scikit-learn", "digits"), ("sklearn", "scikit-learn", "photos"),
-     ("PIL", "pillow", "photos"), ("PIL", "pillow", "folder"), ("tqdm", "tqdm", "folder")],
-)  # fmt: skip
-def test_missing_extras_are_named(tmp_path, module, package, source):
-    code = f"""
-import sys
-sys.modules[{module!r}] = None
-from genfast.training.data import load_images
-try:
-    load_images({source if source != "folder" else str(tmp_path)!r})
-except Exception as error:
-    print(type(error).__name__, error)
-"""
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.startswith("BadInput")
-    assert package in done.stdout
-    assert 'pip install "genfast[train]"' in done.stdout
+    [
+        ("sklearn.datasets", "scikit-learn", "digits"),
+        ("sklearn.datasets", "scikit-learn", "photos"),
+        ("PIL.Image", "pillow", "photos"),
+        ("PIL.Image", "pillow", "folder"),
+        ("tqdm", "tqdm", "folder"),
+    ],
+)
+def test_missing_extras_are_named(tmp_path, monkeypatch, module, package, source):
+    monkeypatch.setitem(sys.modules, module, None)  # Importing it then fails.
+    with pytest.raises(BadInput, match=re.escape('pip install "genfast[train]"')) as caught:
+        load_images(tmp_path if source == "folder" else source)
+    assert f"this needs {package}" in str(caught.value)
 
 
 def test_normalize_ends_of_the_range():

@@ -18,9 +18,9 @@ STEPS = 100
 
 
 def dcgan():
-    """Generator and discriminator of 8 x 8 images."""
+    """Generator and discriminator of 4 x 4 images: every launch is interpreted."""
     generator = nn.Sequential(
-        nn.ConvTranspose2d(4, 8, 4, 1, 0, bias=False),
+        nn.ConvTranspose2d(4, 8, 2, 1, 0, bias=False),
         nn.BatchNorm2d(8),
         nn.ReLU(True),
         nn.ConvTranspose2d(8, 1, 4, 2, 1, bias=False),
@@ -28,11 +28,9 @@ def dcgan():
     )
     discriminator = nn.Sequential(
         nn.Conv2d(1, 4, 4, 2, 1, bias=False),
+        nn.BatchNorm2d(4),
         nn.LeakyReLU(0.2, True),
-        nn.Conv2d(4, 8, 2, 2, 0, bias=False),
-        nn.BatchNorm2d(8),
-        nn.LeakyReLU(0.2, True),
-        nn.Conv2d(8, 1, 2, 1, 0, bias=False),
+        nn.Conv2d(4, 1, 2, 1, 0, bias=False),
     )
     return generator, discriminator
 
@@ -47,7 +45,7 @@ def train_dcgan(generator, discriminator, device):
     bce = F.binary_cross_entropy_with_logits
     losses = []
     for _ in range(STEPS):
-        real = torch.rand(8, 1, 8, 8, generator=draw).to(device) * 2 - 1
+        real = torch.rand(8, 1, 4, 4, generator=draw).to(device) * 2 - 1
         fake = generator(torch.randn(8, 4, 1, 1, generator=draw).to(device))
         on_real, on_fake = discriminator(real), discriminator(fake.detach())
         d_loss = bce(on_real, torch.ones_like(on_real)) + bce(on_fake, torch.zeros_like(on_fake))
@@ -77,15 +75,15 @@ def test_dcgan(device):
 
 
 class VAE(nn.Module):
-    """A convolutional VAE of 6 x 6 images; `sampler` draws the latent."""
+    """A convolutional VAE of 4 x 4 images; `sampler` draws the latent."""
 
     def __init__(self):
         super().__init__()
         self.encoder = nn.Sequential(
-            nn.Conv2d(1, 4, 2, 2, 0), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 6, 3, 1, 0)
+            nn.Conv2d(1, 4, 2, 2, 0), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 6, 2, 1, 0)
         )
         self.decoder = nn.Sequential(
-            nn.ConvTranspose2d(3, 4, 3, 1, 0),
+            nn.ConvTranspose2d(3, 4, 2, 1, 0),
             nn.BatchNorm2d(4),
             nn.ReLU(),
             nn.ConvTranspose2d(4, 1, 2, 2, 0),
@@ -113,7 +111,7 @@ def train_vae(model, device):
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
     losses = []
     for _ in range(STEPS):
-        images = torch.rand(8, 1, 6, 6, generator=draw).to(device)
+        images = torch.rand(8, 1, 4, 4, generator=draw).to(device)
         recon, mu, logvar = model(images)
         bce = F.binary_cross_entropy(recon, images, reduction="sum")
         loss = bce + kl_divergence(mu, logvar).sum()

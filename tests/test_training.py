@@ -168,6 +168,7 @@ def test_precision_auto(monkeypatch):
     [
         (torch.zeros(4, 16, 16), ValueError, r"expected images of shape .*\(4, 16, 16\)"),
         (torch.zeros(4, 1, 16, 16, dtype=torch.uint8), TypeError, "floating-point.*uint8"),
+        (torch.zeros(4, 1, 16, 16, device="meta"), ValueError, "networks' device cpu, got meta"),
         (torch.zeros(4, 3, 16, 16), (ValueError, RuntimeError), "channels"),
     ],
 )

@@ -23,7 +23,7 @@ DEFAULTS = {
 # The digits are few and simple: more epochs, smaller images and latents, narrower networks.
 DIGITS_DEFAULTS = {
     "gan": dict(image_size=16, epochs=150),
-    "dcgan": dict(image_size=32, epochs=60, lr=5e-4, nz=20, ngf=32, ndf=16),
+    "dcgan": dict(image_size=32, epochs=80, lr=5e-4, nz=20, ngf=32, ndf=16),
     "vae": dict(image_size=16, batch_size=64, epochs=150, nz=10),
     "conv-vae": dict(image_size=16, batch_size=64, epochs=60, nz=10),
 }

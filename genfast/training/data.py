@@ -11,6 +11,7 @@ import warnings
 import zipfile
 import zlib
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from pathlib import Path
 
 import numpy as np
@@ -24,6 +25,7 @@ IDX_NAMES = ("train-images-idx3-ubyte", "train-images.idx3-ubyte")
 DEFAULT_SIZES = {"digits": 32, "photos": 64}
 DEFAULT_FOLDER_SIZE = 64
 PHOTO_CROPS = 2048
+NAMED = 20  # How many of the images that could not be read a warning names.
 
 
 def load_images(source, image_size=None):
@@ -115,9 +117,8 @@ def _to_nchw(images):
 
 
 def _read_folder(folder, image_size):
-    """Decode every image below the folder, on several threads: decoders let go of Python's lock."""
     require("PIL.Image", "pillow")
-    progress = require("tqdm", "tqdm").tqdm
+    require("tqdm", "tqdm")
     paths = sorted(p for p in _files_below(folder) if p.suffix.lower() in IMAGE_SUFFIXES)
     if not paths:
         raise BadInput(
@@ -126,24 +127,23 @@ def _read_folder(folder, image_size):
         )
     images = torch.empty(len(paths), 3, image_size, image_size, dtype=torch.uint8)
     count, grey, failures = 0, True, []
-    with ThreadPoolExecutor() as pool:
-        decoded = pool.map(lambda path: _decode(path, image_size), paths)
-        bar = progress(zip(paths, decoded, strict=True), "images", len(paths), leave=False)
-        for path, (pixels, is_grey, problem) in bar:
-            if problem:
-                failures.append(f"{path} ({problem})")
-                continue
-            images[count] = pixels
-            grey &= is_grey
-            count += 1
+    for path, (pixels, is_grey, problem) in _decode_all(paths, image_size):
+        if problem:
+            failures.append(f"{path} ({problem})")
+            continue
+        images[count] = pixels
+        grey &= is_grey
+        count += 1
     if count == 0:
         raise BadInput(
             f"expected readable images in {folder}, could read none of {len(paths)}: {failures[0]}"
         )
     if failures:
+        more = f"; and {len(failures) - NAMED} more" if len(failures) > NAMED else ""
         warnings.warn(
             f"skipped {len(failures)} of {len(paths)} images, which could not be read: "
-            + "; ".join(failures),
+            + "; ".join(failures[:NAMED])
+            + more,
             stacklevel=3,
         )
     images = images[:count]
@@ -158,6 +158,17 @@ def _files_below(folder):
         yield from (Path(where, name) for name in names)
 
 
+def _decode_all(paths, image_size):
+    """Yield (path, what `_decode` gives) in order; by threads, as decoders release the GIL."""
+    tqdm = require("tqdm", "tqdm").tqdm
+    # Closing the results cancels what is left, so that an interrupt need not wait for all of it.
+    with (
+        ThreadPoolExecutor() as pool,
+        closing(pool.map(lambda path: _decode(path, image_size), paths)) as decoded,
+    ):
+        yield from tqdm(zip(paths, decoded, strict=True), "images", len(paths), leave=False)
+
+
 def _decode(path, image_size):
     """One image as ((3, H, W) uint8, whether it is grey, None), or (None, None, what is wrong)."""
     image_module = require("PIL.Image", "pillow")
@@ -165,6 +176,8 @@ def _decode(path, image_size):
     try:
         with image_module.open(path) as image:
             is_grey = image.mode in ("1", "L", "LA")
+            if image.mode.startswith(("I", "F")):  # Pillow would cut their values off at 255.
+                return None, None, f"expected 8 bits a channel, got mode {image.mode}"
             # JPEGs decode at a half, a quarter or an eighth of their size for a part of the time.
             image.draft("RGB", (2 * image_size, 2 * image_size))
             upright = image_ops.exif_transpose(image).convert("RGB")

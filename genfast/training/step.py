@@ -64,12 +64,14 @@ def _autocast(precision, device):
     return partial(torch.autocast, device.type, torch.bfloat16, enabled=precision == "bf16")
 
 
-def _checked_images(images):
-    """The images in the memory format of the kernels; an error unless they are NCHW and float."""
+def _checked_images(images, device):
+    """The images in the memory format of the kernels; an error unless a step can take them."""
     if images.dim() != 4:
         raise ValueError(f"expected images of shape (N, C, H, W), got shape {tuple(images.shape)}")
     if not images.is_floating_point():
         raise TypeError(f"expected floating-point images, got {images.dtype}")
+    if images.device != device:
+        raise ValueError(f"expected images on the networks' device {device}, got {images.device}")
     return images.contiguous(memory_format=torch.channels_last)
 
 
@@ -130,7 +132,7 @@ class GANStep:
 
     def __call__(self, images):
         """Make one step."""
-        images = _checked_images(images)
+        images = _checked_images(images, self.device)
         self.d_optimizer.zero_grad(set_to_none=True)
         self.g_optimizer.zero_grad(set_to_none=True)
         z = torch.randn(len(images), *self.latent_shape, device=images.device, dtype=images.dtype)
@@ -201,7 +203,7 @@ class VAEStep:
 
     def __call__(self, images):
         """Make one step."""
-        images = _checked_images(images)
+        images = _checked_images(images, self.device)
         self.optimizer.zero_grad(set_to_none=True)
         with self._autocast():
             mu, logvar = self.model.encode(images)

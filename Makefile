@@ -21,7 +21,7 @@ demo: $(VENV)/.installed-train
 
 # One thread a worker: the tests are many and small, and the workers fill the cores.
 test: $(VENV)/.installed-test
-	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n auto --maxprocesses 8 $(ARGS)
+	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n auto --maxprocesses 8 --dist worksteal $(ARGS)
 
 planted-bugs: $(VENV)/.installed-test
 	$(VENV)/bin/python tests/planted_bugs.py $(ARGS)

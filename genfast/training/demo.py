@@ -35,6 +35,10 @@ def demo(out, device):
     outcome = train(config, images, out, device=device, max_seconds=TRAINING_SECONDS)
     if outcome.interrupted:
         return False
+    if not outcome.finished:
+        print(
+            f"training stopped after {TRAINING_SECONDS} s, before its last epoch: the demo is short"
+        )
     step, stock_step = build_step(config, device), build_stock_step(config, device)
     batches = Batches(images, config.batch_size, config.seed, device).stream()
     rate, stock_rate = compare((step, stock_step), batches, step.pixel_range, device)

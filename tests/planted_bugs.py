@@ -46,10 +46,10 @@ BUGS = (
         TILES,
     ),
     Bug(
-        "dgrad stores phases at each other's pixels",
+        "a phase of dgrad takes another phase's taps",
         "kernels/conv.py",
-        "pixel = (n * H_big + y * STRIDE_H + py) * W_big + x * STRIDE_W + px",
-        "pixel = (n * H_big + y * STRIDE_H + px) * W_big + x * STRIDE_W + py",
+        "ky = (py + PAD_H) % STRIDE_H",
+        "ky = (px + PAD_H) % STRIDE_H",
         STRIDED,
     ),
     Bug(

@@ -15,7 +15,7 @@ from genfast.launch import Epilogue
 
 def block(
     x, weight, bias, geometry, transposed, *, norm, norm_weight, norm_bias, running_mean,
-    running_var, training, momentum, eps, activation, negative_slope,
+    running_var, training, momentum, eps, activation, negative_slope, statistics_groups,
 ):  # fmt: skip
     """`functional.conv_block`, or `conv_transpose_block` if `transposed`, on the kernels.
 
@@ -28,20 +28,18 @@ def block(
         fixed = _vectors(running_mean, running_var, norm_weight, norm_bias, eps, x.dtype)
         inputs = (x, weight, bias, norm_weight, norm_bias)
         if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs):
-            return _ConvNormActivation.apply(*inputs, fixed, geometry, transposed, eps, *act)[0]
+            return _ConvNormActivation.apply(
+                *inputs, fixed, geometry, transposed, eps, *act, 1, None
+            )[0]
         epilogue = Epilogue(
             bias=bias, vectors=fixed, activation=activation, negative_slope=negative_slope
         )
         return _convolve(x, weight, geometry, transposed, epilogue)[0]
-    y, vectors = _ConvNormActivation.apply(
-        x, weight, bias, norm_weight, norm_bias, None, geometry, transposed, eps, *act
-    )
-    if running_mean is not None:
-        # Outside the kernels, in place and once a step, so that a captured graph replays it.
-        with torch.no_grad():
-            running_mean.lerp_(vectors[launch.MEAN].to(running_mean.dtype), momentum)
-            running_var.lerp_(vectors[launch.UNBIASED_VAR].to(running_var.dtype), momentum)
-    return y
+    running = None if running_mean is None else (running_mean, running_var, momentum)
+    return _ConvNormActivation.apply(
+        x, weight, bias, norm_weight, norm_bias, None, geometry, transposed, eps, *act,
+        statistics_groups, running,
+    )[0]  # fmt: skip
 
 
 def reparameterize(mu, logvar, seed):
@@ -142,19 +140,20 @@ class _ConvNormActivation(Function):
     """Convolution, batch norm and activation; also returns the batch norm's `vectors`.
 
     Saves the convolution's output and `vectors` beside the inputs; everything else in backward is
-    computed from them. `fixed` are the vectors of known statistics, None to take the batch's.
+    computed from them. `fixed` are the vectors of known statistics, None to take those of each of
+    `groups` parts of the batch. `running` is None or (mean, var, momentum), which then move.
     """
 
     @staticmethod
     def forward(
         ctx, x, weight, bias, gamma, beta, fixed, geometry, transposed, eps, activation,
-        negative_slope,
+        negative_slope, groups, running,
     ):  # fmt: skip
-        epilogue = Epilogue(bias=bias, statistics=fixed is None)
+        epilogue = Epilogue(bias=bias, groups=groups if fixed is None else 0)
         z, statistics = _convolve(x, weight, geometry, transposed, epilogue)
         vectors = fixed
         if fixed is None:
-            vectors = launch.combine_statistics(statistics, gamma, beta, eps)
+            vectors = _batch_statistics(statistics, gamma, beta, eps, running)
         y = launch.normalize_activate(z, vectors, activation, negative_slope)
         ctx.save_for_backward(x, weight, bias, gamma, beta, z, vectors)
         ctx.geometry, ctx.transposed, ctx.eps = geometry, transposed, eps
@@ -187,7 +186,7 @@ class _ConvNormActivation(Function):
             dbias = torch.zeros_like(bias) if ctx.training else dz.sum((0, 2, 3))
         dbeta = sums[0].to(beta.dtype) if need_beta else None
         dgamma = sums[1].to(gamma.dtype) if need_gamma else None
-        return dx, dw, dbias, dgamma, dbeta, None, None, None, None, None, None
+        return dx, dw, dbias, dgamma, dbeta, *[None] * 8
 
     @staticmethod
     def _differentiable_backward(ctx, dy):
@@ -200,14 +199,17 @@ class _ConvNormActivation(Function):
             z = z + bias[:, None, None]
         mean = var = None
         if not ctx.training:
-            mean, var = vectors[launch.MEAN], vectors[launch.RSTD] ** -2 - ctx.eps
-        y = torch.nn.functional.batch_norm(
-            z, mean, var, gamma, beta, training=ctx.training, momentum=0.0, eps=ctx.eps
-        )
-        y = reference.activate(y, ctx.activation, ctx.negative_slope)
+            mean, var = vectors[0, launch.MEAN], vectors[0, launch.RSTD] ** -2 - ctx.eps
+        groups = [
+            torch.nn.functional.batch_norm(
+                part, mean, var, gamma, beta, training=ctx.training, momentum=0.0, eps=ctx.eps
+            )
+            for part in z.chunk(vectors.shape[0])
+        ]
+        y = reference.activate(torch.cat(groups), ctx.activation, ctx.negative_slope)
         wanted = [i for i in range(5) if ctx.needs_input_grad[i]]
         found = torch.autograd.grad(y, [inputs[i] for i in wanted], dy, create_graph=True)
-        gradients = [None] * 11
+        gradients = [None] * 13
         for i, gradient in zip(wanted, found, strict=True):
             gradients[i] = gradient
         return tuple(gradients)
@@ -259,12 +261,24 @@ def _convolution_backward(dz, x, weight, geometry, transposed, needs_input_grad)
     return dx, dw
 
 
+def _batch_statistics(statistics, gamma, beta, eps, running):
+    mean, var, momentum = running or (None, None, 0.0)
+    if not isinstance(momentum, torch.Tensor):
+        return launch.batch_statistics(statistics, gamma, beta, eps, mean, var, momentum)
+    # A cumulative average: the weight of each group is on the device, to be read there.
+    vectors = launch.batch_statistics(statistics, gamma, beta, eps)
+    for group, weight in zip(vectors, momentum.expand(len(vectors)), strict=True):
+        mean.lerp_(group[launch.MEAN].to(mean.dtype), weight)
+        var.lerp_(group[launch.UNBIASED_VAR].to(var.dtype), weight)
+    return vectors
+
+
 def _vectors(running_mean, running_var, gamma, beta, eps, dtype):
-    """Known statistics in the form that `launch.combine_statistics` gives the batch's."""
+    """Known statistics in the form that `launch.batch_statistics` gives the batch's."""
     dtype = torch.float64 if dtype == torch.float64 else torch.float32
     with torch.no_grad():
         mean, var = running_mean.to(dtype), running_var.to(dtype)
         rstd = (var + eps).rsqrt()
         scale = rstd if gamma is None else rstd * gamma
         shift = torch.zeros_like(mean) if beta is None else beta.to(dtype)
-        return torch.stack([mean, var, rstd, scale, shift])
+        return torch.stack([mean, var, rstd, scale, shift])[None]

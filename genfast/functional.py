@@ -33,6 +33,7 @@ def conv_block(
     eps=1e-5,
     activation="identity",
     negative_slope=0.2,
+    statistics_groups=1,
     memory_format=None,
 ):
     """`conv2d`, then batch norm (if `norm`), then an activation: a discriminator block.
@@ -48,10 +49,14 @@ def conv_block(
         running_mean, running_var: (out_channels,), or both None. In training they move in place
             towards the batch's mean and unbiased variance; in evaluation they are the statistics.
         training: normalise by the batch's statistics. Without running statistics that is always so.
-        momentum: the weight of the new statistics, a float or a scalar tensor.
+        momentum: the weight of the new statistics, a float or a tensor: a scalar, or one value for
+            each of the `statistics_groups`.
         eps: added to the variance.
         activation: "identity", "relu", "leaky_relu", "tanh" or "sigmoid".
         negative_slope: of "leaky_relu".
+        statistics_groups: in training, normalise that many equal parts of the batch by statistics
+            of their own; running statistics move once for each part, in order. The result is that
+            of as many calls, one a part.
         memory_format: of the output: `torch.channels_last`, the kernels' own, or None for the one
             PyTorch would give: channels_last if `x` or `weight` is, else contiguous.
 
@@ -82,6 +87,7 @@ def conv_block(
         eps=eps,
         activation=activation,
         negative_slope=negative_slope,
+        statistics_groups=statistics_groups,
     )
 
 
@@ -103,6 +109,7 @@ def conv_transpose_block(
     eps=1e-5,
     activation="identity",
     negative_slope=0.2,
+    statistics_groups=1,
     memory_format=None,
 ):
     """`conv_transpose2d`, then batch norm (if `norm`), then an activation: a generator block.
@@ -134,6 +141,7 @@ def conv_transpose_block(
         eps=eps,
         activation=activation,
         negative_slope=negative_slope,
+        statistics_groups=statistics_groups,
     )
 
 
@@ -325,16 +333,24 @@ def _check_output_padding(output_padding, stride):
         )
 
 
-def _check_output(x, size, *, norm, running_mean, training, **_):
+def _check_output(x, size, *, norm, running_mean, training, statistics_groups, **_):
     if min(size) < 1:
         raise ValueError(
             f"expected an input large enough for one output pixel, got {tuple(x.shape[2:])}, "
             f"which gives an output of {size}"
         )
-    if norm and (training or running_mean is None) and x.shape[0] * size[0] * size[1] == 1:
+    if not norm or not (training or running_mean is None):
+        return
+    n = x.shape[0]
+    if statistics_groups < 1 or n % statistics_groups:
+        raise ValueError(
+            f"expected a batch that statistics_groups divides evenly, got {n} images and "
+            f"{statistics_groups} groups"
+        )
+    if n // statistics_groups * size[0] * size[1] == 1:
         raise ValueError(
             "expected more than 1 value per channel when training with batch norm, got an output "
-            f"of {x.shape[0]} x {size[0]} x {size[1]} pixels"
+            f"of {n // statistics_groups} x {size[0]} x {size[1]} pixels"
         )
 
 

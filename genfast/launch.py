@@ -33,13 +33,14 @@ class Epilogue:
     """What a convolution does to its accumulator before it stores it, in this order.
 
     bias: (channels,) added, or None.
-    statistics: whether to return each tile's batch statistics.
-    vectors: (5, channels) to normalise by, or None.
+    groups: to return each tile's batch statistics, where no tile holds images of two of so many
+        equal parts of the batch; 0 for no statistics.
+    vectors: (1, 5, channels) to normalise by, or None.
     activation, negative_slope: as in `functional.conv_block`.
     """
 
     bias: torch.Tensor | None = None
-    statistics: bool = False
+    groups: int = 0
     vectors: torch.Tensor | None = None
     activation: str = "identity"
     negative_slope: float = 0.0
@@ -50,12 +51,14 @@ class TileStatistics:
     """Count, mean and sum of squared deviations of each tile of a convolution's output.
 
     count: (tiles,); mean and m2: (tiles * repeat, channels), `repeat` of whose rows share a count.
+    The first group's tiles come first, and so on for all `groups`, which have as many.
     """
 
     count: torch.Tensor
     mean: torch.Tensor
     m2: torch.Tensor
     repeat: int
+    groups: int
 
 
 PLAIN = Epilogue()
@@ -143,76 +146,110 @@ def wgrad(big, small, geometry):
 
 
 def sum_partials(partials, out):
-    """out = partials.sum(0), in the order of the parts, into dense `out` of any shape and dtype."""
+    """out = partials.sum(-2), in the order of the parts.
+
+    Args:
+        partials: (parts, length) or (groups, parts, length), dense.
+        out: of any dtype and shape with that many elements, dense.
+    """
+    *groups, parts, length = partials.shape
     _start(
         conv.sum_partials,
-        (_ceil_div(out.numel(), 1024),),
+        (_ceil_div(length, 1024), *groups),
         partials_ptr=partials,
         out_ptr=out,
-        length=out.numel(),
-        parts=partials.shape[0],
+        length=length,
+        parts=parts,
         ACC_DTYPE=_tl_dtype(partials.dtype),
         BLOCK=1024,
     )
 
 
-def combine_statistics(statistics, gamma, beta, eps):
-    """Combine `TileStatistics` into `vectors` (5, channels), for normalising by the batch."""
-    parts, channels = statistics.mean.shape
-    while parts > _STATISTICS_CHUNK:
-        chunks = _ceil_div(parts, _STATISTICS_CHUNK)
-        empty = statistics.mean.new_empty
-        combined = TileStatistics(
-            empty(chunks), empty((chunks, channels)), empty((chunks, channels)), 1
-        )
-        _combine(statistics, chunks, combined=combined)
-        statistics, parts = combined, chunks
-    vectors = statistics.mean.new_empty((5, channels))
-    _combine(statistics, 1, vectors=vectors, gamma=gamma, beta=beta, eps=eps)
-    return vectors
+def batch_statistics(
+    statistics, gamma, beta, eps, running_mean=None, running_var=None, momentum=0.0
+):
+    """Combine `TileStatistics` into `vectors` (groups, 5, channels), for normalising by the batch.
 
-
-def _combine(statistics, chunks, combined=None, vectors=None, gamma=None, beta=None, eps=0.0):
-    parts, channels = statistics.mean.shape
-    block_c = min(32, _power_of_two(channels))
-    unused = statistics.mean
+    Running statistics, where given, move in place by `momentum`, once for each group in turn.
+    """
+    statistics = _combine_chunks(statistics)
+    parts, channels, groups = _parts(statistics)
+    vectors = statistics.mean.new_empty((groups, 5, channels))
     _start(
-        norm.combine_statistics,
-        (_ceil_div(channels, block_c), chunks),
+        norm.batch_statistics,
+        (_ceil_div(channels, _statistics_block(channels)),),
         count_ptr=statistics.count,
         mean_ptr=statistics.mean,
         m2_ptr=statistics.m2,
-        out_count_ptr=combined.count if combined else unused,
-        out_mean_ptr=combined.mean if combined else unused,
-        out_m2_ptr=combined.m2 if combined else unused,
-        vectors_ptr=vectors if vectors is not None else unused,
-        gamma_ptr=gamma if gamma is not None else unused,
-        beta_ptr=beta if beta is not None else unused,
+        vectors_ptr=vectors,
+        gamma_ptr=gamma if gamma is not None else vectors,
+        beta_ptr=beta if beta is not None else vectors,
+        running_mean_ptr=running_mean if running_mean is not None else vectors,
+        running_var_ptr=running_var if running_var is not None else vectors,
+        groups=groups,
         parts=parts,
         channels=channels,
         parts_per_count=statistics.repeat,
-        chunk=_STATISTICS_CHUNK,
         eps=eps,
+        momentum=momentum,
         HAS_GAMMA=gamma is not None,
         HAS_BETA=beta is not None,
-        FINAL=vectors is not None,
+        HAS_RUNNING=running_mean is not None,
         BLOCK_P=64,
-        BLOCK_C=block_c,
+        BLOCK_C=_statistics_block(channels),
     )
+    return vectors
+
+
+def _combine_chunks(statistics):
+    """The same statistics in few enough parts for one program to combine."""
+    parts, channels, groups = _parts(statistics)
+    while parts > _STATISTICS_CHUNK:
+        chunks = _ceil_div(parts, _STATISTICS_CHUNK)
+        mean, m2 = statistics.mean.new_empty((2, groups * chunks, channels))
+        count = statistics.mean.new_empty(groups * chunks)
+        _start(
+            norm.combine_statistics,
+            (_ceil_div(channels, _statistics_block(channels)), chunks, groups),
+            count_ptr=statistics.count,
+            mean_ptr=statistics.mean,
+            m2_ptr=statistics.m2,
+            out_count_ptr=count,
+            out_mean_ptr=mean,
+            out_m2_ptr=m2,
+            parts=parts,
+            channels=channels,
+            parts_per_count=statistics.repeat,
+            chunk=_STATISTICS_CHUNK,
+            BLOCK_P=64,
+            BLOCK_C=_statistics_block(channels),
+        )
+        statistics, parts = TileStatistics(count, mean, m2, 1, groups), chunks
+    return statistics
+
+
+def _parts(statistics):
+    """Parts of a group, channels, groups."""
+    parts, channels = statistics.mean.shape
+    return parts // statistics.groups, channels, statistics.groups
+
+
+def _statistics_block(channels):
+    return min(32, _power_of_two(channels))
 
 
 def normalize_activate(z, vectors, activation, negative_slope):
     """act((z - mean) * scale + shift): (N, C, H, W) to the same, channels_last."""
     z = nhwc(z)
     y = _channels_last(z.shape, z)
-    grid, tile = _elementwise(z)
+    grid, rows, tile = _elementwise(z, vectors.shape[0])
     _start(
         norm.normalize_activate,
         grid,
         z_ptr=z,
         vectors_ptr=vectors,
         y_ptr=y,
-        rows=z.numel() // z.shape[3],
+        rows=rows,
         channels=z.shape[3],
         negative_slope=negative_slope,
         ACTIVATION=activation,
@@ -228,8 +265,8 @@ def norm_backward(dy, z, vectors, *, training, need_dz, activation, negative_slo
         dz (N, C, H, W), None unless `need_dz`; and (2, C): the gradients of beta and of gamma.
     """
     dy, z = nhwc(dy), nhwc(z)
-    channels = z.shape[3]
-    rows = z.numel() // channels
+    channels, groups = z.shape[3], vectors.shape[0]
+    grid, rows, tile = _elementwise(z, groups)
     common = dict(
         dy_ptr=dy,
         z_ptr=z,
@@ -239,23 +276,23 @@ def norm_backward(dy, z, vectors, *, training, need_dz, activation, negative_slo
         negative_slope=negative_slope,
         ACTIVATION=activation,
     )
-    grid, tile = _elementwise(z)
-    parts = min(grid[0], _ceil_div(4 * _BUSY_PROGRAMS, grid[1]))
+    parts = min(grid[0], _ceil_div(4 * _BUSY_PROGRAMS, grid[1] * groups))
     tiles_per_part = _ceil_div(grid[0], parts)
     parts = _ceil_div(grid[0], tiles_per_part)
-    partials = vectors.new_empty((parts, 2, channels))
+    partials = vectors.new_empty((groups, parts, 2 * channels))
     _start(
         norm.norm_backward_reduce,
-        (parts, grid[1]),
+        (parts, *grid[1:]),
         partials_ptr=partials,
         tiles_per_part=tiles_per_part,
         **common,
         **tile,
     )
-    sums = vectors.new_empty((2, channels))
+    sums = vectors.new_empty((groups, 2, channels))
     sum_partials(partials, sums)
+    total = sums[0] if groups == 1 else sums.sum(0)
     if not need_dz:
-        return None, sums
+        return None, total
     dz = _channels_last(z.shape, z)
     _start(
         norm.norm_backward,
@@ -266,7 +303,7 @@ def norm_backward(dy, z, vectors, *, training, need_dz, activation, negative_slo
         **common,
         **tile,
     )
-    return dz, sums
+    return dz, total
 
 
 def activation_backward(dy, y, activation, negative_slope):
@@ -363,7 +400,7 @@ def _conv(direction, source, weight, geometry, epilogue):
     source, weight = nhwc(source), nhwc(weight)
     c_small, c_big = weight.shape[0], weight.shape[3]
     channels = c_small if to_small else c_big
-    n = source.shape[0]
+    n, groups = source.shape[0], max(epilogue.groups, 1)
     out_size = geometry.small if to_small else geometry.big
     result = _channels_last((n, *out_size, channels), source)
     out = nhwc(result)
@@ -380,7 +417,7 @@ def _conv(direction, source, weight, geometry, epilogue):
     if not to_small:
         m_size = tuple(map(_ceil_div, big.shape[1:3], geometry.stride))
 
-    config = _config(source, n * math.prod(m_size), columns, channels=(c_small, c_big))
+    config = _config(source, n // groups * math.prod(m_size), columns, channels=(c_small, c_big))
     packed = to_small and c_big < config.block_k and geometry.taps > 1
     box = _box(config.block_m, *m_size)
     block_big, block_small = (
@@ -393,16 +430,18 @@ def _conv(direction, source, weight, geometry, epilogue):
         # A pixel's neighbour follows it in the folded view of a strided side: no reach into it.
         and (geometry.stride[1] == 1 or c_big % block_big == 0)
         and (to_small or _stride_divides_kernel(geometry))
+        and (groups == 1 or n // groups % box[0] == 0)  # A box has images of one group only.
     )
-    tiles = _pixel_tiles((n, *m_size), config.block_m, box if boxed else None)
+    tiles_per_group = _pixel_tiles((n // groups, *m_size), config.block_m, box if boxed else None)
+    tiles = groups * tiles_per_group
     statistics = None
-    if epilogue.statistics:
+    if epilogue.groups:
         acc_dtype = _acc_dtype(source.dtype)
         empty = torch.empty((2, tiles * phases, columns), dtype=acc_dtype, device=source.device)
         repeat = columns // channels
         mean, m2 = empty.view(2, tiles * phases * repeat, channels)
         count = torch.empty(tiles * phases, dtype=acc_dtype, device=source.device)
-        statistics = TileStatistics(count, mean, m2, repeat)
+        statistics = TileStatistics(count, mean, m2, repeat, groups)
 
     if boxed:
         big = _big_descriptor(big, geometry, box, block_big)
@@ -416,7 +455,7 @@ def _conv(direction, source, weight, geometry, epilogue):
         count_ptr=statistics.count if statistics else out,
         mean_ptr=statistics.mean if statistics else out,
         m2_ptr=statistics.m2 if statistics else out,
-        N=n,
+        N=n // groups,
         H_big=geometry.big[0],
         W_big=geometry.big[1],
         C_big=c_big,
@@ -424,13 +463,14 @@ def _conv(direction, source, weight, geometry, epilogue):
         W_small=geometry.small[1],
         C_small=c_small,
         channels=channels,
+        tiles_per_group=tiles_per_group,
         negative_slope=epilogue.negative_slope,
         KH=geometry.kernel_size[0],
         KW=geometry.kernel_size[1],
         **_stride_and_padding(geometry),
         HAS_BIAS=epilogue.bias is not None,
         HAS_NORM=epilogue.vectors is not None,
-        HAS_STATISTICS=epilogue.statistics,
+        HAS_STATISTICS=statistics is not None,
         ACTIVATION=epilogue.activation,
         **_arithmetic(source),
         DESCRIPTORS=boxed,
@@ -529,14 +569,14 @@ def _tile(config, box):
     )
 
 
-def _elementwise(x):
-    """Grid and tile for one pass over an NHWC tensor as [rows, channels]."""
+def _elementwise(x, groups):
+    """Grid, rows of a group and tile for one pass over an NHWC tensor as groups of [rows, C]."""
     channels = x.shape[3]
     block_c = min(64, _power_of_two(channels))
     block_r = 64 if INTERPRETING else 4096 // block_c
-    rows = x.numel() // channels
-    grid = (_ceil_div(rows, block_r), _ceil_div(channels, block_c))
-    return grid, dict(BLOCK_R=block_r, BLOCK_C=block_c)
+    rows = x.numel() // (channels * groups)
+    grid = (_ceil_div(rows, block_r), _ceil_div(channels, block_c), groups)
+    return grid, rows, dict(BLOCK_R=block_r, BLOCK_C=block_c)
 
 
 def _sampling_grid(mu):

@@ -5,10 +5,12 @@ optimizers are what they were; only the execution changes. No class name holds "
 "BatchNorm", because the customary `weights_init` of DCGANs looks for those and a `.weight`.
 """
 
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
 from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils import parametrize
 
 from genfast import functional, reference
@@ -34,17 +36,18 @@ def run_block(x, conv, norm, activation, negative_slope, memory_format=None):
         activation=activation, negative_slope=negative_slope, memory_format=memory_format
     )
     if norm is not None:
-        training = norm.training or norm.running_mean is None
-        updating = norm.training and norm.running_mean is not None
+        groups = _groups_of(norm)
+        running_mean, running_var, training, momentum = _begin_norm(norm, groups)
         options |= dict(
             norm=True,
             norm_weight=norm.weight,
             norm_bias=norm.bias,
-            running_mean=norm.running_mean,
-            running_var=norm.running_var,
+            running_mean=running_mean,
+            running_var=running_var,
             training=training,
-            momentum=_advance_momentum(norm) if updating else 0.0,
+            momentum=momentum,
             eps=norm.eps,
+            statistics_groups=groups,
         )
     if isinstance(conv, nn.ConvTranspose2d):
         return functional.conv_transpose_block(
@@ -64,7 +67,7 @@ def why_not_fused(module):
         return f"{type(module).__name__} is not one of PyTorch's own layers that fuse"
     if _has_hook(module):
         return "it has a hook"
-    if "forward" in vars(module):
+    if not isinstance(vars(module).get("forward"), _ForwardByGroups | None):
         return "its forward is replaced"
     if isinstance(module, (nn.Conv2d, nn.ConvTranspose2d)):
         return _why_conv_not_fused(module)
@@ -99,13 +102,76 @@ def _why_conv_not_fused(conv):
     return None
 
 
-def _advance_momentum(norm):
+@contextmanager
+def statistics_groups(module, groups):
+    """Within, the batch norms of `module` see the batch as that many equal parts.
+
+    In training each part is normalised by statistics of its own, and running statistics and
+    counters move once for each part, in order: one call of the module then stands for as many, one
+    a part, as long as its other layers treat images one by one.
+
+        with statistics_groups(discriminator, 2):
+            logits = discriminator(torch.cat([reals, fakes]))
+
+    It holds for PyTorch's own batch norms, fused or not, wherever in the module they are, and not
+    for one whose forward somebody has replaced.
+    """
+    stock = (m for m in module.modules() if type(m).forward is _BatchNorm.forward)
+    norms = [m for m in stock if "forward" not in vars(m)]
+    for norm in norms:
+        norm.forward = _ForwardByGroups(norm, groups)
+    try:
+        yield
+    finally:
+        for norm in norms:
+            del norm.forward
+
+
+class _ForwardByGroups:
+    """Stands in for a batch norm's forward."""
+
+    def __init__(self, norm, groups):
+        self.norm, self.groups = norm, groups
+
+    def __call__(self, x):
+        norm = self.norm
+        norm._check_input_dim(x)
+        if (norm.training or norm.running_mean is None) and len(x) % self.groups:
+            raise ValueError(
+                f"expected a batch that the groups divide evenly, got {len(x)} images and "
+                f"{self.groups} groups"
+            )
+        running_mean, running_var, training, momentum = _begin_norm(norm, self.groups)
+        return reference.batch_norm_by_groups(
+            x, running_mean, running_var, norm.weight, norm.bias, training, momentum, norm.eps,
+            self.groups if training else 1,
+        )  # fmt: skip
+
+
+def _groups_of(norm):
+    forward = vars(norm).get("forward")
+    return forward.groups if forward else 1
+
+
+def _begin_norm(norm, groups):
+    """Count the batch as `nn.BatchNorm2d` does; (running mean and variance, training, momentum)."""
+    running_mean, running_var = norm.running_mean, norm.running_var
+    if norm.training and not norm.track_running_stats:
+        running_mean = running_var = None
+    training = norm.training or running_mean is None
+    updating = norm.training and running_mean is not None
+    momentum = _advance_momentum(norm, groups) if updating else 0.0
+    return running_mean, running_var, training, momentum
+
+
+def _advance_momentum(norm, groups):
     """Count the batch and return the weight of its statistics, on the device where it varies."""
     if norm.num_batches_tracked is None:
         return norm.momentum or 0.0
-    norm.num_batches_tracked.add_(1)
+    norm.num_batches_tracked.add_(groups)
     if norm.momentum is None:  # A cumulative average: the n-th batch weighs 1/n.
-        return norm.num_batches_tracked.to(norm.running_mean.dtype).reciprocal()
+        before = torch.arange(groups - 1, -1, -1, device=norm.running_mean.device)
+        return (norm.num_batches_tracked - before).to(norm.running_mean.dtype).reciprocal()
     return norm.momentum
 
 

@@ -25,20 +25,34 @@ def activate(x, activation, negative_slope=0.2):
     raise ValueError(f"expected an activation among {ACTIVATIONS}, got {activation!r}")
 
 
+def batch_norm_by_groups(
+    z, running_mean, running_var, weight, bias, training, momentum, eps, groups
+):
+    """`F.batch_norm` of each of `groups` equal parts of the batch, by statistics of its own.
+
+    Running statistics move once for each part, in order. `momentum` is a number, or a tensor
+    (groups,) of one for each part.
+    """
+    if isinstance(momentum, torch.Tensor):
+        momenta = momentum.expand(groups).tolist()
+    else:
+        momenta = [momentum] * groups
+    parts = [
+        F.batch_norm(part, running_mean, running_var, weight, bias, training, momentum, eps)
+        for part, momentum in zip(z.chunk(groups), momenta, strict=True)
+    ]
+    return parts[0] if groups == 1 else torch.cat(parts)
+
+
 def _normalize_and_activate(
     z, *, norm, norm_weight, norm_bias, running_mean, running_var, training, momentum, eps,
-    activation, negative_slope,
+    activation, negative_slope, statistics_groups,
 ):  # fmt: skip
     if norm:
-        z = F.batch_norm(
-            z,
-            running_mean,
-            running_var,
-            norm_weight,
-            norm_bias,
-            training=training or running_mean is None,
-            momentum=float(momentum),
-            eps=eps,
+        training = training or running_mean is None
+        groups = statistics_groups if training else 1
+        z = batch_norm_by_groups(
+            z, running_mean, running_var, norm_weight, norm_bias, training, momentum, eps, groups
         )
     return activate(z, activation, negative_slope)
 

@@ -13,6 +13,9 @@ with zeros, which is the padding. They see `small` as [N, H, W, C] and `weight` 
 where the pixels that one tap (fprop) or one phase (dgrad) touches are a box too. Pointers take any
 geometry, with masks.
 
+The batch is one or more groups of N images, each with batch statistics of its own: a discriminator
+judges real and generated images in one pass. N counts the images of one group.
+
 Addresses are 64-bit: an activation may hold more than 2^31 elements.
 """
 
@@ -41,6 +44,7 @@ def fprop(
     W_small,
     C_small,
     channels,
+    tiles_per_group,
     negative_slope,
     KH: tl.constexpr,
     KW: tl.constexpr,
@@ -66,8 +70,8 @@ def fprop(
     """out[n, y, x, cs] = act(sum over taps and cb of big * weight).
 
     M = pixels of small, N = C_small, K = taps * C_big. PACKED makes (tap, cb) one reduction axis,
-    which wastes nothing when C_big is less than BLOCK_K: an image has 3 channels. Grid: (tiles of
-    pixels * tiles of C_small).
+    which wastes nothing when C_big is less than BLOCK_K: an image has 3 channels. Grid: (groups *
+    tiles_per_group * tiles of C_small).
     """
     OUT_DTYPE: tl.constexpr = out.dtype if DESCRIPTORS else out.dtype.element_ty
     TAPS: tl.constexpr = KH * KW
@@ -76,8 +80,9 @@ def fprop(
     cs0 = tl.program_id(0) % tiles_n * BLOCK_N
     cs = cs0 + tl.arange(0, BLOCK_N)
     n, y, x, exists, n0, y0, x0 = _pixels(
-        tile, N, H_small, W_small, BLOCK_M, BOX_N, BOX_H, BOX_W, DESCRIPTORS
-    )
+        tile % tiles_per_group, tile // tiles_per_group * N, N, H_small, W_small,
+        BLOCK_M, BOX_N, BOX_H, BOX_W, DESCRIPTORS,
+    )  # fmt: skip
 
     acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=ACC_DTYPE)
     if PACKED:
@@ -143,6 +148,7 @@ def dgrad(
     W_small,
     C_small,
     channels,
+    tiles_per_group,
     negative_slope,
     KH: tl.constexpr,
     KW: tl.constexpr,
@@ -169,7 +175,7 @@ def dgrad(
     The output splits into STRIDE_H * STRIDE_W phases, (Y, X) = (y * STRIDE_H + py, ...): within one
     phase the taps that meet a pixel are the same, every STRIDE-th of the kernel, so each phase is a
     dense stride-1 convolution and nothing is multiplied by an inserted zero. M = pixels of a phase,
-    N = C_big. Grid: (tiles of pixels * tiles of C_big, phases).
+    N = C_big. Grid: (groups * tiles_per_group * tiles of C_big, phases).
     """
     OUT_DTYPE: tl.constexpr = out.dtype if DESCRIPTORS else out.dtype.element_ty
     TAPS: tl.constexpr = KH * KW
@@ -185,8 +191,11 @@ def dgrad(
     tile = tl.program_id(0) // tiles_n
     cb0 = tl.program_id(0) % tiles_n * BLOCK_N
     cb = cb0 + tl.arange(0, BLOCK_N)
+    group = tile // tiles_per_group
+    tile = tile % tiles_per_group
     n, y, x, exists, n0, y0, x0 = _pixels(
         tile,
+        group * N,
         N,
         (H_big - py + STRIDE_H - 1) // STRIDE_H,
         (W_big - px + STRIDE_W - 1) // STRIDE_W,
@@ -217,9 +226,10 @@ def dgrad(
         )  # fmt: skip
         acc = _dot(a, b, acc, PRECISION)
 
-    tiles = tl.num_programs(0) // tiles_n
+    # A group's statistics lie together: its phases, and their tiles.
+    part = (group * tl.num_programs(1) + phase) * tiles_per_group + tile
     acc = _epilogue(
-        acc, exists, phase * tiles + tile, cb, C_big, channels, bias_ptr, vectors_ptr,
+        acc, exists, part, cb, C_big, channels, bias_ptr, vectors_ptr,
         count_ptr, mean_ptr, m2_ptr, negative_slope, HAS_BIAS, HAS_NORM, HAS_STATISTICS, ACTIVATION,
         OUT_DTYPE,
     )  # fmt: skip
@@ -284,7 +294,7 @@ def wgrad(
     for step in range(0, tiles_per_split):
         n, y, x, exists, n0, y0, x0 = _pixels(
             split * tiles_per_split + step,
-            N, H_small, W_small, BLOCK_K, BOX_N, BOX_H, BOX_W, DESCRIPTORS,
+            0, N, H_small, W_small, BLOCK_K, BOX_N, BOX_H, BOX_W, DESCRIPTORS,
         )  # fmt: skip
         a = _load_small(
             small, n, y, x, exists, n0, y0, x0, 0, 0, cs0,
@@ -315,19 +325,24 @@ def wgrad(
 def sum_partials(
     partials_ptr, out_ptr, length, parts, ACC_DTYPE: tl.constexpr, BLOCK: tl.constexpr
 ):
-    """out[i] = sum over p of partials[p, i], always in the order of p. Grid: (tiles of length)."""
+    """out[group, i] = sum over p of partials[group, p, i], always in the order of p.
+
+    Grid: (tiles of length, groups).
+    """
     i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    group = tl.program_id(1).to(tl.int64)
     acc = tl.zeros((BLOCK,), dtype=ACC_DTYPE)
-    part_ptr = partials_ptr + i
+    part_ptr = partials_ptr + group * parts * length + i
     for _ in range(0, parts):
         acc += tl.load(part_ptr, mask=i < length, other=0.0)
         part_ptr += length
-    tl.store(out_ptr + i, acc.to(out_ptr.dtype.element_ty), mask=i < length)
+    tl.store(out_ptr + group * length + i, acc.to(out_ptr.dtype.element_ty), mask=i < length)
 
 
 @triton.jit
 def _pixels(
     tile,
+    first,
     N,
     H,
     W,
@@ -339,14 +354,14 @@ def _pixels(
 ):
     """The BLOCK pixels of a tile: n, y, x, whether they exist, and the corner n0, y0, x0 of a box.
 
-    A box is what a descriptor moves. Without one, pixels are taken in memory's order, which leaves
-    no ragged edge inside an image.
+    Tiles cover the N images from `first` on, a group. A box is what a descriptor moves. Without
+    one, pixels are taken in memory's order, which leaves no ragged edge inside an image.
     """
     row = tl.arange(0, BLOCK)
     if BOXED:
         tiles_w = tl.cdiv(W, BOX_W)
         tiles_h = tl.cdiv(H, BOX_H)
-        n0 = tile // (tiles_h * tiles_w) * BOX_N
+        n0 = first + tile // (tiles_h * tiles_w) * BOX_N
         y0 = tile // tiles_w % tiles_h * BOX_H
         x0 = tile % tiles_w * BOX_W
         n = (n0 + row // (BOX_H * BOX_W)).to(tl.int64)
@@ -357,10 +372,10 @@ def _pixels(
         y0 = 0
         x0 = 0
         pixel = tl.cast(tile, tl.int64) * BLOCK + row
-        n = pixel // (H * W)
+        n = first + pixel // (H * W)
         y = (pixel // W % H).to(tl.int32)
         x = (pixel % W).to(tl.int32)
-    return n, y, x, (n < N) & (y < H) & (x < W), n0, y0, x0
+    return n, y, x, (n < first + N) & (y < H) & (x < W), n0, y0, x0
 
 
 @triton.jit

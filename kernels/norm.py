@@ -1,8 +1,9 @@
 """Batch norm around the convolution: combine statistics, normalise + activate, and the backward.
 
-Activations are seen as a matrix [rows, channels], rows being the N * H * W pixels. What is known of
-the channels travels as one matrix `vectors` [5, channels] in the accumulator's dtype, whose rows
-the constants below name.
+Activations are seen as a matrix [rows, channels], rows being the N * H * W pixels. The batch is one
+or more groups of `rows` rows, each normalised by statistics of its own. What is known of a group's
+channels travels as vectors[group] [5, channels] in the accumulator's dtype, whose rows the
+constants below name.
 """
 
 import triton
@@ -25,34 +26,110 @@ def combine_statistics(
     out_count_ptr,
     out_mean_ptr,
     out_m2_ptr,
-    vectors_ptr,
-    gamma_ptr,
-    beta_ptr,
     parts,
     channels,
     parts_per_count,
     chunk,
-    eps,
-    HAS_GAMMA: tl.constexpr,
-    HAS_BETA: tl.constexpr,
-    FINAL: tl.constexpr,
     BLOCK_P: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    """Combine the statistics of `chunk` parts; FINAL, of all parts, gives `vectors`.
+    """Combine every `chunk` of a group's `parts` statistics into one, for very many parts.
+
+    Grid: (tiles of channels, chunks of a group, groups).
+    """
+    chunk_id = tl.program_id(1)
+    group = tl.program_id(2)
+    c = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
+    first = chunk_id * chunk
+    count, mean, m2 = _combine(
+        count_ptr, mean_ptr, m2_ptr, group * parts + first, group * parts + tl.minimum(
+            first + chunk, parts
+        ), channels, parts_per_count, c, BLOCK_P, BLOCK_C,
+    )  # fmt: skip
+    part = group * tl.num_programs(1) + chunk_id
+    out = part.to(tl.int64) * channels + c
+    tl.store(out_mean_ptr + out, mean, mask=c < channels)
+    tl.store(out_m2_ptr + out, m2, mask=c < channels)
+    tl.store(out_count_ptr + part, count)
+
+
+@triton.jit
+def batch_statistics(
+    count_ptr,
+    mean_ptr,
+    m2_ptr,
+    vectors_ptr,
+    gamma_ptr,
+    beta_ptr,
+    running_mean_ptr,
+    running_var_ptr,
+    groups,
+    parts,
+    channels,
+    parts_per_count,
+    eps,
+    momentum,
+    HAS_GAMMA: tl.constexpr,
+    HAS_BETA: tl.constexpr,
+    HAS_RUNNING: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    """Combine each group's `parts` statistics into vectors[group], and move running statistics.
+
+    Those move once for each group, in order, as if the groups were batches that came one after
+    another. Grid: (tiles of channels,).
+    """
+    c = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
+    in_c = c < channels
+    dtype: tl.constexpr = mean_ptr.dtype.element_ty
+    gamma = tl.full((BLOCK_C,), 1.0, dtype=dtype)
+    beta = tl.zeros((BLOCK_C,), dtype=dtype)
+    running_mean = tl.zeros((BLOCK_C,), dtype=dtype)
+    running_var = tl.zeros((BLOCK_C,), dtype=dtype)
+    if HAS_GAMMA:
+        gamma = tl.load(gamma_ptr + c, mask=in_c, other=0.0).to(dtype)
+    if HAS_BETA:
+        beta = tl.load(beta_ptr + c, mask=in_c, other=0.0).to(dtype)
+    if HAS_RUNNING:
+        running_mean = tl.load(running_mean_ptr + c, mask=in_c, other=0.0).to(dtype)
+        running_var = tl.load(running_var_ptr + c, mask=in_c, other=0.0).to(dtype)
+    for group in range(0, groups):
+        count, mean, m2 = _combine(
+            count_ptr, mean_ptr, m2_ptr, group * parts, (group + 1) * parts,
+            channels, parts_per_count, c, BLOCK_P, BLOCK_C,
+        )  # fmt: skip
+        unbiased_var = m2 / (count - 1.0)
+        rstd = 1.0 / tl.sqrt(m2 / count + eps)
+        out = vectors_ptr + group * 5 * channels + c
+        tl.store(out + MEAN * channels, mean, mask=in_c)
+        tl.store(out + UNBIASED_VAR * channels, unbiased_var, mask=in_c)
+        tl.store(out + RSTD * channels, rstd, mask=in_c)
+        tl.store(out + SCALE * channels, rstd * gamma, mask=in_c)
+        tl.store(out + SHIFT * channels, beta, mask=in_c)
+        running_mean = running_mean * (1.0 - momentum) + mean * momentum
+        running_var = running_var * (1.0 - momentum) + unbiased_var * momentum
+    if HAS_RUNNING:
+        tl.store(
+            running_mean_ptr + c, running_mean.to(running_mean_ptr.dtype.element_ty), mask=in_c
+        )
+        tl.store(running_var_ptr + c, running_var.to(running_var_ptr.dtype.element_ty), mask=in_c)
+
+
+@triton.jit
+def _combine(
+    count_ptr, mean_ptr, m2_ptr, first, last, channels, parts_per_count, c,
+    BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    """Count, and mean and M2 of channels c, over parts `first` to before `last`.
 
     With counts n_i, means m_i and M2_i: mean = sum n_i m_i / sum n_i and M2 = sum M2_i +
     sum n_i (m_i - mean)^2 (Chan, Golub and LeVeque, 1983). Two passes over few numbers, which
     never subtracts large squares, and a fixed order. `parts_per_count` parts in a row share a
-    count. Grid: (tiles of channels, chunks).
+    count.
     """
-    chunk_id = tl.program_id(1)
-    first = chunk_id * chunk
-    last = tl.minimum(first + chunk, parts)
-    c = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
-    in_c = c < channels
     dtype: tl.constexpr = mean_ptr.dtype.element_ty
-
+    in_c = c < channels
     total = tl.zeros((BLOCK_P,), dtype=dtype)
     weighted = tl.zeros((BLOCK_P, BLOCK_C), dtype=dtype)
     for start in range(first, last, BLOCK_P):
@@ -74,26 +151,7 @@ def combine_statistics(
         deviation = tl.load(mean_ptr + offset, mask=inside, other=0.0) - mean[None, :]
         squares += tl.load(m2_ptr + offset, mask=inside, other=0.0)
         squares += n[:, None] * deviation * deviation
-    m2 = tl.sum(squares, axis=0)
-
-    if FINAL:
-        rstd = 1.0 / tl.sqrt(m2 / count + eps)
-        scale = rstd
-        if HAS_GAMMA:
-            scale = rstd * tl.load(gamma_ptr + c, mask=in_c, other=0.0).to(dtype)
-        shift = tl.zeros((BLOCK_C,), dtype=dtype)
-        if HAS_BETA:
-            shift += tl.load(beta_ptr + c, mask=in_c, other=0.0).to(dtype)
-        tl.store(vectors_ptr + MEAN * channels + c, mean, mask=in_c)
-        tl.store(vectors_ptr + UNBIASED_VAR * channels + c, m2 / (count - 1.0), mask=in_c)
-        tl.store(vectors_ptr + RSTD * channels + c, rstd, mask=in_c)
-        tl.store(vectors_ptr + SCALE * channels + c, scale, mask=in_c)
-        tl.store(vectors_ptr + SHIFT * channels + c, shift, mask=in_c)
-    else:
-        out = chunk_id.to(tl.int64) * channels + c
-        tl.store(out_mean_ptr + out, mean, mask=in_c)
-        tl.store(out_m2_ptr + out, m2, mask=in_c)
-        tl.store(out_count_ptr + chunk_id, count)
+    return count, mean, tl.sum(squares, axis=0)
 
 
 @triton.jit
@@ -108,11 +166,11 @@ def normalize_activate(
     BLOCK_R: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    """y = act((z - mean) * scale + shift). Grid: (tiles of rows, tiles of channels).
+    """y = act((z - mean) * scale + shift). Grid: (tiles of a group's rows, of channels, groups).
 
     The mean is subtracted first: folding it into the shift loses the digits that mean and z share.
     """
-    c, offset, inside = _tile(rows, channels, BLOCK_R, BLOCK_C)
+    c, offset, inside, vectors_ptr = _tile(rows, channels, vectors_ptr, BLOCK_R, BLOCK_C)
     u, _ = _normalize(z_ptr, vectors_ptr, channels, c, offset, inside)
     y = activate(u, negative_slope, ACTIVATION)
     tl.store(y_ptr + offset, y.to(y_ptr.dtype.element_ty), mask=inside)
@@ -132,12 +190,14 @@ def norm_backward_reduce(
     BLOCK_R: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    """partials[part, 0] = sum of g and partials[part, 1] = sum of g * xhat over the part's rows.
+    """partials[group, part]: the sums of g, and of g * xhat, over the part's rows, [2, channels].
 
     g = dy * act'(u) and xhat = (z - mean) * rstd: over all rows the sums are dbeta and dgamma
-    (Ioffe and Szegedy, 2015). Grid: (parts, tiles of channels).
+    (Ioffe and Szegedy, 2015). Grid: (parts of a group, tiles of channels, groups).
     """
     part = tl.program_id(0)
+    group = tl.program_id(2)
+    vectors_ptr += group * 5 * channels
     c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
     dtype: tl.constexpr = vectors_ptr.dtype.element_ty
     sum_g = tl.zeros((BLOCK_R, BLOCK_C), dtype=dtype)
@@ -145,12 +205,13 @@ def norm_backward_reduce(
     for step in range(0, tiles_per_part):
         row = (part * tiles_per_part + step).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
         inside = (row < rows)[:, None] & (c < channels)[None, :]
-        offset = row[:, None] * channels + c[None, :]
+        offset = (group.to(tl.int64) * rows + row)[:, None] * channels + c[None, :]
         g, xhat = _gradient_at_norm(
             dy_ptr, z_ptr, vectors_ptr, channels, c, offset, inside, negative_slope, ACTIVATION
         )
         sum_g += tl.where(inside, g, 0.0)
         sum_g_xhat += tl.where(inside, g * xhat, 0.0)
+    part += group * tl.num_programs(0)
     out = partials_ptr + part.to(tl.int64) * 2 * channels + c
     tl.store(out, tl.sum(sum_g, axis=0), mask=c < channels)
     tl.store(out + channels, tl.sum(sum_g_xhat, axis=0), mask=c < channels)
@@ -173,9 +234,11 @@ def norm_backward(
 ):
     """dz = scale * (g - dbeta / rows - xhat * dgamma / rows); scale * g where statistics are fixed.
 
-    `sums` is [2, channels]: dbeta and dgamma. Grid: (tiles of rows, tiles of channels).
+    sums[group] is [2, channels]: the group's part in dbeta and dgamma. Grid: (tiles of a group's
+    rows, tiles of channels, groups).
     """
-    c, offset, inside = _tile(rows, channels, BLOCK_R, BLOCK_C)
+    c, offset, inside, vectors_ptr = _tile(rows, channels, vectors_ptr, BLOCK_R, BLOCK_C)
+    sums_ptr += tl.program_id(2) * 2 * channels
     g, xhat = _gradient_at_norm(
         dy_ptr, z_ptr, vectors_ptr, channels, c, offset, inside, negative_slope, ACTIVATION
     )
@@ -208,12 +271,14 @@ def activation_backward_from_output(
 
 
 @triton.jit
-def _tile(rows, channels, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr):
-    """This program's channels, its elements' offsets and whether they exist."""
+def _tile(rows, channels, vectors_ptr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr):
+    """This program's channels, its elements' offsets, whether they exist, its group's vectors."""
+    group = tl.program_id(2)
     row = tl.program_id(0).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
     c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
     inside = (row < rows)[:, None] & (c < channels)[None, :]
-    return c, row[:, None] * channels + c[None, :], inside
+    offset = (group.to(tl.int64) * rows + row)[:, None] * channels + c[None, :]
+    return c, offset, inside, vectors_ptr + group * 5 * channels
 
 
 @triton.jit

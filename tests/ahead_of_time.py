@@ -134,7 +134,7 @@ def _convolutions(geometry, dtype, c_small, c_big, batch=64):
     big = _image(c_big, geometry.big, dtype, batch)
     small = _image(c_small, geometry.small, dtype, batch)
     weight = torch.empty(c_small, c_big, *geometry.kernel_size, dtype=dtype)
-    statistics = Epilogue(statistics=True)
+    statistics = Epilogue(groups=2)
     launch.fprop(big, weight, geometry, statistics)
     launch.dgrad(small, weight, geometry, statistics)
     launch.wgrad(big, small, geometry)
@@ -148,13 +148,14 @@ def _around(dtype):
     weight, bias = torch.empty(128, 64, 4, 4, dtype=dtype), torch.empty(64, dtype=dtype)
     gamma, beta = torch.empty(64), torch.empty(64)
     launch.dgrad(small, weight, geometry, Epilogue(bias=bias, activation="tanh"))
-    evaluation = Epilogue(vectors=torch.empty(5, 64), activation="relu")
+    evaluation = Epilogue(vectors=torch.empty(1, 5, 64), activation="relu")
     launch.dgrad(small, weight, geometry, evaluation)
-    _, statistics = launch.dgrad(small, weight, geometry, Epilogue(statistics=True))
-    launch.combine_statistics(launch.TileStatistics(
-        torch.empty(999), torch.empty(999, 64), torch.empty(999, 64), 1
-    ), gamma, beta, 1e-5)  # fmt: skip
-    vectors = launch.combine_statistics(statistics, gamma, beta, 1e-5)
+    _, statistics = launch.dgrad(small, weight, geometry, Epilogue(groups=1))
+    running = torch.empty(64), torch.empty(64), 0.1
+    launch.batch_statistics(launch.TileStatistics(
+        torch.empty(999), torch.empty(999, 64), torch.empty(999, 64), 1, 1
+    ), gamma, beta, 1e-5, *running)  # fmt: skip
+    vectors = launch.batch_statistics(statistics, gamma, beta, 1e-5, *running)
     # The others differ in a few instructions; each is compiled once.
     every = ("relu", "leaky_relu", "tanh", "sigmoid", "identity")
     for activation in every if dtype == torch.bfloat16 else every[:1]:

@@ -54,6 +54,7 @@ class Case:
     layout, weight_layout, dy_layout: how a tensor lies in memory, a key of `LAYOUTS`.
     autocast: whether to hand over float32 tensors under autocast to `dtype`.
     offset: the mean of x, whose standard deviation is 1.
+    groups: the parts of the batch that have statistics of their own.
     """
 
     transposed: bool
@@ -75,12 +76,14 @@ class Case:
     dy_layout: str = "contiguous"
     autocast: bool = False
     offset: float = 0.3
+    groups: int = 1
 
     def __str__(self):
         operation = "transposed" if self.transposed else "conv"
         dtype = str(self.dtype).removeprefix("torch.")
         size = "x".join(map(str, (self.batch, *self.channels)))
-        extras = (self.layout, "bias" * self.bias, "autocast" * self.autocast)
+        groups = f"{self.groups}groups" if self.groups > 1 else ""
+        extras = (self.layout, "bias" * self.bias, "autocast" * self.autocast, groups)
         parts = (operation, self.geometry, size, dtype, self.mode, self.activation, *extras)
         return "-".join(str(part) for part in parts if part)
 
@@ -102,6 +105,7 @@ class Case:
             eps=self.eps,
             activation=self.activation,
             negative_slope=self.negative_slope,
+            statistics_groups=self.groups,
         )
 
     @property

@@ -146,8 +146,14 @@ def evaluate(operation, case, tensors, dy=None, dtype=None, autocast=False, froz
 def exact_block(
     x, weight, bias, stride, padding, output_padding=None, *, norm, norm_weight, norm_bias,
     running_mean, running_var, training, momentum, eps, activation, negative_slope,
+    statistics_groups,
 ):  # fmt: skip
     """Both blocks by their formulas. In float64, `F.batch_norm` would be less exact than this."""
+    if statistics_groups > 1:
+        # By definition: one group after another, as if each were a batch.
+        settings = {name: value for name, value in locals().items() if name != "x"}
+        settings["statistics_groups"] = 1
+        return torch.cat([exact_block(part, **settings) for part in x.chunk(statistics_groups)])
     if output_padding is None:
         u = F.conv2d(x, weight, bias, stride, padding)
     else:

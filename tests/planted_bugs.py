@@ -102,6 +102,13 @@ BUGS = (
         REDUCTIONS,
     ),
     Bug(
+        "all groups are normalised by the first one's statistics",
+        "kernels/norm.py",
+        "return c, offset, inside, vectors_ptr + group * 5 * channels",
+        "return c, offset, inside, vectors_ptr",
+        "test_blocks.py::test_groups",
+    ),
+    Bug(
         "the running variance divides by n",
         "kernels/norm.py",
         "m2 / (count - 1.0)",
@@ -138,9 +145,9 @@ BUGS = (
     ),
     Bug(
         "momentum weighs the old statistics",
-        "genfast/autograd.py",
-        "running_mean.lerp_(vectors[launch.MEAN].to(running_mean.dtype), momentum)",
-        "running_mean.lerp_(vectors[launch.MEAN].to(running_mean.dtype), 1 - momentum)",
+        "kernels/norm.py",
+        "running_mean * (1.0 - momentum) + mean * momentum",
+        "running_mean * momentum + mean * (1.0 - momentum)",
         STRIDED,
     ),
     Bug(

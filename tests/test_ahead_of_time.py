@@ -16,6 +16,7 @@ KERNELS = {
     *GEMMS,
     "sum_partials",
     "combine_statistics",
+    "batch_statistics",
     "normalize_activate",
     "norm_backward_reduce",
     "norm_backward",

@@ -92,6 +92,39 @@ def test_ragged_tiles(case, device):
     assert_block(case, device)
 
 
+# Parts of the batch with statistics of their own. A box may hold images of one group only: with 6
+# images of 8 x 8 pixels in 3 groups it would hold two.
+GROUPED_ALIGNED = (
+    Case(False, Geometry(4, 2, 1, (8, 8), (4, 4)), (64, 40), 8, torch.bfloat16, groups=2),
+    Case(True, Geometry(4, 2, 1, (16, 16), (8, 8)), (40, 64), 6, groups=3),
+    Case(False, Geometry(4, 2, 1, (8, 8), (4, 4)), (64, 40), 6, groups=2),
+    Case(True, Geometry(4, 1, 0, (4, 4), (1, 1)), (100, 12), 140, groups=2),
+)
+GROUPED_RAGGED = (
+    Case(False, Geometry(3, 2, 1, (15, 13), (8, 7)), (3, 70), 4, groups=4, activation="tanh"),
+    Case(True, Geometry(3, 2, 1, (15, 13), (8, 7)), (70, 3), 4, torch.float16, groups=2),
+    Case(False, Geometry(3, 1, 1, (5, 6), (5, 6)), (4, 9), 6, groups=3, mode="evaluation"),
+    Case(True, Geometry(3, 1, 1, (5, 6), (5, 6)), (4, 9), 6, groups=2, tracking=False),
+    Case(True, Geometry(4, 2, 1, (10, 8), (5, 4)), (4, 9), 6, groups=3, momentum=torch.tensor(0.3)),
+)
+
+
+@pytest.mark.parametrize("case", GROUPED_ALIGNED, ids=str)
+def test_groups_with_either_loader(case, device, descriptors):
+    assert_block(case, device)
+
+
+@pytest.mark.parametrize("case", GROUPED_RAGGED, ids=str)
+def test_groups(case, device):
+    assert_block(case, device)
+
+
+def test_many_tiles_of_many_groups(device, monkeypatch):
+    """More tiles than one program combines: two rounds, which keep the groups apart."""
+    monkeypatch.setattr(launch, "_STATISTICS_CHUNK", 2)
+    assert_block(Case(True, Geometry(4, 2, 1, (16, 16), (8, 8)), (5, 9), 9, groups=3), device)
+
+
 @pytest.mark.parametrize("transposed", [False, True])
 def test_few_programs_share_long_reductions(transposed, device, monkeypatch):
     # As on a GPU with large tensors: each program reduces several tiles, in several rounds.

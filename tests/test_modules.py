@@ -11,7 +11,13 @@ from torch.nn.utils import parametrizations, spectral_norm
 
 from genfast import accelerate, functional, restore, use_backend
 from genfast.models import weights_init
-from genfast.nn import DiscriminatorBlock, FusedSequential, GaussianSampler, GeneratorBlock
+from genfast.nn import (
+    DiscriminatorBlock,
+    FusedSequential,
+    GaussianSampler,
+    GeneratorBlock,
+    statistics_groups,
+)
 
 pytestmark = pytest.mark.kernels
 
@@ -327,3 +333,67 @@ def test_inference_mode_and_other_inputs(device):
     expected = mixed(single)
     accelerate(mixed)
     torch.testing.assert_close(mixed(single), expected)
+
+
+def mixed_norms():
+    """Batch norms fused and not, with and without tracking, momentum, affine parameters."""
+    return nn.Sequential(
+        FusedSequential(nn.Conv2d(2, 4, 3, 2, 1), nn.BatchNorm2d(4, momentum=None), nn.ReLU()),
+        nn.BatchNorm2d(4, affine=False),
+        DiscriminatorBlock(4, 6),
+        nn.Sequential(nn.Conv2d(6, 5, 1), nn.BatchNorm2d(5, track_running_stats=False)),
+        nn.Flatten(),
+        nn.BatchNorm1d(20, momentum=0.3),
+        nn.Linear(20, 1),
+    )
+
+
+@pytest.mark.parametrize("backend", ["triton", "reference"])
+def test_one_pass_over_groups_is_a_pass_for_each(backend, device):
+    merged = mixed_norms().to(device, torch.float64)
+    merged[3][1].track_running_stats = False
+    apart = copy.deepcopy(merged)
+    parts = [torch.randn(3, 2, 8, 8, dtype=torch.float64, device=device) + i for i in range(3)]
+    with use_backend(backend):
+        for _ in range(2):
+            with statistics_groups(merged, 3):
+                y = merged(torch.cat(parts))
+            expected = torch.cat([apart(part) for part in parts])
+            torch.testing.assert_close(y, expected, rtol=1e-9, atol=1e-9)
+            y.square().sum().backward()
+            expected.square().sum().backward()
+    for ours, stock in zip(merged.parameters(), apart.parameters(), strict=True):
+        torch.testing.assert_close(ours.grad, stock.grad, rtol=1e-8, atol=1e-8)
+    for (name, ours), stock in zip(merged.named_buffers(), apart.buffers(), strict=True):
+        torch.testing.assert_close(ours, stock, rtol=1e-9, atol=1e-9, msg=lambda m, n=name: n + m)
+    assert not any("forward" in vars(m) for m in merged.modules())
+
+
+def test_groups_in_evaluation_are_one_batch(device):
+    model = mixed_norms()[:3].to(device)
+    model(torch.randn(4, 2, 8, 8, device=device))
+    model.eval()
+    x = torch.randn(3, 2, 8, 8, device=device)
+    expected = model(x)
+    with statistics_groups(model, 2):
+        assert torch.equal(model(x), expected)
+
+
+@pytest.mark.parametrize("layer", [0, 1])
+def test_groups_of_unequal_size(layer, device):
+    model = mixed_norms()[layer : layer + 1].to(device)
+    x = torch.randn(3, (2, 4)[layer], 8, 8, device=device)
+    with statistics_groups(model, 2), pytest.raises(ValueError, match="3 images and 2 groups"):
+        model(x)
+
+
+def test_tracking_switched_off_later(device):
+    """PyTorch then ignores the running statistics in training, and leaves them alone."""
+    ours = FusedSequential(nn.Conv2d(2, 4, 3), nn.BatchNorm2d(4)).to(device)
+    ours[1].track_running_stats = False
+    stock = nn.Sequential(*copy.deepcopy(ours))
+    x = torch.randn(3, 2, 8, 8, device=device)
+    torch.testing.assert_close(ours(x), stock(x))
+    assert ours[1].num_batches_tracked == 0
+    assert torch.equal(ours[1].running_mean, stock[1].running_mean)
+    torch.testing.assert_close(ours.eval()(x), stock.eval()(x))

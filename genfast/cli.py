@@ -20,8 +20,8 @@ from genfast.training.config import DEFAULTS, DIGITS_DEFAULTS, MODELS, prepare, 
 from genfast.training.demo import demo
 from genfast.training.errors import BadInput, Diverged
 from genfast.training.loop import CHECKPOINT_SECONDS, train
+from genfast.training.precision import PRECISIONS, resolve_precision
 from genfast.training.sampling import sample_checkpoint
-from genfast.training.step import PRECISIONS, resolve_precision
 
 SETTINGS = (
     "image_size",
@@ -59,6 +59,7 @@ def _tell(message):
 def _train(args):
     given = {name: getattr(args, name) for name in SETTINGS if getattr(args, name) is not None}
     device = _working_device(args.device)
+    _check_precision(args.precision, device)
     resume_from = _resume_from(args)
     out = _out_folder(args, resume_from)
     if resume_from:
@@ -173,6 +174,13 @@ def _working_device(name):
     return device
 
 
+def _check_precision(precision, device):
+    try:
+        resolve_precision(precision or "auto", device)
+    except ValueError as error:
+        raise BadInput(str(error)) from None
+
+
 def _device_name(device):
     if device.type == "cuda":
         major, minor = torch.cuda.get_device_capability(device)
@@ -223,7 +231,8 @@ def _add_train(commands):
     parser.add_argument(
         "--precision",
         choices=PRECISIONS,
-        help="bf16 is autocast; auto takes it where it is fast (default: auto)",
+        help="bf16 and fp16 are autocast; auto takes bf16 where it is fast, else fp32 "
+        "(default: auto)",
     )
     _add_device(parser)
     parser.add_argument("--out", help="folder of the run (default: runs/MODEL-DATA)")

@@ -6,7 +6,7 @@ memory and copy what is not; tensors and weights kept so cost no copy.
 
 import torch
 
-from genfast import autograd, reference
+from genfast import autograd, cpu, reference
 from genfast.backend import INTERPRETING, selected_backend, why_device_cannot_run_triton
 from genfast.geometry import ConvGeometry, pair
 
@@ -160,7 +160,7 @@ def reparameterize(mu, logvar, *, generator=None):
         ValueError, TypeError: `mu` and `logvar` do not match or are not floating point.
     """
     _check_latent(mu, logvar)
-    if uses_triton(mu, logvar):
+    if implementation(mu, logvar) == "triton":
         return autograd.reparameterize(mu, logvar, _draw_seed(mu, generator))
     return reference.reparameterize(mu, logvar, _draw_noise(mu, generator))
 
@@ -175,7 +175,7 @@ def reparameterize_with_kl(mu, logvar, *, generator=None):
     _check_latent(mu, logvar)
     if mu.dim() == 0:
         raise ValueError("expected mu of shape (N, ...), got a scalar")
-    if uses_triton(mu, logvar):
+    if implementation(mu, logvar) == "triton":
         return autograd.reparameterize_with_kl(mu, logvar, _draw_seed(mu, generator))
     z = reference.reparameterize(mu, logvar, _draw_noise(mu, generator))
     wide = torch.promote_types(mu.dtype, torch.float32)
@@ -195,6 +195,10 @@ def why_not_triton(*tensors, activation="identity", negative_slope=0.2):
         return f"the kernels do not take {first.dtype}"
     if activation == "leaky_relu" and not negative_slope >= 0:
         return f"the kernels take no negative slope below 0, got {negative_slope}"
+    return _why_not_plain(tensors)
+
+
+def _why_not_plain(tensors):
     for t in tensors:
         if t is not None:
             if type(t) not in (torch.Tensor, torch.nn.Parameter):
@@ -206,19 +210,24 @@ def why_not_triton(*tensors, activation="identity", negative_slope=0.2):
     return None
 
 
-def uses_triton(*tensors, **options):
-    """Whether an operation on these tensors runs on the kernels, by `use_backend` and the tensors.
+def implementation(*tensors, **settings):
+    """What runs an operation on these tensors: "triton", "cpu" or "reference".
+
+    "reference" is PyTorch's own layers, "cpu" mostly too: see `genfast.cpu`.
 
     Raises:
         RuntimeError: the backend "triton" was asked for and cannot run.
     """
     backend = selected_backend()
     if backend == "reference":
-        return False
-    reason = why_not_triton(*tensors, **options)
-    if reason and backend == "triton":
+        return "reference"
+    reason = why_not_triton(*tensors, **settings)
+    if reason is None:
+        return "triton"
+    if backend == "triton":
         raise RuntimeError(f"the backend 'triton' was asked for and cannot run: {reason}")
-    return reason is None
+    on_cpu = tensors[0].device.type == "cpu" and not torch.compiler.is_compiling()
+    return "cpu" if on_cpu and _why_not_plain(tensors) is None else "reference"
 
 
 def is_channels_last(t):
@@ -252,14 +261,20 @@ def _block(x, weight, bias, stride, padding, output_padding=None, *, memory_form
         options[name] for name in ("norm_weight", "norm_bias", "running_mean", "running_var")
     )
     settings = {name: options[name] for name in ("activation", "negative_slope")}
-    if uses_triton(x, weight, bias, *vectors, **settings):
+    runs = implementation(x, weight, bias, *vectors, **settings)
+    if runs == "triton":
         y = autograd.block(x, weight, bias, geometry, transposed, **options)
-    elif transposed:
-        y = reference.conv_transpose_block(
-            x, weight, bias, stride, padding, output_padding, **options
-        )
     else:
-        y = reference.conv_block(x, weight, bias, stride, padding, **options)
+        library = cpu if runs == "cpu" else torch.nn.functional
+        if transposed:
+            y = reference.conv_transpose_block(
+                x, weight, bias, stride, padding, output_padding,
+                convolve=library.conv_transpose2d, **options,
+            )  # fmt: skip
+        else:
+            y = reference.conv_block(
+                x, weight, bias, stride, padding, convolve=library.conv2d, **options
+            )
     return y.contiguous(memory_format=memory_format or torch.contiguous_format)
 
 

@@ -52,3 +52,14 @@ class ConvGeometry:
     def taps(self):
         """How many weights a pair of channels has."""
         return self.kernel_size[0] * self.kernel_size[1]
+
+    @property
+    def output_padding(self):
+        """What a transposed convolution from small to big adds at the bottom and right."""
+        smallest = (
+            (n - 1) * s - 2 * p + k
+            for n, s, p, k in zip(
+                self.small, self.stride, self.padding, self.kernel_size, strict=True
+            )
+        )
+        return tuple(b - least for b, least in zip(self.big, smallest, strict=True))

@@ -343,7 +343,8 @@ class FusedSequential(nn.Sequential):
 
     def forward(self, x):
         """Run the children in order, fused where they can be."""
-        if not (_is_image(x) and functional.uses_triton(x)):
+        runs = functional.implementation(x) if _is_image(x) else "reference"
+        if runs == "reference":
             return super().forward(x)
         # Between fused runs x stays channels_last, as the kernels have it, even where PyTorch's
         # layers would make it contiguous; anything else is handed what PyTorch would hand it.
@@ -351,9 +352,10 @@ class FusedSequential(nn.Sequential):
         for run in self.plan():
             if run.fused and _is_image(x):
                 weight = run.modules[0].weight
-                owes_contiguous |= not functional.is_channels_last(x)
-                owes_contiguous &= not functional.is_channels_last(weight)
-                x = run(x, torch.channels_last)
+                if runs == "triton":
+                    owes_contiguous |= not functional.is_channels_last(x)
+                    owes_contiguous &= not functional.is_channels_last(weight)
+                x = run(x, torch.channels_last if runs == "triton" else None)
                 continue
             x = x.contiguous() if owes_contiguous else x
             owes_contiguous = False

@@ -10,18 +10,18 @@ import torch.nn.functional as F
 ACTIVATIONS = ("identity", "relu", "leaky_relu", "tanh", "sigmoid")
 
 
-def activate(x, activation, negative_slope=0.2):
+def activate(x, activation, negative_slope=0.2, *, inplace=False):
     """Apply the named activation (one of `ACTIVATIONS`) elementwise."""
     if activation == "identity":
         return x
     if activation == "relu":
-        return F.relu(x)
+        return F.relu(x, inplace)
     if activation == "leaky_relu":
-        return F.leaky_relu(x, negative_slope)
+        return F.leaky_relu(x, negative_slope, inplace and negative_slope >= 0)
     if activation == "tanh":
-        return torch.tanh(x)
+        return x.tanh_() if inplace else x.tanh()
     if activation == "sigmoid":
-        return torch.sigmoid(x)
+        return x.sigmoid_() if inplace else x.sigmoid()
     raise ValueError(f"expected an activation among {ACTIVATIONS}, got {activation!r}")
 
 
@@ -39,9 +39,9 @@ def batch_norm_by_groups(
         momenta = [momentum] * groups
     parts = [
         F.batch_norm(part, running_mean, running_var, weight, bias, training, momentum, eps)
-        for part, momentum in zip(z.chunk(groups), momenta, strict=True)
+        for part, momentum in zip(z.chunk(groups) if groups > 1 else [z], momenta, strict=True)
     ]
-    return parts[0] if groups == 1 else torch.cat(parts)
+    return torch.cat(parts) if groups > 1 else parts[0]
 
 
 def _normalize_and_activate(
@@ -54,18 +54,25 @@ def _normalize_and_activate(
         z = batch_norm_by_groups(
             z, running_mean, running_var, norm_weight, norm_bias, training, momentum, eps, groups
         )
-    return activate(z, activation, negative_slope)
+    # In place: nobody else has z, and neither batch norm nor convolution needs it for backward.
+    return activate(z, activation, negative_slope, inplace=True)
 
 
-def conv_block(x, weight, bias, stride, padding, **norm_and_activation):
-    """`conv2d`, then batch norm (optional), then an activation. Arguments as in `functional`."""
-    z = F.conv2d(x, weight, bias, stride, padding)
+def conv_block(x, weight, bias, stride, padding, *, convolve=F.conv2d, **norm_and_activation):
+    """`conv2d`, then batch norm (optional), then an activation. Arguments as in `functional`.
+
+    `convolve` may be another implementation of `conv2d`.
+    """
+    z = convolve(x, weight, bias, stride, padding)
     return _normalize_and_activate(z, **norm_and_activation)
 
 
-def conv_transpose_block(x, weight, bias, stride, padding, output_padding, **norm_and_activation):
+def conv_transpose_block(
+    x, weight, bias, stride, padding, output_padding, *, convolve=F.conv_transpose2d,
+    **norm_and_activation,
+):  # fmt: skip
     """`conv_transpose2d`, then batch norm (optional), then an activation."""
-    z = F.conv_transpose2d(x, weight, bias, stride, padding, output_padding)
+    z = convolve(x, weight, bias, stride, padding, output_padding)
     return _normalize_and_activate(z, **norm_and_activation)
 
 

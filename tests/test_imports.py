@@ -22,7 +22,7 @@ LEVELS = (
     ("nn",),
     ("functional",),
     ("autograd",),
-    ("launch",),
+    ("cpu", "launch"),
     ("backend", "geometry", "kernels", "reference"),
 )
 RANK = {name: -depth for depth, names in enumerate(LEVELS) for name in names}

@@ -3,6 +3,8 @@
 import csv
 import json
 import os
+import re
+import threading
 import time
 
 import numpy as np
@@ -10,14 +12,26 @@ import pytest
 import torch
 import torch.nn.functional as F
 from PIL import Image
+from torch import nn
+from torch.nn.utils.parametrizations import spectral_norm
 
 from genfast.models import GAN, VAE, ConvVAE, DCGANDiscriminator, DCGANGenerator
-from genfast.training import GANStep, VAEStep, checkpoint, config, demo, loop, metrics, pictures
+from genfast.training import (
+    GANStep,
+    VAEStep,
+    checkpoint,
+    config,
+    data,
+    demo,
+    loop,
+    metrics,
+    pictures,
+)
 from genfast.training.data import Batches, normalize
 from genfast.training.errors import BadInput, Diverged
 from genfast.training.files import replacing
+from genfast.training.precision import resolve_precision
 from genfast.training.sampling import sample_checkpoint
-from genfast.training.step import resolve_precision
 
 CPU = torch.device("cpu")
 
@@ -104,10 +118,100 @@ def test_generator_update_computes_no_discriminator_gradients():
     wanted = []
     first.register_hook(lambda grad: wanted.append(grad))
     step(torch.randn(4, 1, 16, 16))
-    assert len(wanted) == 2  # Real and generated images in the discriminator's own update.
+    assert len(wanted) == 1  # In the discriminator's own update.
     assert all(p.grad is None for p in discriminator.parameters())
     assert all(p.requires_grad for p in discriminator.parameters())
     assert all(p.grad is not None for p in generator.parameters())
+
+
+def _spectral_discriminator():
+    return nn.Sequential(spectral_norm(nn.Conv2d(1, 1, 16)), nn.Flatten(0))
+
+
+def test_one_discriminator_pass_gives_the_numbers_of_two():
+    torch.manual_seed(1)
+    batches = [torch.rand(6, 1, 16, 16, dtype=torch.float64) * 2 - 1 for _ in range(5)]
+    outcomes = []
+    for merge in (True, False):
+        networks = [network.double() for network in _dcgan()]
+        step = GANStep(*networks, latent_shape=(5, 1, 1), precision="fp32", merge=merge)
+        assert (step.why_not_merged is None) == merge
+        torch.manual_seed(2)
+        losses = torch.tensor([[t.item() for t in step(batch)] for batch in batches])
+        outcomes.append([losses, *(t for n in networks for t in n.state_dict().values())])
+    for ours, plain in zip(*outcomes, strict=True):
+        torch.testing.assert_close(ours, plain, rtol=1e-7, atol=1e-9)
+    assert networks[1].main[3].num_batches_tracked == 15  # Real, generated, and the generator's.
+
+
+def test_merging_is_refused_where_two_passes_differ():
+    class MinibatchDeviation(nn.Module):
+        def forward(self, x):
+            return x - x.std(0)
+
+    for layer, reason in (
+        (MinibatchDeviation(), "its layer 1, a MinibatchDeviation, may treat a batch as a whole"),
+        (spectral_norm(nn.Conv2d(1, 1, 1)), "its layer 1 has a parametrisation"),
+        (nn.SyncBatchNorm(1), "its layer 1, a SyncBatchNorm"),
+    ):
+        discriminator = nn.Sequential(nn.Conv2d(1, 1, 16), layer)
+        step = GANStep(_dcgan()[0], discriminator, latent_shape=(5, 1, 1), precision="fp32")
+        assert step.why_not_merged.startswith(reason)
+    watched = _dcgan()[1]
+    watched.main[2].register_forward_hook(lambda *_: None)
+    assert "main.2 has a hook" in GANStep(_dcgan()[0], watched).why_not_merged
+    own = nn.Sequential(nn.Conv2d(1, 1, 16), MinibatchDeviation())
+    assert GANStep(_dcgan()[0], own, precision="fp32", merge=True).why_not_merged is None
+
+
+def test_models_are_left_as_they_were():
+    generator = nn.Sequential(nn.ConvTranspose2d(5, 1, 16), nn.Tanh())
+    discriminator = _spectral_discriminator()
+    networks = (generator, discriminator)
+    before = [{k: (t.dtype, t.stride()) for k, t in n.state_dict().items()} for n in networks]
+    hooks = [len(m._forward_hooks) for n in networks for m in n.modules()]
+    step = GANStep(generator, discriminator, latent_shape=(5, 1, 1))
+    step(torch.rand(4, 1, 16, 16))
+    after = [{k: (t.dtype, t.stride()) for k, t in n.state_dict().items()} for n in networks]
+    assert after == before
+    assert hooks == [len(m._forward_hooks) for n in networks for m in n.modules()]
+    assert generator(torch.randn(2, 5, 1, 1)).dtype == torch.float32
+    assert all(m.training and p.requires_grad for n in networks for m in n.modules()
+               for p in m.parameters())  # fmt: skip
+
+
+def test_fp16_scales_the_losses():
+    step = GANStep(*_dcgan(), latent_shape=(5, 1, 1), precision="fp16")
+    before = step.generator.main[0].weight.clone()
+    for scaler in step.scalers.values():
+        scaler._init_scale = 1024.0
+    results = [step(torch.rand(8, 1, 16, 16) * 2 - 1) for _ in range(3)]
+    assert all(t.isfinite() and t.dtype == torch.float32 for r in results for t in r)
+    assert {name: s.get_scale() for name, s in step.scalers.items()} == {
+        "generator": 1024.0,
+        "discriminator": 1024.0,
+    }
+    assert not torch.equal(step.generator.main[0].weight, before)
+
+
+def test_fp16_passes_over_a_step_that_overflows():
+    step = GANStep(*_dcgan(), latent_shape=(5, 1, 1), precision="fp16")
+    for scaler in step.scalers.values():
+        scaler._init_scale = 2.0**120
+    before = step.generator.main[0].weight.clone()
+    step(torch.rand(8, 1, 16, 16) * 2 - 1)
+    assert torch.equal(step.generator.main[0].weight, before)
+    assert all(s.get_scale() == 2.0**119 for s in step.scalers.values())
+
+
+def test_steps_that_cannot_be():
+    for wrong, message in (
+        (dict(precision="tf32"), "expected tf32 on an NVIDIA GPU from Ampere on, got it on cpu"),
+        (dict(capture=True), "only a GPU has graphs"),
+        (dict(loss="hinge"), "expected a loss among"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            GANStep(*_dcgan(), **wrong)
 
 
 def test_a_frozen_layer_stays_frozen():
@@ -169,7 +273,8 @@ def test_precision_auto(monkeypatch):
         (torch.zeros(4, 16, 16), ValueError, r"expected images of shape .*\(4, 16, 16\)"),
         (torch.zeros(4, 1, 16, 16, dtype=torch.uint8), TypeError, "floating-point.*uint8"),
         (torch.zeros(4, 1, 16, 16, device="meta"), ValueError, "networks' device cpu, got meta"),
-        (torch.zeros(4, 3, 16, 16), (ValueError, RuntimeError), "channels"),
+        (torch.zeros(4, 3, 16, 16), ValueError, r"\(4, 1, 16, 16\), got \(4, 3, 16, 16\)"),
+        (torch.zeros(4, 1, 32, 32), ValueError, r"\(4, 1, 16, 16\), got \(4, 1, 32, 32\)"),
     ],
 )
 def test_wrong_batches(images, error, message):
@@ -386,6 +491,55 @@ def test_a_resumed_run_has_the_losses_of_an_uninterrupted_one(tmp_path, monkeypa
         (tmp_path / name / "samples/epoch_002.png").read_bytes() for name in ("parts", "whole")
     ]
     assert pictures_made[0] == pictures_made[1]
+
+
+def test_a_streamed_run_has_the_losses_of_one_from_memory(tmp_path, monkeypatch):
+    settings, images = _prepare(tmp_path, "vae")
+    loop.train(settings, images, tmp_path / "whole", device=CPU)
+    monkeypatch.setattr(data, "LARGE", 0)
+    settings, images = _prepare(tmp_path, "vae")
+    with monkeypatch.context() as patch:
+        _StopAt(patch, 4)
+        loop.train(settings, images, tmp_path / "parts", device=CPU)
+    path = tmp_path / "parts/checkpoint.pt"
+    settings, images = config.prepare_resumed("vae", None, {}, path)
+    loop.train(settings, images, tmp_path / "parts", device=CPU, resume_from=path)
+    assert _losses(tmp_path / "parts") == _losses(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, Diverged])
+def test_no_thread_outlives_a_run_that_breaks_off(tmp_path, monkeypatch, error):
+    def data_threads():
+        return [t for t in threading.enumerate() if t.name.startswith("genfast-data")]
+
+    def breaks_off(*_):
+        assert data_threads()
+        raise error
+
+    monkeypatch.setattr(data, "LARGE", 0)
+    monkeypatch.setattr(metrics.Metrics, "add", breaks_off)
+    settings, images = _prepare(tmp_path, "vae")
+    with pytest.raises(error):
+        loop.train(settings, images, tmp_path / "out", device=CPU)
+    assert not data_threads()
+
+
+def test_progress_shows_the_share_of_waiting_for_data(tmp_path, monkeypatch, capsys):
+    def shares():
+        settings, images = _prepare(tmp_path, "vae")
+        loop.train(settings, images, tmp_path / "out", device=CPU)
+        return [int(share) for share in re.findall(r"data=(\d+)%", capsys.readouterr().err)]
+
+    def read_slowly(rows, indices, out):
+        time.sleep(0.3)
+        read(rows, indices, out)
+
+    read = data._take
+    monkeypatch.setattr(loop, "REPORT_SECONDS", 0)
+    monkeypatch.setattr(data, "LARGE", 0)
+    assert shares()[-1] < 50  # All is gathered by then.
+    monkeypatch.setattr(data, "_take", read_slowly)
+    assert max(shares()) > 50
 
 
 def test_resuming_goes_beyond_the_first_epochs(tmp_path):

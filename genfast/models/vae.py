@@ -45,9 +45,13 @@ class VAE(nn.Module):
         """Sample the latent: see `genfast.functional.reparameterize`."""
         return reparameterize(mu, logvar)
 
+    def decode_logits(self, z):
+        """(N, latent_dim) to flat images before the sigmoid, (N, image_dim)."""
+        return self.fc4(F.relu(self.fc3(z)))
+
     def decode(self, z):
         """(N, latent_dim) to flat images, (N, image_dim) in [0, 1]."""
-        return _sigmoid(self.fc4(F.relu(self.fc3(z))))
+        return _sigmoid(self.decode_logits(z))
 
     def forward(self, images):
         """Images to (their reconstructions, mu, logvar)."""
@@ -95,9 +99,13 @@ class ConvVAE(nn.Module):
         """Sample the latent: see `genfast.functional.reparameterize`."""
         return reparameterize(mu, logvar)
 
+    def decode_logits(self, z):
+        """(N, latent_dim) to images before the sigmoid, (N, nc, H, W)."""
+        return self.decoder(z[:, :, None, None])
+
     def decode(self, z):
         """(N, latent_dim) to images, (N, nc, H, W) in [0, 1]."""
-        return _sigmoid(self.decoder(z[:, :, None, None]))
+        return _sigmoid(self.decode_logits(z))
 
     def forward(self, images):
         """Images to (their reconstructions, mu, logvar)."""

@@ -4,6 +4,7 @@ The file is what `torch.save` writes of tensors, numbers, strings and containers
 loads with `weights_only=True` and runs no code.
 """
 
+import pickle
 from pathlib import Path
 
 import torch
@@ -29,7 +30,8 @@ def save_checkpoint(path, step, config, steps):
         "config": config,
         "steps": steps,
         "modules": {name: m.state_dict() for name, m in step.modules.items()},
-        "optimizers": {name: o.state_dict() for name, o in step.optimizers.items()},
+        "optimizers": {name: _plain(o.state_dict()) for name, o in step.optimizers.items()},
+        "scalers": {name: s.state_dict() for name, s in step.scalers.items()},
         "rng": _rng_states(step.device),
     }
     with replacing(path) as file:
@@ -48,7 +50,9 @@ def read_checkpoint(path):
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # Damaged bytes make the unpickler raise nearly anything.
-        reason = str(error).partition("\n")[0]
+        # PyTorch's message may advise to load without `weights_only`, which runs a stranger's code.
+        advises = isinstance(error, pickle.UnpicklingError)
+        reason = "it is damaged or something else" if advises else str(error).partition("\n")[0]
         raise BadInput(
             f"expected a genfast checkpoint at {path}, could not read it: {reason}"
         ) from error
@@ -73,10 +77,22 @@ def restore(step, content, path):
     """Put networks, optimizers and random number generators where they were."""
     restore_modules(step, content, path)
     for name, optimizer in step.optimizers.items():
+        # Whether it fits a captured graph depends on where it runs now.
+        capturable = [group["capturable"] for group in optimizer.param_groups]
         optimizer.load_state_dict(content["optimizers"][name])
+        for group, value in zip(optimizer.param_groups, capturable, strict=True):
+            group["capturable"] = value
+    for name, scaler in step.scalers.items():
+        scaler.load_state_dict(content["scalers"][name])
     torch.set_rng_state(content["rng"]["cpu"])
     if step.device.type == "cuda" and "cuda" in content["rng"]:
         torch.cuda.set_rng_state(content["rng"]["cuda"], step.device)
+
+
+def _plain(state):
+    """An optimizer's state with its learning rates, which a captured step keeps on the device."""
+    groups = [group | {"lr": float(group["lr"])} for group in state["param_groups"]]
+    return state | {"param_groups": groups}
 
 
 def _mismatch(expected, saved):

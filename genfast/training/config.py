@@ -2,14 +2,12 @@
 
 from dataclasses import asdict, dataclass, replace
 
-import torch
-
 from genfast.models import GAN, VAE, ConvVAE, DCGANDiscriminator, DCGANGenerator
 from genfast.models.dcgan import IMAGE_SIZES
 from genfast.training.checkpoint import read_checkpoint
 from genfast.training.data import fingerprint, load_images, resize
 from genfast.training.errors import BadInput
-from genfast.training.step import GANStep, VAEStep
+from genfast.training.step import GANStep, VAEStep, adam
 
 _COMMON = dict(seed=0, precision="auto")
 # Learning rates, betas and widths are those of the papers and of PyTorch's public examples. A model
@@ -171,5 +169,4 @@ def build_step(config, device):
 
 
 def _adam(module, config):
-    betas = (config.beta1, 0.999)
-    return torch.optim.Adam(module.parameters(), lr=config.lr, betas=betas, fused=True)
+    return adam(module, config.lr, (config.beta1, 0.999))

@@ -5,15 +5,16 @@ returns stays on the device: nothing here waits for it.
 """
 
 from contextlib import contextmanager
-from functools import partial
 from typing import NamedTuple
 
 import torch
 
 from genfast import losses
 from genfast.functional import reparameterize_with_kl
-
-PRECISIONS = ("auto", "fp32", "bf16")
+from genfast.nn import statistics_groups
+from genfast.training.graph import CapturedStep, CUDARecorder, why_not_captured
+from genfast.training.merging import why_not_merged
+from genfast.training.precision import Precision
 
 
 class GANResult(NamedTuple):
@@ -31,37 +32,14 @@ class VAEResult(NamedTuple):
     kl: torch.Tensor
 
 
-def resolve_precision(precision, device):
-    """What "auto" means on this device: "bf16" where it is both supported and faster, else "fp32".
-
-    Args:
-        precision: "auto", "fp32" or "bf16" (autocast; weights and losses stay in float32).
-        device: a `torch.device`.
-    """
-    if precision not in PRECISIONS:
-        raise ValueError(f"expected a precision among {PRECISIONS}, got {precision!r}")
-    if precision != "auto":
-        return precision
-    fast = False
-    if device.type == "cuda":
-        fast = torch.cuda.is_bf16_supported(including_emulation=False)
-    if device.type == "cpu":
-        # Measured on 2 cores with AVX-512 BF16: a step of a DCGAN-64 takes 0.58 of its time in
-        # fp32, of the DCGAN for digits 0.7. Without these instructions bf16 would be emulated.
-        fast = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-    return "bf16" if fast else "fp32"
-
-
-def _adam(module, lr=2e-4, betas=(0.5, 0.999)):
-    return torch.optim.Adam(module.parameters(), lr=lr, betas=betas, fused=True)
+def adam(module, lr=2e-4, betas=(0.5, 0.999)):
+    """Adam as fast as PyTorch has it where the module is: fused, and on a GPU fit for a graph."""
+    on_gpu = _device_of(module).type == "cuda"
+    return torch.optim.Adam(module.parameters(), lr, betas, fused=True, capturable=on_gpu)
 
 
 def _device_of(module):
     return next(module.parameters()).device
-
-
-def _autocast(precision, device):
-    return partial(torch.autocast, device.type, torch.bfloat16, enabled=precision == "bf16")
 
 
 def _checked_images(images, device):
@@ -88,7 +66,57 @@ def _frozen(module):
             p.requires_grad_(True)
 
 
-class GANStep:
+class _Step:
+    """What steps share: precision, capture, and the checks of a batch.
+
+    Subclasses have `_step(images) -> tuple of scalar tensors`, the attributes `pixel_range` and
+    `latent_shape`, and `_draw(z)`, their images in `pixel_range`.
+    """
+
+    def __init__(self, modules, optimizers, precision, capture):
+        self.modules, self.optimizers = modules, optimizers
+        self.device = _device_of(next(iter(modules.values())))
+        self._precision = Precision(precision, self.device, optimizers)
+        reason = "it was switched off"
+        if capture is not False:
+            reason = why_not_captured(self.device, optimizers.values())
+        if capture and reason:
+            raise ValueError(f"expected a step that can be captured, but {reason}")
+        self.why_not_captured = reason
+        self._run = self._step
+        if reason is None:
+            self._run = CapturedStep(
+                self._step,
+                list(modules.values()),
+                list(optimizers.values()),
+                list(self.scalers.values()),
+                CUDARecorder(self.device),
+            )
+
+    @property
+    def precision(self):
+        """The name of the precision, never "auto"."""
+        return self._precision.name
+
+    @property
+    def scalers(self):
+        """The gradient scalers of fp16 by their optimizer's name."""
+        return self._precision.scalers
+
+    def __call__(self, images):
+        """Make one step."""
+        images = _checked_images(images, self.device)
+        with self._precision.products():
+            return self._result(*self._run(images))
+
+    @torch.no_grad()
+    def sample(self, z):
+        """Images in `pixel_range` for this noise, by the running statistics of batch norms."""
+        with self._precision.products(), self._precision.autocast():
+            return self._draw(z).float()
+
+
+class GANStep(_Step):
     """Update the discriminator on real and generated images, then the generator: one GAN step.
 
     The order and the losses are those of Goodfellow et al. (2014), algorithm 1 with k = 1, as
@@ -101,13 +129,25 @@ class GANStep:
         loss: the name of a loss in `genfast.losses`.
         optimizers: of the generator and of the discriminator, in this order. By default
             Adam(lr=2e-4, betas=(0.5, 0.999)) for each.
-        precision: "auto", "fp32" or "bf16"; see `resolve_precision`.
+        precision: "auto", "fp32", "tf32", "bf16" or "fp16"; see `resolve_precision`.
+        merge: whether the discriminator sees real and generated images in one pass, with batch
+            statistics of their own. None: where its layers are known to allow it. True is for a
+            discriminator with a `forward` of its own that treats images one by one.
+        capture: whether the step runs as one CUDA graph. None: where that is possible. Then an
+            optimizer's learning rates are tensors; schedulers and plain numbers still set them.
 
     Calling it with float images (N, C, H, W) in [-1, 1] makes one step and returns a `GANResult`.
+
+    Attributes:
+        why_not_merged, why_not_captured: why not, in words; None where it is.
+
+    Raises:
+        ValueError: there is no such loss or precision, or capture=True and it cannot be.
     """
 
     pixel_range = (-1.0, 1.0)
     result_fields = GANResult._fields
+    _result = GANResult
 
     def __init__(
         self,
@@ -118,109 +158,129 @@ class GANStep:
         loss="non-saturating",
         optimizers=None,
         precision="auto",
+        merge=None,
+        capture=None,
     ):
         self.generator = generator
         self.discriminator = discriminator
         self.latent_shape = tuple(latent_shape)
         self.loss = losses.gan_loss(loss)
-        self.g_optimizer, self.d_optimizer = optimizers or (_adam(generator), _adam(discriminator))
-        self.device = _device_of(generator)
-        self.precision = resolve_precision(precision, self.device)
-        self._autocast = _autocast(self.precision, self.device)
-        self.modules = {"generator": generator, "discriminator": discriminator}
-        self.optimizers = {"generator": self.g_optimizer, "discriminator": self.d_optimizer}
+        g_optimizer, d_optimizer = optimizers or (adam(generator), adam(discriminator))
+        self.why_not_merged = "it was switched off"
+        if merge is not False:
+            self.why_not_merged = None if merge else why_not_merged(discriminator)
+        super().__init__(
+            {"generator": generator, "discriminator": discriminator},
+            {"generator": g_optimizer, "discriminator": d_optimizer},
+            precision,
+            capture,
+        )
 
-    def __call__(self, images):
-        """Make one step."""
-        images = _checked_images(images, self.device)
-        self.d_optimizer.zero_grad(set_to_none=True)
-        self.g_optimizer.zero_grad(set_to_none=True)
+    def _step(self, images):
+        for optimizer in self.optimizers.values():
+            optimizer.zero_grad(set_to_none=True)
         z = torch.randn(len(images), *self.latent_shape, device=images.device, dtype=images.dtype)
-        with self._autocast():
+        with self._precision.autocast():
             fakes = self.generator(z)
-        d_loss = self._update_discriminator(images, fakes.detach())
-        g_loss = self._update_generator(fakes)
-        return GANResult(d_loss, g_loss)
+        if fakes.shape != images.shape:
+            raise ValueError(
+                f"expected images of the shape the generator makes, {tuple(fakes.shape)}, got "
+                f"{tuple(images.shape)}"
+            )
+        return self._update_discriminator(images, fakes.detach()), self._update_generator(fakes)
 
     def _update_discriminator(self, reals, fakes):
-        real_loss = self._backward(reals, self.loss.real)
-        # Two passes, each with its own batch statistics; the first one's graph is gone by now.
-        fake_loss = self._backward(fakes, self.loss.fake)
-        self.d_optimizer.step()
-        self.d_optimizer.zero_grad(set_to_none=True)  # Their memory serves the generator's update.
-        return real_loss + fake_loss
+        if self.why_not_merged:
+            # The first pass's graph is gone before the second pass.
+            loss = self._backward(self._judge(reals), self.loss.real, "discriminator")
+            loss = loss + self._backward(self._judge(fakes), self.loss.fake, "discriminator")
+        else:
+            with statistics_groups(self.discriminator, 2):
+                logits = self._judge(torch.cat([reals, fakes]))
+            loss = self._backward(logits, self._loss_of_both, "discriminator")
+        self._precision.update("discriminator")
+        # The gradients' memory serves the generator's update.
+        self.optimizers["discriminator"].zero_grad(set_to_none=True)
+        return loss
+
+    def _loss_of_both(self, logits):
+        real, fake = logits.chunk(2)
+        return self.loss.real(real) + self.loss.fake(fake)
 
     def _update_generator(self, fakes):
         with _frozen(self.discriminator):
-            loss = self._backward(fakes, self.loss.generator)
-        self.g_optimizer.step()
+            loss = self._backward(self._judge(fakes), self.loss.generator, "generator")
+        self._precision.update("generator")
         return loss
 
-    def _backward(self, images, loss_of):
-        with self._autocast():
-            logits = self.discriminator(images)
+    def _judge(self, images):
+        with self._precision.autocast():
+            return self.discriminator(images)
+
+    def _backward(self, logits, loss_of, optimizer):
         loss = loss_of(logits)
-        loss.backward()
+        self._precision.backward(loss, optimizer)
         return loss.detach()
 
-    @torch.no_grad()
-    def sample(self, z):
-        """Images in `pixel_range` for this noise, by the running statistics of batch norms."""
-        with _evaluating(self.generator), self._autocast():
-            return self.generator(z).float()
+    def _draw(self, z):
+        with _evaluating(self.generator):
+            return self.generator(z)
 
 
-class VAEStep:
+class VAEStep(_Step):
     """Minimise the negative evidence lower bound of one batch (Kingma and Welling, 2014).
 
     As in PyTorch's public VAE example, what is minimised is the sum over the batch; the result
     holds nats an image.
 
     Args:
-        model: has `encode(images) -> (mu, logvar)` and `decode(z) -> images in [0, 1]`.
+        model: has `encode(images) -> (mu, logvar)` and `decode(z) -> images in [0, 1]`; where it
+            has `decode_logits`, the decoder before its sigmoid, that is taken.
         optimizer: of the model's parameters. By default Adam(lr=2e-4, betas=(0.5, 0.999)).
-        precision: "auto", "fp32" or "bf16"; see `resolve_precision`.
+        precision, capture: as in `GANStep`.
 
     Calling it with float images (N, C, H, W) in [0, 1] makes one step and returns a `VAEResult`.
+
+    Attributes:
+        why_not_captured: why not, in words; None where it is.
+
+    Raises:
+        ValueError: there is no such precision, or capture=True and it cannot be.
     """
 
     pixel_range = (0.0, 1.0)
     result_fields = VAEResult._fields
+    _result = VAEResult
 
-    def __init__(self, model, *, optimizer=None, precision="auto"):
+    def __init__(self, model, *, optimizer=None, precision="auto", capture=None):
         self.model = model
-        self.optimizer = optimizer or _adam(model)
-        self.device = _device_of(model)
-        self.precision = resolve_precision(precision, self.device)
-        self._autocast = _autocast(self.precision, self.device)
-        self.modules = {"model": model}
-        self.optimizers = {"model": self.optimizer}
+        super().__init__({"model": model}, {"model": optimizer or adam(model)}, precision, capture)
 
     @property
     def latent_shape(self):
         """The shape of one image's latent."""
         return (self.model.latent_dim,)
 
-    def __call__(self, images):
-        """Make one step."""
-        images = _checked_images(images, self.device)
-        self.optimizer.zero_grad(set_to_none=True)
-        with self._autocast():
+    def _step(self, images):
+        self.optimizers["model"].zero_grad(set_to_none=True)
+        with self._precision.autocast():
             mu, logvar = self.model.encode(images)
         z, kl = reparameterize_with_kl(losses.widen(mu), losses.widen(logvar))
-        with self._autocast():
-            reconstructions = self.model.decode(z)
-        reconstruction, kl = losses.reconstruction_loss(reconstructions, images), kl.sum()
+        reconstruction, kl = self._reconstruction_loss(z, images), kl.sum()
         loss = reconstruction + kl
-        loss.backward()
-        self.optimizer.step()
-        return VAEResult(*(t.detach() / len(images) for t in (loss, reconstruction, kl)))
+        self._precision.backward(loss, "model")
+        self._precision.update("model")
+        return tuple(t.detach() / len(images) for t in (loss, reconstruction, kl))
 
-    @torch.no_grad()
-    def sample(self, z):
-        """Images in `pixel_range` for this latent, by the running statistics of batch norms."""
-        with _evaluating(self.model), self._autocast():
-            return self.model.decode(z).float()
+    def _reconstruction_loss(self, z, images):
+        logits = hasattr(self.model, "decode_logits")
+        with self._precision.autocast():
+            decoded = self.model.decode_logits(z) if logits else self.model.decode(z)
+        return losses.reconstruction_loss(decoded, images, logits=logits)
+
+    def _draw(self, z):
+        with _evaluating(self.model):
+            return self.model.decode(z)
 
 
 @contextmanager

@@ -1,0 +1,149 @@
+"""The CPU's convolutions beside PyTorch's own."""
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from oracle import assert_close
+from torch import nn
+
+from genfast import cpu, functional, use_backend
+from genfast.nn import FusedSequential
+
+# Kernel, stride, padding, output_padding, small side, C_small, C_big. Each way that `cpu` takes
+# beside oneDNN's, and geometries next to them.
+PRODUCT = (4, 1, 0, 0, (1, 1), 7, 5)
+PHASES = (4, 2, 1, 0, (5, 6), 7, 3)
+UNFOLDED = (4, 2, 1, 0, (4, 4), 24, 16)
+SHAPES = (
+    PRODUCT,
+    PHASES,
+    UNFOLDED,
+    (4, 1, 0, 0, (1, 2), 7, 5),
+    (3, 2, 1, 1, (4, 5), 6, 2),
+    (5, 2, 2, 1, (4, 4), 6, 3),
+    (2, 2, 0, 0, (3, 5), 4, 4),
+    (6, 2, 2, 0, (3, 4), 4, 3),
+    (3, 3, 0, 0, (3, 3), 4, 1),
+    (5, 3, 1, 0, (4, 3), 3, 1),
+    (7, 1, 3, 0, (4, 5), 3, 2),
+    ((3, 4), (2, 1), (1, 0), (1, 0), (3, 2), 4, 3),
+)
+by_shape = pytest.mark.parametrize("shape", SHAPES, ids=str)
+directions = pytest.mark.parametrize("transposed", [False, True])
+layouts = pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+
+
+def pairs(shape):
+    return [v if isinstance(v, tuple) else (v, v) for v in shape[:4]]
+
+
+def tensors(shape, transposed, dtype, layout, bias):
+    kernel, stride, padding, output_padding = pairs(shape)
+    *_, small, c_small, c_big = shape
+    big = [
+        (n - 1) * s - 2 * p + k + o
+        for n, s, p, k, o in zip(small, stride, padding, kernel, output_padding, strict=True)
+    ]
+    x = torch.randn(3, *((c_small, *small) if transposed else (c_big, *big)), dtype=dtype)
+    weight = torch.randn(c_small, c_big, *kernel, dtype=dtype)
+    inputs = [t.contiguous(memory_format=layout).requires_grad_() for t in (x, weight)]
+    channels = c_big if transposed else c_small
+    return [*inputs, torch.randn(channels, dtype=dtype, requires_grad=True) if bias else None]
+
+
+def convolve(library, shape, transposed, x, weight, bias=None):
+    _, stride, padding, output_padding = pairs(shape)
+    if transposed:
+        return library.conv_transpose2d(x, weight, bias, stride, padding, output_padding)
+    return library.conv2d(x, weight, bias, stride, padding)
+
+
+@by_shape
+@directions
+@layouts
+@pytest.mark.parametrize("bias", [False, True])
+def test_float64(shape, transposed, layout, bias):
+    inputs = tensors(shape, transposed, torch.float64, layout, bias)
+    wanted = [t for t in inputs if t is not None]
+    ours = convolve(cpu, shape, transposed, *inputs)
+    plain = convolve(F, shape, transposed, *inputs)
+    dy = torch.randn_like(plain)
+    results = ours, *torch.autograd.grad(ours, wanted, dy)
+    expected = plain, *torch.autograd.grad(plain, wanted, dy)
+    torch.testing.assert_close(results, expected, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("shape", [PRODUCT, PHASES, UNFOLDED], ids=["product", "phases", "unfold"])
+@directions
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_rounding(shape, transposed, dtype):
+    """By the rule that the kernels are held to: errors at most 2 or 3 times PyTorch's own."""
+
+    def evaluate(library, inputs, dy):
+        y = convolve(library, shape, transposed, *inputs)
+        dx, dweight = torch.autograd.grad(y, inputs, dy)
+        return {"output": y.detach(), "gradient of x": dx, "gradient of weight": dweight}
+
+    samples = []
+    for draw in range(16):
+        inputs = tensors(shape, transposed, dtype, torch.channels_last, False)[:2]
+        dy = torch.randn_like(convolve(F, shape, transposed, *inputs))
+        wide = [t.detach().double().requires_grad_() for t in inputs]
+        exact = evaluate(F, wide, dy.double())
+        samples.append((evaluate(F, inputs, dy), exact))
+        if draw == 0:
+            ours, oracle = evaluate(cpu, inputs, dy), exact
+    assert_close(ours, oracle, samples)
+
+
+@pytest.mark.parametrize("shape", [PRODUCT, PHASES, UNFOLDED], ids=["product", "phases", "unfold"])
+@directions
+def test_second_derivatives(shape, transposed):
+    small = (*shape[:5], 2, 2)
+    inputs = tensors(small, transposed, torch.float64, torch.contiguous_format, False)[:2]
+    inputs = [t[:1].detach().requires_grad_() for t in inputs[:1]] + inputs[1:]
+    assert torch.autograd.gradgradcheck(lambda *t: convolve(cpu, small, transposed, *t), inputs)
+
+
+def test_unfolding_is_taken(monkeypatch):
+    """The bfloat16 weight gradient of a 4 x 4 map; nothing else unfolds."""
+    unfolded = []
+    unfold = cpu._unfold
+    monkeypatch.setattr(cpu, "_unfold", lambda *a: unfolded.append(1) or unfold(*a))
+    for dtype, shape in (
+        (torch.bfloat16, UNFOLDED),
+        (torch.float32, UNFOLDED),
+        (torch.bfloat16, PHASES),
+    ):
+        inputs = tensors(shape, False, dtype, torch.channels_last, False)[:2]
+        convolve(cpu, shape, False, *inputs).sum().backward()
+    assert len(unfolded) == 1
+
+
+def test_fused_sequential_runs_on_the_cpu(monkeypatch):
+    """As where no kernel can run: the same numbers, formats and in-place safety as PyTorch."""
+    monkeypatch.setattr(functional, "why_not_triton", lambda *_, **__: "no kernels here")
+    ours = FusedSequential(
+        nn.ConvTranspose2d(5, 6, 4, 1, 0, bias=False), nn.BatchNorm2d(6), nn.ReLU(True),
+        nn.ConvTranspose2d(6, 3, 4, 2, 1), nn.Tanh(),
+        nn.Conv2d(3, 4, 4, 2, 1), nn.LeakyReLU(0.2, True), nn.Conv2d(4, 1, 4),
+    )  # fmt: skip
+    stock = nn.Sequential(*copy.deepcopy(ours))
+    z = torch.randn(3, 5, 1, 1)
+    with use_backend("auto"):
+        assert functional.implementation(z) == "cpu"
+        y = ours(z).clone().add_(1)
+    expected = stock(z).add_(1)
+    torch.testing.assert_close(y, expected, rtol=1e-5, atol=1e-5)
+    assert y.stride() == expected.stride()
+    y.sum().backward()
+    expected.sum().backward()
+    for p, q in zip(ours.parameters(), stock.parameters(), strict=True):
+        torch.testing.assert_close(p.grad, q.grad, rtol=1e-4, atol=1e-5)
+    with use_backend("auto"):
+        negative = functional.conv_block(
+            z, torch.ones(2, 5, 1, 1), activation="leaky_relu", negative_slope=-0.5
+        )
+    torch.testing.assert_close(negative, F.leaky_relu(F.conv2d(z, torch.ones(2, 5, 1, 1)), -0.5))

@@ -7,11 +7,12 @@ PIP := $(VENV)/bin/python -m pip --disable-pip-version-check
 CANDIDATES := python3 python3.12 python3.11 python3.10 python
 VERSION := import platform; print(platform.python_version())
 
-.PHONY: help demo test planted-bugs lint clean
+.PHONY: help demo test benchmark planted-bugs lint clean
 
 help:
 	@echo "make demo          train a DCGAN on handwritten digits and name the picture it made"
 	@echo "make test          run the tests (no GPU needed)"
+	@echo "make benchmark     time training steps beside everything PyTorch offers, and plot them"
 	@echo "make planted-bugs  show that the tests notice bugs planted in the code"
 	@echo "make lint          check style and formatting"
 	@echo "make clean         remove .venv and caches (trained models stay)"
@@ -21,7 +22,13 @@ demo: $(VENV)/.installed-train
 
 # One thread a worker: the tests are many and small, and the workers fill the cores.
 test: $(VENV)/.installed-test
-	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n auto --maxprocesses 8 --dist worksteal $(ARGS)
+	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n auto --maxprocesses 8 --dist worksteal -p no:benchmark $(ARGS)
+
+# On the CPU max-autotune compiles for minutes; `python -m benchmarks.throughput` has it all.
+benchmark: $(VENV)/.installed-benchmark
+	$(VENV)/bin/python -m benchmarks.throughput --model dcgan $(ARGS)
+	$(VENV)/bin/python -m benchmarks.throughput --model vae $(ARGS)
+	$(VENV)/bin/python -m benchmarks.plot
 
 planted-bugs: $(VENV)/.installed-test
 	$(VENV)/bin/python tests/planted_bugs.py $(ARGS)

@@ -11,7 +11,8 @@ HERE = Path(__file__).parent
 version = re.search(r'__version__ = "(.+)"', (HERE / "genfast/__init__.py").read_text()).group(1)
 
 train = ["pillow", "scikit-learn", "tqdm"]
-test = [*train, "pytest", "pytest-xdist", "ruff", "setuptools>=77"]
+benchmark = [*train, "matplotlib", "pytest", "pytest-benchmark"]
+test = [*benchmark, "pytest-xdist", "ruff", "setuptools>=77"]
 
 setup(
     name="genfast",
@@ -21,7 +22,7 @@ setup(
     long_description_content_type="text/markdown",
     python_requires=">=3.10",
     install_requires=["torch>=2.11", 'triton>=3.6; sys_platform == "linux"', "numpy"],
-    extras_require={"train": train, "test": test},
+    extras_require={"train": train, "benchmark": benchmark, "test": test},
     entry_points={"console_scripts": ["genfast = genfast.cli:main"]},
     # `kernels/` installs as genfast.kernels: another package owns the name `kernels`.
     packages=["genfast.kernels", *find_packages(include=["genfast", "genfast.*"])],

@@ -15,6 +15,7 @@ from PIL import Image
 from torch import nn
 from torch.nn.utils.parametrizations import spectral_norm
 
+from genfast import use_backend
 from genfast.models import GAN, VAE, ConvVAE, DCGANDiscriminator, DCGANGenerator
 from genfast.training import (
     GANStep,
@@ -142,6 +143,20 @@ def test_one_discriminator_pass_gives_the_numbers_of_two():
     for ours, plain in zip(*outcomes, strict=True):
         torch.testing.assert_close(ours, plain, rtol=1e-7, atol=1e-9)
     assert networks[1].main[3].num_batches_tracked == 15  # Real, generated, and the generator's.
+
+
+@pytest.mark.kernels
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_a_step_on_the_kernels(precision, device):
+    images = torch.rand(4, 1, 16, 16, device=device) * 2 - 1
+    outcomes = []
+    for backend, merge in (("triton", True), ("reference", False)):
+        networks = [network.to(device) for network in _dcgan()]
+        step = GANStep(*networks, latent_shape=(5, 1, 1), precision=precision, merge=merge)
+        torch.manual_seed(1)
+        with use_backend(backend):
+            outcomes.append([[t.item() for t in step(images)] for _ in range(2)])
+    np.testing.assert_allclose(*outcomes, rtol=1e-4 if precision == "fp32" else 5e-2)
 
 
 def test_merging_is_refused_where_two_passes_differ():

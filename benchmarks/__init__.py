@@ -1,0 +1,1 @@
+"""How fast genfast trains, beside everything PyTorch offers for the same work."""

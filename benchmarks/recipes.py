@@ -1,0 +1,162 @@
+"""Training steps as PyTorch's users write them: the baselines.
+
+Every step takes a batch and returns its losses as tensors: (d_loss, g_loss), or (loss,) in nats an
+image. Besides the public examples' recipe there are the improvements that users know, one after
+another, up to a whole step in a CUDA graph.
+"""
+
+from contextlib import nullcontext
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+
+from benchmarks.workloads import stock
+from genfast.training.graph import CapturedStep, CUDARecorder
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What a baseline does beyond PyTorch's public examples.
+
+    amp: bfloat16 autocast, channels_last memory, fused Adam, losses from logits.
+    frozen: no gradient of the discriminator's weights in the generator's update.
+    compile_mode: of `torch.compile`, over each loss with its forward passes; None for eager.
+    graph: the whole step captured in a CUDA graph.
+    """
+
+    amp: bool = False
+    frozen: bool = False
+    compile_mode: str | None = None
+    graph: bool = False
+
+    def build(self, workload, dropout=True):
+        """The step of a `Workload`'s model."""
+        networks = [stock(network) for network in workload.networks(dropout)]
+        for network in networks:
+            network.to(memory_format=torch.channels_last if self.amp else torch.contiguous_format)
+        build = _vae_step if workload.is_vae else _gan_step
+        return build(self, workload, *networks)
+
+    def autocast(self, device):
+        """Around forward passes."""
+        return torch.autocast(device.type, torch.bfloat16) if self.amp else nullcontext()
+
+    def adam(self, network, lr, betas=(0.9, 0.999)):
+        """The examples' Adam; with amp the fused one."""
+        options = dict(fused=True, capturable=self.graph) if self.amp else {}
+        return torch.optim.Adam(network.parameters(), lr=lr, betas=betas, **options)
+
+    def compiled(self, function):
+        """The function, compiled if the recipe compiles."""
+        if self.compile_mode is None:
+            return function
+        return torch.compile(function, mode=self.compile_mode, dynamic=False)
+
+
+def _gan_step(recipe, workload, generator, discriminator):
+    """PyTorch's DCGAN example: real and generated images one after the other, then the generator.
+
+    Compiled are the generator and the two losses with the passes they need. The discriminator's two
+    passes make one compiled graph, so the compiler may do with them what it can.
+    """
+    device = workload.device
+    latent = (100, 1, 1) if workload.model == "dcgan" else (100,)
+    d_optimizer = recipe.adam(discriminator, 2e-4, (0.5, 0.999))
+    g_optimizer = recipe.adam(generator, 2e-4, (0.5, 0.999))
+    ones = torch.ones(workload.batch_size, device=device)
+    zeros = torch.zeros(workload.batch_size, device=device)
+
+    def criterion(logits, labels):
+        if recipe.amp:
+            return F.binary_cross_entropy_with_logits(logits.float().flatten(), labels)
+        return F.binary_cross_entropy(torch.sigmoid(logits).flatten(), labels)
+
+    def real_loss(images):
+        with recipe.autocast(device):
+            return criterion(discriminator(images), ones)
+
+    def fake_loss(fakes):
+        with recipe.autocast(device):
+            return criterion(discriminator(fakes), zeros)
+
+    def both_losses(images, fakes):
+        return real_loss(images) + fake_loss(fakes)
+
+    def generator_loss(fakes):
+        with recipe.autocast(device):
+            return criterion(discriminator(fakes), ones)
+
+    def generate(z):
+        with recipe.autocast(device):
+            return generator(z)
+
+    both_losses, generator_loss, generate = map(
+        recipe.compiled, (both_losses, generator_loss, generate)
+    )
+
+    def step(images):
+        if recipe.amp:
+            images = images.contiguous(memory_format=torch.channels_last)
+        discriminator.zero_grad()
+        if recipe.compile_mode is None:
+            d_loss = real_loss(images)
+            d_loss.backward()
+        fakes = generate(torch.randn(len(images), *latent, device=device))
+        if recipe.compile_mode is None:
+            loss = fake_loss(fakes.detach())
+            loss.backward()
+            d_loss = d_loss + loss
+        else:
+            # A graph of the compiler's may overwrite its outputs when it next runs.
+            fakes = fakes.clone()
+            d_loss = both_losses(images, fakes.detach())
+            d_loss.backward()
+        d_optimizer.step()
+
+        generator.zero_grad()
+        if recipe.frozen:
+            discriminator.requires_grad_(False)
+        g_loss = generator_loss(fakes)
+        g_loss.backward()
+        g_optimizer.step()
+        if recipe.frozen:
+            discriminator.requires_grad_(True)
+        return d_loss.detach().clone(), g_loss.detach().clone()
+
+    optimizers = [d_optimizer, g_optimizer]
+    return _captured(recipe, step, workload, [generator, discriminator], optimizers)
+
+
+def _vae_step(recipe, workload, vae):
+    """PyTorch's VAE example: cross entropy and KL, summed over the batch."""
+    device = workload.device
+    optimizer = recipe.adam(vae, 1e-3)
+
+    def loss_of(images):
+        with recipe.autocast(device):
+            mu, logvar = vae.encode(images)
+        mu, logvar = mu.float(), logvar.float()
+        z = mu + torch.randn_like(mu) * torch.exp(0.5 * logvar)
+        with recipe.autocast(device):
+            decoded = vae.decode_logits(z) if recipe.amp else vae.decode(z)
+        criterion = F.binary_cross_entropy_with_logits if recipe.amp else F.binary_cross_entropy
+        reconstruction = criterion(decoded.float().flatten(1), images.flatten(1), reduction="sum")
+        return reconstruction - 0.5 * torch.sum(1 + logvar - mu.pow(2) - logvar.exp())
+
+    loss_of = recipe.compiled(loss_of)
+
+    def step(images):
+        optimizer.zero_grad()
+        loss = loss_of(images)
+        loss.backward()
+        optimizer.step()
+        return (loss.detach() / len(images),)
+
+    return _captured(recipe, step, workload, [vae], [optimizer])
+
+
+def _captured(recipe, step, workload, networks, optimizers):
+    if not recipe.graph:
+        return step
+    return CapturedStep(step, networks, optimizers, [], CUDARecorder(workload.device))

@@ -1,0 +1,205 @@
+"""Whole training steps, side by side in one run: python -m benchmarks.throughput --model dcgan.
+
+What is timed is the step: its batch of float images is on the device already. The variants take
+short turns, in changing order. No speed is reported of a variant whose first losses are not those
+of PyTorch's public recipe, within what its precision allows.
+"""
+
+import argparse
+import csv
+import os
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from benchmarks import agreement, cold_start, machine, timing
+from benchmarks.variants import VARIANTS, why_not_run
+from benchmarks.workloads import MODELS, Workload
+
+_BAR = "{desc}: {percentage:3.0f}%|{bar}|"
+RESULTS = Path(__file__).parent / "results"
+COLUMNS = (
+    "model", "batch_size", "image_size", "variant", "ours", "images_per_s", "p20", "p80", "turns",
+    "vs_example", "vs_best_baseline", "disagreement", "import_s", "first_step_s", "memory_mib",
+    "machine", "torch", "triton", "python", "date",
+)  # fmt: skip
+
+
+def compare(workload, names, seconds, cold=True):
+    """Check and time variants of a workload.
+
+    Args:
+        workload: a `Workload`.
+        names: of variants that run here; the reference, "example", is checked against anyway.
+        seconds: how long to time all of them together.
+        cold: whether to measure cold starts, each in a process of its own.
+
+    Returns:
+        (rows, refused): a dict for each variant that agrees, by the names in `COLUMNS` that
+        describe no machine; and for the others their names with a sentence that says why.
+    """
+    with tempfile.TemporaryDirectory() as cache:
+        os.environ |= cold_start.caches(cache)
+        starts = {}
+        for name in tqdm(names if cold else (), "cold starts", leave=False):
+            starts[name] = cold_start.measure(name, workload, cache)
+        shares, refused = _check(workload, names)
+        steps = {
+            name: VARIANTS[name].build(workload) for name in tqdm(shares, "building", leave=False)
+        }
+        with tqdm(total=seconds, desc="timing", unit="s", leave=False, bar_format=_BAR) as bar:
+            rates = timing.interleaved(steps, workload.images(), seconds, progress=bar.update)
+    return _rows(workload, rates, shares, starts), refused
+
+
+def _check(workload, names):
+    """What share of the allowed disagreement each variant has; and those that do not agree."""
+    example = agreement.first_losses(VARIANTS["example"].build, workload)
+    allowed, shares, refused = {}, {}, {}
+    for name in tqdm(names, "comparing losses", leave=False):
+        variant = VARIANTS[name]
+        try:
+            losses = agreement.first_losses(variant.build, workload)
+        except Exception as error:  # Compilers fail in many ways; the others go on.
+            refused[name] = f"it failed: {str(error).strip().partition(chr(10))[0]}"
+            continue
+        if variant.half not in allowed:
+            shaken = VARIANTS["amp" if variant.half else "example"].build
+            allowed[variant.half] = agreement.allowance(shaken, workload, example, variant.half)
+        if variant.draws_own_noise(workload):
+            share = agreement.disagreement_of_means(losses, example)
+        else:
+            share = agreement.disagreement(losses, example, allowed[variant.half])
+        if share <= 1:
+            shares[name] = share
+        else:
+            refused[name] = (
+                f"its losses are {share:.1f} times as far from the example's as its precision "
+                f"allows\n  example {_series(example)}\n  {name} {_series(losses)}"
+            )
+    return shares, refused
+
+
+def _series(losses):
+    return "; ".join(" ".join(f"{value:.4g}" for value in column) for column in losses.T)
+
+
+def _rows(workload, rates, shares, starts):
+    medians = {name: timing.summary(turns) for name, turns in rates.items()}
+    baselines = [m[0] for name, m in medians.items() if not VARIANTS[name].ours]
+    example = medians.get("example", (float("nan"),))[0]
+    rows = []
+    for name, (median, p20, p80) in medians.items():
+        start = starts.get(name, {})
+        rows.append(
+            {
+                "model": workload.model,
+                "batch_size": workload.batch_size,
+                "image_size": workload.image_size,
+                "variant": name,
+                "ours": int(VARIANTS[name].ours),
+                "images_per_s": _rounded(median),
+                "p20": _rounded(p20),
+                "p80": _rounded(p80),
+                "turns": len(rates[name]),
+                "vs_example": _rounded(median / example),
+                "vs_best_baseline": _rounded(median / max(baselines)) if baselines else "",
+                "disagreement": _rounded(shares[name]),
+                **{
+                    key: _rounded(start[key]) if key in start else ""
+                    for key in ("import_s", "first_step_s", "memory_mib")
+                },
+            }
+        )
+    return rows
+
+
+def _rounded(value):
+    return float(f"{value:.4g}")
+
+
+def write(rows, device, path):
+    """Write rows with what they were measured on as CSV."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    about = machine.describe(device)
+    with open(path, "w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(row | about for row in rows)
+
+
+def table(rows):
+    """The rows as text, the fastest last."""
+    lines = [
+        f"{'variant':18}{'images/s':>10}{'20 %':>9}{'80 %':>9}{'x example':>11}{'x best':>8}"
+        f"{'first step':>12}{'memory':>11}"
+    ]
+    for row in sorted(rows, key=lambda row: row["images_per_s"]):
+        start = f"{row['first_step_s']:.1f} s" if row["first_step_s"] != "" else "-"
+        memory = f"{row['memory_mib']:.0f} MiB" if row["memory_mib"] != "" else "-"
+        best = f"{row['vs_best_baseline']:.2f}" if row["vs_best_baseline"] != "" else "-"
+        lines.append(
+            f"{row['variant']:18}{row['images_per_s']:10.0f}{row['p20']:9.0f}{row['p80']:9.0f}"
+            f"{row['vs_example']:11.2f}{best:>8}{start:>12}{memory:>11}"
+        )
+    return "\n".join(lines)
+
+
+def main(arguments=None):
+    """Returns the exit status: 1 if a variant was refused."""
+    args = _parser().parse_args(arguments)
+    chosen = args.device
+    if chosen == "auto":
+        chosen = "cuda" if torch.cuda.is_available() else "cpu"
+    device = torch.device(chosen)
+    if device.type == "cuda":
+        torch.backends.cudnn.benchmark = True  # For every variant, as users of amp have it.
+    workload = Workload.of(args.model, device, args.batch_size, args.image_size)
+    names, skipped = [], {}
+    for name in args.only or VARIANTS:
+        reason = why_not_run(name, workload)
+        if reason:
+            skipped[name] = reason
+        else:
+            names.append(name)
+    shape = " x ".join(map(str, workload.image_shape))
+    print(
+        f"{workload.model}, batch {workload.batch_size} of {shape}, on {machine.name(device)}, "
+        f"PyTorch {torch.__version__}; the step alone, its batch on the device",
+        flush=True,
+    )
+    rows, refused = compare(workload, names, args.seconds, cold=not args.no_cold_start)
+    print(table(rows))
+    for name, reason in skipped.items():
+        print(f"not run: {name}: {reason}")
+    for name, reason in refused.items():
+        print(f"NO SPEED REPORTED: {name}: {reason}")
+    default = RESULTS / (
+        f"throughput_{workload.model}_batch{workload.batch_size}_{machine.slug(device)}.csv"
+    )
+    path = Path(args.out) if args.out else default
+    write(rows, device, path)
+    print(path)
+    return 1 if refused else 0
+
+
+def _parser():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--model", choices=MODELS, required=True)
+    parser.add_argument("--batch-size", type=int, help="(default: PyTorch's example's)")
+    parser.add_argument("--image-size", type=int, help="(default: PyTorch's example's)")
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    parser.add_argument("--only", nargs="+", choices=VARIANTS, metavar="NAME", help="variants")
+    parser.add_argument(
+        "--seconds", type=float, default=90.0, help="of timing, for all together (default: 90)"
+    )
+    parser.add_argument("--no-cold-start", action="store_true", help="skip the cold starts")
+    parser.add_argument("--out", help="the CSV (default: one in benchmarks/results)")
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,96 @@
+"""Everything that is compared, by name: how to build it, and why it may not run here."""
+
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from benchmarks.recipes import Recipe
+from genfast import functional, use_backend
+from genfast.training import GANStep, VAEStep
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One way to make a training step.
+
+    build: (workload, dropout) to a function of a batch that returns its losses.
+    half: whether its networks compute in half precision.
+    ours, fused: whether it is genfast, and with its kernels where they run.
+    needs: "cuda" or "compiler", or "" if it runs anywhere.
+    models: "gan", "vae" or "", the kind it is for.
+    """
+
+    build: Callable
+    half: bool
+    ours: bool = False
+    fused: bool = True
+    needs: str = ""
+    models: str = ""
+
+    def draws_own_noise(self, workload):
+        """Whether its sampler draws other noise than `torch.randn` from the same seed."""
+        kernels = functional.why_not_triton(torch.empty(1, device=workload.device)) is None
+        return self.ours and self.fused and workload.is_vae and kernels
+
+
+def _genfast(backend="auto", **options):
+    def build(workload, dropout=True):
+        networks = workload.networks(dropout)
+        if workload.is_vae:
+            (vae,) = networks
+            adam = torch.optim.Adam(
+                vae.parameters(), 1e-3, fused=True, capturable=workload.device.type == "cuda"
+            )
+            settings = {k: v for k, v in options.items() if k != "merge"}
+            step = VAEStep(vae, optimizer=adam, **settings)
+        else:
+            latent = networks[0].latent_shape
+            step = GANStep(*networks, latent_shape=latent, **options)
+
+        def run(images):
+            with use_backend(backend):
+                result = step(images)
+            return (result.loss,) if workload.is_vae else tuple(result)
+
+        return run
+
+    return build
+
+
+VARIANTS = {
+    "example": Variant(Recipe().build, half=False),
+    "amp": Variant(Recipe(amp=True).build, half=True),
+    "amp-frozen": Variant(Recipe(amp=True, frozen=True).build, half=True, models="gan"),
+    "compile": Variant(
+        Recipe(amp=True, frozen=True, compile_mode="default").build, half=True, needs="compiler"
+    ),
+    "compile-max": Variant(
+        Recipe(amp=True, frozen=True, compile_mode="max-autotune").build,
+        half=True,
+        needs="compiler",
+    ),
+    "graphed": Variant(Recipe(amp=True, frozen=True, graph=True).build, half=True, needs="cuda"),
+    "genfast": Variant(_genfast(), half=True, ours=True),
+    "genfast/no-merge": Variant(_genfast(merge=False), half=True, ours=True, models="gan"),
+    "genfast/no-fused": Variant(_genfast("reference"), half=True, ours=True, fused=False),
+    "genfast/no-graph": Variant(_genfast(capture=False), half=True, ours=True, needs="cuda"),
+    "genfast/fp32": Variant(_genfast(precision="fp32"), half=False, ours=True),
+}
+
+
+def why_not_run(name, workload):
+    """Say why a variant does not run for a workload on this machine; None if it does."""
+    variant = VARIANTS[name]
+    if variant.models == "gan" and workload.is_vae:
+        return "there is no discriminator"
+    if variant.needs == "cuda" and workload.device.type != "cuda":
+        return "there is no GPU"
+    if variant.needs == "compiler" and workload.device.type == "cpu" and not _has_compiler():
+        return "torch.compile finds no C++ compiler"
+    return None
+
+
+def _has_compiler():
+    return any(shutil.which(name) for name in ("g++", "clang++", "c++"))

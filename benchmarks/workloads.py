@@ -1,0 +1,103 @@
+"""What is trained: a model with its weights, the shape of its images, and a batch of them."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from genfast.models import GAN, VAE, ConvVAE, DCGANDiscriminator, DCGANGenerator
+from genfast.nn import FusedBlock
+
+MODELS = ("gan", "dcgan", "vae", "conv-vae")
+SEED = 0
+# Of PyTorch's public examples: MNIST's images for the perceptrons, 64 x 64 RGB for the DCGAN.
+_DEFAULT_SIZES = {"gan": 28, "dcgan": 64, "vae": 28, "conv-vae": 64}
+_DEFAULT_BATCHES = {"gan": 128, "dcgan": 64, "vae": 128, "conv-vae": 64}
+_ACTIVATIONS = {"relu": nn.ReLU, "leaky_relu": nn.LeakyReLU, "identity": nn.Identity}
+
+
+@dataclass(frozen=True)
+class Workload:
+    """A model at a batch size and image size on a device.
+
+    model: one of `MODELS`.
+    width: channels next to the image of the networks of convolutions (ngf and ndf).
+    shake, shake_seed: change each weight by up to this share of itself, at random.
+    """
+
+    model: str
+    batch_size: int
+    image_size: int
+    device: torch.device
+    width: int = 64
+    shake: float = 0.0
+    shake_seed: int = 0
+
+    @classmethod
+    def of(cls, model, device, batch_size=None, image_size=None):
+        """The model as PyTorch's public examples have it, but for what is given."""
+        return cls(
+            model,
+            batch_size or _DEFAULT_BATCHES[model],
+            image_size or _DEFAULT_SIZES[model],
+            device,
+        )
+
+    @property
+    def is_vae(self):
+        """Whether a step trains one model rather than two against each other."""
+        return self.model in ("vae", "conv-vae")
+
+    @property
+    def image_shape(self):
+        """(C, H, W)."""
+        channels = 3 if self.model in ("dcgan", "conv-vae") else 1
+        return channels, self.image_size, self.image_size
+
+    def images(self):
+        """The same float batch every time, on the device, in the range the model expects."""
+        generator = torch.Generator().manual_seed(SEED)
+        images = torch.rand(self.batch_size, *self.image_shape, generator=generator)
+        return (images if self.is_vae else images * 2 - 1).to(self.device)
+
+    def networks(self, dropout=True):
+        """(generator, discriminator) or (vae,), with the same weights every time.
+
+        Without `dropout` nothing is random but the noise that the step draws.
+        """
+        torch.manual_seed(SEED)
+        channels, size, _ = self.image_shape
+        if self.model == "gan":
+            gan = GAN(self.image_shape)
+            networks = gan.generator, gan.discriminator
+        elif self.model == "dcgan":
+            networks = (
+                DCGANGenerator(ngf=self.width, nc=channels, image_size=size),
+                DCGANDiscriminator(ndf=self.width, nc=channels, image_size=size),
+            )
+        elif self.model == "vae":
+            networks = (VAE(size * size),)
+        else:
+            networks = (ConvVAE(channels, size, width=self.width // 2),)
+        for module in (m for network in networks for m in network.modules()):
+            if isinstance(module, nn.Dropout) and not dropout:
+                module.p = 0.0
+        if self.shake:
+            generator = torch.Generator().manual_seed(self.shake_seed)
+            for p in (p for network in networks for p in network.parameters()):
+                noise = torch.rand(p.shape, generator=generator) * 2 - 1
+                p.data.mul_(1 + self.shake * noise)
+        return tuple(network.to(self.device) for network in networks)
+
+
+def stock(module):
+    """Replace genfast's containers inside a model by PyTorch's, which hold the same layers."""
+    for name, child in module.named_children():
+        setattr(module, name, stock(child))
+    if isinstance(module, FusedBlock):
+        activation = _ACTIVATIONS[module.activation]
+        last = activation(0.2) if activation is nn.LeakyReLU else activation()
+        return nn.Sequential(*module.children(), last)
+    if isinstance(module, nn.Sequential):
+        return nn.Sequential(*module)
+    return module

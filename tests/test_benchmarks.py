@@ -1,0 +1,116 @@
+"""The benchmark's own honesty: who is compared, that they agree, and how figures are made."""
+
+import csv
+
+import pytest
+import torch
+
+from benchmarks import agreement, plot, throughput, timing
+from benchmarks.variants import VARIANTS, Variant, why_not_run
+from benchmarks.workloads import Workload, stock
+from genfast import functional
+from genfast.nn import FusedBlock, FusedSequential
+
+CPU = torch.device("cpu")
+TINY = {
+    "gan": Workload("gan", 4, 8, CPU),
+    "dcgan": Workload("dcgan", 4, 16, CPU, width=4),
+    "vae": Workload("vae", 4, 8, CPU),
+    "conv-vae": Workload("conv-vae", 4, 16, CPU, width=4),
+}
+EAGER = [n for n in VARIANTS if not n.startswith("compile")]
+
+
+@pytest.fixture(autouse=True)
+def no_kernels(monkeypatch):
+    """As on a CPU without Triton's interpreter, which would take minutes."""
+    monkeypatch.setattr(functional, "why_not_triton", lambda *_, **__: "not in this test")
+
+
+@pytest.mark.parametrize("model", TINY)
+def test_variants_train_the_same(model):
+    workload = TINY[model]
+    names = [name for name in EAGER if why_not_run(name, workload) is None]
+    shares, refused = throughput._check(workload, names)
+    assert not refused
+    assert list(shares) == names
+    assert len(names) >= 5
+
+
+def test_weights_images_and_losses_are_the_same_each_time():
+    workload = TINY["dcgan"]
+    first, second = workload.networks(), workload.networks()
+    for a, b in zip(first, second, strict=True):
+        assert all(map(torch.equal, a.state_dict().values(), b.state_dict().values()))
+    assert torch.equal(workload.images(), workload.images())
+    build = VARIANTS["example"].build
+    losses = agreement.first_losses(build, workload)
+    assert torch.equal(losses, agreement.first_losses(build, workload))
+    assert losses.shape == (agreement.STEPS, 2)
+
+
+@pytest.mark.parametrize("model", ["dcgan", "conv-vae"])
+def test_baselines_hold_no_module_of_ours(model):
+    for network in TINY[model].networks():
+        modules = list(stock(network).modules())
+        assert not any(isinstance(m, FusedSequential | FusedBlock) for m in modules)
+
+
+def _slightly_wrong(workload, dropout=True):
+    """The example, but that its second step trains on another batch."""
+    step, calls = VARIANTS["example"].build(workload, dropout), []
+
+    def run(images):
+        calls.append(1)
+        return step(images.flip(0) * 0.9 if len(calls) == 2 else images)
+
+    return run
+
+
+def _broken(workload, dropout=True):
+    raise RuntimeError("no such kernel\nand more")
+
+
+def test_no_speed_without_agreement(monkeypatch, capsys, tmp_path):
+    monkeypatch.setitem(VARIANTS, "wrong", Variant(_slightly_wrong, half=False))
+    monkeypatch.setitem(VARIANTS, "broken", Variant(_broken, half=False))
+    monkeypatch.setattr(Workload, "of", lambda *_: TINY["dcgan"])
+    out = tmp_path / "results.csv"
+    status = throughput.main(
+        ["--model", "dcgan", "--device", "cpu", "--seconds", "0", "--no-cold-start"]
+        + ["--only", "example", "wrong", "broken", "genfast/fp32", "graphed", "--out", str(out)]
+    )
+    printed = capsys.readouterr().out
+    assert status == 1
+    assert "NO SPEED REPORTED: wrong: its losses are" in printed
+    assert "NO SPEED REPORTED: broken: it failed: no such kernel\n" in printed
+    assert "not run: graphed: there is no GPU" in printed
+    with open(out, newline="", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    assert [row["variant"] for row in rows] == ["example", "genfast/fp32"]
+    assert tuple(rows[0]) == throughput.COLUMNS
+    for row in rows:
+        assert 0 < float(row["p20"]) <= float(row["images_per_s"]) <= float(row["p80"])
+        assert float(row["disagreement"]) <= 1
+        assert row["machine"] and row["torch"] == torch.__version__
+    assert float(rows[0]["vs_example"]) == 1
+    picture = plot.plot(out)
+    assert picture.read_bytes()[:4] == b"\x89PNG"
+
+
+def test_not_a_number_never_agrees():
+    reference = torch.ones(3, 2)
+    assert agreement.disagreement(reference * torch.nan, reference, reference) == float("inf")
+
+
+def test_turns_are_interleaved_in_changing_order():
+    order = []
+    steps = {name: lambda images, name=name: order.append(name) for name in "abc"}
+    rates = timing.interleaved(steps, torch.zeros(2, 1), seconds=0, turn_seconds=0)
+    assert {name: len(turns) for name, turns in rates.items()} == dict(a=3, b=3, c=3)
+    assert "".join(order[-9:]) == "abcbcacab"
+
+
+def test_summary():
+    assert timing.summary([5.0]) == (5.0, 5.0, 5.0)
+    assert timing.summary([float(v) for v in range(11)]) == pytest.approx((5.0, 2.0, 8.0))

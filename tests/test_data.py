@@ -1,18 +1,25 @@
 """Images from every kind of source, and what is said about each that cannot be used."""
 
 import gzip
+import itertools
 import re
 import struct
 import sys
+import threading
+import time
+import warnings
+from contextlib import closing, nullcontext
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
-from genfast.training import data
-from genfast.training.data import Batches, load_images, normalize
+from genfast.training import data, prefetch
+from genfast.training.data import Batches, fingerprint, load_images, normalize
 from genfast.training.errors import BadInput
+from genfast.training.prefetch import CudaCopies, NoCopy, Prefetcher, WaitingClock
 
 RAMP = np.arange(5 * 8 * 8, dtype=np.uint8).reshape(5, 8, 8)
 
@@ -227,6 +234,12 @@ def test_damaged_arrays(tmp_path, name, content):
     _fails(tmp_path / name, name, "could not read")
 
 
+def test_npz_that_is_called_npy(tmp_path):
+    np.savez(tmp_path / "a.npz", RAMP)
+    (tmp_path / "a.npz").rename(tmp_path / "a.npy")
+    _fails(tmp_path / "a.npy", "a.npy", "could not read")
+
+
 def test_truncated_arrays(tmp_path):
     np.save(tmp_path / "a.npy", RAMP)
     (tmp_path / "a.npy").write_bytes((tmp_path / "a.npy").read_bytes()[:-100])
@@ -311,3 +324,361 @@ def test_batches_go_on_anywhere():
 def test_too_large_a_batch():
     with pytest.raises(BadInput, match="expected --batch-size of at most the 10 images, got 11"):
         Batches(_numbered(10), 11, seed=0, device=torch.device("cpu"))
+
+
+CPU = torch.device("cpu")
+COLOURS = np.random.default_rng(0).integers(0, 256, (40, 8, 8, 3), dtype=np.uint8)
+
+
+@pytest.fixture
+def all_sets_are_large(monkeypatch):
+    """Sets of any size stay in their file, and threads gather their batches."""
+    monkeypatch.setattr(data, "LARGE", 0)
+
+
+def _data_threads():
+    return [t for t in threading.enumerate() if t.name.startswith("genfast-data")]
+
+
+def _wait_until(holds):
+    until = time.monotonic() + 10
+    while not holds():
+        assert time.monotonic() < until, "it did not happen"
+        time.sleep(0.001)
+
+
+@pytest.mark.parametrize("layout", ["NHW", "NHWC", "NCHW"])
+def test_large_arrays_stay_in_their_file(tmp_path, layout, all_sets_are_large):
+    nchw = COLOURS.transpose(0, 3, 1, 2)
+    array = {"NHW": COLOURS[..., 0], "NHWC": COLOURS, "NCHW": np.ascontiguousarray(nchw)}[layout]
+    path = tmp_path / "images.npy"
+    np.save(path, array)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        images = load_images(path, 8)
+    expected = torch.from_numpy(nchw[:, :1].copy() if layout == "NHW" else nchw.copy())
+    assert torch.equal(images, expected)
+    streamed = Batches(images, 7, 3, CPU).stream(4)
+    gathered = Batches(expected, 7, 3, CPU)._gathered(Batches(expected, 7, 3, CPU)._indices(4))
+    for batch, same in itertools.islice(zip(streamed, gathered, strict=True), 12):
+        assert torch.equal(batch, same)
+    streamed.close()
+    with open(path, "r+b") as file:  # The tensor shows what is in the file now.
+        file.seek(-1, 2)
+        file.write(bytes([255 - array.flat[-1]]))
+    assert images[-1, -1, -1, -1] == 255 - array.flat[-1]
+
+
+def test_large_arrays_can_be_resized(tmp_path, monkeypatch):
+    path = tmp_path / "images.npy"
+    np.save(path, COLOURS[:, :6])
+    small = [load_images(path, size) for size in (None, 16)]
+    monkeypatch.setattr(data, "LARGE", 0)
+    for images, size in zip(small, (None, 16), strict=True):
+        assert torch.equal(load_images(path, size), images)
+
+
+def test_large_arrays_in_another_order(tmp_path, all_sets_are_large):
+    np.save(tmp_path / "a.npy", np.asfortranarray(COLOURS))
+    _fails(tmp_path / "a.npy", "a.npy", "C order", image_size=8)
+
+
+def test_a_set_larger_than_memory(tmp_path, monkeypatch):
+    """118 GB in a file that takes no space on the disk where it was never written to."""
+    monkeypatch.setattr(data, "SAMPLED", 16)  # For some disks are slow.
+    path, count = tmp_path / "images.npy", 600_000
+    file = np.lib.format.open_memmap(path, "w+", np.uint8, (count, 256, 256, 3))
+    file[[0, 123_456, count - 1], 0, 0, 0] = 1, 2, 3
+    file.flush()
+    del file
+    images = load_images(path, 256)
+    assert images.shape == (count, 3, 256, 256)
+    assert images[[0, 123_456, count - 1], 0, 0, 0].tolist() == [1, 2, 3]
+    before = fingerprint(images)
+    batches = Batches(images, 8, 0, CPU)
+    place = (batches._order(5) == 123_456).nonzero().item()
+    with closing(batches.stream(5 * len(batches) + place // 8)) as stream:
+        assert next(stream)[place % 8, 0, 0, 0] == 2
+    np.lib.format.open_memmap(path, "r+")[-1] = 0
+    assert fingerprint(images) != before
+
+
+def test_fingerprints(monkeypatch):
+    images = torch.from_numpy(COLOURS).permute(0, 3, 1, 2)
+    for large in (data.LARGE, 0):
+        monkeypatch.setattr(data, "LARGE", large)
+        whole = fingerprint(images)
+        assert fingerprint(images.contiguous()) == whole  # In whatever order they lie in memory.
+        assert fingerprint(images.flip(0)) != whole
+        assert fingerprint(images[:-1]) != whole
+        changed = images.clone()
+        changed[17, 1, 2, 3] ^= 1
+        assert fingerprint(changed) != whole
+    assert fingerprint(images.reshape(40, 1, 8, 24)) != whole
+
+
+def test_fingerprints_of_large_sets_are_of_a_sample(monkeypatch, all_sets_are_large):
+    monkeypatch.setattr(data, "SAMPLED", 4)
+    images = _numbered(40).clone()
+    whole = fingerprint(images)
+    for i in range(40):
+        changed = images.clone()
+        changed[i] = 99
+        assert (fingerprint(changed) != whole) == (i in (0, 13, 26, 39))
+
+
+def test_batches_gathered_ahead_are_those_gathered_in_turn(monkeypatch):
+    in_turn = _take(Batches(_numbered(10), 3, seed=4, device=CPU), 12)
+    monkeypatch.setattr(data, "LARGE", 0)
+    ahead = Batches(_numbered(10), 3, seed=4, device=CPU)
+    for start in range(12):
+        assert _take(ahead, 12 - start, start) == in_turn[start:]
+    batches = list(itertools.islice(ahead.stream(), 12))  # Each has memory of its own.
+    assert [batch[:, 0, 0, 0].tolist() for batch in batches] == in_turn
+
+
+def test_threads_end_with_the_stream(all_sets_are_large):
+    stream = Batches(_numbered(10), 3, seed=0, device=CPU).stream()
+    assert not _data_threads()
+    next(stream)
+    assert _data_threads()
+    stream.close()
+    assert not _data_threads()
+
+
+def test_threads_end_where_the_stream_is_forgotten(all_sets_are_large):
+    next(Batches(_numbered(10), 3, seed=0, device=CPU).stream())
+    assert not _data_threads()
+
+
+def _prefetch(fill, batch_size=1, carrier=None, clock=None):
+    """A Prefetcher over batches of the numbers from 0, in order."""
+    indices = (np.arange(i, i + batch_size) for i in itertools.count(0, batch_size))
+    return Prefetcher(fill, indices, carrier or NoCopy((batch_size,)), clock or WaitingClock())
+
+
+def _copy(indices, out):
+    out[:] = indices
+
+
+def test_threads_end_in_the_middle_of_a_batch(monkeypatch):
+    def slowly(indices, out):
+        pieces.append(len(indices))
+        time.sleep(0.02)
+
+    pieces = []
+    monkeypatch.setattr(prefetch, "PIECE", 1)
+    with _prefetch(slowly, batch_size=1000) as batches:
+        batches._advance()
+        _wait_until(lambda: len(pieces) >= prefetch.THREADS)
+        started = time.monotonic()
+    assert time.monotonic() - started < 1  # 20 s are left.
+    assert not _data_threads()
+
+
+def test_an_error_in_a_thread_comes_in_place_of_the_batch():
+    def fails(indices, out):
+        if indices[0] == 5:
+            raise OSError("the disk is gone")
+        _copy(indices, out)
+
+    with _prefetch(fails) as batches:
+        batches._advance()
+        _wait_until(lambda: all(future.done() for future in batches._gathering))
+        assert [next(batches).item() for _ in range(5)] == [0, 1, 2, 3, 4]
+        with pytest.raises(OSError, match="the disk is gone"):
+            next(batches)
+    assert not _data_threads()
+
+
+def test_slow_batches_arrive_in_order():
+    def late(indices, out):
+        time.sleep(0.01 * (indices[0] % 3))
+        _copy(indices, out)
+
+    with _prefetch(late) as batches:
+        assert [next(batches).item() for _ in range(20)] == list(range(20))
+
+
+def _share(fill_seconds, step_seconds, carrier=None):
+    def fill(indices, out):
+        time.sleep(fill_seconds)
+        _copy(indices, out)
+
+    clock = WaitingClock()
+    with _prefetch(fill, carrier=carrier, clock=clock) as batches:
+        for _ in range(10):
+            next(batches)
+            time.sleep(step_seconds)
+        return clock.share()
+
+
+def test_share_of_waiting():
+    # Not much narrower, as a machine that has other work to do makes all of it wait.
+    assert _share(fill_seconds=0.08, step_seconds=0.0) > 0.7
+    assert _share(fill_seconds=0.0, step_seconds=0.03) < 0.3
+    # A batch every 0.03 s, as `THREADS` gather at a time, and half of that is spent on steps.
+    share = _share(fill_seconds=0.03 * prefetch.THREADS, step_seconds=0.015)
+    assert 0.2 < share < 0.8
+
+
+def test_waiting_beside_a_busy_device_does_not_count():
+    class Busy(NoCopy):
+        def device_is_busy(self):
+            return True
+
+    assert _share(fill_seconds=0.02, step_seconds=0.0, carrier=Busy((1,))) == 0
+
+
+def test_share_starts_anew(monkeypatch):
+    now = [100.0]
+    monkeypatch.setattr(prefetch.time, "perf_counter", lambda: now[0])
+    clock = WaitingClock()
+    clock.add(1.0)
+    now[0] = 104.0
+    assert clock.share() == 0.25
+    now[0] = 106.0
+    assert clock.share() == 0
+    clock.add(1.0)
+    clock.restart()
+    now[0] = 107.0
+    assert clock.share() == 0
+
+
+def test_gathering_from_memory_counts_as_waiting(monkeypatch):
+    now = itertools.count()
+    monkeypatch.setattr(data.time, "perf_counter", lambda: float(next(now)))
+    batches = Batches(_numbered(10), 3, seed=0, device=CPU)
+    stream = batches.stream()  # Looks at the clock at 1, for the first batch at 2 and 3.
+    next(stream)
+    assert batches.waiting.share() == 1 / 3  # At 4.
+
+
+class _Event:
+    """An event that is reached when the test says so."""
+
+    reached = False
+
+    def __init__(self, enable_timing=False):
+        self.enable_timing = enable_timing
+
+    def record(self, stream):
+        stream.work.append(self)
+
+    def query(self):
+        return self.reached
+
+    def synchronize(self):
+        self.reached = True
+
+    def elapsed_time(self, end):
+        assert self.enable_timing and end.enable_timing and end.reached
+        return 250.0  # ms
+
+
+class _Stream:
+    """A stream that takes note of its work. What it copies is the buffer itself, not a copy."""
+
+    device = CPU
+
+    def __init__(self, device=None):
+        self.work = []
+
+    def record_event(self):
+        self.work.append(_Event())
+        return self.work[-1]
+
+    def wait_event(self, event):
+        self.work.append(("wait", event))
+
+
+class _Cuda:
+    """What `CudaCopies` asks of CUDA, with events reached when a test wants them to be."""
+
+    def __init__(self, monkeypatch):
+        self.computing, self.in_use = _Stream(), []
+        cuda = SimpleNamespace(
+            Stream=_Stream,
+            Event=_Event,
+            current_stream=lambda device: self.computing,
+            stream=lambda stream: nullcontext(),
+        )
+        fake = SimpleNamespace(empty=self._empty, uint8=torch.uint8, cuda=cuda)
+        monkeypatch.setattr(prefetch, "torch", fake)
+        monkeypatch.setattr(torch.Tensor, "record_stream", lambda *args: self.in_use.append(args))
+
+    @staticmethod
+    def _empty(shape, dtype, pin_memory):
+        assert pin_memory
+        return torch.empty(shape, dtype=dtype)
+
+
+def test_a_buffer_is_kept_until_it_is_copied(monkeypatch):
+    _Cuda(monkeypatch)
+    copies = CudaCopies(CPU, (1,), WaitingClock())
+    with _prefetch(_copy, carrier=copies) as batches:
+        held = [next(batches) for _ in range(prefetch.BUFFERS - 1)]
+        _wait_until(lambda: all(future.done() for future in batches._gathering))
+        assert [batch.item() for batch in held] == list(range(prefetch.BUFFERS - 1))
+        assert copies.take_buffer() is None
+        for _, copied in list(copies._reading)[:2]:
+            copied.reached = True
+        batches._advance()
+        _wait_until(lambda: all(future.done() for future in batches._gathering))
+        assert sorted(batch.item() for batch in held[:2]) == [6, 7]
+        assert [batch.item() for batch in held[2:]] == list(range(2, prefetch.BUFFERS - 1))
+
+
+def test_the_step_waits_for_the_copy_and_keeps_its_memory(monkeypatch):
+    cuda = _Cuda(monkeypatch)
+    copies = CudaCopies(CPU, (1,), WaitingClock())
+    for _ in range(2):
+        copies.start(copies.take_buffer())
+    events = [copied for _, copied in copies._started]
+    for i, copied in enumerate(events):
+        batch = copies.receive()
+        before, waited, after = cuda.computing.work[-3:]
+        assert waited == ("wait", copied)
+        assert isinstance(before, _Event) and isinstance(after, _Event)
+        assert len(cuda.in_use) == i + 1
+        assert cuda.in_use[i][0] is batch
+        assert cuda.in_use[i][1] is cuda.computing
+
+
+def test_the_host_runs_so_far_ahead(monkeypatch):
+    cuda = _Cuda(monkeypatch)
+    clock = WaitingClock()
+    copies = CudaCopies(CPU, (1,), clock)
+    for _ in range(prefetch.STEPS_AHEAD + 3):
+        copies.keep_pace()
+        assert copies.device_is_busy()
+        copies.start(copies.take_buffer() or torch.empty(1, dtype=torch.uint8))
+        copies.receive()
+    timed = [event for event in cuda.computing.work if getattr(event, "enable_timing", False)]
+    assert [event.reached for event in timed[1::2]] == [True] * 3 + [False] * prefetch.STEPS_AHEAD
+    assert clock._waited == pytest.approx(3 * 0.25)
+    cuda.computing.work[-4].reached = True  # What `keep_pace` recorded last.
+    assert not copies.device_is_busy()
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_batches_on_a_gpu(monkeypatch, channels_last):
+    device = torch.device("cuda")
+    images = torch.from_numpy(np.random.default_rng(0).integers(0, 256, (999, 3, 64, 64), np.uint8))
+    in_turn = list(itertools.islice(Batches(images, 50, 1, CPU).stream(7), 100))
+    resident = Batches(images, 50, 1, device)
+    assert resident.images.is_cuda
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (0, 0))
+    if channels_last:
+        images = images.contiguous(memory_format=torch.channels_last)
+    streamed = Batches(images, 50, 1, device)
+    assert not streamed.images.is_cuda
+    for batches in (resident, streamed):
+        with closing(batches.stream(7)) as stream:
+            for expected, batch in zip(in_turn, stream, strict=False):
+                torch.cuda._sleep(1_000_000)  # The device lies behind the host, as it does.
+                assert batch.is_cuda
+                wrong = (batch.float() != expected.to(device).float()).sum()
+                del batch
+                assert wrong.item() == 0

@@ -7,7 +7,7 @@ import signal
 import sys
 import threading
 import time
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -114,8 +114,9 @@ def train(
         cudnn_setting("deterministic", True),  # Else a resumed run could not repeat its losses.
         _StopOnSignal() as stop,
         tqdm(total=total, initial=done, unit="step", dynamic_ncols=True) as bar,
+        closing(batches.stream(done)) as stream,  # However this ends, so do its threads.
     ):
-        for batch in islice(batches.stream(done), total - done):
+        for batch in islice(stream, total - done):
             result = step(normalize(batch, step.pixel_range))
             done += 1
             epoch = math.ceil(done / len(batches))
@@ -128,7 +129,8 @@ def train(
             ends_epoch = done % len(batches) == 0
             if saving or ends_epoch or metrics.age() >= REPORT_SECONDS:
                 bar.set_description(f"epoch {epoch}/{config.epochs}", refresh=False)
-                bar.set_postfix(metrics.flush())
+                newest = metrics.flush()
+                bar.set_postfix(newest | {"data": f"{batches.waiting.share():.0%}"})
             if ends_epoch:
                 picture = out / "samples" / f"epoch_{epoch:03d}.png"
                 write_samples(step, noise, config, picture)
@@ -137,6 +139,7 @@ def train(
                 saved_at = time.monotonic()
             if saving or ends_epoch:
                 metrics.restart_clock()
+                batches.waiting.restart()
             if stopping:
                 break
     return Outcome(done == total, stop.requested and done < total, done, picture)

@@ -1,0 +1,300 @@
+"""Does genfast's speed cost quality? python -m benchmarks.quality
+
+The same DCGAN is trained on digits by two recipes. For each seed, genfast's step (in the precision
+it chooses) and PyTorch's public recipe (float32, NCHW) start from the same weights and see the same
+batches and the same noise for as many epochs. What their generators make is compared with the real
+digits by the Fréchet distance; see `benchmarks.frechet`. Written are results/quality.csv (every
+measurement), quality_summary.csv (the comparison) and quality.png.
+"""
+
+import argparse
+import copy
+import math
+import statistics
+import sys
+from contextlib import closing
+from itertools import islice
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import nn
+
+from benchmarks import machine
+from benchmarks.frechet import PIXEL_RANGE, frechet_distance, load_digits, train_classifier
+from benchmarks.quality_report import check_matplotlib, compare, draw, table, write_csv
+from benchmarks.workloads import stock
+from genfast.models import DCGANDiscriminator, DCGANGenerator
+from genfast.models.dcgan import IMAGE_SIZES
+from genfast.training import GANStep
+from genfast.training.data import Batches, normalize
+from genfast.training.errors import BadInput, Diverged, require
+from genfast.training.pictures import to_uint8
+
+RESULTS = Path(__file__).parent / "results"
+SUMMARY = "Train a DCGAN on digits with genfast and with stock PyTorch, and compare what it draws."
+# The DCGAN for digits of `genfast train`, with which its samples get good.
+BATCH_SIZE, LR, BETAS, NZ, NGF, NDF = 64, 5e-4, (0.5, 0.999), 20, 32, 16
+SAMPLES = 2048  # Generated for each measurement, always from the same noise.
+SHOWN = 24
+LEAST_ACCURACY = 0.97
+
+
+class Study(NamedTuple):
+    """What `run` found.
+
+    rows: a dict for each measurement: seed, recipe ("genfast" or "stock"), precision, epoch,
+        frechet_distance, and d_loss and g_loss, their means since the measurement before.
+    samples: images by who made them: "genfast" and "stock", with the first seed and the same noise,
+        and "real": uint8 (`SHOWN`, 1, H, W).
+    yardstick: a dict of numbers that say what a Fréchet distance here is worth.
+    """
+
+    rows: list
+    samples: dict
+    yardstick: dict
+
+
+class StockStep:
+    """A DCGAN's step as PyTorch's public example has it: float32, NCHW, nothing left out.
+
+    The discriminator judges real and generated images one after the other, the loss takes
+    probabilities, and the generator's update computes the discriminator's gradients too.
+
+    Args:
+        generator: (N, NZ, 1, 1) to images.
+        discriminator: images to logits.
+    """
+
+    precision = "fp32"
+
+    def __init__(self, generator, discriminator):
+        # Weights and, through them, all that is computed: contiguous, as PyTorch's users have it.
+        self.generator = generator.to(memory_format=torch.contiguous_format)
+        self.discriminator = discriminator.to(memory_format=torch.contiguous_format)
+        self.g_optimizer, self.d_optimizer = (
+            torch.optim.Adam(network.parameters(), LR, BETAS)
+            for network in (self.generator, self.discriminator)
+        )
+        self.criterion = nn.BCELoss()
+
+    def __call__(self, images):
+        """Make one step; returns (d_loss, g_loss)."""
+        ones = torch.ones(len(images), device=images.device)
+        zeros = torch.zeros_like(ones)
+        self.discriminator.zero_grad()
+        real_loss = self.criterion(self._probabilities(images), ones)
+        real_loss.backward()
+        fakes = self.generator(torch.randn(len(images), NZ, 1, 1, device=images.device))
+        fake_loss = self.criterion(self._probabilities(fakes.detach()), zeros)
+        fake_loss.backward()
+        self.d_optimizer.step()
+
+        self.generator.zero_grad()
+        g_loss = self.criterion(self._probabilities(fakes), ones)
+        g_loss.backward()
+        self.g_optimizer.step()
+        return (real_loss + fake_loss).detach(), g_loss.detach()
+
+    def _probabilities(self, images):
+        return self.discriminator(images).sigmoid()
+
+    @torch.no_grad()
+    def sample(self, z):
+        """Images in [-1, 1] for this noise, by the running statistics of batch norms."""
+        self.generator.eval()
+        images = self.generator(z)
+        self.generator.train()
+        return images
+
+
+def run(*, seeds, epochs, image_size, every, device):
+    """Train with both recipes and measure.
+
+    Args:
+        seeds: how many.
+        epochs: of each run.
+        image_size: of the digits, in pixels: one of `IMAGE_SIZES`.
+        every: epochs between two measurements.
+        device: a `torch.device`.
+
+    Returns:
+        A `Study`.
+
+    Raises:
+        BadInput: an extra is not installed.
+        Diverged: a loss is no longer finite.
+    """
+    tqdm = require("tqdm", "tqdm").tqdm
+    digits = load_digits(image_size)
+    classifier, accuracy = train_classifier(digits)
+    if accuracy < LEAST_ACCURACY:
+        raise RuntimeError(
+            f"expected a classifier that recognises {LEAST_ACCURACY:.0%} of the digits held out, "
+            f"got {accuracy:.1%}: its features would not be worth comparing"
+        )
+    real = classifier.features(digits.images)
+
+    def distance(images):
+        return frechet_distance(real, classifier.features(images))
+
+    rows, samples = [], {"real": digits.images[:SHOWN]}
+    steps = len(digits.images) // BATCH_SIZE
+    with tqdm(total=seeds * 2 * epochs * steps, unit="step") as bar:
+        for seed in range(seeds):
+            z = torch.randn(SAMPLES, NZ, 1, 1, generator=torch.Generator().manual_seed(seed))
+            z = z.to(device)
+            for recipe, step in build_steps(seed, image_size, device).items():
+                bar.set_description(f"seed {seed}, {recipe}")
+                batches = Batches(digits.images, BATCH_SIZE, seed, device)
+                for row in _train(step, batches, z, epochs, every, distance, seed, bar):
+                    rows.append({"seed": seed, "recipe": recipe, **row})
+                if seed == 0:
+                    samples[recipe] = to_uint8(step.sample(z[:SHOWN]), PIXEL_RANGE).cpu()
+    yardstick = {"classifier_accuracy": accuracy, **_yardstick(digits, real, distance)}
+    return Study(rows, samples, yardstick)
+
+
+def build_steps(seed, image_size, device, precision="auto"):
+    """The step of each recipe in a dict, on networks of the same weights.
+
+    `precision` is genfast's; the stock recipe's is float32.
+    """
+    torch.manual_seed(seed)
+    ours = [DCGANGenerator(NZ, NGF, 1, image_size), DCGANDiscriminator(1, NDF, image_size)]
+    theirs = [stock(copy.deepcopy(network)).to(device) for network in ours]
+    generator, discriminator = (network.to(device) for network in ours)
+    optimizers = tuple(
+        torch.optim.Adam(
+            network.parameters(), LR, BETAS, fused=True, capturable=device.type == "cuda"
+        )
+        for network in (generator, discriminator)
+    )
+    genfast_step = GANStep(
+        generator,
+        discriminator,
+        latent_shape=(NZ, 1, 1),
+        optimizers=optimizers,
+        precision=precision,
+    )
+    return {"genfast": genfast_step, "stock": StockStep(*theirs)}
+
+
+def _train(step, batches, z, epochs, every, distance, seed, bar):
+    """Yield a row of measurements every few epochs, and after the last."""
+    torch.manual_seed(1_000_000 + seed)  # Both recipes draw the same noise.
+    losses = []
+    with closing(batches.stream()) as stream:
+        for epoch in range(1, epochs + 1):
+            for batch in islice(stream, len(batches)):
+                losses.append(torch.stack(tuple(step(normalize(batch, PIXEL_RANGE)))))
+                bar.update()
+            if epoch % every and epoch < epochs:
+                continue
+            d_loss, g_loss = torch.stack(losses).double().mean(0).tolist()
+            losses = []
+            if not math.isfinite(d_loss + g_loss):
+                raise Diverged(f"training diverged: by epoch {epoch} a loss is not finite")
+            found = distance(to_uint8(step.sample(z), PIXEL_RANGE))
+            bar.set_postfix({"Fréchet distance": f"{found:.1f}"})
+            yield {
+                "precision": step.precision,
+                "epoch": epoch,
+                "frechet_distance": found,
+                "d_loss": d_loss,
+                "g_loss": g_loss,
+            }
+
+
+def _yardstick(digits, real, distance):
+    """Fréchet distances: the mean one of two halves of the real digits, and that of noise."""
+    draw = np.random.default_rng(0)
+    halves = [np.array_split(draw.permutation(real), 2) for _ in range(20)]
+    noise = draw.integers(0, 256, digits.images.shape, dtype=np.uint8)
+    return {
+        "frechet_of_real_halves": statistics.mean(frechet_distance(*pair) for pair in halves),
+        "frechet_of_noise": distance(torch.from_numpy(noise)),
+    }
+
+
+def main(arguments=None):
+    """Returns the exit status: 0, 1 after an error, 130 after an interrupt."""
+    args = _parser().parse_args(arguments)
+    try:
+        return _report(args)
+    except (BadInput, Diverged) as error:
+        print(f"benchmarks.quality: error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("benchmarks.quality: interrupted, and nothing written", file=sys.stderr)
+        return 130
+
+
+def _report(args):
+    check_matplotlib()  # Rather than when all is done.
+    chosen = args.device
+    if chosen == "auto":
+        chosen = "cuda" if torch.cuda.is_available() else "cpu"
+    device = torch.device(chosen)
+    study = run(
+        seeds=args.seeds,
+        epochs=args.epochs,
+        image_size=args.image_size,
+        every=args.every,
+        device=device,
+    )
+    comparisons = compare(study.rows)
+    print(table(comparisons, study.yardstick))
+    about = (
+        {"image_size": args.image_size, "batch_size": BATCH_SIZE, "samples": SAMPLES}
+        | study.yardstick
+        | machine.describe(device)
+    )
+    args.out.mkdir(parents=True, exist_ok=True)
+    write_csv([row | about for row in study.rows], args.out / "quality.csv")
+    summary = [c._asdict() | {"within_spread": c.within_spread} for c in comparisons]
+    runs = {"seeds": args.seeds, "epochs": args.epochs}
+    write_csv([row | runs | about for row in summary], args.out / "quality_summary.csv")
+    precision = study.rows[0]["precision"]
+    title = (
+        f"One DCGAN, {args.seeds} seeds: genfast in {precision} and PyTorch's public recipe in "
+        f"float32, on {about['machine']}"
+    )
+    draw(study, title, args.out / "quality.png")
+    print(args.out / "quality.png")
+    return 0
+
+
+def _parser():
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.quality", description=SUMMARY)
+    for name, least, default, text in (
+        ("seeds", 2, 3, "how many runs of each recipe"),
+        ("epochs", 1, 200, "of each run"),
+        ("every", 1, 5, "epochs between two measurements"),
+    ):
+        parser.add_argument(
+            f"--{name}", type=_at_least(least), default=default, metavar="N",
+            help=f"{text} (default: %(default)s)",
+        )  # fmt: skip
+    parser.add_argument(
+        "--image-size", type=int, choices=IMAGE_SIZES, default=16, help="(default: %(default)s)"
+    )
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    parser.add_argument(
+        "--out", type=Path, default=RESULTS, help="folder (default: benchmarks/results)"
+    )
+    return parser
+
+
+def _at_least(least):
+    def convert(text):
+        if not text.isdecimal() or int(text) < least:
+            raise argparse.ArgumentTypeError(f"expected a whole number from {least}, got {text!r}")
+        return int(text)
+
+    return convert
+
+
+if __name__ == "__main__":
+    sys.exit(main())

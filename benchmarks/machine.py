@@ -8,6 +8,8 @@ from pathlib import Path
 
 import torch
 
+from genfast.training.precision import resolve_precision
+
 
 def describe(device):
     """A dict of strings: hardware, versions, date."""
@@ -32,7 +34,13 @@ def name(device):
         return torch.cuda.get_device_name(device)
     amx, avx = torch.cpu._is_amx_tile_supported(), torch.cpu._is_avx512_bf16_supported()
     has = "AMX" if amx else "AVX512-BF16" if avx else "no bfloat16"
-    return f"{_cpu_name()} x {len(os.sched_getaffinity(0))} cores, {has}"
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return f"{_cpu_name()} x {cores} cores, {has}"
+
+
+def half_is_fast(device):
+    """Whether bfloat16 pays here; where it does not, nobody's baseline would use it."""
+    return resolve_precision("auto", device) == "bf16"
 
 
 def slug(device):

@@ -7,10 +7,12 @@ another, up to a whole step in a CUDA graph.
 
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 
+from benchmarks.machine import half_is_fast
 from benchmarks.workloads import stock
 from genfast.training.graph import CapturedStep, CUDARecorder
 
@@ -19,7 +21,7 @@ from genfast.training.graph import CapturedStep, CUDARecorder
 class Recipe:
     """What a baseline does beyond PyTorch's public examples.
 
-    amp: bfloat16 autocast, channels_last memory, fused Adam, losses from logits.
+    amp: bfloat16 autocast where that is fast, channels_last memory, fused Adam, losses from logits.
     frozen: no gradient of the discriminator's weights in the generator's update.
     compile_mode: of `torch.compile`, over each loss with its forward passes; None for eager.
     graph: the whole step captured in a CUDA graph.
@@ -39,8 +41,11 @@ class Recipe:
         return build(self, workload, *networks)
 
     def autocast(self, device):
-        """Around forward passes."""
-        return torch.autocast(device.type, torch.bfloat16) if self.amp else nullcontext()
+        """What to call for a context around forward passes."""
+        # Asked here, as the compiler cannot look into the question.
+        if self.amp and half_is_fast(device):
+            return partial(torch.autocast, device.type, torch.bfloat16)
+        return nullcontext
 
     def adam(self, network, lr, betas=(0.9, 0.999)):
         """The examples' Adam; with amp the fused one."""
@@ -51,7 +56,17 @@ class Recipe:
         """The function, compiled if the recipe compiles."""
         if self.compile_mode is None:
             return function
-        return torch.compile(function, mode=self.compile_mode, dynamic=False)
+        # fullgraph: an error where a graph break or too many recompilations would slow it down.
+        return torch.compile(function, mode=self.compile_mode, dynamic=False, fullgraph=True)
+
+    def begin_step(self):
+        """Tell the compiler's CUDA graphs that a step begins.
+
+        Left to guess, they take the pass after the first backward for a new step, and free what the
+        generator's backward still needs.
+        """
+        if self.compile_mode is not None:
+            torch.compiler.cudagraph_mark_step_begin()
 
 
 def _gan_step(recipe, workload, generator, discriminator):
@@ -60,7 +75,7 @@ def _gan_step(recipe, workload, generator, discriminator):
     Compiled are the generator and the two losses with the passes they need. The discriminator's two
     passes make one compiled graph, so the compiler may do with them what it can.
     """
-    device = workload.device
+    device, autocast = workload.device, recipe.autocast(workload.device)
     latent = (100, 1, 1) if workload.model == "dcgan" else (100,)
     d_optimizer = recipe.adam(discriminator, 2e-4, (0.5, 0.999))
     g_optimizer = recipe.adam(generator, 2e-4, (0.5, 0.999))
@@ -73,22 +88,22 @@ def _gan_step(recipe, workload, generator, discriminator):
         return F.binary_cross_entropy(torch.sigmoid(logits).flatten(), labels)
 
     def real_loss(images):
-        with recipe.autocast(device):
+        with autocast():
             return criterion(discriminator(images), ones)
 
     def fake_loss(fakes):
-        with recipe.autocast(device):
+        with autocast():
             return criterion(discriminator(fakes), zeros)
 
     def both_losses(images, fakes):
         return real_loss(images) + fake_loss(fakes)
 
     def generator_loss(fakes):
-        with recipe.autocast(device):
+        with autocast():
             return criterion(discriminator(fakes), ones)
 
     def generate(z):
-        with recipe.autocast(device):
+        with autocast():
             return generator(z)
 
     both_losses, generator_loss, generate = map(
@@ -98,6 +113,7 @@ def _gan_step(recipe, workload, generator, discriminator):
     def step(images):
         if recipe.amp:
             images = images.contiguous(memory_format=torch.channels_last)
+        recipe.begin_step()
         discriminator.zero_grad()
         if recipe.compile_mode is None:
             d_loss = real_loss(images)
@@ -108,8 +124,6 @@ def _gan_step(recipe, workload, generator, discriminator):
             loss.backward()
             d_loss = d_loss + loss
         else:
-            # A graph of the compiler's may overwrite its outputs when it next runs.
-            fakes = fakes.clone()
             d_loss = both_losses(images, fakes.detach())
             d_loss.backward()
         d_optimizer.step()
@@ -130,15 +144,15 @@ def _gan_step(recipe, workload, generator, discriminator):
 
 def _vae_step(recipe, workload, vae):
     """PyTorch's VAE example: cross entropy and KL, summed over the batch."""
-    device = workload.device
+    device, autocast = workload.device, recipe.autocast(workload.device)
     optimizer = recipe.adam(vae, 1e-3)
 
-    def loss_of(images):
-        with recipe.autocast(device):
+    def loss_of(images, noise):
+        with autocast():
             mu, logvar = vae.encode(images)
         mu, logvar = mu.float(), logvar.float()
-        z = mu + torch.randn_like(mu) * torch.exp(0.5 * logvar)
-        with recipe.autocast(device):
+        z = mu + noise * torch.exp(0.5 * logvar)
+        with autocast():
             decoded = vae.decode_logits(z) if recipe.amp else vae.decode(z)
         criterion = F.binary_cross_entropy_with_logits if recipe.amp else F.binary_cross_entropy
         reconstruction = criterion(decoded.float().flatten(1), images.flatten(1), reduction="sum")
@@ -147,8 +161,10 @@ def _vae_step(recipe, workload, vae):
     loss_of = recipe.compiled(loss_of)
 
     def step(images):
+        recipe.begin_step()
         optimizer.zero_grad()
-        loss = loss_of(images)
+        # Drawn outside: compiled code has a random number generator of its own.
+        loss = loss_of(images, torch.randn(len(images), vae.latent_dim, device=device))
         loss.backward()
         optimizer.step()
         return (loss.detach() / len(images),)

@@ -6,11 +6,14 @@ of PyTorch's public recipe, within what its precision allows.
 """
 
 import argparse
+import contextlib
 import csv
 import os
+import shutil
 import sys
 import tempfile
 from pathlib import Path
+from unittest import mock
 
 import torch
 from tqdm import tqdm
@@ -18,6 +21,7 @@ from tqdm import tqdm
 from benchmarks import agreement, cold_start, machine, timing
 from benchmarks.variants import VARIANTS, why_not_run
 from benchmarks.workloads import MODELS, Workload
+from genfast.models.dcgan import IMAGE_SIZES
 
 _BAR = "{desc}: {percentage:3.0f}%|{bar}|"
 RESULTS = Path(__file__).parent / "results"
@@ -41,23 +45,45 @@ def compare(workload, names, seconds, cold=True):
         (rows, refused): a dict for each variant that agrees, by the names in `COLUMNS` that
         describe no machine; and for the others their names with a sentence that says why.
     """
-    with tempfile.TemporaryDirectory() as cache:
-        os.environ |= cold_start.caches(cache)
-        starts = {}
-        for name in tqdm(names if cold else (), "cold starts", leave=False):
-            starts[name] = cold_start.measure(name, workload, cache)
-        shares, refused = _check(workload, names)
-        steps = {
-            name: VARIANTS[name].build(workload) for name in tqdm(shares, "building", leave=False)
-        }
-        with tqdm(total=seconds, desc="timing", unit="s", leave=False, bar_format=_BAR) as bar:
-            rates = timing.interleaved(steps, workload.images(), seconds, progress=bar.update)
+    with tempfile.TemporaryDirectory() as folder:
+        cache = Path(folder) / "now"  # Always the same path: what compilers keep holds it.
+        with mock.patch.dict(os.environ, cold_start.caches(cache)):
+            starts = _cold_starts(workload, names if cold else (), cache, Path(folder) / "all")
+            return _compare(workload, names, seconds, starts)
+
+
+def _cold_starts(workload, names, cache, kept):
+    """Measure each with an empty cache; then leave all they compiled in it, for the timing."""
+    starts = {}
+    for name in tqdm(names, "cold starts", leave=False):
+        cache.mkdir()
+        starts[name] = cold_start.measure(name, workload, cache)
+        shutil.copytree(cache, kept, dirs_exist_ok=True)
+        shutil.rmtree(cache)
+    if kept.exists():
+        kept.rename(cache)
+    return starts
+
+
+def _compare(workload, names, seconds, starts):
+    shares, refused = _check(workload, names)
+    for name, start in starts.items():
+        if "error" in start:
+            refused.setdefault(name, f"its cold start failed: {start['error']}")
+    steps = {
+        name: VARIANTS[name].build(workload)
+        for name in tqdm(shares, "building", leave=False)
+        if name not in refused
+    }
+    with tqdm(total=seconds, desc="timing", leave=False, bar_format=_BAR) as bar:
+        rates = timing.interleaved(steps, workload.images(), seconds, progress=bar.update)
     return _rows(workload, rates, shares, starts), refused
 
 
 def _check(workload, names):
     """What share of the allowed disagreement each variant has; and those that do not agree."""
-    example = agreement.first_losses(VARIANTS["example"].build, workload)
+    with precise_products():
+        example = agreement.first_losses(VARIANTS["example"].build, workload)
     allowed, shares, refused = {}, {}, {}
     for name in tqdm(names, "comparing losses", leave=False):
         variant = VARIANTS[name]
@@ -66,13 +92,15 @@ def _check(workload, names):
         except Exception as error:  # Compilers fail in many ways; the others go on.
             refused[name] = f"it failed: {str(error).strip().partition(chr(10))[0]}"
             continue
-        if variant.half not in allowed:
-            shaken = VARIANTS["amp" if variant.half else "example"].build
-            allowed[variant.half] = agreement.allowance(shaken, workload, example, variant.half)
+        coarse = variant.rounds_coarsely(workload)
+        if coarse not in allowed:
+            shaken = VARIANTS["amp" if coarse else "example"].build
+            with precise_products():
+                allowed[coarse] = agreement.allowance(shaken, workload, example, coarse)
         if variant.draws_own_noise(workload):
             share = agreement.disagreement_of_means(losses, example)
         else:
-            share = agreement.disagreement(losses, example, allowed[variant.half])
+            share = agreement.disagreement(losses, example, allowed[coarse])
         if share <= 1:
             shares[name] = share
         else:
@@ -81,6 +109,17 @@ def _check(workload, names):
                 f"allows\n  example {_series(example)}\n  {name} {_series(losses)}"
             )
     return shares, refused
+
+
+@contextlib.contextmanager
+def precise_products():
+    """Within, a GPU's float32 is float32: the reference must not be rounded to TF32."""
+    before = torch.backends.cudnn.conv.fp32_precision
+    torch.backends.cudnn.conv.fp32_precision = "ieee"
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.conv.fp32_precision = before
 
 
 def _series(losses):
@@ -151,16 +190,21 @@ def table(rows):
 def main(arguments=None):
     """Returns the exit status: 1 if a variant was refused."""
     args = _parser().parse_args(arguments)
+    available = torch.cuda.is_available()
     chosen = args.device
     if chosen == "auto":
-        chosen = "cuda" if torch.cuda.is_available() else "cpu"
+        chosen = "cuda" if available else "cpu"
+    if chosen == "cuda" and not available:
+        sys.exit("expected a GPU for --device cuda, PyTorch finds none")
+    if args.model in ("dcgan", "conv-vae") and args.image_size not in (None, *IMAGE_SIZES):
+        sys.exit(f"expected --image-size among {IMAGE_SIZES}, got {args.image_size}")
     device = torch.device(chosen)
     if device.type == "cuda":
         torch.backends.cudnn.benchmark = True  # For every variant, as users of amp have it.
     workload = Workload.of(args.model, device, args.batch_size, args.image_size)
     names, skipped = [], {}
     for name in args.only or VARIANTS:
-        reason = why_not_run(name, workload)
+        reason = why_not_run(name, workload, asked_for=args.only is not None)
         if reason:
             skipped[name] = reason
         else:
@@ -186,11 +230,17 @@ def main(arguments=None):
     return 1 if refused else 0
 
 
+def _whole(text):
+    if not text.isdigit() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"expected a whole number from 1, got {text!r}")
+    return int(text)
+
+
 def _parser():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--model", choices=MODELS, required=True)
-    parser.add_argument("--batch-size", type=int, help="(default: PyTorch's example's)")
-    parser.add_argument("--image-size", type=int, help="(default: PyTorch's example's)")
+    parser.add_argument("--batch-size", type=_whole, help="(default: PyTorch's example's)")
+    parser.add_argument("--image-size", type=_whole, help="(default: PyTorch's example's)")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     parser.add_argument("--only", nargs="+", choices=VARIANTS, metavar="NAME", help="variants")
     parser.add_argument(

@@ -26,13 +26,13 @@ def interleaved(steps, images, seconds, turn_seconds=0.5, progress=None):
         _run(step, images, WARMUP_STEPS)
         lengths[name] = max(1, round(turn_seconds / _run(step, images, 1)))
     rates = {name: [] for name in steps}
-    order = list(steps)
+    order, turn = list(steps), 0
     started = before = time.perf_counter()
     while len(rates[order[-1]]) < 3 or time.perf_counter() - started < seconds:
-        for name in order:
+        for name in order[::-1] if turn % 2 else order:
             count = lengths[name]
             rates[name].append(count * len(images) / _run(steps[name], images, count))
-        order = order[1:] + order[:1]  # Nobody always follows the same one.
+        order, turn = order[1:] + order[:1], turn + 1  # Nobody always follows the same one.
         now = time.perf_counter()
         if progress:
             progress(now - before)

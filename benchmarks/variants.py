@@ -1,11 +1,13 @@
 """Everything that is compared, by name: how to build it, and why it may not run here."""
 
+import os
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 
+from benchmarks.machine import half_is_fast
 from benchmarks.recipes import Recipe
 from genfast import functional, use_backend
 from genfast.training import GANStep, VAEStep
@@ -16,7 +18,7 @@ class Variant:
     """One way to make a training step.
 
     build: (workload, dropout) to a function of a batch that returns its losses.
-    half: whether its networks compute in half precision.
+    half: whether its networks compute in half precision where that is fast.
     ours, fused: whether it is genfast, and with its kernels where they run.
     needs: "cuda" or "compiler", or "" if it runs anywhere.
     models: "gan", "vae" or "", the kind it is for.
@@ -28,6 +30,14 @@ class Variant:
     fused: bool = True
     needs: str = ""
     models: str = ""
+
+    def rounds_coarsely(self, workload):
+        """Whether its products are rounded to bfloat16, or on a GPU, by PyTorch's default, to TF32.
+
+        genfast's fp32 is float32 everywhere.
+        """
+        on_gpu = workload.device.type == "cuda"
+        return (self.half and half_is_fast(workload.device)) or (on_gpu and not self.ours)
 
     def draws_own_noise(self, workload):
         """Whether its sampler draws other noise than `torch.randn` from the same seed."""
@@ -80,9 +90,14 @@ VARIANTS = {
 }
 
 
-def why_not_run(name, workload):
-    """Say why a variant does not run for a workload on this machine; None if it does."""
+def why_not_run(name, workload, asked_for=True):
+    """Say why a variant does not run for a workload on this machine; None if it does.
+
+    Without `asked_for`, that it would take too long is a reason too.
+    """
     variant = VARIANTS[name]
+    if name == "compile-max" and workload.device.type == "cpu" and not asked_for:
+        return "it compiles for minutes on a CPU; ask for it with --only"
     if variant.models == "gan" and workload.is_vae:
         return "there is no discriminator"
     if variant.needs == "cuda" and workload.device.type != "cuda":
@@ -93,4 +108,4 @@ def why_not_run(name, workload):
 
 
 def _has_compiler():
-    return any(shutil.which(name) for name in ("g++", "clang++", "c++"))
+    return shutil.which(os.environ.get("CXX", "g++")) is not None

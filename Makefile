@@ -25,7 +25,7 @@ test: $(VENV)/.installed-test
 	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n auto --maxprocesses 8 --dist worksteal -p no:benchmark $(ARGS)
 
 benchmark: $(VENV)/.installed-benchmark
-	$(VENV)/bin/python -m benchmarks.throughput --model dcgan $(ARGS)
+	$(VENV)/bin/python -m benchmarks.throughput --model dcgan --seconds 60 $(ARGS)
 	$(VENV)/bin/python -m benchmarks.throughput --model vae --seconds 30 $(ARGS)
 	$(VENV)/bin/python -m benchmarks.plot
 

@@ -14,7 +14,7 @@ STEPS = 20
 SHAKES = 2
 # A variant may drift this many times as far as the shaken recipe has until then, plus a floor, as a
 # share of the largest loss so far, for the first steps, where that is luck.
-FACTOR = 3.0
+FACTOR = 5.0
 FLOORS = {False: 1e-4, True: 1e-3}
 ROUNDINGS = {False: 2.0**-24, True: 2.0**-9}  # Of float32 and bfloat16.
 # Where noise is drawn otherwise, the mean of the losses is compared: what 20 draws leave.

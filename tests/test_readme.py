@@ -1,0 +1,28 @@
+"""Every figure of speed in the README comes from a file of results."""
+
+import csv
+import re
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def test_table_holds_what_was_measured():
+    section = README.split("## How fast")[1].split("\n## ")[0]
+    name = re.search(r"benchmarks/results/(throughput_\S+\.csv)", section).group(1)
+    with open(ROOT / "benchmarks" / "results" / name, newline="", encoding="utf-8") as file:
+        measured = {row["variant"]: row for row in csv.DictReader(file)}
+    rows = re.findall(r"^\| `?([\w/-]+)`? \| ([\d,]+) \| ([\d.]+) \| ([\d.]+) \|", section, re.M)
+    assert {row[0] for row in rows} == set(measured)
+    for variant, speed, vs_example, vs_best in rows:
+        row = measured[variant]
+        assert float(speed.replace(",", "")) == round(float(row["images_per_s"]))
+        assert vs_example == f"{float(row['vs_example']):.2f}"
+        assert vs_best == f"{float(row['vs_best_baseline']):.2f}"
+    assert measured["genfast"]["machine"].split(",")[0] in section
+
+
+def test_files_that_the_readme_names_exist():
+    for path in re.findall(r"\((benchmarks/[^)\s]+)\)", README):
+        assert (ROOT / path).is_file(), path

@@ -4,6 +4,8 @@ from contextlib import ExitStack, contextmanager
 
 import torch
 
+from genfast.training.half_weights import HalfWeights
+
 PRECISIONS = ("auto", "fp32", "tf32", "bf16", "fp16")
 _AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -42,19 +44,24 @@ class Precision:
     Args:
         precision: see `resolve_precision`.
         device: a `torch.device`.
-        optimizers: a dict of the optimizers that will be stepped.
+        networks: a dict of the networks that will be trained.
+        optimizers: the optimizer of each, by the same names.
 
     Attributes:
         name: the precision, resolved.
         scalers: for "fp16" a `torch.amp.GradScaler` for each optimizer, by its name; else empty.
     """
 
-    def __init__(self, precision, device, optimizers):
+    def __init__(self, precision, device, networks, optimizers):
         self.name = resolve_precision(precision, device)
         self._device = device
         self._optimizers = optimizers
         scaled = optimizers if self.name == "fp16" else ()
         self.scalers = {name: torch.amp.GradScaler(device.type) for name in scaled}
+        self._half_weights = {}
+        if self.name in _AUTOCAST and not _share_parameters(networks.values()):
+            dtype = _AUTOCAST[self.name]
+            self._half_weights = {n: HalfWeights(m, dtype) for n, m in networks.items()}
 
     @contextmanager
     def products(self):
@@ -73,6 +80,14 @@ class Precision:
             for s, value in zip(settings, before, strict=True):
                 s.fp32_precision = value
 
+    @contextmanager
+    def weights(self):
+        """Within, the networks hold half-precision copies of weights, if the precision is half."""
+        with ExitStack() as stack:
+            for half_weights in self._half_weights.values():
+                stack.enter_context(half_weights.in_use())
+            yield
+
     def autocast(self):
         """Around forward passes."""
         if self.name not in _AUTOCAST:
@@ -83,6 +98,8 @@ class Precision:
         """Backward of a loss that the optimizer of that name minimises."""
         scaler = self.scalers.get(optimizer)
         (scaler.scale(loss) if scaler else loss).backward()
+        if optimizer in self._half_weights:
+            self._half_weights[optimizer].hand_over_gradients()
 
     def update(self, optimizer):
         """Step the optimizer of that name."""
@@ -92,6 +109,16 @@ class Precision:
             return
         scaler.step(self._optimizers[optimizer])
         scaler.update()
+
+    def refresh(self, network):
+        """Within `weights`, let the network of that name use its weights as an update left them."""
+        if network in self._half_weights:
+            self._half_weights[network].refresh()
+
+
+def _share_parameters(networks):
+    ids = [id(p) for network in networks for p in network.parameters()]
+    return len(set(ids)) < len(ids)
 
 
 def _has_tf32(device):

@@ -76,17 +76,17 @@ class _Step:
     def __init__(self, modules, optimizers, precision, capture):
         self.modules, self.optimizers = modules, optimizers
         self.device = _device_of(next(iter(modules.values())))
-        self._precision = Precision(precision, self.device, optimizers)
+        self._precision = Precision(precision, self.device, modules, optimizers)
         reason = "it was switched off"
         if capture is not False:
             reason = why_not_captured(self.device, optimizers.values())
         if capture and reason:
             raise ValueError(f"expected a step that can be captured, but {reason}")
         self.why_not_captured = reason
-        self._run = self._step
+        self._run = self._step_in_precision
         if reason is None:
             self._run = CapturedStep(
-                self._step,
+                self._step_in_precision,
                 list(modules.values()),
                 list(optimizers.values()),
                 list(self.scalers.values()),
@@ -108,6 +108,10 @@ class _Step:
         images = _checked_images(images, self.device)
         with self._precision.products():
             return self._result(*self._run(images))
+
+    def _step_in_precision(self, images):
+        with self._precision.weights():
+            return self._step(images)
 
     @torch.no_grad()
     def sample(self, z):
@@ -201,6 +205,7 @@ class GANStep(_Step):
         self._precision.update("discriminator")
         # The gradients' memory serves the generator's update.
         self.optimizers["discriminator"].zero_grad(set_to_none=True)
+        self._precision.refresh("discriminator")
         return loss
 
     def _loss_of_both(self, logits):

@@ -1,0 +1,106 @@
+"""Half-precision copies of weights, made once a step instead of at every use.
+
+Autocast converts each weight in every forward pass and its gradient in every backward pass, one
+small kernel a weight. Here the layers hold persistent copies while a step runs, converted together;
+so are their gradients. What is computed is the same, to the last bit.
+"""
+
+from contextlib import contextmanager
+
+import torch
+from torch import nn
+from torch.nn.utils import parametrize
+
+# Layers whose weights autocast converts, and which use them for nothing else.
+_LAYERS = (
+    nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d,
+    nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d,
+)  # fmt: skip
+
+
+class HalfWeights:
+    """The copies of one network's weights; its float32 parameters stay what an optimizer updates.
+
+    Args:
+        network: a `nn.Module`.
+        dtype: of the copies: bfloat16 or float16.
+    """
+
+    def __init__(self, network, dtype):
+        self._network, self._dtype = network, dtype
+        self._copies, self._gradients = {}, {}  # By parameter.
+
+    @contextmanager
+    def in_use(self):
+        """Within, the network's layers hold the copies, fresh on entry.
+
+        A parameter that somebody watches stays itself, as do all of a network that is distributed
+        over devices: both wait for gradients to arrive at the parameter.
+        """
+        places = list(_places(self._network))
+        self._copies = {p: self._copy_of(p) for _, _, p in places}
+        self._gradients = {p: self._gradients.get(p) for p in self._copies}
+        self.refresh()
+        for layer, name, parameter in places:
+            layer._parameters[name] = self._copies[parameter]
+        try:
+            yield
+        finally:
+            for layer, name, parameter in places:
+                layer._parameters[name] = parameter
+            for copy in self._copies.values():
+                copy.grad = None
+
+    @torch.no_grad()
+    def refresh(self):
+        """Let the copies be what the parameters are now."""
+        if self._copies:
+            torch._foreach_copy_(list(self._copies.values()), list(self._copies))
+
+    @torch.no_grad()
+    def hand_over_gradients(self):
+        """Give the parameters the gradients that their copies got since the last time."""
+        found = {p: copy for p, copy in self._copies.items() if copy.grad is not None}
+        if not found:
+            return
+        gradients = [self._gradient_of(p) for p in found]
+        torch._foreach_copy_(gradients, [copy.grad for copy in found.values()])
+        for (parameter, copy), gradient in zip(found.items(), gradients, strict=True):
+            copy.grad = None
+            if parameter.grad is None:
+                parameter.grad = gradient
+            else:
+                parameter.grad.add_(gradient)
+
+    def _copy_of(self, parameter):
+        copy = self._copies.get(parameter)
+        if copy is None:
+            copy = nn.Parameter(torch.empty_like(parameter, dtype=self._dtype))
+        return copy.requires_grad_(parameter.requires_grad)
+
+    def _gradient_of(self, parameter):
+        """Memory for it: the same at each step, as fresh memory of this size costs page faults."""
+        kept = self._gradients[parameter]
+        if kept is None or kept is parameter.grad:
+            kept = self._gradients[parameter] = torch.empty_like(parameter)
+        return kept
+
+
+def _places(network):
+    """(layer, name, parameter) wherever a copy may stand in."""
+    modules = list(network.modules())
+    if any(
+        type(m).__module__.startswith(("torch.nn.parallel", "torch.distributed")) for m in modules
+    ):
+        return
+    for layer in modules:
+        if type(layer) not in _LAYERS or parametrize.is_parametrized(layer):
+            continue
+        for name, parameter in layer._parameters.items():
+            if parameter is not None and _is_plain(parameter):
+                yield layer, name, parameter
+
+
+def _is_plain(parameter):
+    watched = parameter._backward_hooks or parameter._post_accumulate_grad_hooks
+    return type(parameter) is nn.Parameter and parameter.dtype == torch.float32 and not watched

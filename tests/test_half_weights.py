@@ -1,0 +1,164 @@
+"""Half-precision copies of weights: the same training as autocast's own conversions."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from genfast.losses import gan_loss
+from genfast.models import VAE, DCGANDiscriminator, DCGANGenerator
+from genfast.training import GANStep, VAEStep
+from genfast.training.half_weights import HalfWeights
+
+
+def _dcgan():
+    torch.manual_seed(0)
+    return DCGANGenerator(8, 4, 3, 16), DCGANDiscriminator(3, 4, 16)
+
+
+def _autocast_gan_step(generator, discriminator, images, z, optimizers):
+    """The step by autocast alone."""
+    loss = gan_loss("non-saturating")
+    with torch.autocast("cpu", torch.bfloat16):
+        fakes = generator(z)
+    for pass_images, loss_of in ((images, loss.real), (fakes.detach(), loss.fake)):
+        with torch.autocast("cpu", torch.bfloat16):
+            logits = discriminator(pass_images)
+        loss_of(logits).backward()
+    optimizers[1].step()
+    optimizers[1].zero_grad()
+    with torch.autocast("cpu", torch.bfloat16):
+        logits = discriminator(fakes)
+    loss.generator(logits).backward(inputs=list(generator.parameters()))
+    optimizers[0].step()
+    optimizers[0].zero_grad()
+
+
+def _adams(*modules):
+    return [torch.optim.Adam(m.parameters(), 2e-4, (0.5, 0.999), fused=True) for m in modules]
+
+
+def test_gan_step_is_autocasts_to_the_last_bit():
+    ours, theirs = _dcgan(), _dcgan()
+    step = GANStep(*ours, latent_shape=(8, 1, 1), precision="bf16", merge=False)
+    optimizers = _adams(*theirs)
+    for i in range(3):
+        images = torch.randn(4, 3, 16, 16).contiguous(memory_format=torch.channels_last)
+        torch.manual_seed(i)
+        step(images)
+        torch.manual_seed(i)
+        _autocast_gan_step(*theirs, images, torch.randn(4, 8, 1, 1), optimizers)
+    for mine, other in zip(ours, theirs, strict=True):
+        for (name, p), q in zip(
+            mine.state_dict().items(), other.state_dict().values(), strict=True
+        ):
+            assert torch.equal(p, q), name
+
+
+def test_parameters_stay_and_gradients_are_float32():
+    model = VAE(image_dim=16, hidden_dim=8, latent_dim=2)
+    before = dict(model.named_parameters())
+    step = VAEStep(model, precision="bf16")
+    step(torch.rand(4, 1, 4, 4))
+    after = dict(model.named_parameters())
+    assert all(after[name] is p and p.dtype == torch.float32 for name, p in before.items())
+    assert all(p.grad is not None and p.grad.dtype == torch.float32 for p in after.values())
+
+
+def test_gradients_add_to_those_that_are_there():
+    layer = nn.Linear(3, 2)
+    x = torch.randn(5, 3)
+    half = HalfWeights(layer, torch.bfloat16)
+    for passes in (1, 2):
+        with half.in_use(), torch.autocast("cpu", torch.bfloat16):
+            layer(x).sum().backward()
+            half.hand_over_gradients()
+        expected = passes * x.bfloat16().sum(0).float().expand(2, 3)
+        torch.testing.assert_close(layer.weight.grad, expected, rtol=2e-2, atol=2e-2)
+
+
+def test_changes_between_steps_and_frozen_layers_count():
+    layer = nn.Sequential(nn.Linear(3, 2), nn.Linear(2, 2))
+    layer[0].weight.requires_grad_(False)
+    half = HalfWeights(layer, torch.bfloat16)
+    for value in (1.0, 2.0):
+        with torch.no_grad():
+            layer[0].weight.fill_(value)
+        with half.in_use():
+            assert layer[0].weight.dtype == torch.bfloat16
+            assert layer[0].weight.eq(value).all() and not layer[0].weight.requires_grad
+            with torch.autocast("cpu", torch.bfloat16):
+                layer(torch.randn(4, 3)).sum().backward()
+            half.hand_over_gradients()
+    assert layer[0].weight.grad is None and layer[1].weight.grad is not None
+
+
+def test_an_error_leaves_the_parameters():
+    layer = nn.Linear(3, 2)
+    weight = layer.weight
+    with pytest.raises(RuntimeError), HalfWeights(layer, torch.bfloat16).in_use():
+        raise RuntimeError
+    assert layer.weight is weight
+
+
+def test_watched_parameters_stay_themselves():
+    layers = [nn.Linear(3, 3) for _ in range(4)]
+    seen = []
+    layers[0].weight.register_hook(seen.append)
+    layers[1].weight.register_post_accumulate_grad_hook(seen.append)
+    nn.utils.parametrizations.spectral_norm(layers[2])
+    weights = [layer.weight for layer in layers[:2]]
+    model = nn.Sequential(*layers)
+    with HalfWeights(model, torch.bfloat16).in_use():
+        assert [layer.weight for layer in layers[:2]] == weights
+        assert layers[2].parametrizations.weight.original.dtype == torch.float32
+        assert layers[3].weight.dtype == torch.bfloat16
+        with torch.autocast("cpu", torch.bfloat16):
+            model(torch.randn(2, 3)).sum().backward()
+    assert len(seen) == 2
+
+
+def test_tied_weights_have_one_copy():
+    a, b = nn.Linear(3, 3), nn.Linear(3, 3)
+    b.weight = a.weight
+    model = nn.Sequential(a, b)
+    reference = copy.deepcopy(model)
+    x = torch.randn(2, 3)
+    half = HalfWeights(model, torch.bfloat16)
+    with half.in_use(), torch.autocast("cpu", torch.bfloat16):
+        assert a.weight is b.weight
+        model(x).sum().backward()
+        half.hand_over_gradients()
+    with torch.autocast("cpu", torch.bfloat16):
+        reference(x).sum().backward()
+    assert torch.equal(a.weight.grad, reference[0].weight.grad)
+
+
+def test_networks_that_share_parameters_keep_them():
+    generator, discriminator = nn.Linear(4, 4), nn.Linear(4, 4)
+    discriminator.bias = generator.bias
+    step = GANStep(
+        nn.Sequential(nn.Flatten(), generator, nn.Unflatten(1, (1, 2, 2))),
+        nn.Sequential(nn.Flatten(), discriminator),
+        latent_shape=(4,),
+        precision="bf16",
+    )
+    seen = []
+    generator.register_forward_pre_hook(lambda *_: seen.append(generator.weight.dtype))
+    step(torch.randn(2, 1, 2, 2))
+    assert seen == [torch.float32]
+
+
+def test_a_distributed_network_keeps_its_parameters():
+    layer = nn.Linear(3, 3)
+
+    class Distributed(nn.Module):
+        __module__ = "torch.nn.parallel.distributed"
+
+        def __init__(self):
+            super().__init__()
+            self.module = layer
+
+    with HalfWeights(Distributed(), torch.bfloat16).in_use():
+        assert layer.weight.dtype == torch.float32

@@ -27,4 +27,5 @@ setup(
     # `kernels/` installs as genfast.kernels: another package owns the name `kernels`.
     packages=["genfast.kernels", *find_packages(include=["genfast", "genfast.*"])],
     package_dir={"genfast.kernels": "kernels"},
+    package_data={"genfast.kernels": ["tuned.csv"]},
 )

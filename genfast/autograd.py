@@ -15,7 +15,8 @@ from genfast.launch import Epilogue
 
 def block(
     x, weight, bias, geometry, transposed, *, norm, norm_weight, norm_bias, running_mean,
-    running_var, training, momentum, eps, activation, negative_slope, statistics_groups,
+    running_var, num_batches_tracked, training, momentum, eps, activation, negative_slope,
+    statistics_groups,
 ):  # fmt: skip
     """`functional.conv_block`, or `conv_transpose_block` if `transposed`, on the kernels.
 
@@ -35,7 +36,9 @@ def block(
             bias=bias, vectors=fixed, activation=activation, negative_slope=negative_slope
         )
         return _convolve(x, weight, geometry, transposed, epilogue)[0]
-    running = None if running_mean is None else (running_mean, running_var, momentum)
+    running = None
+    if running_mean is not None:
+        running = running_mean, running_var, momentum, num_batches_tracked
     return _ConvNormActivation.apply(
         x, weight, bias, norm_weight, norm_bias, None, geometry, transposed, eps, *act,
         statistics_groups, running,
@@ -262,11 +265,11 @@ def _convolution_backward(dz, x, weight, geometry, transposed, needs_input_grad)
 
 
 def _batch_statistics(statistics, gamma, beta, eps, running):
-    mean, var, momentum = running or (None, None, 0.0)
+    mean, var, momentum, counter = running or (None, None, 0.0, None)
     if not isinstance(momentum, torch.Tensor):
-        return launch.batch_statistics(statistics, gamma, beta, eps, mean, var, momentum)
+        return launch.batch_statistics(statistics, gamma, beta, eps, mean, var, momentum, counter)
     # A cumulative average: the weight of each group is on the device, to be read there.
-    vectors = launch.batch_statistics(statistics, gamma, beta, eps)
+    vectors = launch.batch_statistics(statistics, gamma, beta, eps, counter=counter)
     for group, weight in zip(vectors, momentum.expand(len(vectors)), strict=True):
         mean.lerp_(group[launch.MEAN].to(mean.dtype), weight)
         var.lerp_(group[launch.UNBIASED_VAR].to(var.dtype), weight)

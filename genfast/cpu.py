@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch.autograd import Function
 
+from genfast import library
 from genfast.geometry import ConvGeometry
 
 # oneDNN's bfloat16 weight gradient is slow on maps of so few pixels. On larger ones unfolding the
@@ -40,7 +41,7 @@ def conv_transpose2d(x, weight, bias, stride, padding, output_padding):
 def fprop(big, weight, geometry, bias=None):
     """`conv2d`, or the input gradient of `conv_transpose2d`: (N, C_small, *geometry.small)."""
     if not _is_product(geometry):
-        return F.conv2d(big, weight, bias, geometry.stride, geometry.padding)
+        return library.fprop(big, weight, geometry, bias)
     small = _empty(len(big), weight.shape[0], geometry.small, big)
     torch.mm(_pixels_as_channels(big), _taps_as_columns(weight).t(), out=small.flatten(1))
     return small if bias is None else small.add_(bias[:, None, None])
@@ -54,26 +55,20 @@ def dgrad(small, weight, geometry, bias=None):
         return big if bias is None else big.add_(bias[:, None, None])
     if _phases_fit_one_convolution(weight, geometry):
         return _dgrad_by_phases(small, weight, geometry, bias)
-    return F.conv_transpose2d(
-        small, weight, bias, geometry.stride, geometry.padding, geometry.output_padding
-    )
+    return library.dgrad(small, weight, geometry, bias)
 
 
 def wgrad(big, small, geometry):
     """The weight gradient of `conv2d` and `conv_transpose2d`: (C_small, C_big, kh, kw)."""
+    if not _is_product(geometry) and not _worth_unfolding(big, geometry):
+        return library.wgrad(big, small, geometry)
     dweight = _empty(small.shape[1], big.shape[1], geometry.kernel_size, big)
     if _is_product(geometry):
         torch.mm(small.flatten(1).t(), _pixels_as_channels(big), out=_taps_as_columns(dweight))
-        return dweight
-    if _worth_unfolding(big, geometry):
+    else:
         rows = small.permute(0, 2, 3, 1).reshape(-1, small.shape[1])
         torch.mm(rows.t(), _unfold(big, geometry), out=_taps_as_columns(dweight))
-        return dweight
-    # The weight's values are not read, only its shape and memory format.
-    return torch.ops.aten.convolution_backward(
-        small, big, dweight, None, geometry.stride, geometry.padding, (1, 1), False, (0, 0), 1,
-        (False, True, False),
-    )[1]  # fmt: skip
+    return dweight
 
 
 class _Convolution(Function):

@@ -28,6 +28,7 @@ def conv_block(
     norm_bias=None,
     running_mean=None,
     running_var=None,
+    num_batches_tracked=None,
     training=True,
     momentum=0.1,
     eps=1e-5,
@@ -48,6 +49,8 @@ def conv_block(
         norm_weight, norm_bias: (out_channels,) gamma and beta, or None for 1 and 0.
         running_mean, running_var: (out_channels,), or both None. In training they move in place
             towards the batch's mean and unbiased variance; in evaluation they are the statistics.
+        num_batches_tracked: an int64 scalar tensor or None. In training it grows in place by the
+            number of `statistics_groups` where there are running statistics.
         training: normalise by the batch's statistics. Without running statistics that is always so.
         momentum: the weight of the new statistics, a float or a tensor: a scalar, or one value for
             each of the `statistics_groups`.
@@ -82,6 +85,7 @@ def conv_block(
         norm_bias=norm_bias,
         running_mean=running_mean,
         running_var=running_var,
+        num_batches_tracked=num_batches_tracked,
         training=training,
         momentum=momentum,
         eps=eps,
@@ -104,6 +108,7 @@ def conv_transpose_block(
     norm_bias=None,
     running_mean=None,
     running_var=None,
+    num_batches_tracked=None,
     training=True,
     momentum=0.1,
     eps=1e-5,
@@ -136,6 +141,7 @@ def conv_transpose_block(
         norm_bias=norm_bias,
         running_mean=running_mean,
         running_var=running_var,
+        num_batches_tracked=num_batches_tracked,
         training=training,
         momentum=momentum,
         eps=eps,
@@ -260,11 +266,18 @@ def _block(x, weight, bias, stride, padding, output_padding=None, *, memory_form
     vectors = (
         options[name] for name in ("norm_weight", "norm_bias", "running_mean", "running_var")
     )
+    counter = options.pop("num_batches_tracked")
+    if not (options["norm"] and options["training"] and options["running_mean"] is not None):
+        counter = None
     settings = {name: options[name] for name in ("activation", "negative_slope")}
     runs = implementation(x, weight, bias, *vectors, **settings)
     if runs == "triton":
-        y = autograd.block(x, weight, bias, geometry, transposed, **options)
+        y = autograd.block(
+            x, weight, bias, geometry, transposed, num_batches_tracked=counter, **options
+        )
     else:
+        if counter is not None:
+            counter.add_(options["statistics_groups"])
         library = cpu if runs == "cpu" else torch.nn.functional
         if transposed:
             y = reference.conv_transpose_block(
@@ -300,6 +313,7 @@ def _check_tensors(
     norm_bias,
     running_mean,
     running_var,
+    num_batches_tracked,
     activation,
     **_,
 ):
@@ -324,6 +338,7 @@ def _check_tensors(
             raise TypeError(f"expected {name} of x's dtype {x.dtype}, got {t.dtype}")
     if (running_mean is None) != (running_var is None):
         raise ValueError("expected running_mean and running_var together, got only one of them")
+    _check_counter(num_batches_tracked, x.device)
     vectors = (
         ("bias", bias),
         ("norm_weight", norm_weight),
@@ -338,6 +353,20 @@ def _check_tensors(
     for name, t in (("weight", weight), *vectors):
         if t is not None and t.device != x.device:
             raise ValueError(f"expected {name} on x's device {x.device}, got {t.device}")
+
+
+def _check_counter(counter, device):
+    if counter is None:
+        return
+    if counter.dtype != torch.int64 or counter.dim() != 0:
+        raise TypeError(
+            "expected num_batches_tracked to be an int64 scalar, got "
+            f"{counter.dtype} of shape {tuple(counter.shape)}"
+        )
+    if counter.device != device:
+        raise ValueError(
+            f"expected num_batches_tracked on x's device {device}, got {counter.device}"
+        )
 
 
 def _check_output_padding(output_padding, stride):

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import torch
 
+from genfast import library, reference
 from genfast.backend import INTERPRETING, triton
 from genfast.geometry import ConvGeometry
 
@@ -24,7 +25,7 @@ MEAN, UNBIASED_VAR, RSTD, SCALE, SHIFT = range(5)
 
 # One program of `combine_statistics` combines this many tiles; more tiles take another round.
 _STATISTICS_CHUNK = 256
-# About how many programs keep a GPU busy: the H200 has 132 multiprocessors.
+# About how many programs keep a GPU busy with passes over memory: the H200 has 132 multiprocessors.
 _BUSY_PROGRAMS = 264
 
 
@@ -62,6 +63,7 @@ class TileStatistics:
 
 
 PLAIN = Epilogue()
+_FLAT = ConvGeometry((1, 1), (1, 1), (1, 1), (1, 1), (0, 0))
 
 
 def fprop(big, weight, geometry, epilogue=PLAIN):
@@ -90,13 +92,15 @@ def dgrad(small, weight, geometry, epilogue=PLAIN):
 
 def wgrad(big, small, geometry):
     """The weight gradient of `conv2d` and `conv_transpose2d`: (C_small, C_big, kh, kw)."""
+    config = _config("wgrad", big, geometry, small.shape[1], big.shape[1])
+    if config.library:
+        return library.wgrad(big, small, geometry)
     big, small = nhwc(big), nhwc(small)
     dweight = _channels_last((small.shape[3], *geometry.kernel_size, big.shape[3]), big)
     big, small, geometry = _collapse(big, small, geometry)
     n, h_small, w_small, c_small = small.shape
     _, h_big, w_big, c_big = big.shape
 
-    config = _config(big, c_small, c_big, channels=(c_small, c_big))
     packed = c_big < config.block_n and geometry.taps > 1
     # The reduction is over pixels: what a descriptor moves is a box of block_k of them.
     box = _box(config.block_k, h_small, w_small)
@@ -110,7 +114,7 @@ def wgrad(big, small, geometry):
     columns = geometry.taps * c_big if packed else c_big
     mn_tiles = _ceil_div(c_small, config.block_m) * _ceil_div(columns, config.block_n)
     taps = 1 if packed else geometry.taps
-    splits = min(_ceil_div(_BUSY_PROGRAMS, mn_tiles * taps), _ceil_div(k_tiles, 4))
+    splits = min(_ceil_div(config.programs, mn_tiles * taps), _ceil_div(k_tiles, 4))
     tiles_per_split = _ceil_div(k_tiles, splits)
     splits = _ceil_div(k_tiles, tiles_per_split)
 
@@ -166,11 +170,12 @@ def sum_partials(partials, out):
 
 
 def batch_statistics(
-    statistics, gamma, beta, eps, running_mean=None, running_var=None, momentum=0.0
+    statistics, gamma, beta, eps, running_mean=None, running_var=None, momentum=0.0, counter=None
 ):
     """Combine `TileStatistics` into `vectors` (groups, 5, channels), for normalising by the batch.
 
-    Running statistics, where given, move in place by `momentum`, once for each group in turn.
+    Running statistics, where given, move in place by `momentum`, once for each group in turn; the
+    counter of batches, an int64 scalar on the device, by the number of groups.
     """
     statistics = _combine_chunks(statistics)
     parts, channels, groups = _parts(statistics)
@@ -186,6 +191,7 @@ def batch_statistics(
         beta_ptr=beta if beta is not None else vectors,
         running_mean_ptr=running_mean if running_mean is not None else vectors,
         running_var_ptr=running_var if running_var is not None else vectors,
+        counter_ptr=counter if counter is not None else vectors,
         groups=groups,
         parts=parts,
         channels=channels,
@@ -195,6 +201,7 @@ def batch_statistics(
         HAS_GAMMA=gamma is not None,
         HAS_BETA=beta is not None,
         HAS_RUNNING=running_mean is not None,
+        HAS_COUNTER=counter is not None,
         BLOCK_P=64,
         BLOCK_C=_statistics_block(channels),
     )
@@ -276,8 +283,7 @@ def norm_backward(dy, z, vectors, *, training, need_dz, activation, negative_slo
         negative_slope=negative_slope,
         ACTIVATION=activation,
     )
-    parts = min(grid[0], _ceil_div(4 * _BUSY_PROGRAMS, grid[1] * groups))
-    tiles_per_part = _ceil_div(grid[0], parts)
+    tiles_per_part = _ceil_div(grid[0], _parts_of_pass(grid))
     parts = _ceil_div(grid[0], tiles_per_part)
     partials = vectors.new_empty((groups, parts, 2 * channels))
     _start(
@@ -288,17 +294,21 @@ def norm_backward(dy, z, vectors, *, training, need_dz, activation, negative_slo
         **common,
         **tile,
     )
+    if not need_dz:
+        total = vectors.new_empty((2, channels))
+        sum_partials(partials.flatten(0, 1), total)
+        return None, total
     sums = vectors.new_empty((groups, 2, channels))
     sum_partials(partials, sums)
-    total = sums[0] if groups == 1 else sums.sum(0)
-    if not need_dz:
-        return None, total
     dz = _channels_last(z.shape, z)
+    total = sums[0] if groups == 1 else vectors.new_empty((2, channels))
     _start(
         norm.norm_backward,
         grid,
         sums_ptr=sums,
+        total_ptr=total,
         dz_ptr=dz,
+        groups=groups,
         TRAINING=training,
         **common,
         **tile,
@@ -397,6 +407,10 @@ def _channels_last(nhwc_shape, like):
 
 def _conv(direction, source, weight, geometry, epilogue):
     to_small = direction == "fprop"
+    statistics = epilogue.groups > 0
+    config = _config(direction, source, geometry, *weight.shape[:2], statistics)
+    if config.library:
+        return _through_library(direction, source, weight, geometry, epilogue)
     source, weight = nhwc(source), nhwc(weight)
     c_small, c_big = weight.shape[0], weight.shape[3]
     channels = c_small if to_small else c_big
@@ -417,7 +431,6 @@ def _conv(direction, source, weight, geometry, epilogue):
     if not to_small:
         m_size = tuple(map(_ceil_div, big.shape[1:3], geometry.stride))
 
-    config = _config(source, n // groups * math.prod(m_size), columns, channels=(c_small, c_big))
     packed = to_small and c_big < config.block_k and geometry.taps > 1
     box = _box(config.block_m, *m_size)
     block_big, block_small = (
@@ -483,11 +496,67 @@ def _conv(direction, source, weight, geometry, epilogue):
     return result, statistics
 
 
-def _config(operand, m, n, *, channels):
-    """The configuration of an m x n product of operands like this one."""
-    # 16 is what Triton tells a compiler about an integer: only then does it join loads.
-    scattered = any(c % 16 for c in channels)
-    return configs.gemm_config(_architecture(operand), operand.element_size(), m, n, scattered)
+def _through_library(direction, source, weight, geometry, epilogue):
+    """As `_conv`, with PyTorch's convolution and the epilogue as passes of their own."""
+    convolve = library.fprop if direction == "fprop" else library.dgrad
+    z = convolve(source, weight, geometry, epilogue.bias)
+    z = z.contiguous(memory_format=torch.channels_last)
+    statistics = _statistics_of(z, epilogue.groups) if epilogue.groups else None
+    activation = epilogue.activation, epilogue.negative_slope
+    if epilogue.vectors is not None:
+        z = normalize_activate(z, epilogue.vectors, *activation)
+    else:
+        z = reference.activate(z, *activation, inplace=True)
+    return z, statistics
+
+
+def _statistics_of(z, groups):
+    """`TileStatistics` of a channels_last tensor, by a pass over it."""
+    z = nhwc(z)
+    channels = z.shape[3]
+    grid, rows, tile = _elementwise(z, groups)
+    tiles_per_part = _ceil_div(grid[0], _parts_of_pass(grid))
+    parts = _ceil_div(grid[0], tiles_per_part)
+    dtype = _acc_dtype(z.dtype)
+    mean, m2 = torch.empty((2, groups * parts, channels), dtype=dtype, device=z.device)
+    count = torch.empty(groups * parts, dtype=dtype, device=z.device)
+    _start(
+        norm.tile_statistics,
+        (parts, *grid[1:]),
+        z_ptr=z,
+        count_ptr=count,
+        mean_ptr=mean,
+        m2_ptr=m2,
+        rows=rows,
+        channels=channels,
+        tiles_per_part=tiles_per_part,
+        **tile,
+    )
+    return TileStatistics(count, mean, m2, 1, groups)
+
+
+def _parts_of_pass(grid):
+    """In how many parts a reduction over the tiles of `_elementwise` keeps a GPU busy."""
+    tiles, *others = grid
+    return min(tiles, _ceil_div(4 * _BUSY_PROGRAMS, math.prod(others)))
+
+
+def _config(operation, operand, geometry, c_small, c_big, statistics=False):
+    if _is_product(geometry):
+        geometry, c_big = _FLAT, c_big * geometry.taps
+    problem = configs.Problem(
+        operation=operation,
+        itemsize=operand.element_size(),
+        statistics=statistics,
+        c_small=c_small,
+        c_big=c_big,
+        small=geometry.small,
+        big=geometry.big,
+        kernel_size=geometry.kernel_size,
+        stride=geometry.stride,
+        images=operand.shape[0],
+    )
+    return configs.gemm_config(_architecture(operand), problem)
 
 
 def _collapse(big, small, geometry):
@@ -496,10 +565,14 @@ def _collapse(big, small, geometry):
     Latents (1 x 1) to 4 x 4 and 4 x 4 to one logit: the big side's pixels become channels, in
     memory the same array, and no tap is multiplied by padding.
     """
-    if geometry.small != (1, 1) or geometry.big != geometry.kernel_size or any(geometry.padding):
+    if not _is_product(geometry):
         return big, small, geometry
-    flat = ConvGeometry((1, 1), (1, 1), (1, 1), (1, 1), (0, 0))
-    return big.view(big.shape[0], 1, 1, -1), small, flat
+    return big.view(big.shape[0], 1, 1, -1), small, _FLAT
+
+
+def _is_product(geometry):
+    covers = geometry.small == (1, 1) and geometry.big == geometry.kernel_size
+    return covers and not any(geometry.padding)
 
 
 def _box(pixels, height, width):

@@ -37,13 +37,14 @@ def run_block(x, conv, norm, activation, negative_slope, memory_format=None):
     )
     if norm is not None:
         groups = _groups_of(norm)
-        running_mean, running_var, training, momentum = _begin_norm(norm, groups)
+        running_mean, running_var, counter, training, momentum = _begin_norm(norm, groups)
         options |= dict(
             norm=True,
             norm_weight=norm.weight,
             norm_bias=norm.bias,
             running_mean=running_mean,
             running_var=running_var,
+            num_batches_tracked=counter,
             training=training,
             momentum=momentum,
             eps=norm.eps,
@@ -141,7 +142,9 @@ class _ForwardByGroups:
                 f"expected a batch that the groups divide evenly, got {len(x)} images and "
                 f"{self.groups} groups"
             )
-        running_mean, running_var, training, momentum = _begin_norm(norm, self.groups)
+        running_mean, running_var, counter, training, momentum = _begin_norm(norm, self.groups)
+        if counter is not None:
+            counter.add_(self.groups)
         return reference.batch_norm_by_groups(
             x, running_mean, running_var, norm.weight, norm.bias, training, momentum, norm.eps,
             self.groups if training else 1,
@@ -154,25 +157,23 @@ def _groups_of(norm):
 
 
 def _begin_norm(norm, groups):
-    """Count the batch as `nn.BatchNorm2d` does; (running mean and variance, training, momentum)."""
+    """What `nn.BatchNorm2d` decides: running mean and variance, counter, training, momentum.
+
+    The counter is None where no batch is counted; the caller counts `groups`.
+    """
     running_mean, running_var = norm.running_mean, norm.running_var
     if norm.training and not norm.track_running_stats:
         running_mean = running_var = None
     training = norm.training or running_mean is None
-    updating = norm.training and running_mean is not None
-    momentum = _advance_momentum(norm, groups) if updating else 0.0
-    return running_mean, running_var, training, momentum
-
-
-def _advance_momentum(norm, groups):
-    """Count the batch and return the weight of its statistics, on the device where it varies."""
-    if norm.num_batches_tracked is None:
-        return norm.momentum or 0.0
-    norm.num_batches_tracked.add_(groups)
-    if norm.momentum is None:  # A cumulative average: the n-th batch weighs 1/n.
-        before = torch.arange(groups - 1, -1, -1, device=norm.running_mean.device)
-        return (norm.num_batches_tracked - before).to(norm.running_mean.dtype).reciprocal()
-    return norm.momentum
+    if not (norm.training and running_mean is not None):
+        return running_mean, running_var, None, training, 0.0
+    momentum, counter = norm.momentum, norm.num_batches_tracked
+    if counter is None:
+        momentum = momentum or 0.0
+    elif momentum is None:  # A cumulative average: the n-th batch weighs 1/n.
+        numbers = counter + torch.arange(1, groups + 1, device=counter.device)
+        momentum = numbers.to(norm.running_mean.dtype).reciprocal()
+    return running_mean, running_var, counter, training, momentum
 
 
 def _explicit_padding(conv):

@@ -33,7 +33,9 @@ def batch_norm_by_groups(
     Running statistics move once for each part, in order. `momentum` is a number, or a tensor
     (groups,) of one for each part.
     """
-    if isinstance(momentum, torch.Tensor):
+    if not training or running_mean is None:  # Nothing moves.
+        momenta = [0.0] * groups
+    elif isinstance(momentum, torch.Tensor):
         momenta = momentum.expand(groups).tolist()
     else:
         momenta = [momentum] * groups

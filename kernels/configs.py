@@ -1,15 +1,29 @@
-"""Tile shapes: which are shipped for which architecture, and how one is chosen for a problem."""
+"""Tile shapes: which are shipped for which architecture, and how one is chosen for a problem.
 
+What was timed on a GPU, by `python -m benchmarks.gpu`, is in tuned.csv, one line a problem; all
+else is chosen by size from the tables below.
+"""
+
+import csv
+import functools
+import math
 from dataclasses import dataclass
+from pathlib import Path
+
+TUNED = Path(__file__).with_name("tuned.csv")
 
 
 @dataclass(frozen=True)
 class GemmConfig:
-    """How one implicit matrix product is tiled.
+    """How one implicit matrix product is computed.
 
     block_m, block_n, block_k: the tile in the product's own M, N and K.
     num_warps, num_stages: of the compiled kernel.
     descriptors: load and store through tensor descriptors where geometry and alignment allow.
+    programs: about how many programs should share wgrad's long reduction. The H200 has 132
+        multiprocessors.
+    library: leave the product to PyTorch's own convolution, where that was faster; what surrounds
+        it stays ours. The other fields then mean nothing.
     """
 
     block_m: int
@@ -18,6 +32,64 @@ class GemmConfig:
     num_warps: int
     num_stages: int
     descriptors: bool
+    programs: int = 264
+    library: bool = False
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One product, in the terms that decide which tile is fast.
+
+    operation: "fprop", "dgrad" or "wgrad".
+    itemsize: bytes of an operand's element.
+    statistics: whether it emits batch statistics.
+    c_small, c_big, small, big, kernel_size, stride: the convolution's channels and sizes (height,
+        width), as in kernels/conv.py.
+    images: of the batch.
+    """
+
+    operation: str
+    itemsize: int
+    statistics: bool
+    c_small: int
+    c_big: int
+    small: tuple[int, int]
+    big: tuple[int, int]
+    kernel_size: tuple[int, int]
+    stride: tuple[int, int]
+    images: int
+
+    @property
+    def rows(self):
+        """M: pixels, of one phase for dgrad; for wgrad channels."""
+        if self.operation == "wgrad":
+            return self.c_small
+        if self.operation == "fprop":
+            return self.images * math.prod(self.small)
+        phase = (-(-n // s) for n, s in zip(self.big, self.stride, strict=True))
+        return self.images * math.prod(phase)
+
+    @property
+    def columns(self):
+        """N: channels."""
+        return self.c_small if self.operation == "fprop" else self.c_big
+
+    @property
+    def scattered(self):
+        """Whether elements must be addressed one by one."""
+        # 16 is what Triton tells a compiler about an integer: only then does it join loads.
+        return self.c_small % 16 > 0 or self.c_big % 16 > 0
+
+    @property
+    def key(self):
+        """Everything but the batch."""
+        return tuple(getattr(self, name) for name in _KEY)
+
+
+_KEY = (
+    "operation", "itemsize", "statistics", "c_small", "c_big", "small", "big", "kernel_size",
+    "stride",
+)  # fmt: skip
 
 
 # Small enough that a test's few pixels and channels span several ragged tiles.
@@ -91,17 +163,64 @@ def shipped(architecture, itemsize, scattered=False):
     return _SHIPPED[family][itemsize]
 
 
-def gemm_config(architecture, itemsize, m, n, scattered):
-    """The configuration for an m x n product: no wider than its columns and rows need.
+@functools.cache
+def gemm_config(architecture, problem):
+    """The configuration for a `Problem`.
+
+    The one that was fastest for it, or for the batch nearest in size, where it was timed;
+    otherwise no wider than its columns and rows need.
 
     Args:
         architecture: "sm_90", "gfx942" and so on, or "interpreter".
-        itemsize: bytes of an operand's element.
-        m, n: rows and columns of the product.
-        scattered: whether a number of channels is not a multiple of 16.
+        problem: a `Problem`.
     """
-    candidates = shipped(architecture, itemsize, scattered)
+    timed = tuned(architecture).get(problem.key)
+    if timed:
+        images = min(timed, key=lambda n: abs(math.log(n / problem.images)))
+        return timed[images]
+    candidates = shipped(architecture, problem.itemsize, problem.scattered)
     for config in candidates:
-        if config.block_n <= max(n, 16) and config.block_m <= max(m, 64):
+        fits_columns = config.block_n <= max(problem.columns, 16)
+        if fits_columns and config.block_m <= max(problem.rows, 64):
             return config
     return candidates[-1]
+
+
+@functools.cache
+def tuned(architecture):
+    """What was timed: {a problem's key: {images: the fastest configuration}}."""
+    found = {}
+    if not TUNED.exists():
+        return found
+    with open(TUNED, newline="", encoding="utf-8") as file:
+        for row in csv.DictReader(file):
+            if row["architecture"] == architecture:
+                key = tuple(_parsed(row[name]) for name in _KEY)
+                config = GemmConfig(
+                    *(_parsed(row[name]) for name in GemmConfig.__dataclass_fields__)
+                )
+                found.setdefault(key, {})[int(row["images"])] = config
+    return found
+
+
+def write_tuned(rows):
+    """Write tuned.csv: rows of (architecture, `Problem`, `GemmConfig`), sorted by architecture."""
+    with open(TUNED, "w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        fields = tuple(GemmConfig.__dataclass_fields__)
+        writer.writerow(("architecture", *_KEY, "images", *fields))
+        for architecture, problem, config in rows:
+            values = (*problem.key, problem.images, *(getattr(config, f) for f in fields))
+            writer.writerow((architecture, *map(_written, values)))
+
+
+def _written(value):
+    if isinstance(value, tuple):
+        return "x".join(map(str, value))
+    return int(value) if isinstance(value, bool) else value
+
+
+def _parsed(text):
+    if "x" in text:
+        return tuple(map(int, text.split("x")))
+    return int(text) if text.isdigit() else text

@@ -54,6 +54,51 @@ def combine_statistics(
 
 
 @triton.jit
+def tile_statistics(
+    z_ptr,
+    count_ptr,
+    mean_ptr,
+    m2_ptr,
+    rows,
+    channels,
+    tiles_per_part,
+    BLOCK_R: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    """Count, mean and M2 of each part of a group's rows, for a z that no kernel of ours computed.
+
+    Each of the tile's rows follows its own mean (Welford, 1962); at the end they are combined as in
+    `_combine`. Grid: (parts of a group, tiles of channels, groups).
+    """
+    dtype: tl.constexpr = mean_ptr.dtype.element_ty
+    part = tl.program_id(0)
+    group = tl.program_id(2).to(tl.int64)
+    c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
+    count = tl.zeros((BLOCK_R,), dtype=dtype)
+    mean = tl.zeros((BLOCK_R, BLOCK_C), dtype=dtype)
+    m2 = tl.zeros((BLOCK_R, BLOCK_C), dtype=dtype)
+    for step in range(0, tiles_per_part):
+        row = (part * tiles_per_part + step).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
+        exists = row < rows
+        inside = exists[:, None] & (c < channels)[None, :]
+        offset = (group * rows + row)[:, None] * channels + c[None, :]
+        z = tl.load(z_ptr + offset, mask=inside, other=0.0).to(dtype)
+        count += exists.to(dtype)
+        deviation = tl.where(inside, z - mean, 0.0)
+        mean += deviation / tl.maximum(count, 1.0)[:, None]
+        m2 += deviation * tl.where(inside, z - mean, 0.0)
+    total = tl.sum(count, axis=0)
+    centre = tl.sum(count[:, None] * mean, axis=0) / tl.maximum(total, 1.0)
+    deviation = mean - centre[None, :]
+    squares = m2 + count[:, None] * deviation * deviation
+    out = group * tl.num_programs(0) + part
+    tl.store(mean_ptr + out * channels + c, centre, mask=c < channels)
+    tl.store(m2_ptr + out * channels + c, tl.sum(squares, axis=0), mask=c < channels)
+    # Every tile of channels stores the same count, so no one needs to be chosen.
+    tl.store(count_ptr + out, total)
+
+
+@triton.jit
 def batch_statistics(
     count_ptr,
     mean_ptr,
@@ -63,6 +108,7 @@ def batch_statistics(
     beta_ptr,
     running_mean_ptr,
     running_var_ptr,
+    counter_ptr,
     groups,
     parts,
     channels,
@@ -72,13 +118,14 @@ def batch_statistics(
     HAS_GAMMA: tl.constexpr,
     HAS_BETA: tl.constexpr,
     HAS_RUNNING: tl.constexpr,
+    HAS_COUNTER: tl.constexpr,
     BLOCK_P: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
     """Combine each group's `parts` statistics into vectors[group], and move running statistics.
 
     Those move once for each group, in order, as if the groups were batches that came one after
-    another. Grid: (tiles of channels,).
+    another, and the counter of batches by as many. Grid: (tiles of channels,).
     """
     c = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
     in_c = c < channels
@@ -114,6 +161,10 @@ def batch_statistics(
             running_mean_ptr + c, running_mean.to(running_mean_ptr.dtype.element_ty), mask=in_c
         )
         tl.store(running_var_ptr + c, running_var.to(running_var_ptr.dtype.element_ty), mask=in_c)
+    if HAS_COUNTER:
+        # Only the first program's channels hold channel 0.
+        first = tl.program_id(0) == 0
+        tl.store(counter_ptr, tl.load(counter_ptr) + groups, mask=first)
 
 
 @triton.jit
@@ -223,10 +274,12 @@ def norm_backward(
     z_ptr,
     vectors_ptr,
     sums_ptr,
+    total_ptr,
     dz_ptr,
     rows,
     channels,
     negative_slope,
+    groups,
     TRAINING: tl.constexpr,
     ACTIVATION: tl.constexpr,
     BLOCK_R: tl.constexpr,
@@ -234,10 +287,12 @@ def norm_backward(
 ):
     """dz = scale * (g - dbeta / rows - xhat * dgamma / rows); scale * g where statistics are fixed.
 
-    sums[group] is [2, channels]: the group's part in dbeta and dgamma. Grid: (tiles of a group's
-    rows, tiles of channels, groups).
+    sums[group] is [2, channels]: the group's part in dbeta and dgamma, and total their sum over
+    groups; one group is its own total. Grid: (tiles of a group's rows, tiles of channels, groups).
     """
     c, offset, inside, vectors_ptr = _tile(rows, channels, vectors_ptr, BLOCK_R, BLOCK_C)
+    if (groups > 1) & (tl.program_id(0) == 0) & (tl.program_id(2) == 0):
+        _add_groups(sums_ptr, total_ptr, channels, c, groups)
     sums_ptr += tl.program_id(2) * 2 * channels
     g, xhat = _gradient_at_norm(
         dy_ptr, z_ptr, vectors_ptr, channels, c, offset, inside, negative_slope, ACTIVATION
@@ -249,6 +304,18 @@ def norm_backward(
         g = g - mean_g[None, :] - xhat * mean_g_xhat[None, :]
     scale = tl.load(vectors_ptr + SCALE * channels + c, mask=c < channels, other=0.0)
     tl.store(dz_ptr + offset, (g * scale[None, :]).to(dz_ptr.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _add_groups(sums_ptr, total_ptr, channels, c, groups):
+    """total[2, channels] = the sum over groups of sums[groups, 2, channels], in their order."""
+    for row in tl.static_range(2):
+        here = row * channels + c
+        total = tl.load(sums_ptr + here, mask=c < channels, other=0.0)
+        for group in range(1, groups):
+            part = sums_ptr + group * 2 * channels + here
+            total += tl.load(part, mask=c < channels, other=0.0)
+        tl.store(total_ptr + here, total, mask=c < channels)
 
 
 @triton.jit

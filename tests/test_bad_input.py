@@ -31,6 +31,12 @@ BLOCK = {
     "dtypes": ((X.bfloat16(), WEIGHT), {}, TypeError, r"weight.*bfloat16.*float32"),
     "dtype of bias": ((X, WEIGHT, ones(5).half()), {}, TypeError, r"bias.*float32.*float16"),
     "devices": ((X, meta(WEIGHT)), {}, ValueError, r"weight.*device cpu.*meta"),
+    "float counter": (
+        (X, WEIGHT),
+        NORM | {"num_batches_tracked": torch.tensor(0.0)},
+        TypeError,
+        "int64 scalar.*float32",
+    ),
     "device of gamma": ((X, WEIGHT), NORM | {"norm_weight": meta(ones(5))}, ValueError, "meta"),
     "bias": ((X, WEIGHT, ones(3)), {}, ValueError, r"bias of shape \(5,\).*\(3,\)"),
     "gamma": ((X, WEIGHT), NORM | {"norm_weight": ones(3)}, ValueError, r"norm_weight.*\(3,\)"),

@@ -62,28 +62,41 @@ RAGGED = (
 )
 
 
-@pytest.fixture(params=["descriptors", "pointers"])
-def descriptors(request, monkeypatch):
-    """Run a test with each of the two ways to load operands; counts the descriptors made."""
-    made = Counter()
-    choose, describe = launch.configs.gemm_config, launch._descriptor
-    allowed = request.param == "descriptors"
+@pytest.fixture(params=["descriptors", "pointers", "library"])
+def loader(request, monkeypatch):
+    """Run a test with each way to load operands, and with PyTorch's convolution in their place."""
+    used = set()
+    choose, describe, start = launch.configs.gemm_config, launch._descriptor, launch._start
+    asked_for = {
+        "descriptors": dict(descriptors=True),
+        "pointers": dict(descriptors=False),
+        "library": dict(library=True),
+    }
 
     def choose_loader(*args, **kwargs):
-        return replace(choose(*args, **kwargs), descriptors=allowed)
+        return replace(choose(*args, **kwargs), **asked_for[request.param])
 
-    def count(*args, **kwargs):
-        made["descriptors"] += 1
+    def describing(*args, **kwargs):
+        used.add("descriptors")
         return describe(*args, **kwargs)
 
+    def starting(kernel, *args, **kwargs):
+        if kernel.__name__ in ("fprop", "dgrad", "wgrad") and not kwargs["DESCRIPTORS"]:
+            used.add("pointers")
+        start(kernel, *args, **kwargs)
+
     monkeypatch.setattr(launch.configs, "gemm_config", choose_loader)
-    monkeypatch.setattr(launch, "_descriptor", count)
+    monkeypatch.setattr(launch, "_descriptor", describing)
+    monkeypatch.setattr(launch, "_start", starting)
     yield
-    assert (made["descriptors"] > 0) == allowed
+    if request.param == "descriptors":
+        assert "descriptors" in used
+    else:
+        assert used == {request.param} - {"library"}
 
 
 @pytest.mark.parametrize("case", ALIGNED, ids=str)
-def test_ragged_tiles_with_either_loader(case, device, descriptors):
+def test_ragged_tiles_with_either_loader(case, device, loader):
     assert_block(case, device)
 
 
@@ -110,7 +123,7 @@ GROUPED_RAGGED = (
 
 
 @pytest.mark.parametrize("case", GROUPED_ALIGNED, ids=str)
-def test_groups_with_either_loader(case, device, descriptors):
+def test_groups_with_either_loader(case, device, loader):
     assert_block(case, device)
 
 
@@ -130,6 +143,10 @@ def test_few_programs_share_long_reductions(transposed, device, monkeypatch):
     # As on a GPU with large tensors: each program reduces several tiles, in several rounds.
     monkeypatch.setattr(launch, "_BUSY_PROGRAMS", 1)
     monkeypatch.setattr(launch, "_STATISTICS_CHUNK", 3)
+    choose = launch.configs.gemm_config
+    monkeypatch.setattr(
+        launch.configs, "gemm_config", lambda *args: replace(choose(*args), programs=1)
+    )
     geometry = Geometry(1, 1, 0, (26, 27), (26, 27))
     assert_block(Case(transposed, geometry, (2, 3), batch=1, activation="leaky_relu"), device)
 
@@ -175,6 +192,17 @@ def test_mean_a_thousand_times_the_deviation(transposed, device):
     block = functional.conv_transpose_block if transposed else functional.conv_block
     y = block(x, weight, norm=True, running_mean=mean, running_var=var, momentum=1.0)
     assert_stable_statistics(x, mean, var, y)
+
+
+@pytest.mark.parametrize("groups", [1, 2])
+def test_statistics_by_a_pass_of_their_own_are_stable(groups, device, monkeypatch):
+    monkeypatch.setattr(launch, "_BUSY_PROGRAMS", 1)  # So that a part is several tiles.
+    z = torch.randn(4, 3, 18, 19, device=device) + 1000
+    vectors = launch.batch_statistics(launch._statistics_of(z, groups), None, None, 1e-9)
+    for part, (mean, var, rstd, *_) in zip(z.chunk(groups), vectors, strict=True):
+        for c in range(3):
+            normalized = (part[:, c] - mean[c]) * rstd[c]
+            assert_stable_statistics(part[:, c], mean[c], var[c], normalized)
 
 
 def test_difference_of_mean_squares_is_not_stable(device):
@@ -256,6 +284,28 @@ def test_only_wanted_gradients_are_computed(transposed, mode, frozen, device, st
     assert some.keys() == every.keys() - {f"gradient of {name}" for name in frozen}
     for name, result in some.items():
         assert result is None or torch.equal(result, every[name]), name
+
+
+@pytest.mark.parametrize("backend", ["triton", "auto", "reference"])
+@pytest.mark.parametrize("momentum", [0.1, torch.tensor([0.5, 0.25])], ids=["fixed", "varying"])
+def test_batches_are_counted_in_training_alone(backend, momentum, device):
+    x, weight = torch.randn(4, 3, 5, 5, device=device), torch.randn(70, 3, 3, 3, device=device)
+    mean, var = torch.zeros(70, device=device), torch.ones(70, device=device)
+    counter = torch.tensor(5, device=device)
+    if isinstance(momentum, torch.Tensor):
+        momentum = momentum.to(device)
+    options = dict(norm=True, num_batches_tracked=counter, momentum=momentum)
+    with use_backend(backend):
+        functional.conv_block(
+            x, weight, running_mean=mean, running_var=var, statistics_groups=2, **options
+        )
+        assert counter == 7
+        functional.conv_block(
+            x, weight, running_mean=mean, running_var=var, training=False, **options
+        )
+        functional.conv_block(x, weight, **options)
+        functional.conv_block(x, weight, num_batches_tracked=counter)
+    assert counter == 7
 
 
 @pytest.mark.parametrize("transposed", [False, True])

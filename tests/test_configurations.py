@@ -73,3 +73,64 @@ def test_tile_for_unaligned_channels(config, dtype, transposed, device, monkeypa
     for c_big in (3, config.block_n + 3):
         channels = (37, c_big) if transposed else (c_big, 37)
         assert_block(Case(transposed, ODD, channels, BATCH, dtype), device)
+
+
+def problem(images, **changes):
+    """The second layer of a DCGAN-64's discriminator."""
+    facts = dict(
+        operation="fprop", itemsize=2, statistics=True, c_small=128, c_big=64, small=(16, 16),
+        big=(32, 32), kernel_size=(4, 4), stride=(2, 2),
+    )  # fmt: skip
+    return launch.configs.Problem(**facts | changes, images=images)
+
+
+@pytest.fixture
+def table(tmp_path, monkeypatch):
+    """A table of two timed batches of one problem, written and read anew."""
+    configs = launch.configs
+    monkeypatch.setattr(configs, "TUNED", tmp_path / "tuned.csv")
+    small = configs.GemmConfig(64, 64, 32, 4, 3, True)
+    large = configs.GemmConfig(128, 256, 64, 8, 3, False, programs=132, library=True)
+    timed = [("sm_90", problem(128), small), ("sm_90", problem(1024), large)]
+    configs.write_tuned(timed)
+    configs.tuned.cache_clear()
+    configs.gemm_config.cache_clear()
+    yield small, large
+    configs.tuned.cache_clear()
+    configs.gemm_config.cache_clear()
+
+
+def test_the_nearest_timed_batch_decides(table):
+    small, large = table
+    for images, expected in ((1, small), (128, small), (300, small), (500, large), (4096, large)):
+        assert launch.configs.gemm_config("sm_90", problem(images)) == expected
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        dict(operation="dgrad"),
+        dict(itemsize=4),
+        dict(statistics=False),
+        dict(c_small=256),
+        dict(big=(33, 33)),
+        dict(stride=(1, 2)),
+    ],
+    ids=lambda changes: next(iter(changes)),
+)
+def test_another_problem_is_chosen_by_size(table, changes):
+    config = launch.configs.gemm_config("sm_90", problem(128, **changes))
+    assert config in launch.configs.shipped("sm_90", changes.get("itemsize", 2))
+
+
+def test_another_architecture_is_chosen_by_size(table):
+    config = launch.configs.gemm_config("sm_80", problem(128))
+    assert config in launch.configs.shipped("sm_80", 2)
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_no_tile_is_wider_than_needed(architecture):
+    narrow = launch.configs.gemm_config(architecture, problem(64, c_small=48, c_big=3))
+    assert narrow.block_n <= 48
+    few = launch.configs.gemm_config(architecture, problem(1, small=(1, 1), big=(2, 2)))
+    assert few.block_m <= 64

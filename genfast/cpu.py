@@ -16,6 +16,7 @@ from torch.autograd import Function
 
 from genfast import library
 from genfast.geometry import ConvGeometry
+from genfast.library import fprop
 
 # oneDNN's bfloat16 weight gradient is slow on maps of so few pixels. On larger ones unfolding the
 # images costs what the product wins.
@@ -38,21 +39,8 @@ def conv_transpose2d(x, weight, bias, stride, padding, output_padding):
     return _Convolution.apply(x, weight, bias, geometry, True)
 
 
-def fprop(big, weight, geometry, bias=None):
-    """`conv2d`, or the input gradient of `conv_transpose2d`: (N, C_small, *geometry.small)."""
-    if not _is_product(geometry):
-        return library.fprop(big, weight, geometry, bias)
-    small = _empty(len(big), weight.shape[0], geometry.small, big)
-    torch.mm(_pixels_as_channels(big), _taps_as_columns(weight).t(), out=small.flatten(1))
-    return small if bias is None else small.add_(bias[:, None, None])
-
-
 def dgrad(small, weight, geometry, bias=None):
     """`conv_transpose2d`, or the input gradient of `conv2d`: (N, C_big, *geometry.big)."""
-    if _is_product(geometry):
-        big = _empty(len(small), weight.shape[1], geometry.big, small)
-        torch.mm(small.flatten(1), _taps_as_columns(weight), out=_pixels_as_channels(big))
-        return big if bias is None else big.add_(bias[:, None, None])
     if _phases_fit_one_convolution(weight, geometry):
         return _dgrad_by_phases(small, weight, geometry, bias)
     return library.dgrad(small, weight, geometry, bias)
@@ -60,14 +48,11 @@ def dgrad(small, weight, geometry, bias=None):
 
 def wgrad(big, small, geometry):
     """The weight gradient of `conv2d` and `conv_transpose2d`: (C_small, C_big, kh, kw)."""
-    if not _is_product(geometry) and not _worth_unfolding(big, geometry):
+    if not _worth_unfolding(big, geometry):
         return library.wgrad(big, small, geometry)
-    dweight = _empty(small.shape[1], big.shape[1], geometry.kernel_size, big)
-    if _is_product(geometry):
-        torch.mm(small.flatten(1).t(), _pixels_as_channels(big), out=_taps_as_columns(dweight))
-    else:
-        rows = small.permute(0, 2, 3, 1).reshape(-1, small.shape[1])
-        torch.mm(rows.t(), _unfold(big, geometry), out=_taps_as_columns(dweight))
+    dweight = library.empty(small.shape[1], big.shape[1], geometry.kernel_size, big)
+    rows = small.permute(0, 2, 3, 1).reshape(-1, small.shape[1])
+    torch.mm(rows.t(), _unfold(big, geometry), out=library.taps_as_columns(dweight))
     return dweight
 
 
@@ -101,30 +86,10 @@ class _Convolution(Function):
         return dx, dweight, dbias, None, None
 
 
-def _empty(n, channels, size, like):
-    return torch.empty((n, channels, *size), dtype=like.dtype, memory_format=torch.channels_last)
-
-
-def _is_product(geometry):
-    """Whether the kernel covers its whole input at once, unpadded: latents to maps, maps to logits.
-
-    The big side's pixels then are channels, and the convolution a matrix product.
-    """
-    covers = geometry.small == (1, 1) and geometry.big == geometry.kernel_size
-    return covers and not any(geometry.padding)
-
-
-def _pixels_as_channels(big):
-    return big.permute(0, 2, 3, 1).flatten(1)
-
-
-def _taps_as_columns(weight):
-    return weight.permute(0, 2, 3, 1).flatten(1)
-
-
 def _worth_unfolding(big, geometry):
     pixels = geometry.small[0] * geometry.small[1]
-    return big.dtype == torch.bfloat16 and pixels <= _MOST_PIXELS_UNFOLDED
+    few = pixels <= _MOST_PIXELS_UNFOLDED and not geometry.is_product
+    return few and big.dtype == torch.bfloat16
 
 
 def _unfold(big, geometry):
@@ -143,7 +108,7 @@ def _unfold(big, geometry):
 def _phases_fit_one_convolution(weight, geometry):
     """Whether dgrad has phases of one size and so few channels that all are columns together."""
     (sh, sw), (h, w) = geometry.stride, geometry.small
-    alike = sh == sw > 1 and geometry.big == (h * sh, w * sw)
+    alike = sh == sw > 1 and geometry.big == (h * sh, w * sw) and not geometry.is_product
     return alike and weight.shape[1] * sh * sw <= _MOST_PHASE_CHANNELS
 
 

@@ -54,6 +54,15 @@ class ConvGeometry:
         return self.kernel_size[0] * self.kernel_size[1]
 
     @property
+    def is_product(self):
+        """Whether the kernel covers its whole input at once, unpadded: a matrix product.
+
+        Latents to maps, maps to logits: the big side's pixels then are so many channels.
+        """
+        covers = self.small == (1, 1) and self.big == self.kernel_size
+        return covers and not any(self.padding)
+
+    @property
     def output_padding(self):
         """What a transposed convolution from small to big adds at the bottom and right."""
         smallest = (

@@ -542,7 +542,7 @@ def _parts_of_pass(grid):
 
 
 def _config(operation, operand, geometry, c_small, c_big, statistics=False):
-    if _is_product(geometry):
+    if geometry.is_product:
         geometry, c_big = _FLAT, c_big * geometry.taps
     problem = configs.Problem(
         operation=operation,
@@ -565,14 +565,9 @@ def _collapse(big, small, geometry):
     Latents (1 x 1) to 4 x 4 and 4 x 4 to one logit: the big side's pixels become channels, in
     memory the same array, and no tap is multiplied by padding.
     """
-    if not _is_product(geometry):
+    if not geometry.is_product:
         return big, small, geometry
     return big.view(big.shape[0], 1, 1, -1), small, _FLAT
-
-
-def _is_product(geometry):
-    covers = geometry.small == (1, 1) and geometry.big == geometry.kernel_size
-    return covers and not any(geometry.padding)
 
 
 def _box(pixels, height, width):

@@ -7,7 +7,7 @@ else is chosen by size from the tables below.
 import csv
 import functools
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 TUNED = Path(__file__).with_name("tuned.csv")
@@ -83,13 +83,7 @@ class Problem:
     @property
     def key(self):
         """Everything but the batch."""
-        return tuple(getattr(self, name) for name in _KEY)
-
-
-_KEY = (
-    "operation", "itemsize", "statistics", "c_small", "c_big", "small", "big", "kernel_size",
-    "stride",
-)  # fmt: skip
+        return tuple(value for name, value in vars(self).items() if name != "images")
 
 
 # Small enough that a test's few pixels and channels span several ragged tiles.
@@ -190,28 +184,32 @@ def gemm_config(architecture, problem):
 def tuned(architecture):
     """What was timed: {a problem's key: {images: the fastest configuration}}."""
     found = {}
-    if not TUNED.exists():
-        return found
-    with open(TUNED, newline="", encoding="utf-8") as file:
-        for row in csv.DictReader(file):
-            if row["architecture"] == architecture:
-                key = tuple(_parsed(row[name]) for name in _KEY)
-                config = GemmConfig(
-                    *(_parsed(row[name]) for name in GemmConfig.__dataclass_fields__)
-                )
-                found.setdefault(key, {})[int(row["images"])] = config
+    for where, problem, config in read_tuned():
+        if where == architecture:
+            found.setdefault(problem.key, {})[problem.images] = config
     return found
 
 
+def read_tuned():
+    """The rows of tuned.csv: a list of (architecture, `Problem`, `GemmConfig`)."""
+    if not TUNED.exists():
+        return []
+    with open(TUNED, newline="", encoding="utf-8") as file:
+        return [
+            (row["architecture"], _from_row(Problem, row), _from_row(GemmConfig, row))
+            for row in csv.DictReader(file)
+        ]
+
+
 def write_tuned(rows):
-    """Write tuned.csv: rows of (architecture, `Problem`, `GemmConfig`), sorted by architecture."""
+    """Write tuned.csv: rows of (architecture, `Problem`, `GemmConfig`)."""
     with open(TUNED, "w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file, lineterminator="\n")
-        fields = tuple(GemmConfig.__dataclass_fields__)
-        writer.writerow(("architecture", *_KEY, "images", *fields))
+        names = (*Problem.__dataclass_fields__, *GemmConfig.__dataclass_fields__)
+        writer.writerow(("architecture", *names))
         for architecture, problem, config in rows:
-            values = (*problem.key, problem.images, *(getattr(config, f) for f in fields))
-            writer.writerow((architecture, *map(_written, values)))
+            facts = vars(problem) | vars(config)
+            writer.writerow((architecture, *(_written(facts[name]) for name in names)))
 
 
 def _written(value):
@@ -220,7 +218,14 @@ def _written(value):
     return int(value) if isinstance(value, bool) else value
 
 
-def _parsed(text):
-    if "x" in text:
-        return tuple(map(int, text.split("x")))
-    return int(text) if text.isdigit() else text
+def _from_row(kind, row):
+    return kind(**{f.name: _READ[f.type](row[f.name]) for f in fields(kind)})
+
+
+# How a field of each type reads from text.
+_READ = {
+    int: int,
+    str: str,
+    bool: lambda text: bool(int(text)),
+    tuple[int, int]: lambda text: tuple(map(int, text.split("x"))),
+}

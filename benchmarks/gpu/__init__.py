@@ -1,0 +1,1 @@
+"""Everything that only a GPU can answer: python -m benchmarks.gpu."""

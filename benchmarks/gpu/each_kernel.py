@@ -1,0 +1,57 @@
+"""Run every kernel on small, ragged tensors: python -m benchmarks.gpu.each_kernel.
+
+Both operand loaders, a layer with few channels and one without a multiple of 16, statistics in two
+groups, evaluation, and sampling; for tools that watch a GPU at work, and slow it down.
+"""
+
+import torch
+
+from genfast import functional, use_backend
+from genfast.functional import reparameterize_with_kl
+
+# (transposed, c_in, c_out, input size, kernel, stride, padding), all with a batch of 6.
+LAYERS = (
+    (False, 64, 128, (16, 16), 4, 2, 1),
+    (True, 128, 64, (8, 8), 4, 2, 1),
+    (False, 3, 64, (16, 16), 4, 2, 1),
+    (True, 64, 3, (8, 8), 4, 2, 1),
+    (True, 100, 64, (1, 1), 4, 1, 0),
+    (False, 64, 1, (4, 4), 4, 1, 0),
+    (False, 37, 21, (9, 7), 3, 2, 1),
+    (True, 21, 37, (5, 4), 3, 2, 1),
+)
+
+
+def main(device="cuda", layers=LAYERS, dtypes=(torch.bfloat16, torch.float32)):
+    for dtype in dtypes:
+        for transposed, c_in, c_out, size, kernel, stride, padding in layers:
+            shape = (c_in, c_out) if transposed else (c_out, c_in)
+            x = torch.randn(6, c_in, *size, device=device, dtype=dtype, requires_grad=True)
+            weight = torch.randn(*shape, kernel, kernel, device=device, dtype=dtype)
+            weight.requires_grad_()
+            block = functional.conv_transpose_block if transposed else functional.conv_block
+            mean, var = torch.zeros(c_out, device=device), torch.ones(c_out, device=device)
+            counter = torch.tensor(0, device=device)
+            for norm, activation in ((True, "leaky_relu"), (False, "tanh")):
+                y = block(
+                    x, weight, None, stride, padding, norm=norm, running_mean=mean,
+                    running_var=var, num_batches_tracked=counter, activation=activation,
+                    statistics_groups=2,
+                )  # fmt: skip
+                y.sum().backward()
+            with torch.no_grad():
+                block(
+                    x, weight, None, stride, padding, norm=True, running_mean=mean,
+                    running_var=var, training=False, activation="relu",
+                )  # fmt: skip
+        mu, logvar = torch.randn(2, 5, 77, device=device, dtype=dtype)
+        mu, logvar = mu.requires_grad_(), logvar.requires_grad_()
+        z, kl = reparameterize_with_kl(mu, logvar)
+        (z.sum() + kl.sum()).backward()
+    print("every kernel ran")
+
+
+if __name__ == "__main__":
+    with use_backend("triton"):
+        main()
+    torch.cuda.synchronize()

@@ -1,0 +1,56 @@
+"""Whole training steps beside every baseline: `benchmarks.throughput`, model by model."""
+
+import subprocess
+import sys
+
+import torch
+
+from benchmarks import machine
+from benchmarks.gpu.clock import deadline_of_arguments
+from benchmarks.gpu.stages import MORE_TO_DO, ROOT, fingerprint_of
+from benchmarks.throughput import RESULTS
+
+# Most important first; and the seconds below which one is not begun.
+RUNS = (
+    ("dcgan", 128, 240),
+    ("dcgan", 1024, 240),
+    ("vae", 128, 150),
+    ("conv-vae", 128, 200),
+)
+_TIMING_SECONDS = 20
+
+
+def main():
+    deadline = deadline_of_arguments(__doc__)
+    device = torch.device("cuda")
+    notes = RESULTS / "gpu" / "steps.txt"
+    done = notes.read_text().splitlines() if notes.exists() else []
+    fingerprint = fingerprint_of("steps")
+    unfinished = failed = False
+    for model, batch_size, least in RUNS:
+        name = f"{model} {batch_size} {fingerprint}"
+        if name in done:
+            continue
+        if deadline.left < least:
+            unfinished = True
+            break
+        command = [
+            sys.executable, "-m", "benchmarks.throughput", "--model", model, "--batch-size",
+            str(batch_size), "--device", "cuda", "--seconds", str(_TIMING_SECONDS),
+        ]  # fmt: skip
+        try:
+            status = subprocess.run(command, cwd=ROOT, timeout=deadline.left).returncode
+        except subprocess.TimeoutExpired:
+            print(f"{model} at batch {batch_size} ran out of time", flush=True)
+            unfinished = True
+            break
+        failed |= status != 0
+        if status == 0:
+            done.append(name)
+            notes.write_text("\n".join(done) + "\n")
+    print(f"steps on {machine.name(device)}: {len(done)} of {len(RUNS)} runs noted")
+    return MORE_TO_DO if unfinished else int(failed)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,142 @@
+"""The parts of `python -m benchmarks.gpu` that a machine without a GPU can try."""
+
+import json
+import re
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("triton", reason="it is about Triton kernels")
+
+from benchmarks.gpu import blocks, each_kernel, problems, profile, tuning
+from benchmarks.gpu.stages import STAGES
+from benchmarks.gpu.table import Table
+from genfast import use_backend
+from genfast.backend import INTERPRETING
+
+ROOT = Path(__file__).parents[1]
+CPU = torch.device("cpu")
+interpreted = pytest.mark.skipif(not INTERPRETING, reason="tries kernels on the CPU")
+
+
+def test_a_table_continues_where_it_was_left(tmp_path):
+    path = tmp_path / "table.csv"
+    first = Table(path, ("name", "value"), "a")
+    first.add({"name": "x", "value": 1})
+    first.add({"name": "y, z", "value": 2.5})
+    again = Table(path, ("name", "value"), "a")
+    assert {"name": "y, z"} in again and {"name": "y, z", "value": 2} not in again
+    assert [row["value"] for row in again.rows] == ["1", "2.5"]
+
+
+def test_a_table_drops_what_other_sources_gave(tmp_path):
+    Table(tmp_path / "t.csv", ("name",), "a").add({"name": "x"})
+    assert {"name": "x"} not in Table(tmp_path / "t.csv", ("name",), "b")
+
+
+def test_stages_know_their_sources():
+    digests = {stage.name: stage.fingerprint for stage in STAGES}
+    assert digests["tuning"] != digests["tests"]
+    for stage in STAGES:
+        assert all(list(ROOT.glob(p)) or p == "kernels/tuned.csv" for p in stage.sources), stage
+
+
+def test_without_a_gpu_it_says_so():
+    if torch.cuda.is_available():
+        pytest.skip("there is one")
+    done = subprocess.run(
+        [sys.executable, "-m", "benchmarks.gpu"], cwd=ROOT, capture_output=True, text=True
+    )
+    assert done.returncode and "expected a CUDA or ROCm GPU" in done.stderr
+
+
+def test_profile_adds_up():
+    rows = profile.rows_of([("a", 0, 10), ("b", 12, 20), ("a", 20, 30), ("b", 30, 40)], 2)
+    found = {row["kernel"]: (float(row["count"]), float(row["us"])) for row in rows}
+    assert found == {"a": (1, 10), "b": (1, 9), "(gaps)": (0, 1), "(all)": (2, 20)}
+    assert rows[0]["kernel"] == "(all)" and rows[0]["share"] == "1.0000"
+
+
+@interpreted
+def test_products_of_training_are_tuned_and_shipped(tmp_path, monkeypatch):
+    configs = tuning.configs
+    monkeypatch.setattr(configs, "TUNED", tmp_path / "tuned.csv")
+    with use_backend("triton"):
+        found = problems.of_training("dcgan", 2, CPU, image_size=16, width=4)
+    operations = {problem.operation for problem in found}
+    assert operations == {"fprop", "dgrad", "wgrad"} and len(found) == len(set(found))
+    table = Table(tmp_path / "tuning.csv", tuning.COLUMNS, "a")
+    monkeypatch.setattr(tuning, "_SCATTERED_TILES", tuning._SCATTERED_TILES[-4:])
+    for problem in found[1:3]:
+        tiles = tuning.candidates(problem)
+        assert tuning.LIBRARY in tiles and len(tiles) == len(set(tiles))
+        errors = [tuning.check(problem, tile, "cpu") for tile in tiles]
+        assert max(errors) < 1e-2
+        errors[0] = "CompilationError: too large"
+        errors[1] = 0.5
+        rows = tuning.time_all(problem, errors, CPU)
+        assert [row["chosen"] for row in rows] == [1] + [0] * (len(rows) - 1)
+        assert sum(row["us"] == "inf" for row in rows) == 2
+        for row in rows:
+            table.add(row | {"architecture": "interpreter"})
+    tuning._ship(table, "interpreter")
+    shipped = configs.read_tuned()
+    assert [problem for _, problem, _ in shipped] == sorted(found[1:3], key=lambda p: p.key)
+    chosen = [json.loads(r["config"]) for r in table.rows if r["chosen"] == "1"]
+    assert sorted(map(str, chosen)) == sorted(str(vars(config)) for _, _, config in shipped)
+
+
+@interpreted
+def test_a_tile_that_is_wrong_or_does_not_run_is_noticed(monkeypatch):
+    with use_backend("triton"):
+        problem, *_ = problems.of_training("dcgan", 2, CPU, image_size=16, width=4)
+    tile = tuning.candidates(problem)[0]
+    assert isinstance(tuning.check(problem, replace(tile, block_m=48), "cpu"), str)
+
+    def call(*_):
+        library = tuning.launch.configs.gemm_config(None, None).library
+        return lambda: torch.tensor([3.0, 4.0]) if library else torch.tensor([3.0, 4.5])
+
+    def called(*args):
+        return lambda: call(*args)()
+
+    monkeypatch.setattr(tuning, "call", called)
+    assert tuning.check(problem, tile, "cpu") == pytest.approx(0.1)
+
+
+@interpreted
+def test_each_kernel_runs(monkeypatch):
+    started = set()
+    start = tuning.launch._start
+
+    def recording(kernel, grid, **arguments):
+        started.add(kernel.__name__)
+        start(kernel, grid, **arguments)
+
+    monkeypatch.setattr(tuning.launch, "_start", recording)
+    with use_backend("triton"):
+        each_kernel.main("cpu", each_kernel.LAYERS[-2:], [torch.float32])
+    kernels = {
+        name
+        for path in (ROOT / "kernels").glob("*.py")
+        for name in re.findall(r"@triton.jit\ndef ([a-z]\w+)\(", path.read_text())
+    }
+    helpers = {"activate", "activation_backward"}
+    rounds_of_many, no_product = {"combine_statistics"}, {"tile_statistics"}
+    assert started == kernels - helpers - rounds_of_many - no_product
+
+
+@interpreted
+def test_layers_are_timed_beside_eager(tmp_path):
+    table = Table(tmp_path / "blocks.csv", blocks.COLUMNS, "a")
+    with use_backend("triton"):
+        blocks.time_layer(table, "d 512-1, 4", 2, CPU, compiled=False)
+        blocks.time_sampling(table, CPU, 2048)
+    found = [(row["layer"], row["variant"]) for row in table.rows]
+    layers = ("d 512-1, 4", "sampling and KL")
+    assert found == [(layer, variant) for layer in layers for variant in ("eager", "genfast")]
+    assert all(float(row["us"]) > 0 and float(row["host_us"]) > 0 for row in table.rows)

@@ -180,6 +180,8 @@ def batch_statistics(
     statistics = _combine_chunks(statistics)
     parts, channels, groups = _parts(statistics)
     vectors = statistics.mean.new_empty((groups, 5, channels))
+    # The kernel steps through memory one by one; what it wrote into a copy goes back.
+    running = [_dense(t, vectors) for t in (running_mean, running_var)]
     _start(
         norm.batch_statistics,
         (_ceil_div(channels, _statistics_block(channels)),),
@@ -187,10 +189,10 @@ def batch_statistics(
         mean_ptr=statistics.mean,
         m2_ptr=statistics.m2,
         vectors_ptr=vectors,
-        gamma_ptr=gamma if gamma is not None else vectors,
-        beta_ptr=beta if beta is not None else vectors,
-        running_mean_ptr=running_mean if running_mean is not None else vectors,
-        running_var_ptr=running_var if running_var is not None else vectors,
+        gamma_ptr=_dense(gamma, vectors),
+        beta_ptr=_dense(beta, vectors),
+        running_mean_ptr=running[0],
+        running_var_ptr=running[1],
         counter_ptr=counter if counter is not None else vectors,
         groups=groups,
         parts=parts,
@@ -205,7 +207,15 @@ def batch_statistics(
         BLOCK_P=64,
         BLOCK_C=_statistics_block(channels),
     )
+    for given, dense in zip((running_mean, running_var), running, strict=True):
+        if given is not None and given is not dense:
+            given.copy_(dense)
     return vectors
+
+
+def _dense(vector, stand_in):
+    """The vector with its elements side by side; for None another tensor, which nobody reads."""
+    return stand_in if vector is None else vector.contiguous()
 
 
 def _combine_chunks(statistics):
@@ -463,7 +473,7 @@ def _conv(direction, source, weight, geometry, epilogue):
     tile_grid = (tiles * _ceil_div(columns, config.block_n), phases)
     shared = dict(
         weight=weight,
-        bias_ptr=epilogue.bias if epilogue.bias is not None else out,
+        bias_ptr=_dense(epilogue.bias, out),
         vectors_ptr=epilogue.vectors if epilogue.vectors is not None else out,
         count_ptr=statistics.count if statistics else out,
         mean_ptr=statistics.mean if statistics else out,

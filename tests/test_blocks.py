@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from cases import DTYPES, GEOMETRIES, LAYOUTS, Case, Geometry, pairwise
+from cases import DTYPES, GEOMETRIES, LAYOUTS, VECTORS, Case, Geometry, pairwise
 from oracle import assert_block, assert_stable_statistics, evaluate, upstream_gradient
 
 from genfast import functional, launch, reference, use_backend
@@ -306,6 +306,24 @@ def test_batches_are_counted_in_training_alone(backend, momentum, device):
         functional.conv_block(x, weight, **options)
         functional.conv_block(x, weight, num_batches_tracked=counter)
     assert counter == 7
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("name", ["bias", *VECTORS])
+def test_vectors_need_not_be_dense(name, training, device):
+    x, weight = torch.randn(2, 3, 4, 5, device=device), torch.randn(5, 3, 3, 3, device=device)
+    dense = {n: torch.rand(5, device=device) + 0.5 for n in ("bias", *VECTORS)}
+    # NaN beside each element would show in what is read, and must survive what is written.
+    pairs = torch.full((5, 2), float("nan"), device=device)
+    pairs[:, 0] = dense[name]
+    strided = dense | {name: pairs[:, 0]}
+    y, expected = (
+        functional.conv_block(x, weight, norm=True, training=training, **vectors)
+        for vectors in (strided, dense)
+    )
+    assert torch.equal(y, expected)
+    assert torch.equal(pairs[:, 0], dense[name])
+    assert pairs[:, 1].isnan().all()
 
 
 @pytest.mark.parametrize("transposed", [False, True])

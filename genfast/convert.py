@@ -101,7 +101,20 @@ def _fused_class(cls):
     """FusedSequential; for a subclass of nn.Sequential, the subclass with its forward and name."""
     if cls is nn.Sequential:
         return FusedSequential
-    return type(cls.__name__, (FusedSequential, cls), {})
+    # Pickle finds a class by its name, and one made here has none: so store what it is made of.
+    members = {"__module__": cls.__module__, "__reduce_ex__": _reduce}
+    return type(cls.__name__, (FusedSequential, cls), members)
+
+
+def _reduce(module, protocol):
+    cls = type(module)
+    _, (_, *arguments), *state = super(cls, module).__reduce_ex__(protocol)
+    return _new, (cls.__bases__[1], *arguments), *state
+
+
+def _new(original, *arguments):
+    cls = _fused_class(original)
+    return cls.__new__(cls, *arguments)
 
 
 def _paths(model):

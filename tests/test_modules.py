@@ -2,6 +2,7 @@
 
 import copy
 import io
+import pickle
 
 import pytest
 import torch
@@ -282,6 +283,24 @@ def test_copies_and_state_dicts_of_an_accelerated_model(device):
     assert_module(twin, stock, x)
     restore(twin)
     assert type(twin) is nn.Sequential
+
+
+class Pyramid(nn.Sequential):
+    """A named `nn.Sequential`, as models have them."""
+
+
+@pytest.mark.parametrize("container", [nn.Sequential, Pyramid])
+def test_pickles_of_an_accelerated_model(container, device):
+    stock = container(*generator()).to(device)
+    model = copy.deepcopy(stock)
+    accelerate(model)
+    for pickled in (model, model[:3]):
+        twin = pickle.loads(pickle.dumps(pickled))
+        assert type(twin) is type(pickled)
+        assert_module(twin, copy.deepcopy(stock[: len(twin)]), latent(device))
+    twin = pickle.loads(pickle.dumps(model))
+    restore(twin)
+    assert type(twin) is container
 
 
 def test_half_precision_model(device):

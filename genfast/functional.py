@@ -193,6 +193,8 @@ def why_not_triton(*tensors, activation="identity", negative_slope=0.2):
     first = tensors[0]
     if torch.compiler.is_compiling():
         return "torch.compile traces PyTorch's own operations"
+    if torch.jit.is_tracing():
+        return "torch.jit.trace records PyTorch's own operations"
     reason = why_device_cannot_run_triton(first.device)
     if reason:
         return reason
@@ -232,7 +234,8 @@ def implementation(*tensors, **settings):
         return "triton"
     if backend == "triton":
         raise RuntimeError(f"the backend 'triton' was asked for and cannot run: {reason}")
-    on_cpu = tensors[0].device.type == "cpu" and not torch.compiler.is_compiling()
+    tracing = torch.compiler.is_compiling() or torch.jit.is_tracing()
+    on_cpu = tensors[0].device.type == "cpu" and not tracing
     return "cpu" if on_cpu and _why_not_plain(tensors) is None else "reference"
 
 

@@ -303,6 +303,18 @@ def test_pickles_of_an_accelerated_model(container, device):
     assert type(twin) is container
 
 
+@pytest.mark.filterwarnings("ignore:.*torch.jit.trace:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
+@pytest.mark.parametrize("build", [generator, lambda: GeneratorBlock(4, 3)])
+def test_traced_models_hold_pytorch_operations(build, device):
+    model = build().to(device).eval()
+    accelerate(model)
+    x = latent(device)
+    with use_backend("auto"):
+        traced = torch.jit.trace(model, x)
+        torch.testing.assert_close(traced(torch.cat([x, x])), torch.cat([model(x)] * 2))
+
+
 def test_half_precision_model(device):
     stock = generator().to(device, torch.bfloat16)
     model = copy.deepcopy(stock)

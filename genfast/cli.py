@@ -47,6 +47,9 @@ def main(arguments=None):
         except (BadInput, Diverged) as error:
             _tell(f"error: {error}")
             return 1
+        except OSError as error:  # A full disk, a folder that must not be written to.
+            _tell(f"error: expected files that can be read and written, but {error}")
+            return 1
         except KeyboardInterrupt:
             _tell("interrupted")
             return 130
@@ -102,12 +105,17 @@ def _out_folder(args, resume_from):
     out = _default_out(args)
     if out.exists() and not out.is_dir():
         raise BadInput(f"expected --out to be a folder, got the file {out}")
-    if not resume_from and (out / CHECKPOINT_NAME).exists():
+    checkpoint = out / CHECKPOINT_NAME
+    if checkpoint.exists() and not (resume_from and _is_same(resume_from, checkpoint)):
         raise BadInput(
             f"expected --out to be a folder without a run, but {out} holds one: give --resume to "
             f"go on with it, or another --out"
         )
     return out
+
+
+def _is_same(path, existing):
+    return path.exists() and path.samefile(existing)
 
 
 def _default_out(args):
@@ -120,6 +128,8 @@ def _sample(args):
     out = Path(args.out)
     if not out.parent.is_dir():
         raise BadInput(f"expected --out in a folder that exists, got {out}")
+    if out.is_dir():
+        raise BadInput(f"expected --out to be the name of a picture, got the folder {out}")
     sample_checkpoint(path, args.num, out, device=_working_device(args.device), seed=args.seed)
     print(out)
     return 0

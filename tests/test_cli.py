@@ -1,6 +1,7 @@
 """The command line: every command, every sentence about bad input, interrupts and kills."""
 
 import csv
+import errno
 import os
 import re
 import signal
@@ -169,6 +170,36 @@ def test_bad_checkpoints_end_in_one_sentence(tmp_path, images, capsys):
     assert "got one of vae" in _fails(capsys, "train", "gan", "--resume", out / "checkpoint.pt")
     assert "expected --nz 3" in _fails(capsys, "train", "vae", *resume, "--nz", 4)
     assert "expected --epochs of more than the 1" in _fails(capsys, "train", "vae", *resume)
+
+
+def test_files_that_cannot_be_written(tmp_path, images, capsys, monkeypatch):
+    arguments = ("train", "vae", "--data", images, "--epochs", 1, *TINY, "--out")
+    assert "Not a directory" in _fails(capsys, *arguments, tmp_path / "images.npy/out")
+    assert _run(*arguments, tmp_path / "out") == 0
+    capsys.readouterr()
+    assert "got the folder" in _fails(capsys, "sample", tmp_path / "out", "--out", tmp_path)
+
+    def fill(descriptor):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    before = sorted((tmp_path / "out").rglob("*")), (tmp_path / "out/checkpoint.pt").read_bytes()
+    monkeypatch.setattr(os, "fsync", fill)
+    resume = ("train", "vae", "--out", tmp_path / "out", "--resume", "--epochs", 2)
+    error = _run(*resume), capsys.readouterr().err
+    assert error[0] == 1
+    assert re.fullmatch(r"genfast: error: expected .*No space left on device.*out/.*\n", error[1])
+    after = sorted((tmp_path / "out").rglob("*")), (tmp_path / "out/checkpoint.pt").read_bytes()
+    assert after == before
+
+
+def test_resuming_elsewhere_does_not_overwrite_another_run(tmp_path, images, capsys):
+    arguments = ("train", "vae", "--data", images, "--epochs", 1, *TINY, "--out")
+    for name in ("one", "two"):
+        assert _run(*arguments, tmp_path / name) == 0
+    capsys.readouterr()
+    resume = ("train", "vae", "--epochs", 2, "--resume", tmp_path / "one/checkpoint.pt", "--out")
+    assert "holds one" in _fails(capsys, *resume, tmp_path / "two")
+    assert _run(*resume, tmp_path / "three") == 0
 
 
 def test_a_finished_run_is_not_overwritten(tmp_path, images, capsys):

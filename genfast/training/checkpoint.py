@@ -4,6 +4,7 @@ The file is what `torch.save` writes of tensors, numbers, strings and containers
 loads with `weights_only=True` and runs no code.
 """
 
+import io
 import pickle
 from pathlib import Path
 
@@ -34,8 +35,11 @@ def save_checkpoint(path, step, config, steps):
         "scalers": {name: s.state_dict() for name, s in step.scalers.items()},
         "rng": _rng_states(step.device),
     }
+    # Into memory first: where a disk is full, PyTorch's writer says something else.
+    buffer = io.BytesIO()
+    torch.save(content, buffer)
     with replacing(path) as file:
-        torch.save(content, file)
+        file.write(buffer.getbuffer())
 
 
 def read_checkpoint(path):

@@ -19,6 +19,7 @@ from genfast.training import checkpoint
 from genfast.training.config import build_step
 from genfast.training.data import Batches, normalize
 from genfast.training.errors import BadInput, require
+from genfast.training.files import replacing
 from genfast.training.metrics import Metrics
 from genfast.training.sampling import draw_noise, write_samples
 
@@ -155,7 +156,8 @@ def _write_settings(path, config, step):
             "python": platform.python_version(),
         },
     }
-    path.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+    with replacing(path) as file:
+        file.write((json.dumps(settings, indent=2) + "\n").encode())
 
 
 @contextmanager

@@ -20,12 +20,17 @@ def _checked(name, source):
     return name
 
 
-_selected = _checked(os.environ.get("GENFAST_BACKEND", "auto"), "GENFAST_BACKEND")
+_selected = os.environ.get("GENFAST_BACKEND", "auto")
 
 
 def selected_backend():
-    """The backend asked for: "auto", "triton" or "reference"."""
-    return _selected
+    """The backend asked for: "auto", "triton" or "reference".
+
+    Raises:
+        ValueError: GENFAST_BACKEND holds something else.
+    """
+    # Checked here and not when imported: then the command line can say it without a traceback.
+    return _checked(_selected, "GENFAST_BACKEND")
 
 
 class use_backend(AbstractContextManager):

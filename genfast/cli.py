@@ -43,6 +43,7 @@ def main(arguments=None):
     with warnings.catch_warnings():
         warnings.showwarning = lambda message, *_, **__: _tell(f"warning: {message}")
         try:
+            _check_backend()
             return args.run(args)
         except (BadInput, Diverged) as error:
             _tell(f"error: {error}")
@@ -53,6 +54,13 @@ def main(arguments=None):
         except KeyboardInterrupt:
             _tell("interrupted")
             return 130
+
+
+def _check_backend():
+    try:
+        selected_backend()
+    except ValueError as error:
+        raise BadInput(str(error)) from None
 
 
 def _tell(message):

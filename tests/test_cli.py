@@ -156,6 +156,19 @@ def test_a_backend_that_cannot_run(images, monkeypatch, capsys):
     assert "GENFAST_BACKEND=triton asks, but there is no GPU" in error
 
 
+def test_a_backend_that_does_not_exist():
+    done = subprocess.run(
+        [sys.executable, "-m", "genfast", "env"],
+        cwd=ROOT,
+        env=os.environ | {"GENFAST_BACKEND": "cuda"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 1
+    expected = r"genfast: error: expected GENFAST_BACKEND to be one of .*, got 'cuda'\n"
+    assert re.fullmatch(expected, done.stderr)
+
+
 def test_bad_checkpoints_end_in_one_sentence(tmp_path, images, capsys):
     assert "where there is none" in _fails(capsys, "sample", tmp_path / "absent.pt")
     assert "could not read" in _fails(capsys, "sample", images)

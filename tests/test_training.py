@@ -367,6 +367,28 @@ def test_truncated_checkpoint(tmp_path):
         checkpoint.read_checkpoint(tmp_path / "c.pt")
 
 
+def test_one_wrong_bit_in_a_checkpoint(tmp_path):
+    path = tmp_path / "c.pt"
+    checkpoint.save_checkpoint(path, VAEStep(VAE(16)), {}, 1)
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(BadInput, match="could not read it: .*damaged"):
+        checkpoint.read_checkpoint(path)
+
+
+def test_checkpoints_that_lack_something(tmp_path):
+    path = tmp_path / "c.pt"
+    checkpoint.save_checkpoint(path, VAEStep(VAE(16)), {"model": "vae"}, 1)
+    with pytest.raises(BadInput, match="settings of a genfast run in .*missing"):
+        sample_checkpoint(path, 1, tmp_path / "picture.png", device=torch.device("cpu"))
+    content = checkpoint.read_checkpoint(path)
+    del content["optimizers"]
+    torch.save(content, path)
+    with pytest.raises(BadInput, match="it lacks optimizers"):
+        checkpoint.read_checkpoint(path)
+
+
 def test_checkpoints_that_run_code_are_refused(tmp_path):
     torch.save({"format": checkpoint.FORMAT, "x": os.getcwd}, tmp_path / "c.pt")
     with pytest.raises(BadInput, match="could not read it"):

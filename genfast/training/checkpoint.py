@@ -6,6 +6,7 @@ loads with `weights_only=True` and runs no code.
 
 import io
 import pickle
+import zipfile
 from pathlib import Path
 
 import torch
@@ -15,6 +16,7 @@ from genfast.training.files import replacing
 
 NAME = "checkpoint.pt"
 FORMAT = "genfast checkpoint 1"
+PARTS = {"config", "steps", "modules", "optimizers", "rng"}
 
 
 def save_checkpoint(path, step, config, steps):
@@ -52,6 +54,7 @@ def read_checkpoint(path):
     if not path.is_file():
         raise BadInput(f"expected a checkpoint file at {path}, where there is none")
     try:
+        _check_whole(path)
         content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # Damaged bytes make the unpickler raise nearly anything.
         # PyTorch's message may advise to load without `weights_only`, which runs a stranger's code.
@@ -62,7 +65,18 @@ def read_checkpoint(path):
         ) from error
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         raise BadInput(f"expected a genfast checkpoint at {path}, got another kind of file")
+    missing = sorted(PARTS - content.keys())
+    if missing:
+        raise BadInput(f"expected a whole genfast checkpoint at {path}, it lacks {missing[0]}")
     return content
+
+
+def _check_whole(path):
+    """Compare the checksums in the file, which `torch.load` does not: wrong bits would train on."""
+    with zipfile.ZipFile(path) as file:
+        damaged = file.testzip()
+    if damaged:
+        raise ValueError(f"{damaged} is damaged")
 
 
 def restore_modules(step, content, path):

@@ -57,6 +57,17 @@ class Config:
         """The settings as a dict of numbers and strings."""
         return asdict(self)
 
+    @classmethod
+    def of_checkpoint(cls, content, path):
+        """The settings in what `read_checkpoint` gave; BadInput if they are not those of a run."""
+        try:
+            return cls(**content["config"])
+        except TypeError as error:
+            reason = str(error).partition(" ")[2]
+            raise BadInput(
+                f"expected the settings of a genfast run in {path}, got others: {reason}"
+            ) from None
+
 
 def check_settings(model, given):
     """BadInput if a setting in the dict `given` is not one the model has or takes."""
@@ -122,7 +133,7 @@ def prepare_resumed(model, data, given, path):
         BadInput: a setting or the images are not those the run began with.
     """
     check_settings(model, given)
-    began = Config(**read_checkpoint(path)["config"])
+    began = Config.of_checkpoint(read_checkpoint(path), path)
     if began.model != model:
         raise BadInput(f"expected a checkpoint of {model} at {path}, got one of {began.model}")
     for name, value in given.items():

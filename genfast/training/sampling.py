@@ -26,7 +26,7 @@ def sample_checkpoint(path, num, out, *, device, seed=0):
         BadInput: the checkpoint cannot be read, or an extra is not installed.
     """
     content = checkpoint.read_checkpoint(path)
-    config = Config(**content["config"])
+    config = Config.of_checkpoint(content, path)
     step = build_step(config, device)
     checkpoint.restore_modules(step, content, path)
     write_samples(step, draw_noise(num, step, seed), config, out)

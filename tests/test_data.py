@@ -161,6 +161,18 @@ def test_arrays(tmp_path, layout, suffix):
     assert load_images(path, 32).shape == (5, expected.shape[1], 32, 32)
 
 
+def test_endings_in_capitals(tmp_path):
+    np.save(tmp_path / "a.npy", RAMP)
+    (tmp_path / "a.npy").rename(tmp_path / "a.NPY")
+    assert load_images(tmp_path / "a.NPY").shape == (5, 1, 8, 8)
+
+
+def test_an_empty_name_is_not_the_current_folder(tmp_path, monkeypatch):
+    np.save(tmp_path / "a.npy", RAMP)
+    monkeypatch.chdir(tmp_path)
+    _fails("", "where there is nothing")
+
+
 def test_npz_of_several_arrays(tmp_path):
     np.savez(tmp_path / "a.npz", x_train=RAMP, y_train=np.arange(5))
     assert load_images(tmp_path / "a.npz").shape == (5, 1, 8, 8)

@@ -63,7 +63,7 @@ def load_images(source, image_size=None):
     if source == "photos":
         return _photos(image_size or DEFAULT_SIZES["photos"])
     path = Path(source)
-    if not path.exists():
+    if source == "" or not path.exists():  # An empty name would be the current folder.
         raise BadInput(
             f"expected --data to be digits, photos, or the path of a folder, .npy, .npz or IDX "
             f"file, got {str(source)!r}, where there is nothing"
@@ -209,10 +209,11 @@ def _idx_file_in(folder):
 
 def _read_array_file(path):
     """The images of a .npy, .npz or IDX file, (N, C, H, W) uint8 of any size."""
+    suffix = path.suffix.lower()
     try:
-        if path.suffix == ".npy":
+        if suffix == ".npy":
             return _images_from_array(np.lib.format.open_memmap(path, mode="r"), path)
-        if path.suffix == ".npz":
+        if suffix == ".npz":
             return _images_from_array(_only_array(path), path)
         return _read_idx(path)
     except BadInput:

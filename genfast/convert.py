@@ -18,7 +18,7 @@ class ReportEntry:
     name: the dotted path of the convolution, as `named_modules` gives it.
     layers: the layers, such as "ConvTranspose2d + BatchNorm2d + ReLU".
     fused: whether they run as one operation.
-    reason: why not; empty if they do.
+    reason: why not, or why a batch norm or activation that follows stays out; else empty.
     """
 
     name: str
@@ -27,7 +27,14 @@ class ReportEntry:
     reason: str
 
     def __str__(self):
-        return f"{self.name}: {self.layers}: {'fused' if self.fused else self.reason}"
+        return f"{self.name}: {self.layers}: {self.how}"
+
+    @property
+    def how(self):
+        """How the layers run, in words."""
+        if not self.fused:
+            return f"PyTorch: {self.reason}"
+        return f"fused; {self.reason}" if self.reason else "fused"
 
 
 class Report(list):
@@ -47,7 +54,7 @@ class Report(list):
         title = f"genfast: {fused} of {len(self)} convolutions fuse"
         if self.device_reason:
             title += f"; for now all run through PyTorch: {self.device_reason}"
-        rows = [(e.name, e.layers, "fused" if e.fused else f"PyTorch: {e.reason}") for e in self]
+        rows = [(e.name, e.layers, e.how) for e in self]
         widths = [max(len(row[i]) for row in rows) for i in range(2)]
         lines = [f"  {n:<{widths[0]}}  {layers:<{widths[1]}}  {how}" for n, layers, how in rows]
         return "\n".join([title, *lines])

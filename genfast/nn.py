@@ -306,7 +306,8 @@ class Run:
 
     names, modules: of the children, in order.
     fused: whether they run as one operation.
-    reason: why a convolution does not fuse; empty for one that does and for other layers.
+    reason: why a convolution does not fuse, or why the batch norm or activation after it stays out;
+        else empty.
     """
 
     names: tuple[str, ...]
@@ -369,26 +370,30 @@ class FusedSequential(nn.Sequential):
         runs = []
         children = list(self._modules.items())
         while children:
-            taken = self._take_block(children)
-            modules = tuple(module for _, module in taken)
-            reason = self._why_not_fused(*taken[0]) or ""
-            is_conv = isinstance(modules[0], (nn.Conv2d, nn.ConvTranspose2d))
-            names = tuple(name for name, _ in taken)
-            runs.append(Run(names, modules, is_conv and not reason, reason if is_conv else ""))
+            taken, reason = [children[0]], ""
+            is_conv = isinstance(children[0][1], (nn.Conv2d, nn.ConvTranspose2d))
+            if is_conv:
+                reason = self._why_not_fused(*children[0])
+            fused = is_conv and not reason
+            if fused:
+                taken, reason = self._take_block(children)
+            names, modules = zip(*taken, strict=True)
+            runs.append(Run(names, modules, fused, reason))
             del children[: len(taken)]
         return runs
 
     def _take_block(self, children):
-        """The first children that make one run: one child, or a convolution and what follows it."""
+        """A convolution and what runs with it; why the batch norm or activation next stays out."""
         taken = children[:1]
-        _, first = children[0]
-        if not isinstance(first, (nn.Conv2d, nn.ConvTranspose2d)) or self._why_not_fused(*taken[0]):
-            return taken
         for kinds in ((nn.BatchNorm2d,), tuple(_ACTIVATIONS)):
-            following = children[len(taken) : len(taken) + 1]
-            if any(isinstance(m, kinds) and not self._why_not_fused(n, m) for n, m in following):
-                taken = taken + following
-        return taken
+            for name, module in children[len(taken) : len(taken) + 1]:
+                if not isinstance(module, kinds):
+                    continue
+                reason = self._why_not_fused(name, module)
+                if reason:
+                    return taken, f"{type(module).__name__} {name!r} stays out: {reason}"
+                taken = [*taken, (name, module)]
+        return taken, ""
 
     def _why_not_fused(self, name, module):
         return self.unfusable.get(name) or why_not_fused(module)

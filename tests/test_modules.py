@@ -227,7 +227,9 @@ def test_norm_or_activation_with_a_hook_stays_out_of_the_run(device):
     model[2].register_forward_hook(lambda module, inputs, output: seen.append(output.shape))
     assert_module(model, stock, torch.randn(2, 3, 5, 4, device=device))
     assert seen == [(2, 4, 3, 2)]
-    assert [entry.layers for entry in accelerate(model)] == ["Conv2d + BatchNorm2d"]
+    report = accelerate(model)
+    assert [entry.layers for entry in report] == ["Conv2d + BatchNorm2d"]
+    assert "fused; ReLU '2' stays out: it has a hook" in str(report)
 
 
 def test_layer_that_appears_twice(device):

@@ -75,6 +75,7 @@ def _train(args):
     out = _out_folder(args, resume_from)
     if resume_from:
         config, images = prepare_resumed(args.model, args.data, given, resume_from)
+        _check_precision(config.precision, device)  # The run may have begun on another machine.
     else:
         config, images = prepare(args.model, args.data, given)
     outcome = train(

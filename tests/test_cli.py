@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from genfast import cli
@@ -213,6 +214,18 @@ def test_resuming_elsewhere_does_not_overwrite_another_run(tmp_path, images, cap
     resume = ("train", "vae", "--epochs", 2, "--resume", tmp_path / "one/checkpoint.pt", "--out")
     assert "holds one" in _fails(capsys, *resume, tmp_path / "two")
     assert _run(*resume, tmp_path / "three") == 0
+
+
+def test_a_run_in_a_precision_that_the_device_lacks(tmp_path, images, capsys):
+    out = tmp_path / "out"
+    assert _run("train", "vae", "--data", images, "--epochs", 1, "--out", out, *TINY) == 0
+    content = torch.load(out / "checkpoint.pt", weights_only=True)
+    content["config"]["precision"] = "tf32"
+    torch.save(content, out / "checkpoint.pt")
+    capsys.readouterr()
+    resume = ("train", "vae", "--out", out, "--resume", "--epochs", 2, "--device", "cpu")
+    assert "expected tf32 on an NVIDIA GPU" in _fails(capsys, *resume)
+    assert _run("sample", out, "--out", tmp_path / "s.png", "--device", "cpu") == 0
 
 
 def test_a_finished_run_is_not_overwritten(tmp_path, images, capsys):

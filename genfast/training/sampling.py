@@ -1,9 +1,12 @@
 """Pictures of what a model makes of noise."""
 
+from dataclasses import replace
+
 import torch
 
 from genfast.training import checkpoint, pictures
 from genfast.training.config import Config, build_step
+from genfast.training.precision import resolve_precision
 
 
 def draw_noise(num, step, seed):
@@ -27,6 +30,15 @@ def sample_checkpoint(path, num, out, *, device, seed=0):
     """
     content = checkpoint.read_checkpoint(path)
     config = Config.of_checkpoint(content, path)
-    step = build_step(config, device)
+    step = build_step(_drawn_here(config, device), device)
     checkpoint.restore_modules(step, content, path)
     write_samples(step, draw_noise(num, step, seed), config, out)
+
+
+def _drawn_here(config, device):
+    """The settings, in float32 where the device has not the precision that trained the model."""
+    try:
+        resolve_precision(config.precision, device)
+    except ValueError:
+        return replace(config, precision="fp32")
+    return config

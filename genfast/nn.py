@@ -78,7 +78,8 @@ def why_not_fused(module):
 
 
 def _is_image(x):
-    return isinstance(x, torch.Tensor) and x.dim() == 4
+    # Complex numbers are for PyTorch's layers, which take them.
+    return isinstance(x, torch.Tensor) and x.dim() == 4 and not x.is_complex()
 
 
 def _has_hook(module):

@@ -368,6 +368,14 @@ def test_inference_mode_and_other_inputs(device):
     torch.testing.assert_close(mixed(single), expected)
 
 
+def test_complex_convolutions_stay_pytorchs(device):
+    stock = nn.Sequential(nn.Conv2d(3, 4, 3)).to(device, torch.complex64)
+    model = copy.deepcopy(stock)
+    accelerate(model)
+    x = torch.randn(2, 3, 5, 4, dtype=torch.complex64, device=device)
+    torch.testing.assert_close(model(x), stock(x))
+
+
 def mixed_norms():
     """Batch norms fused and not, with and without tracking, momentum, affine parameters."""
     return nn.Sequential(

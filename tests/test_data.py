@@ -217,6 +217,9 @@ def test_unreadable_folder(tmp_path, monkeypatch):
     monkeypatch.setattr("os.scandir", refuse)
     monkeypatch.setattr("os.listdir", refuse)
     _fails(tmp_path, "Permission denied")
+    # As of a folder without any permission, which the superuser of a container would read.
+    monkeypatch.setattr("os.access", lambda path, mode: False)
+    _fails(tmp_path, "readable folder", "may not be read")
 
 
 def test_single_image(tmp_path):

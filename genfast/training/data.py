@@ -63,6 +63,8 @@ def load_images(source, image_size=None):
     if source == "photos":
         return _photos(image_size or DEFAULT_SIZES["photos"])
     path = Path(source)
+    if path.is_dir() and not os.access(path, os.R_OK | os.X_OK):
+        raise BadInput(f"expected a readable folder, got {path}, which may not be read")
     if source == "" or not path.exists():  # An empty name would be the current folder.
         raise BadInput(
             f"expected --data to be digits, photos, or the path of a folder, .npy, .npz or IDX "

@@ -88,4 +88,5 @@ def kl_divergence(mu, logvar):
 
     Kingma and Welling (2014), appendix B: 1/2 * sum(mu^2 + exp(logvar) - 1 - logvar).
     """
-    return 0.5 * (mu.square() + logvar.exp() - 1 - logvar).flatten(1).sum(1)
+    # Near the prior, exp(logvar) - 1 as written would leave no digit in float32.
+    return 0.5 * (mu.square() + logvar.expm1() - logvar).flatten(1).sum(1)

@@ -41,7 +41,7 @@ def conv_transpose2d(x, weight, bias, stride, padding, output_padding):
 
 def dgrad(small, weight, geometry, bias=None):
     """`conv_transpose2d`, or the input gradient of `conv2d`: (N, C_big, *geometry.big)."""
-    if _phases_fit_one_convolution(weight, geometry):
+    if _phases_fit_one_convolution(weight, geometry) and _is_finite(small):
         return _dgrad_by_phases(small, weight, geometry, bias)
     return library.dgrad(small, weight, geometry, bias)
 
@@ -110,6 +110,11 @@ def _phases_fit_one_convolution(weight, geometry):
     (sh, sw), (h, w) = geometry.stride, geometry.small
     alike = sh == sw > 1 and geometry.big == (h * sh, w * sw) and not geometry.is_product
     return alike and weight.shape[1] * sh * sw <= _MOST_PHASE_CHANNELS
+
+
+def _is_finite(x):
+    """Whether no value is infinite or NaN, which the phases' zero taps would spread."""
+    return bool(x.sum(dtype=torch.float32).isfinite())
 
 
 def _dgrad_by_phases(small, weight, geometry, bias):

@@ -147,3 +147,12 @@ def test_fused_sequential_runs_on_the_cpu(monkeypatch):
             z, torch.ones(2, 5, 1, 1), activation="leaky_relu", negative_slope=-0.5
         )
     torch.testing.assert_close(negative, F.leaky_relu(F.conv2d(z, torch.ones(2, 5, 1, 1)), -0.5))
+
+
+@pytest.mark.parametrize("value", [float("inf"), float("-inf"), float("nan")])
+def test_values_that_are_not_finite_stay_where_pytorch_has_them(value):
+    x, weight = torch.randn(2, 8, 5, 5), torch.randn(8, 3, 4, 4)
+    x[1, 2, 3, 3] = value
+    y = cpu.conv_transpose2d(x, weight, None, (2, 2), (1, 1), (0, 0))
+    expected = F.conv_transpose2d(x, weight, None, 2, 1)
+    torch.testing.assert_close(y, expected, equal_nan=True)

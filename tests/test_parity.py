@@ -9,12 +9,15 @@ from oracle import assert_same_losses
 from torch import nn
 
 from genfast import accelerate, use_backend
+from genfast.models import DCGANDiscriminator, DCGANGenerator
 from genfast.nn import GaussianSampler
 from genfast.reference import kl_divergence, reparameterize
+from genfast.training import GANStep
 
 pytestmark = pytest.mark.kernels
 
 STEPS = 100
+FEW_STEPS = 8  # Of larger models.
 
 
 def dcgan():
@@ -72,6 +75,23 @@ def test_dcgan(device):
     for model, expected in zip(ours, stock, strict=True):
         for name, buffer in model.named_buffers():
             torch.testing.assert_close(buffer, expected.get_buffer(name), rtol=1e-2, atol=1e-3)
+
+
+def test_dcgan_of_pytorchs_example(device):
+    """The layers and channels' proportions of the real one, at a size that can be interpreted."""
+    stock = [
+        DCGANGenerator(nz=6, ngf=2, nc=3, image_size=16).to(device),
+        DCGANDiscriminator(nc=3, ndf=2, image_size=16).to(device),
+    ]
+    ours = copy.deepcopy(stock)
+    results = []
+    for backend, models in (("triton", ours), ("reference", stock)):
+        step = GANStep(*models, latent_shape=(6, 1, 1), precision="fp32", capture=False)
+        torch.manual_seed(0)
+        images = torch.randn(4, 3, 16, 16).to(device)
+        with use_backend(backend):
+            results.append([[float(loss) for loss in step(images)] for _ in range(FEW_STEPS)])
+    assert_same_losses(*results)
 
 
 class VAE(nn.Module):

@@ -673,14 +673,16 @@ def _sampling_grid(mu):
 
 
 def _start(kernel, grid, **arguments):
-    """Start a kernel on the device its tensors are on (Triton starts on the current device)."""
+    """Start a kernel on the device its tensors are on (Triton starts on the current device).
+
+    Returns what Triton compiled; None where it interprets.
+    """
     if INTERPRETING:
-        _interpret(kernel, grid, arguments)
-        return
+        return _interpret(kernel, grid, arguments)
     device = next(a.device for a in arguments.values() if isinstance(a, torch.Tensor))
     guard = torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
     with guard:
-        kernel[grid](**arguments)
+        return kernel[grid](**arguments)
 
 
 def _interpret(kernel, grid, arguments):

@@ -490,10 +490,11 @@ def _epilogue(
     if HAS_BIAS:
         acc += tl.load(bias_ptr + channel).to(acc.dtype)[None, :]
     if HAS_STATISTICS:
-        stored = acc.to(OUT_DTYPE).to(acc.dtype)
+        # In place of the accumulator: both together would not fit into the registers.
+        acc = acc.to(OUT_DTYPE).to(acc.dtype)
         count = tl.sum(exists.to(acc.dtype), axis=0)
-        mean = tl.sum(tl.where(exists[:, None], stored, 0.0), axis=0) / tl.maximum(count, 1.0)
-        deviation = tl.where(exists[:, None], stored - mean[None, :], 0.0)
+        mean = tl.sum(tl.where(exists[:, None], acc, 0.0), axis=0) / tl.maximum(count, 1.0)
+        deviation = tl.where(exists[:, None], acc - mean[None, :], 0.0)
         offset = tile.to(tl.int64) * columns + column
         tl.store(mean_ptr + offset, mean, mask=column < columns)
         tl.store(m2_ptr + offset, tl.sum(deviation * deviation, axis=0), mask=column < columns)

@@ -23,6 +23,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.backends.driver import DriverBase
 
+from benchmarks.gpu.problems import call, forced
 from genfast import launch
 from genfast.geometry import ConvGeometry
 from genfast.launch import Epilogue
@@ -85,45 +86,49 @@ def compile_cases(architecture):
         mock.patch.object(launch, "_start", record),
         mock.patch.object(launch, "_architecture", lambda tensor: architecture),
     ):
-        for case in _cases(architecture):
+        for config, case in _cases(architecture):
             before = set(started)
-            case()
+            with forced(config) if config else contextlib.nullcontext():
+                case()
             yield from (started[key] for key in started if key not in before)
 
 
 def _cases(architecture):
+    """(configuration or None for the one that is chosen, what to call)."""
     k4s2 = ConvGeometry((16, 16), (8, 8), (4, 4), (2, 2), (1, 1))
     whole = ConvGeometry((4, 4), (1, 1), (4, 4), (1, 1), (0, 0))
     k3s2_odd = ConvGeometry((15, 15), (8, 8), (3, 3), (2, 2), (1, 1))
     for dtype in (torch.bfloat16, torch.float32):
         for config in launch.configs.shipped(architecture, dtype.itemsize):
-            yield _force(config)(lambda d=dtype: _convolutions(k4s2, d, 256, 128))
-        yield lambda d=dtype: _around(d)
+            yield config, lambda d=dtype: _convolutions(k4s2, d, 256, 128)
+        yield None, lambda d=dtype: _around(d)
     widest, *_ = launch.configs.shipped(architecture, torch.bfloat16.itemsize)
     if widest.descriptors:
         with_pointers = dataclasses.replace(widest, descriptors=False)
-        yield _force(with_pointers)(lambda: _convolutions(k4s2, torch.bfloat16, 256, 128))
+        yield with_pointers, lambda: _convolutions(k4s2, torch.bfloat16, 256, 128)
     for config in launch.configs.shipped(architecture, torch.bfloat16.itemsize, scattered=True):
-        yield _force(config)(lambda: _convolutions(k3s2_odd, torch.bfloat16, 40, 24))
+        yield config, lambda: _convolutions(k3s2_odd, torch.bfloat16, 40, 24)
     # The ends of the networks. Triton makes an argument of 1 a constant, so sizes of 1 are kernels
     # of their own.
-    yield lambda: _convolutions(k4s2, torch.bfloat16, 128, 3)
-    yield lambda: _convolutions(whole, torch.bfloat16, 1, 64)
-    yield lambda: _convolutions(whole, torch.bfloat16, 112, 64, batch=1)
+    yield None, lambda: _convolutions(k4s2, torch.bfloat16, 128, 3)
+    yield None, lambda: _convolutions(whole, torch.bfloat16, 1, 64)
+    yield None, lambda: _convolutions(whole, torch.bfloat16, 112, 64, batch=1)
     # float16 differs from bfloat16 in the name of an instruction.
-    yield lambda: _convolutions(k4s2, torch.float16, 256, 128)
-    yield lambda: _convolutions(k3s2_odd, torch.float16, 40, 24)
+    yield None, lambda: _convolutions(k4s2, torch.float16, 256, 128)
+    yield None, lambda: _convolutions(k3s2_odd, torch.float16, 40, 24)
+    yield from _tuned_cases(architecture)
 
 
-def _force(config):
-    def wrap(case):
-        def forced():
-            with mock.patch.object(launch.configs, "gemm_config", lambda *_: config):
-                case()
-
-        return forced
-
-    return wrap
+def _tuned_cases(architecture):
+    """One product for each operation and tile in the table of what was timed."""
+    found = {}
+    for where, problem, config in launch.configs.read_tuned():
+        if where == architecture and not config.library:
+            found.setdefault((problem.operation, problem.scattered, config), problem)
+    for (_, _, config), problem in found.items():
+        small = dataclasses.replace(problem, images=min(problem.images, 64))
+        dtype = {2: torch.bfloat16, 4: torch.float32}[problem.itemsize]
+        yield config, lambda p=small, d=dtype: call(p, d, "cpu")()
 
 
 def _image(channels, size, dtype, batch=64):
@@ -156,6 +161,7 @@ def _around(dtype):
         torch.empty(999), torch.empty(999, 64), torch.empty(999, 64), 1, 1
     ), gamma, beta, 1e-5, *running)  # fmt: skip
     vectors = launch.batch_statistics(statistics, gamma, beta, 1e-5, *running)
+    launch._statistics_of(z, groups=2)
     # The others differ in a few instructions; each is compiled once.
     every = ("relu", "leaky_relu", "tanh", "sigmoid", "identity")
     for activation in every if dtype == torch.bfloat16 else every[:1]:

@@ -15,6 +15,7 @@ GEMMS = ("fprop", "dgrad", "wgrad")
 KERNELS = {
     *GEMMS,
     "sum_partials",
+    "tile_statistics",
     "combine_statistics",
     "batch_statistics",
     "normalize_activate",

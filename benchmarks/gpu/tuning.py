@@ -11,7 +11,9 @@ import os
 import statistics
 import sys
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
 from dataclasses import asdict, replace
+from unittest import mock
 
 import torch
 from genfast.kernels.configs import GemmConfig
@@ -111,7 +113,8 @@ def check(problem, config, device="cuda"):
     """Compile a configuration for a problem, run it, and compare.
 
     Returns:
-        The relative error beside the library's result; or why it does not run, a string.
+        The relative error beside the library's result; or why it is out, a string: it does not
+        run, or spills.
     """
     launch_small = replace(problem, images=min(problem.images, 256))
     try:
@@ -119,11 +122,29 @@ def check(problem, config, device="cuda"):
         function = call(launch_small, _DTYPES[problem.itemsize], device)
         with forced(LIBRARY):
             expected = _product(function()).float()
-        with forced(config):
+        with forced(config), _compiled() as kernels:
             result = _product(function()).float()
+        spills = max((kernel.n_spills for kernel in kernels), default=0)
+        if spills:
+            return f"{spills} registers spilled"
         return ((result - expected).norm() / expected.norm()).item()
     except Exception as error:  # Whatever a compiler says, the tile is out.
         return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"[:200]
+
+
+@contextmanager
+def _compiled():
+    """Within, collect the matrix products that are started, as Triton compiled them."""
+    kernels = []
+    start = launch._start
+
+    def starting(kernel, grid, **arguments):
+        compiled = start(kernel, grid, **arguments)
+        if compiled is not None and "BLOCK_K" in arguments:
+            kernels.append(compiled)
+
+    with mock.patch.object(launch, "_start", starting):
+        yield kernels
 
 
 def time_all(problem, errors, device):

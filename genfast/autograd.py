@@ -2,7 +2,7 @@
 
 fprop, dgrad and wgrad are each other's gradients, so the plain convolutions differentiate any
 number of times through the same kernels, and blocks without batch norm with them. Where a graph of
-the gradient is asked for (`create_graph=True`) through batch norm or sampling, the gradient is
+the gradient is asked for (`create_graph=True`) through batch norm, sampling or a loss, it is
 taken through PyTorch instead, which can differentiate its own.
 """
 
@@ -53,6 +53,11 @@ def reparameterize(mu, logvar, seed):
 def reparameterize_with_kl(mu, logvar, seed):
     """`functional.reparameterize_with_kl` on the kernels, with noise keyed by `seed`."""
     return _Reparameterize.apply(mu, logvar, seed, True)
+
+
+def logistic_loss(logits, targets, scale):
+    """`functional.logistic_loss` on the kernels: contiguous logits, and targets of their shape."""
+    return _LogisticLoss.apply(logits, targets, scale)
 
 
 class _Convolution(Function):
@@ -237,15 +242,28 @@ class _Reparameterize(Function):
             return dmu, dlogvar, None, None
         zeros = torch.zeros_like(mu)
         eps = launch.reparameterize(zeros, zeros, seed, with_kl=False)[0]
-        dmu = dlogvar = zeros
-        if dz is not None:
-            dmu = dmu + dz
-            dlogvar = dlogvar + 0.5 * dz * eps * torch.exp(0.5 * logvar)
-        if dkl is not None:
-            dkl = dkl.to(mu.dtype).view(-1, *[1] * (mu.dim() - 1))
-            dmu = dmu + dkl * mu
-            dlogvar = dlogvar + 0.5 * dkl * torch.expm1(logvar)
+        dmu, dlogvar = reference.reparameterize_gradients(dz, dkl, mu, logvar, eps)
         return dmu, dlogvar, None, None
+
+
+class _LogisticLoss(Function):
+    """Saves the logits and the targets; only the logits get a gradient."""
+
+    @staticmethod
+    def forward(ctx, logits, targets, scale):
+        labelled = isinstance(targets, int)
+        ctx.save_for_backward(logits, None if labelled else targets)
+        ctx.ones, ctx.scale = targets if labelled else None, scale
+        return launch.logistic_loss(logits, targets, scale)
+
+    @staticmethod
+    def backward(ctx, dloss):
+        logits, targets = ctx.saved_tensors
+        gradient = launch.logistic_loss_backward
+        if torch.is_grad_enabled():
+            gradient = reference.logistic_loss_gradient
+        labels = ctx.ones if targets is None else targets
+        return gradient(dloss, logits, labels, ctx.scale), None, None
 
 
 def _convolve(x, weight, geometry, transposed, epilogue=launch.PLAIN):

@@ -18,7 +18,7 @@ from genfast.geometry import ConvGeometry
 if triton is not None:
     from triton.tools.tensor_descriptor import TensorDescriptor
 
-    from genfast.kernels import configs, conv, norm, sampling
+    from genfast.kernels import configs, conv, losses, norm, sampling
 
 # Rows of the matrix `vectors` of batch-norm quantities, one column a channel: see kernels/norm.py.
 MEAN, UNBIASED_VAR, RSTD, SCALE, SHIFT = range(5)
@@ -27,6 +27,10 @@ MEAN, UNBIASED_VAR, RSTD, SCALE, SHIFT = range(5)
 _STATISTICS_CHUNK = 256
 # About how many programs keep a GPU busy with passes over memory: the H200 has 132 multiprocessors.
 _BUSY_PROGRAMS = 264
+# Values of a tile of a loss, and how many tiles one program sums before others help: the logits of
+# a GAN are few, and a second kernel to add two sums would cost more than it saves.
+_LOSS_TILE = 1024
+_LOSS_TILES_ALONE = 4
 
 
 @dataclass(frozen=True)
@@ -402,6 +406,57 @@ def reparameterize_backward(dz, dkl, mu, logvar, seed):
     return dmu, dlogvar
 
 
+def logistic_loss(logits, targets, scale):
+    """scale * sum(softplus(logits) - targets * logits): a scalar, float32 or wider.
+
+    Args:
+        logits: of any shape, contiguous.
+        targets: alike; or a number of labels 1, which come first and labels 0 after them.
+        scale: a number.
+    """
+    acc_dtype = _acc_dtype(logits.dtype)
+    loss = torch.empty((), dtype=acc_dtype, device=logits.device)
+    tiles = _ceil_div(logits.numel(), _LOSS_TILE)
+    parts = 1 if tiles <= _LOSS_TILES_ALONE else min(tiles, max(1, 4 * _BUSY_PROGRAMS))
+    tiles_per_part = _ceil_div(tiles, parts)
+    parts = _ceil_div(tiles, tiles_per_part)
+    partials = loss
+    if parts > 1:
+        partials = torch.empty(parts, dtype=acc_dtype, device=logits.device)
+    _start(
+        losses.logistic_loss,
+        (parts,),
+        out_ptr=partials,
+        tiles_per_part=tiles_per_part,
+        **_logits_and_targets(logits, targets, scale),
+    )
+    if parts > 1:
+        # Not `sum_partials`, where one thread would add all the parts of a column.
+        _start(
+            losses.total,
+            (1,),
+            parts_ptr=partials,
+            out_ptr=loss,
+            parts=parts,
+            ACC_DTYPE=_tl_dtype(acc_dtype),
+            BLOCK=_LOSS_TILE,
+        )
+    return loss
+
+
+def logistic_loss_backward(dloss, logits, targets, scale):
+    """The gradient of the logits, in their dtype. dloss is a scalar tensor."""
+    dlogits = torch.empty_like(logits)
+    _start(
+        losses.logistic_loss_backward,
+        (_ceil_div(logits.numel(), _LOSS_TILE),),
+        dloss_ptr=dloss,
+        dlogits_ptr=dlogits,
+        **_logits_and_targets(logits, targets, scale),
+    )
+    return dlogits
+
+
 def nhwc(x):
     """(N, C, H, W) as dense (N, H, W, C) memory; no copy where it is channels_last already."""
     return x.permute(0, 2, 3, 1).contiguous()
@@ -670,6 +725,20 @@ def _sampling_grid(mu):
     tiles_per_part = _ceil_div(column_tiles, parts)
     sizes = dict(N=rows, D=columns, tiles_per_part=tiles_per_part, BLOCK_N=block_n, BLOCK_Q=block_q)
     return (row_tiles, _ceil_div(column_tiles, tiles_per_part)), sizes
+
+
+def _logits_and_targets(logits, targets, scale):
+    has_targets = isinstance(targets, torch.Tensor)
+    return dict(
+        logits_ptr=logits,
+        targets_ptr=targets if has_targets else logits,
+        length=logits.numel(),
+        ones=0 if has_targets else targets,
+        scale=float(scale),
+        ACC_DTYPE=_tl_dtype(_acc_dtype(logits.dtype)),
+        HAS_TARGETS=has_targets,
+        BLOCK=_LOSS_TILE,
+    )
 
 
 def _start(kernel, grid, **arguments):

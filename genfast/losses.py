@@ -1,12 +1,17 @@
-"""The losses of GANs and VAEs, in at least float32 whatever the precision of the networks."""
+"""The losses of GANs and VAEs, in at least float32 whatever the precision of the networks.
 
+All but the KL divergence are binary cross entropy of logits, summed: one kernel each way on a GPU.
+"""
+
+import math
 from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 
-from genfast import reference
+from genfast import autograd, reference
+from genfast.functional import implementation
 
 
 def widen(t):
@@ -19,7 +24,7 @@ def real_loss(logits):
 
     The mean of -log(sigmoid(logits)), which is softplus(-logits) and exact for logits of any size.
     """
-    return F.softplus(-widen(logits)).mean()
+    return _labelled_loss(logits, logits.numel(), logits.numel())
 
 
 def fake_loss(logits):
@@ -27,23 +32,45 @@ def fake_loss(logits):
 
     The mean of -log(1 - sigmoid(logits)), which is softplus(logits).
     """
-    return F.softplus(widen(logits)).mean()
+    return _labelled_loss(logits, 0, logits.numel())
+
+
+def discriminator_loss(logits):
+    """`real_loss` of the first half of the logits plus `fake_loss` of the second: a scalar.
+
+    Args:
+        logits: (2 N, ...), of N real images and then of as many generated ones.
+
+    Raises:
+        ValueError: there are no two halves.
+    """
+    if logits.dim() == 0 or len(logits) % 2:
+        raise ValueError(
+            f"expected logits of as many generated as real images, got shape {tuple(logits.shape)}"
+        )
+    return _labelled_loss(logits, logits.numel() // 2, logits.numel() // 2)
 
 
 class GANLoss(NamedTuple):
     """What makes a GAN's loss: each function takes logits of any shape and gives a scalar.
 
     The discriminator minimises `real(D(x)) + fake(D(G(z)))`, the generator `generator(D(G(z)))`.
+    `discriminator` is that sum for logits (2 N, ...) of N real images and then N generated ones.
     """
 
     real: Callable
     fake: Callable
     generator: Callable
+    discriminator: Callable
 
 
 # Goodfellow et al. (2014), end of section 3: the generator maximises log D(G(z)), where the
 # minimax game would have it minimise log(1 - D(G(z))). That is cross entropy against the label 1.
-GAN_LOSSES = {"non-saturating": GANLoss(real=real_loss, fake=fake_loss, generator=real_loss)}
+GAN_LOSSES = {
+    "non-saturating": GANLoss(
+        real=real_loss, fake=fake_loss, generator=real_loss, discriminator=discriminator_loss
+    )
+}
 
 
 def gan_loss(name):
@@ -60,10 +87,23 @@ def reconstruction_loss(reconstruction, images, *, logits=False):
     probability of a white pixel, as PyTorch's public VAE example takes it. With `logits` the
     reconstruction is what a sigmoid would make such values of: exact for logits of any size, where
     the example's loss ends at 100 nats a pixel, and one pass less.
+
+    Raises:
+        ValueError: the two differ in the number of images or of values, or in the device.
     """
-    reconstruction, images = widen(reconstruction).flatten(1), widen(images).flatten(1)
+    if reconstruction.shape[:1] != images.shape[:1] or reconstruction.numel() != images.numel():
+        raise ValueError(
+            "expected a reconstruction of as many values as its images, got shapes "
+            f"{tuple(reconstruction.shape)} and {tuple(images.shape)}"
+        )
+    if reconstruction.device != images.device:
+        raise ValueError(
+            "expected a reconstruction on the device of its images, got "
+            f"{reconstruction.device} and {images.device}"
+        )
     if logits:
-        return F.binary_cross_entropy_with_logits(reconstruction, images, reduction="sum")
+        return _logistic_loss(reconstruction, images, scale=1.0)
+    reconstruction, images = widen(reconstruction).flatten(1), widen(images).flatten(1)
     return F.binary_cross_entropy(reconstruction, images, reduction="sum")
 
 
@@ -81,3 +121,38 @@ def elbo_loss(reconstruction, images, mu, logvar):
     Takes what a VAE's forward returns, with the images it was given.
     """
     return reconstruction_loss(reconstruction, images) + kl_divergence(mu, logvar)
+
+
+def _labelled_loss(logits, ones, count):
+    # The mean of no values is NaN, as PyTorch has it.
+    return _logistic_loss(logits, ones, scale=1 / count if count else math.nan)
+
+
+def _logistic_loss(logits, targets, scale):
+    """scale * sum(softplus(logits) - targets * logits): a scalar, float32 or wider.
+
+    That is binary cross entropy, -t log(sigmoid(x)) - (1 - t) log(1 - sigmoid(x)), summed.
+
+    Args:
+        logits: of any shape.
+        targets: probabilities of the label 1, as many as logits in the same order; or the number of
+            labels 1, which belong to the first logits, and labels 0 to the others.
+        scale: a number.
+    """
+    if isinstance(targets, torch.Tensor):
+        logits, targets = _side_by_side(logits, targets)
+        runs = implementation(logits, targets)
+        if torch.is_grad_enabled() and targets.requires_grad:
+            runs = "reference"
+    else:
+        logits = logits.reshape(-1).contiguous()
+        runs = implementation(logits)
+    library = autograd if runs == "triton" else reference
+    return library.logistic_loss(logits, targets, scale)
+
+
+def _side_by_side(logits, targets):
+    """Both as vectors, in the order that `logits` has in memory: then only `targets` is copied."""
+    if logits.dim() == 4 and logits.shape == targets.shape and not logits.is_contiguous():
+        logits, targets = (t.permute(0, 2, 3, 1) for t in (logits, targets))
+    return logits.reshape(-1).contiguous(), targets.reshape(-1).contiguous()

@@ -90,3 +90,46 @@ def kl_divergence(mu, logvar):
     """
     # Near the prior, exp(logvar) - 1 as written would leave no digit in float32.
     return 0.5 * (mu.square() + logvar.expm1() - logvar).flatten(1).sum(1)
+
+
+def reparameterize_gradients(dz, dkl, mu, logvar, eps):
+    """The gradients of mu and logvar from those of z and of the KL divergence; None stands for 0.
+
+    In PyTorch's own operations, which can be differentiated again. dkl has shape (N,).
+    """
+    dmu = dlogvar = torch.zeros_like(mu)
+    if dz is not None:
+        dmu = dmu + dz
+        dlogvar = dlogvar + 0.5 * dz * eps * torch.exp(0.5 * logvar)
+    if dkl is not None:
+        dkl = dkl.to(mu.dtype).view(-1, *[1] * (mu.dim() - 1))
+        dmu = dmu + dkl * mu
+        dlogvar = dlogvar + 0.5 * dkl * torch.expm1(logvar)
+    return dmu, dlogvar
+
+
+def logistic_loss(logits, targets, scale):
+    """scale * sum(softplus(logits) - targets * logits), in at least float32: a scalar.
+
+    Binary cross entropy of sigmoid(logits). Targets have the shape of the logits, or are a number
+    of labels 1, which come first and labels 0 after them; then logits are flat.
+    """
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    if isinstance(targets, torch.Tensor):
+        return scale * F.binary_cross_entropy_with_logits(
+            logits, targets.to(logits.dtype), reduction="sum"
+        )
+    # Not F.softplus, which takes the line x for itself where it is near: too coarse in float64.
+    real, fake = F.logsigmoid(logits[:targets]), F.logsigmoid(-logits[targets:])
+    return -scale * (real.sum() + fake.sum())
+
+
+def logistic_loss_gradient(dloss, logits, targets, scale):
+    """The gradient of the logits: (sigmoid(logits) - targets) * scale * dloss, in their dtype.
+
+    In PyTorch's own operations, which can be differentiated again.
+    """
+    wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    if not isinstance(targets, torch.Tensor):
+        targets = torch.arange(len(logits), device=logits.device) < targets
+    return ((wide.sigmoid() - targets.to(wide.dtype)) * (scale * dloss)).to(logits.dtype)

@@ -146,7 +146,7 @@ def _convolutions(geometry, dtype, c_small, c_big, batch=64):
 
 
 def _around(dtype):
-    """Batch norm and sampling, and the epilogues that the generator's last layer and eval use."""
+    """Batch norm, sampling and losses, and the epilogues of the generator's end and of eval."""
     geometry = ConvGeometry((16, 16), (8, 8), (4, 4), (2, 2), (1, 1))
     z = _image(64, geometry.big, dtype)
     small = _image(128, geometry.small, dtype)
@@ -177,6 +177,10 @@ def _around(dtype):
         mu = torch.empty(shape, dtype=dtype)
         launch.reparameterize(mu, mu, seed, with_kl=with_kl)
         launch.reparameterize_backward(mu, mu[:, 0] if with_kl else None, mu, mu, seed)
+    for logits in (torch.empty(128, dtype=dtype), torch.empty(128 * 784, dtype=dtype)):
+        for targets in (0, 1, 64, logits):
+            launch.logistic_loss(logits, targets, 1.0)
+            launch.logistic_loss_backward(torch.empty(()), logits, targets, 1.0)
 
 
 def _dtype(arguments):

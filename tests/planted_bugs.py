@@ -36,6 +36,7 @@ TILES = "test_blocks.py::test_ragged_tiles"
 LOADERS = "test_blocks.py::test_ragged_tiles_with_either_loader"
 REDUCTIONS = "test_blocks.py::test_few_programs_share_long_reductions"
 SAMPLING = "test_sampling.py"
+LOSSES = "test_losses.py"
 
 BUGS = (
     Bug(
@@ -156,6 +157,20 @@ BUGS = (
         "_expm1(logvar) - logvar",
         "_expm1(logvar) + logvar",
         SAMPLING,
+    ),
+    Bug(
+        "the labels of a loss are the wrong way round",
+        "kernels/losses.py",
+        "tl.where(i < ones, -x, x)",
+        "tl.where(i < ones, x, -x)",
+        LOSSES,
+    ),
+    Bug(
+        "the gradient of a loss forgets the targets",
+        "kernels/losses.py",
+        "dx = _sigmoid(x) - t",
+        "dx = _sigmoid(x)",
+        LOSSES,
     ),
     Bug(
         "every row gets the same noise",

@@ -5,7 +5,7 @@ import torch
 from cases import Case, Geometry, pairwise
 from torch.autograd import gradcheck, gradgradcheck
 
-from genfast import functional
+from genfast import functional, losses
 from genfast.backend import INTERPRETING
 from genfast.reference import ACTIVATIONS
 
@@ -131,3 +131,13 @@ def test_kl_alone(device):
 
     assert gradcheck(seeded(kl), inputs, fast_mode=True)
     assert gradgradcheck(seeded(kl), inputs, fast_mode=True)
+
+
+@pytest.mark.parametrize("check", [gradcheck, gradgradcheck])
+def test_losses(check, device):
+    logits, images = torch.randn(2, 4, 3, dtype=torch.float64, device=device)
+    images = images.sigmoid()
+    logits.requires_grad_()
+    assert check(losses.discriminator_loss, (logits,))
+    assert check(losses.real_loss, (logits,))
+    assert check(lambda x: losses.reconstruction_loss(x, images, logits=True), (logits,))

@@ -1,12 +1,12 @@
 """Run every kernel on small, ragged tensors: python -m benchmarks.gpu.each_kernel.
 
 Both operand loaders, a layer with few channels and one without a multiple of 16, statistics in two
-groups, evaluation, and sampling; for tools that watch a GPU at work, and slow it down.
+groups, evaluation, sampling and losses; for tools that watch a GPU at work, and slow it down.
 """
 
 import torch
 
-from genfast import functional, use_backend
+from genfast import functional, losses, use_backend
 from genfast.functional import reparameterize_with_kl
 
 # (transposed, c_in, c_out, input size, kernel, stride, padding), all with a batch of 6.
@@ -48,6 +48,11 @@ def main(device="cuda", layers=LAYERS, dtypes=(torch.bfloat16, torch.float32)):
         mu, logvar = mu.requires_grad_(), logvar.requires_grad_()
         z, kl = reparameterize_with_kl(mu, logvar)
         (z.sum() + kl.sum()).backward()
+        logits = torch.randn(6, 999, device=device, dtype=dtype, requires_grad=True)
+        loss = losses.discriminator_loss(logits)
+        (
+            loss + losses.reconstruction_loss(logits, logits.detach().sigmoid(), logits=True)
+        ).backward()
     print("every kernel ran")
 
 

@@ -201,16 +201,12 @@ class GANStep(_Step):
         else:
             with statistics_groups(self.discriminator, 2):
                 logits = self._judge(torch.cat([reals, fakes]))
-            loss = self._backward(logits, self._loss_of_both, "discriminator")
+            loss = self._backward(logits, self.loss.discriminator, "discriminator")
         self._precision.update("discriminator")
         # The gradients' memory serves the generator's update.
         self.optimizers["discriminator"].zero_grad(set_to_none=True)
         self._precision.refresh("discriminator")
         return loss
-
-    def _loss_of_both(self, logits):
-        real, fake = logits.chunk(2)
-        return self.loss.real(real) + self.loss.fake(fake)
 
     def _update_generator(self, fakes):
         with _frozen(self.discriminator):

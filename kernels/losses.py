@@ -1,0 +1,90 @@
+"""Binary cross entropy of logits, summed in a fixed order: no atomics.
+
+loss = scale * sum over i of softplus(x[i]) - t[i] * x[i]. The targets t are a tensor (HAS_TARGETS)
+or labels: 1 for the first `ones` values, 0 for the others.
+"""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit(do_not_specialize=["ones"])  # One kernel for 0, 1 and other numbers of labels.
+def logistic_loss(
+    logits_ptr,
+    targets_ptr,
+    out_ptr,
+    length,
+    ones,
+    scale,
+    tiles_per_part,
+    ACC_DTYPE: tl.constexpr,
+    HAS_TARGETS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """out[part] = scale * the sum over the part's tiles of BLOCK values. Grid: (parts,)."""
+    part = tl.program_id(0).to(tl.int64)
+    loss = tl.zeros((BLOCK,), dtype=ACC_DTYPE)
+    for step in range(0, tiles_per_part):
+        i = (part * tiles_per_part + step) * BLOCK + tl.arange(0, BLOCK)
+        x = tl.load(logits_ptr + i, mask=i < length, other=0.0).to(ACC_DTYPE)
+        if HAS_TARGETS:
+            t = tl.load(targets_ptr + i, mask=i < length, other=0.0).to(ACC_DTYPE)
+            # max(x, 0) - t * x, without the difference of two large numbers.
+            rest = tl.where(x > 0, x * (1.0 - t), -t * x)
+        else:
+            wrong = tl.where(i < ones, -x, x)
+            rest = tl.where(wrong > 0, wrong, 0.0)
+        # softplus(x) - max(x, 0), which also lets NaN through.
+        loss += tl.where(i < length, rest + _log1p(tl.exp(-tl.abs(x))), 0.0)
+    tl.store(out_ptr + part, scale * tl.sum(loss))
+
+
+@triton.jit(do_not_specialize=["ones"])
+def logistic_loss_backward(
+    dloss_ptr,
+    logits_ptr,
+    targets_ptr,
+    dlogits_ptr,
+    length,
+    ones,
+    scale,
+    ACC_DTYPE: tl.constexpr,
+    HAS_TARGETS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """dlogits = (sigmoid(x) - t) * scale * dloss, with dloss one value. Grid: (tiles of BLOCK,)."""
+    factor = scale * tl.load(dloss_ptr).to(ACC_DTYPE)
+    i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    x = tl.load(logits_ptr + i, mask=i < length, other=0.0).to(ACC_DTYPE)
+    if HAS_TARGETS:
+        t = tl.load(targets_ptr + i, mask=i < length, other=0.0).to(ACC_DTYPE)
+        dx = _sigmoid(x) - t
+    else:
+        # sigmoid(x) - 1 = -sigmoid(-x), whose digits stay where x is large.
+        dx = tl.where(i < ones, -_sigmoid(-x), _sigmoid(x))
+    dx *= factor
+    tl.store(dlogits_ptr + i, dx.to(dlogits_ptr.dtype.element_ty), mask=i < length)
+
+
+@triton.jit
+def total(parts_ptr, out_ptr, parts, ACC_DTYPE: tl.constexpr, BLOCK: tl.constexpr):
+    """out = sum of a vector of parts, by one program: they are few, and latency is all it costs."""
+    acc = tl.zeros((BLOCK,), dtype=ACC_DTYPE)
+    for start in range(0, parts, BLOCK):
+        i = start + tl.arange(0, BLOCK)
+        acc += tl.load(parts_ptr + i, mask=i < parts, other=0.0)
+    tl.store(out_ptr, tl.sum(acc))
+
+
+@triton.jit
+def _sigmoid(x):
+    e = tl.exp(-tl.abs(x))
+    return tl.where(x >= 0, 1.0, e) / (1.0 + e)
+
+
+@triton.jit
+def _log1p(e):
+    # For e in [0, 1]. 1 + e drops digits of e; they come back as the first term of Taylor's series
+    # around the rounded sum u, and e - (u - 1) is exact.
+    u = 1.0 + e
+    return tl.log(u) + (e - (u - 1.0)) / u

@@ -1,0 +1,171 @@
+"""The losses of the kernels and of PyTorch, by the rule of `oracle`, and where they are extreme."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from oracle import DRAWS, assert_close
+
+from genfast import launch, losses, use_backend
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+# Below, at and beyond a tile of 1024 values, and enough tiles for several programs.
+COUNTS = [2, 1022, 1024, 9000]
+
+
+def results(loss, logits, dloss):
+    (gradient,) = torch.autograd.grad(loss, logits, dloss.to(loss.dtype))
+    return {"loss": loss.detach(), "gradient of the logits": gradient}
+
+
+def hold_to_rule(ours, plain, inputs, dtype, device):
+    """ours, plain: functions of what `inputs()` gives, tensors of which the first are logits."""
+    dloss = torch.tensor(0.7, device=device)
+
+    def evaluate(loss, tensors, as_dtype):
+        logits, *others = (t.to(as_dtype) for t in tensors)
+        logits.requires_grad_()
+        return results(loss(logits, *others), logits, dloss)
+
+    def sample(tensors):
+        return evaluate(plain, tensors, dtype), evaluate(plain, tensors, torch.float64)
+
+    tensors = [t.to(dtype) for t in inputs()]
+    samples = [sample(tensors)]
+    samples += [sample([t.to(dtype) for t in inputs()]) for _ in range(DRAWS - 1)]
+    assert_close(evaluate(ours, tensors, dtype), samples[0][1], samples)
+
+
+def wide(t):
+    return t.to(torch.promote_types(t.dtype, torch.float32))
+
+
+def cross_entropy(logits, targets):
+    return F.binary_cross_entropy_with_logits(wide(logits), wide(targets), reduction="sum")
+
+
+@pytest.mark.kernels
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("count", COUNTS)
+@pytest.mark.parametrize("name", ["real", "fake", "generator", "discriminator"])
+def test_gan_losses(name, count, dtype, device):
+    def plain(logits):
+        x = wide(logits)
+        real, fake = x.chunk(2) if name == "discriminator" else (x, x)
+        terms = {
+            "real": F.softplus(-real, threshold=100).mean(),
+            "fake": F.softplus(fake, threshold=100).mean(),
+        }
+        terms["generator"] = terms["real"]
+        terms["discriminator"] = terms["real"] + terms["fake"]
+        return terms[name]
+
+    ours = getattr(losses.gan_loss("non-saturating"), name)
+    hold_to_rule(ours, plain, lambda: [4 * torch.randn(count, device=device)], dtype, device)
+
+
+@pytest.mark.kernels
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", [(3, 7), (5, 3, 19, 21)], ids=str)
+def test_reconstruction_loss(shape, dtype, device):
+    def ours(logits, images):
+        return losses.reconstruction_loss(logits, images, logits=True)
+
+    def inputs():
+        return 4 * torch.randn(shape, device=device), torch.rand(shape, device=device)
+
+    hold_to_rule(ours, cross_entropy, inputs, dtype, device)
+
+
+@pytest.mark.kernels
+def test_tensors_of_any_layout(device):
+    logits = torch.randn(4, 3, 5, 6, device=device)
+    images = torch.rand(4, 3, 5, 6, device=device)
+    dense = losses.reconstruction_loss(logits, images, logits=True)
+    channels_last = logits.to(memory_format=torch.channels_last).requires_grad_()
+    strided = torch.randn(4, 3, 5, 12, device=device)[..., ::2].copy_(logits)
+    expanded = images[:1].expand(4, 3, 5, 6)
+    for x in (channels_last, strided):
+        torch.testing.assert_close(losses.reconstruction_loss(x, images, logits=True), dense)
+    torch.testing.assert_close(
+        losses.reconstruction_loss(logits, images.flatten(1), logits=True), dense
+    )
+    torch.testing.assert_close(
+        losses.reconstruction_loss(logits, expanded, logits=True), cross_entropy(logits, expanded)
+    )
+    every_other = torch.randn(12, device=device)[::2]
+    torch.testing.assert_close(losses.real_loss(every_other), F.softplus(-every_other).mean())
+    losses.reconstruction_loss(channels_last, images, logits=True).backward()
+    assert channels_last.grad.stride() == channels_last.stride()
+    torch.testing.assert_close(channels_last.grad, channels_last.detach().sigmoid() - images)
+
+
+@pytest.mark.kernels
+def test_same_bits_whoever_sums(device, monkeypatch):
+    logits, images = torch.randn(20000, device=device), torch.rand(20000, device=device)
+    alone = losses.reconstruction_loss(logits, images, logits=True)
+    assert torch.equal(alone, losses.reconstruction_loss(logits, images, logits=True))
+    monkeypatch.setattr(launch, "_LOSS_TILES_ALONE", 100)
+    torch.testing.assert_close(losses.reconstruction_loss(logits, images, logits=True), alone)
+
+
+@pytest.mark.kernels
+@pytest.mark.parametrize("backend", ["triton", "reference"])
+def test_extreme_logits(backend, device):
+    x = torch.tensor(
+        [-1e4, -100.0, -20.0, 0.0, 20.0, 100.0, 1e4], device=device, requires_grad=True
+    )
+    exact = {-1e4: 1e4, -100.0: 100.0, -20.0: 20.0, 0.0: 0.6931472, 20.0: 2.0611536e-9}
+    with use_backend(backend):
+        for value, loss in exact.items():
+            logit = torch.tensor([value], device=device, requires_grad=True)
+            found = losses.real_loss(logit)
+            torch.testing.assert_close(found.item(), loss, rtol=1e-6, atol=0)
+            torch.testing.assert_close(losses.fake_loss(-logit).item(), loss, rtol=1e-6, atol=0)
+            found.backward()
+            gradient = -torch.sigmoid(-logit.detach().double())
+            torch.testing.assert_close(logit.grad.double(), gradient, rtol=1e-6, atol=1e-40)
+        losses.fake_loss(x).backward()
+    assert x.grad.isfinite().all()
+
+
+@pytest.mark.kernels
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("target", [0.0, 0.5, 1.0])
+def test_values_that_are_not_finite(value, target, device):
+    logits = torch.tensor([0.3, value], device=device, requires_grad=True)
+    targets = torch.tensor([0.5, target], device=device)
+    found, expected = [], []
+    for backend, into in (("triton", found), ("reference", expected)):
+        with use_backend(backend):
+            loss = losses.reconstruction_loss(logits, targets, logits=True)
+            into += [loss.detach(), torch.autograd.grad(loss, logits)[0]]
+            for gan in (losses.real_loss, losses.fake_loss):
+                loss = gan(logits)
+                into += [loss.detach(), torch.autograd.grad(loss, logits)[0]]
+    for ours, theirs in zip(found, expected, strict=True):
+        # Of -inf and a label of 1 PyTorch makes NaN, by 0 * inf; the loss is inf.
+        unknown = theirs.isnan() & (ours == torch.inf)
+        torch.testing.assert_close(ours.where(~unknown, torch.nan), theirs, equal_nan=True)
+
+
+@pytest.mark.kernels
+def test_gradient_of_the_images(device):
+    logits, images = torch.randn(2, 3, 5, device=device)
+    images = images.sigmoid().requires_grad_()
+    loss = losses.reconstruction_loss(logits, images, logits=True)
+    torch.testing.assert_close(torch.autograd.grad(loss, images)[0], -logits)
+
+
+@pytest.mark.parametrize("name", ["real", "fake", "discriminator"])
+def test_of_no_image(name):
+    assert getattr(losses.gan_loss("non-saturating"), name)(torch.empty(0, 1)).isnan()
+
+
+def test_bad_input():
+    with pytest.raises(ValueError, match=r"as many generated as real images, got shape \(3, 1\)"):
+        losses.discriminator_loss(torch.randn(3, 1))
+    with pytest.raises(ValueError, match=r"as many values as its images, .*\(2, 5\) and \(2, 6\)"):
+        losses.reconstruction_loss(torch.randn(2, 5), torch.rand(2, 6), logits=True)
+    meta = torch.rand(2, 5, device="meta")
+    with pytest.raises(ValueError, match="on the device of its images, got cpu and meta"):
+        losses.reconstruction_loss(torch.randn(2, 5), meta)

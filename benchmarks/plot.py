@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 
 from matplotlib.figure import Figure
+from matplotlib.patches import Patch
 
 from benchmarks.throughput import RESULTS
 
@@ -34,6 +35,7 @@ def plot(path):
         axes.annotate(
             label, (float(row["p80"]), i), (6, 0), textcoords="offset points", va="center", size=9
         )
+    axes.legend([Patch(color=OURS), Patch(color=OTHERS)], ["genfast", "PyTorch"], loc="lower right")
     axes.set_xlim(0, max(float(row["p80"]) for row in rows) * 1.35)
     axes.set_xlabel("images a second, whole training steps (more is better)")
     first = rows[0]

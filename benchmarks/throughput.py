@@ -26,8 +26,9 @@ from genfast.models.dcgan import IMAGE_SIZES
 _BAR = "{desc}: {percentage:3.0f}%|{bar}|"
 RESULTS = Path(__file__).parent / "results"
 COLUMNS = (
-    "model", "batch_size", "image_size", "variant", "ours", "images_per_s", "p20", "p80", "turns",
-    "vs_example", "vs_best_baseline", "disagreement", "import_s", "first_step_s", "memory_mib",
+    "model", "batch_size", "image_size", "variant", "ours", "precision",
+    "images_per_s", "p20", "p80", "turns", "vs_example", "vs_best_baseline",
+    "disagreement", "import_s", "first_step_s", "memory_mib",
     "machine", "torch", "triton", "python", "date",
 )  # fmt: skip
 
@@ -143,6 +144,7 @@ def _rows(workload, rates, shares, starts):
                 "image_size": workload.image_size,
                 "variant": name,
                 "ours": int(VARIANTS[name].ours),
+                "precision": VARIANTS[name].precision(workload),
                 "images_per_s": _rounded(median),
                 "p20": _rounded(p20),
                 "p80": _rounded(p80),

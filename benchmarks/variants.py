@@ -39,6 +39,12 @@ class Variant:
         on_gpu = workload.device.type == "cuda"
         return (self.half and half_is_fast(workload.device)) or (on_gpu and not self.ours)
 
+    def precision(self, workload):
+        """What its products are rounded to, as a name of `genfast.training.precision`."""
+        if self.half and half_is_fast(workload.device):
+            return "bf16"
+        return "tf32" if self.rounds_coarsely(workload) else "fp32"
+
     def draws_own_noise(self, workload):
         """Whether its sampler draws other noise than `torch.randn` from the same seed."""
         kernels = functional.why_not_triton(torch.empty(1, device=workload.device)) is None
@@ -75,6 +81,11 @@ VARIANTS = {
     "amp-frozen": Variant(Recipe(amp=True, frozen=True).build, half=True, models="gan"),
     "compile": Variant(
         Recipe(amp=True, frozen=True, compile_mode="default").build, half=True, needs="compiler"
+    ),
+    "compile-graphs": Variant(
+        Recipe(amp=True, frozen=True, compile_mode="reduce-overhead").build,
+        half=True,
+        needs="cuda",
     ),
     "compile-max": Variant(
         Recipe(amp=True, frozen=True, compile_mode="max-autotune").build,

@@ -433,7 +433,7 @@ def logistic_loss(logits, targets, scale):
     if parts > 1:
         # Not `sum_partials`, where one thread would add all the parts of a column.
         _start(
-            losses.total,
+            losses.sum_parts,
             (1,),
             parts_ptr=partials,
             out_ptr=loss,

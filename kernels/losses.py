@@ -67,7 +67,7 @@ def logistic_loss_backward(
 
 
 @triton.jit
-def total(parts_ptr, out_ptr, parts, ACC_DTYPE: tl.constexpr, BLOCK: tl.constexpr):
+def sum_parts(parts_ptr, out_ptr, parts, ACC_DTYPE: tl.constexpr, BLOCK: tl.constexpr):
     """out = sum of a vector of parts, by one program: they are few, and latency is all it costs."""
     acc = tl.zeros((BLOCK,), dtype=ACC_DTYPE)
     for start in range(0, parts, BLOCK):

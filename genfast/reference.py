@@ -116,9 +116,8 @@ def logistic_loss(logits, targets, scale):
     """
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     if isinstance(targets, torch.Tensor):
-        return scale * F.binary_cross_entropy_with_logits(
-            logits, targets.to(logits.dtype), reduction="sum"
-        )
+        loss = F.binary_cross_entropy_with_logits(logits, targets.to(logits.dtype), reduction="sum")
+        return loss if scale == 1 else scale * loss  # Forward and backward, 1 costs 50 us on a CPU.
     # Not F.softplus, which takes the line x for itself where it is near: too coarse in float64.
     real, fake = F.logsigmoid(logits[:targets]), F.logsigmoid(-logits[targets:])
     return -scale * (real.sum() + fake.sum())

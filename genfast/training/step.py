@@ -69,14 +69,17 @@ def _frozen(module):
 class _Step:
     """What steps share: precision, capture, and the checks of a batch.
 
-    Subclasses have `_step(images) -> tuple of scalar tensors`, the attributes `pixel_range` and
-    `latent_shape`, and `_draw(z)`, their images in `pixel_range`.
+    Subclasses have `_step(images) -> tuple of scalar tensors`, the attributes `pixel_range`,
+    `latent_shape` and `weights_reused` (whether a network takes part in more than one pass), and
+    `_draw(z)`, their images in `pixel_range`.
     """
 
     def __init__(self, modules, optimizers, precision, capture):
         self.modules, self.optimizers = modules, optimizers
         self.device = _device_of(next(iter(modules.values())))
-        self._precision = Precision(precision, self.device, modules, optimizers)
+        self._precision = Precision(
+            precision, self.device, modules, optimizers, self.weights_reused
+        )
         reason = "it was switched off"
         if capture is not False:
             reason = why_not_captured(self.device, optimizers.values())
@@ -150,6 +153,7 @@ class GANStep(_Step):
     """
 
     pixel_range = (-1.0, 1.0)
+    weights_reused = True
     result_fields = GANResult._fields
     _result = GANResult
 
@@ -250,6 +254,7 @@ class VAEStep(_Step):
     """
 
     pixel_range = (0.0, 1.0)
+    weights_reused = False
     result_fields = VAEResult._fields
     _result = VAEResult
 

@@ -31,7 +31,9 @@ def plot(path):
         [row["variant"] for row in rows], speeds, xerr=whiskers, color=colours, ecolor="#2b2d42"
     )
     for i, (speed, row) in enumerate(zip(speeds, rows, strict=True)):
-        label = f"{speed:,.0f}  ({float(row['vs_example']):.2f}x example)"
+        label = f"{speed:,.0f}"
+        if row["vs_example"]:
+            label += f"  ({float(row['vs_example']):.2f}x example)"
         axes.annotate(
             label, (float(row["p80"]), i), (6, 0), textcoords="offset points", va="center", size=9
         )

@@ -131,12 +131,13 @@ def _series(losses):
 
 
 def _rows(workload, rates, shares, starts):
-    medians = {name: timing.summary(turns) for name, turns in rates.items()}
-    baselines = [m[0] for name, m in medians.items() if not VARIANTS[name].ours]
-    example = medians.get("example", (float("nan"),))[0]
+    baselines = [name for name in rates if not VARIANTS[name].ours]
+    # No other is faster than the best one in the median round.
+    best = max(baselines, default=None, key=lambda n: timing.ratio(rates[n], rates[baselines[0]]))
     rows = []
-    for name, (median, p20, p80) in medians.items():
+    for name, turns in rates.items():
         start = starts.get(name, {})
+        median, p20, p80 = timing.summary(turns)
         rows.append(
             {
                 "model": workload.model,
@@ -148,9 +149,9 @@ def _rows(workload, rates, shares, starts):
                 "images_per_s": _rounded(median),
                 "p20": _rounded(p20),
                 "p80": _rounded(p80),
-                "turns": len(rates[name]),
-                "vs_example": _rounded(median / example),
-                "vs_best_baseline": _rounded(median / max(baselines)) if baselines else "",
+                "turns": len(turns),
+                "vs_example": _ratio(rates, name, "example"),
+                "vs_best_baseline": _ratio(rates, name, best),
                 "disagreement": _rounded(shares[name]),
                 **{
                     key: _rounded(start[key]) if key in start else ""
@@ -159,6 +160,10 @@ def _rows(workload, rates, shares, starts):
             }
         )
     return rows
+
+
+def _ratio(rates, name, other):
+    return _rounded(timing.ratio(rates[name], rates[other])) if other in rates else ""
 
 
 def _rounded(value):
@@ -184,10 +189,11 @@ def table(rows):
     for row in sorted(rows, key=lambda row: row["images_per_s"]):
         start = f"{row['first_step_s']:.1f} s" if row["first_step_s"] != "" else "-"
         memory = f"{row['memory_mib']:.0f} MiB" if row["memory_mib"] != "" else "-"
-        best = f"{row['vs_best_baseline']:.2f}" if row["vs_best_baseline"] != "" else "-"
+        ratios = (row["vs_example"], row["vs_best_baseline"])
+        example, best = (f"{ratio:.2f}" if ratio != "" else "-" for ratio in ratios)
         lines.append(
             f"{row['variant']:18}{row['images_per_s']:10.0f}{row['p20']:9.0f}{row['p80']:9.0f}"
-            f"{row['vs_example']:11.2f}{best:>8}{start:>12}{memory:>11}"
+            f"{example:>11}{best:>8}{start:>12}{memory:>11}"
         )
     return "\n".join(lines)
 

@@ -19,7 +19,7 @@ def interleaved(steps, images, seconds, turn_seconds=0.5, progress=None):
         progress: called with the seconds that have passed since its last call.
 
     Returns:
-        A dict of lists: images a second in each turn.
+        A dict of lists: images a second in each turn. Turns of the same index are one round.
     """
     lengths = {}
     for name, step in steps.items():
@@ -46,6 +46,14 @@ def summary(rates):
         return (rates[0],) * 3
     cuts = statistics.quantiles(rates, n=10, method="inclusive")
     return statistics.median(rates), cuts[1], cuts[7]
+
+
+def ratio(rates, others):
+    """How many times as fast as another: the median of the quotients of turns of the same round.
+
+    A machine that others share may be slower in one round than in the next; a quotient hardly is.
+    """
+    return statistics.median(a / b for a, b in zip(rates, others, strict=True))
 
 
 def _run(step, images, count):

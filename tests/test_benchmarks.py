@@ -114,3 +114,8 @@ def test_turns_are_interleaved_in_changing_order():
 def test_summary():
     assert timing.summary([5.0]) == (5.0, 5.0, 5.0)
     assert timing.summary([float(v) for v in range(11)]) == pytest.approx((5.0, 2.0, 8.0))
+
+
+def test_a_ratio_is_of_turns_of_the_same_round():
+    # The machine is four times as slow in the second round, and once only one of the two was.
+    assert timing.ratio([12.0, 3.0, 12.0], [6.0, 1.5, 1.0]) == 2

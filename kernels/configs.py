@@ -90,7 +90,8 @@ class Problem:
 _INTERPRETED = (GemmConfig(64, 32, 32, 1, 1, True),)
 
 # Two-byte and four-byte elements, widest tile first. The Hopper figures are from compiling (no
-# spills, wgmma, TMA), not yet from timing. Ampere-class shared memory (99 KiB on sm_86) bounds the
+# spills, wgmma, TMA, and at most 128 registers for the widest, so that two programs share a
+# multiprocessor), not yet from timing. Ampere-class shared memory (99 KiB on sm_86) bounds the
 # pointer tiles' stages; a gfx942 compute unit has 64 KiB.
 _SHIPPED = {
     "sm_90": {

@@ -723,7 +723,10 @@ def _sampling_grid(mu):
     # A row is cut where there are too few of them to fill a GPU, and at the grid's limit.
     parts = min(column_tiles, max(1, 8 * _BUSY_PROGRAMS // row_tiles))
     tiles_per_part = _ceil_div(column_tiles, parts)
-    sizes = dict(N=rows, D=columns, tiles_per_part=tiles_per_part, BLOCK_N=block_n, BLOCK_Q=block_q)
+    sizes = dict(
+        N=rows, D=columns, quarter=quarter, tiles_per_part=tiles_per_part,
+        BLOCK_N=block_n, BLOCK_Q=block_q,
+    )  # fmt: skip
     return (row_tiles, _ceil_div(column_tiles, tiles_per_part)), sizes
 
 

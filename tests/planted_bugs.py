@@ -189,8 +189,8 @@ BUGS = (
     Bug(
         "backward draws other noise",
         "kernels/sampling.py",
-        "0.5 * dz * noise[j]",
-        "0.5 * dz * noise[3 - j]",
+        "            noise = _normals(seed,",
+        "            noise = _normals(seed + 1,",
         SAMPLING,
     ),
 )

@@ -31,7 +31,7 @@ def block(
         if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs):
             return _ConvNormActivation.apply(
                 *inputs, fixed, geometry, transposed, eps, *act, 1, None
-            )[0]
+            )
         epilogue = Epilogue(
             bias=bias, vectors=fixed, activation=activation, negative_slope=negative_slope
         )
@@ -42,7 +42,7 @@ def block(
     return _ConvNormActivation.apply(
         x, weight, bias, norm_weight, norm_bias, None, geometry, transposed, eps, *act,
         statistics_groups, running,
-    )[0]  # fmt: skip
+    )  # fmt: skip
 
 
 def reparameterize(mu, logvar, seed):
@@ -145,11 +145,12 @@ class _ConvActivation(Function):
 
 
 class _ConvNormActivation(Function):
-    """Convolution, batch norm and activation; also returns the batch norm's `vectors`.
+    """Convolution, batch norm and activation.
 
-    Saves the convolution's output and `vectors` beside the inputs; everything else in backward is
-    computed from them. `fixed` are the vectors of known statistics, None to take those of each of
-    `groups` parts of the batch. `running` is None or (mean, var, momentum), which then move.
+    Saves the convolution's output and the batch norm's `vectors` beside the inputs; everything else
+    in backward is computed from them. `fixed` are the vectors of known statistics, None to take
+    those of each of `groups` parts of the batch. `running` is None or (mean, var, momentum), which
+    then move.
     """
 
     @staticmethod
@@ -167,11 +168,10 @@ class _ConvNormActivation(Function):
         ctx.geometry, ctx.transposed, ctx.eps = geometry, transposed, eps
         ctx.training = fixed is None
         ctx.activation, ctx.negative_slope = activation, negative_slope
-        ctx.mark_non_differentiable(vectors)
-        return y, vectors
+        return y
 
     @staticmethod
-    def backward(ctx, dy, _):
+    def backward(ctx, dy):
         if torch.is_grad_enabled():
             return _ConvNormActivation._differentiable_backward(ctx, dy)
         x, weight, bias, gamma, beta, z, vectors = ctx.saved_tensors

@@ -24,7 +24,10 @@ if triton is not None:
 MEAN, UNBIASED_VAR, RSTD, SCALE, SHIFT = range(5)
 
 # One program of `combine_statistics` combines this many tiles; more tiles take another round.
-_STATISTICS_CHUNK = 256
+_STATISTICS_CHUNK = 512
+# Every program of `norm_backward` adds up to this many parts of two sums itself; for more of them
+# a kernel of their own is less work.
+_PARTS_ADDED_BY_ALL = 64
 # About how many programs keep a GPU busy with passes over memory: the H200 has 132 multiprocessors.
 _BUSY_PROGRAMS = 264
 # Values of a tile of a loss, and how many tiles one program sums before others help: the logits of
@@ -154,22 +157,24 @@ def wgrad(big, small, geometry):
 
 
 def sum_partials(partials, out):
-    """out = partials.sum(-2), in the order of the parts.
+    """out = partials.sum(-2), in an order that depends on the shape alone.
 
     Args:
         partials: (parts, length) or (groups, parts, length), dense.
         out: of any dtype and shape with that many elements, dense.
     """
     *groups, parts, length = partials.shape
+    block_p = min(64, _power_of_two(parts))
+    block = max(64, min(1024, 4096 // block_p))
     _start(
         conv.sum_partials,
-        (_ceil_div(length, 1024), *groups),
+        (_ceil_div(length, block), *groups),
         partials_ptr=partials,
         out_ptr=out,
         length=length,
         parts=parts,
-        ACC_DTYPE=_tl_dtype(partials.dtype),
-        BLOCK=1024,
+        BLOCK_P=block_p,
+        BLOCK=block,
     )
 
 
@@ -208,7 +213,7 @@ def batch_statistics(
         HAS_BETA=beta is not None,
         HAS_RUNNING=running_mean is not None,
         HAS_COUNTER=counter is not None,
-        BLOCK_P=64,
+        BLOCK_P=128,
         BLOCK_C=_statistics_block(channels),
     )
     for given, dense in zip((running_mean, running_var), running, strict=True):
@@ -242,7 +247,7 @@ def _combine_chunks(statistics):
             channels=channels,
             parts_per_count=statistics.repeat,
             chunk=_STATISTICS_CHUNK,
-            BLOCK_P=64,
+            BLOCK_P=128,
             BLOCK_C=_statistics_block(channels),
         )
         statistics, parts = TileStatistics(count, mean, m2, 1, groups), chunks
@@ -308,22 +313,25 @@ def norm_backward(dy, z, vectors, *, training, need_dz, activation, negative_slo
         **common,
         **tile,
     )
+    total = vectors.new_empty((2, channels))
     if not need_dz:
-        total = vectors.new_empty((2, channels))
         sum_partials(partials.flatten(0, 1), total)
         return None, total
-    sums = vectors.new_empty((groups, 2, channels))
-    sum_partials(partials, sums)
+    if parts > _PARTS_ADDED_BY_ALL:
+        sums = vectors.new_empty((groups, 2, channels))
+        sum_partials(partials, sums)
+        partials, parts = sums, 1
     dz = _channels_last(z.shape, z)
-    total = sums[0] if groups == 1 else vectors.new_empty((2, channels))
     _start(
         norm.norm_backward,
         grid,
-        sums_ptr=sums,
+        sums_ptr=partials,
         total_ptr=total,
         dz_ptr=dz,
+        parts=parts,
         groups=groups,
         TRAINING=training,
+        BLOCK_P=_power_of_two(parts),
         **common,
         **tile,
     )
@@ -431,7 +439,7 @@ def logistic_loss(logits, targets, scale):
         **_logits_and_targets(logits, targets, scale),
     )
     if parts > 1:
-        # Not `sum_partials`, where one thread would add all the parts of a column.
+        # Not `sum_partials`, which would take many more steps to add a single column.
         _start(
             losses.sum_parts,
             (1,),
@@ -603,7 +611,7 @@ def _statistics_of(z, groups):
 def _parts_of_pass(grid):
     """In how many parts a reduction over the tiles of `_elementwise` keeps a GPU busy."""
     tiles, *others = grid
-    return min(tiles, _ceil_div(4 * _BUSY_PROGRAMS, math.prod(others)))
+    return min(tiles, max(1, 2 * _BUSY_PROGRAMS // math.prod(others)))
 
 
 def _config(operation, operand, geometry, c_small, c_big, statistics=False):

@@ -279,43 +279,47 @@ def norm_backward(
     rows,
     channels,
     negative_slope,
+    parts,
     groups,
     TRAINING: tl.constexpr,
     ACTIVATION: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_C: tl.constexpr,
+    BLOCK_P: tl.constexpr,
 ):
     """dz = scale * (g - dbeta / rows - xhat * dgamma / rows); scale * g where statistics are fixed.
 
-    sums[group] is [2, channels]: the group's part in dbeta and dgamma, and total their sum over
-    groups; one group is its own total. Grid: (tiles of a group's rows, tiles of channels, groups).
+    sums[group] is [parts, 2, channels]: parts, at most BLOCK_P of them, of the group's dbeta and
+    dgamma. The first program of a tile of channels also writes their total over groups, [2,
+    channels]. Grid: (tiles of a group's rows, tiles of channels, groups).
     """
     c, offset, inside, vectors_ptr = _tile(rows, channels, vectors_ptr, BLOCK_R, BLOCK_C)
-    if (groups > 1) & (tl.program_id(0) == 0) & (tl.program_id(2) == 0):
-        _add_groups(sums_ptr, total_ptr, channels, c, groups)
-    sums_ptr += tl.program_id(2) * 2 * channels
+    in_c = c < channels
+    group = tl.program_id(2)
+    if (tl.program_id(0) == 0) & (group == 0):
+        for row in tl.static_range(2):
+            total = _sum_of_parts(sums_ptr, 0, row, parts, channels, c, BLOCK_P)
+            for other in range(1, groups):
+                total += _sum_of_parts(sums_ptr, other, row, parts, channels, c, BLOCK_P)
+            tl.store(total_ptr + row * channels + c, total, mask=in_c)
     g, xhat = _gradient_at_norm(
         dy_ptr, z_ptr, vectors_ptr, channels, c, offset, inside, negative_slope, ACTIVATION
     )
     if TRAINING:
-        in_c = c < channels
-        mean_g = tl.load(sums_ptr + c, mask=in_c, other=0.0) / rows
-        mean_g_xhat = tl.load(sums_ptr + channels + c, mask=in_c, other=0.0) / rows
+        mean_g = _sum_of_parts(sums_ptr, group, 0, parts, channels, c, BLOCK_P) / rows
+        mean_g_xhat = _sum_of_parts(sums_ptr, group, 1, parts, channels, c, BLOCK_P) / rows
         g = g - mean_g[None, :] - xhat * mean_g_xhat[None, :]
-    scale = tl.load(vectors_ptr + SCALE * channels + c, mask=c < channels, other=0.0)
+    scale = tl.load(vectors_ptr + SCALE * channels + c, mask=in_c, other=0.0)
     tl.store(dz_ptr + offset, (g * scale[None, :]).to(dz_ptr.dtype.element_ty), mask=inside)
 
 
 @triton.jit
-def _add_groups(sums_ptr, total_ptr, channels, c, groups):
-    """total[2, channels] = the sum over groups of sums[groups, 2, channels], in their order."""
-    for row in tl.static_range(2):
-        here = row * channels + c
-        total = tl.load(sums_ptr + here, mask=c < channels, other=0.0)
-        for group in range(1, groups):
-            part = sums_ptr + group * 2 * channels + here
-            total += tl.load(part, mask=c < channels, other=0.0)
-        tl.store(total_ptr + here, total, mask=c < channels)
+def _sum_of_parts(sums_ptr, group, row, parts, channels, c, BLOCK_P: tl.constexpr):
+    """The sum over p of sums[group, p, row, c], always in the same order."""
+    p = tl.arange(0, BLOCK_P)
+    offset = ((group * parts + p) * 2 + row)[:, None] * channels + c[None, :]
+    inside = (p < parts)[:, None] & (c < channels)[None, :]
+    return tl.sum(tl.load(sums_ptr + offset, mask=inside, other=0.0), axis=0)
 
 
 @triton.jit

@@ -84,9 +84,16 @@ BUGS = (
     Bug(
         "the last partial sum is dropped",
         "kernels/conv.py",
-        "for _ in range(0, parts):",
-        "for _ in range(0, tl.maximum(parts - 1, 1)):",
+        "inside = (p < parts)[:, None] & (i",
+        "inside = (p < tl.maximum(parts - 1, 1))[:, None] & (i",
         REDUCTIONS,
+    ),
+    Bug(
+        "the last part of the gradient of a norm is dropped",
+        "kernels/norm.py",
+        "inside = (p < parts)[:, None] & (c < channels)[None, :]\n    return",
+        "inside = (p < tl.maximum(parts - 1, 1))[:, None] & (c < channels)[None, :]\n    return",
+        STRIDED,
     ),
     Bug(
         "padded rows count in the statistics",

@@ -132,9 +132,14 @@ def test_groups(case, device):
     assert_block(case, device)
 
 
-def test_many_tiles_of_many_groups(device, monkeypatch):
-    """More tiles than one program combines: two rounds, which keep the groups apart."""
+@pytest.mark.parametrize("added_by_all", [1, 64])
+def test_many_tiles_of_many_groups(added_by_all, device, monkeypatch):
+    """More tiles than one program combines: two rounds, which keep the groups apart.
+
+    So do the sums of backward, whether a kernel of their own adds their parts or every program.
+    """
     monkeypatch.setattr(launch, "_STATISTICS_CHUNK", 2)
+    monkeypatch.setattr(launch, "_PARTS_ADDED_BY_ALL", added_by_all)
     assert_block(Case(True, Geometry(4, 2, 1, (16, 16), (8, 8)), (5, 9), 9, groups=3), device)
 
 
@@ -142,6 +147,7 @@ def test_many_tiles_of_many_groups(device, monkeypatch):
 def test_few_programs_share_long_reductions(transposed, device, monkeypatch):
     # As on a GPU with large tensors: each program reduces several tiles, in several rounds.
     monkeypatch.setattr(launch, "_BUSY_PROGRAMS", 1)
+    monkeypatch.setattr(launch, "_PARTS_ADDED_BY_ALL", 1)
     monkeypatch.setattr(launch, "_STATISTICS_CHUNK", 3)
     choose = launch.configs.gemm_config
     monkeypatch.setattr(

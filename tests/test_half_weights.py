@@ -9,7 +9,7 @@ from torch import nn
 from genfast.losses import gan_loss
 from genfast.models import VAE, DCGANDiscriminator, DCGANGenerator
 from genfast.training import GANStep, VAEStep
-from genfast.training.half_weights import HalfWeights
+from genfast.training.half_weights import HalfWeights, in_use
 
 
 def _dcgan():
@@ -71,7 +71,7 @@ def test_gradients_add_to_those_that_are_there():
     x = torch.randn(5, 3)
     half = HalfWeights(layer, torch.bfloat16)
     for passes in (1, 2):
-        with half.in_use(), torch.autocast("cpu", torch.bfloat16):
+        with in_use(half), torch.autocast("cpu", torch.bfloat16):
             layer(x).sum().backward()
             half.hand_over_gradients()
         expected = passes * x.bfloat16().sum(0).float().expand(2, 3)
@@ -85,7 +85,7 @@ def test_changes_between_steps_and_frozen_layers_count():
     for value in (1.0, 2.0):
         with torch.no_grad():
             layer[0].weight.fill_(value)
-        with half.in_use():
+        with in_use(half):
             assert layer[0].weight.dtype == torch.bfloat16
             assert layer[0].weight.eq(value).all() and not layer[0].weight.requires_grad
             with torch.autocast("cpu", torch.bfloat16):
@@ -97,7 +97,7 @@ def test_changes_between_steps_and_frozen_layers_count():
 def test_an_error_leaves_the_parameters():
     layer = nn.Linear(3, 2)
     weight = layer.weight
-    with pytest.raises(RuntimeError), HalfWeights(layer, torch.bfloat16).in_use():
+    with pytest.raises(RuntimeError), in_use(HalfWeights(layer, torch.bfloat16)):
         raise RuntimeError
     assert layer.weight is weight
 
@@ -110,7 +110,7 @@ def test_watched_parameters_stay_themselves():
     nn.utils.parametrizations.spectral_norm(layers[2])
     weights = [layer.weight for layer in layers[:2]]
     model = nn.Sequential(*layers)
-    with HalfWeights(model, torch.bfloat16).in_use():
+    with in_use(HalfWeights(model, torch.bfloat16)):
         assert [layer.weight for layer in layers[:2]] == weights
         assert layers[2].parametrizations.weight.original.dtype == torch.float32
         assert layers[3].weight.dtype == torch.bfloat16
@@ -126,7 +126,7 @@ def test_tied_weights_have_one_copy():
     reference = copy.deepcopy(model)
     x = torch.randn(2, 3)
     half = HalfWeights(model, torch.bfloat16)
-    with half.in_use(), torch.autocast("cpu", torch.bfloat16):
+    with in_use(half), torch.autocast("cpu", torch.bfloat16):
         assert a.weight is b.weight
         model(x).sum().backward()
         half.hand_over_gradients()
@@ -160,5 +160,5 @@ def test_a_distributed_network_keeps_its_parameters():
             super().__init__()
             self.module = layer
 
-    with HalfWeights(Distributed(), torch.bfloat16).in_use():
+    with in_use(HalfWeights(Distributed(), torch.bfloat16)):
         assert layer.weight.dtype == torch.float32

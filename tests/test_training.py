@@ -179,6 +179,21 @@ def test_merging_is_refused_where_two_passes_differ():
     assert GANStep(_dcgan()[0], own, precision="fp32", merge=True).why_not_merged is None
 
 
+def test_real_images_are_converted_early_only_where_that_changes_nothing(monkeypatch):
+    images = torch.rand(4, 1, 16, 16) * 2 - 1
+    outcomes = []
+    for early in (True, False):
+        step = GANStep(*_dcgan(), latent_shape=(5, 1, 1), precision="bf16")
+        assert step._converts
+        step._converts = early
+        torch.manual_seed(1)
+        outcomes.append([t.item() for _ in range(2) for t in step(images)])
+    assert outcomes[0] == outcomes[1]
+    for first in (nn.Dropout(0.1), nn.GroupNorm(1, 1)):  # These would meet rounded images.
+        discriminator = nn.Sequential(first, nn.Conv2d(1, 1, 16), nn.Flatten(0))
+        assert not GANStep(_dcgan()[0], discriminator, latent_shape=(5, 1, 1))._converts
+
+
 def test_models_are_left_as_they_were():
     generator = nn.Sequential(nn.ConvTranspose2d(5, 1, 16), nn.Tanh())
     discriminator = _spectral_discriminator()

@@ -5,7 +5,7 @@ small kernel a weight. Here the layers hold persistent copies while a step runs,
 so are their gradients. What is computed is the same, to the last bit.
 """
 
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 
 import torch
 from torch import nn
@@ -31,16 +31,10 @@ class HalfWeights:
         self._copies, self._gradients = {}, {}  # By parameter.
 
     @contextmanager
-    def in_use(self):
-        """Within, the network's layers hold the copies, fresh on entry.
-
-        A parameter that somebody watches stays itself, as do all of a network that is distributed
-        over devices: both wait for gradients to arrive at the parameter.
-        """
+    def _in_place(self):
         places = list(_places(self._network))
         self._copies = {p: self._copy_of(p) for _, _, p in places}
         self._gradients = {p: self._gradients.get(p) for p in self._copies}
-        self.refresh()
         for layer, name, parameter in places:
             layer._parameters[name] = self._copies[parameter]
         try:
@@ -50,12 +44,6 @@ class HalfWeights:
                 layer._parameters[name] = parameter
             for copy in self._copies.values():
                 copy.grad = None
-
-    @torch.no_grad()
-    def refresh(self):
-        """Let the copies be what the parameters are now."""
-        if self._copies:
-            torch._foreach_copy_(list(self._copies.values()), list(self._copies))
 
     @torch.no_grad()
     def hand_over_gradients(self):
@@ -84,6 +72,29 @@ class HalfWeights:
         if kept is None or kept is parameter.grad:
             kept = self._gradients[parameter] = torch.empty_like(parameter)
         return kept
+
+
+@contextmanager
+def in_use(*networks):
+    """Within, the layers of these networks, `HalfWeights`, hold the copies, fresh on entry.
+
+    A parameter that somebody watches stays itself, as do all of a network that is distributed
+    over devices: both wait for gradients to arrive at the parameter.
+    """
+    with ExitStack() as stack:
+        for network in networks:
+            stack.enter_context(network._in_place())
+        refresh(*networks)
+        yield
+
+
+@torch.no_grad()
+def refresh(*networks):
+    """Within `in_use`, let the copies be what the parameters are now."""
+    pairs = [pair for network in networks for pair in network._copies.items()]
+    if pairs:
+        parameters, copies = zip(*pairs, strict=True)
+        torch._foreach_copy_(list(copies), list(parameters))
 
 
 def _places(network):

@@ -23,6 +23,9 @@ _WEIGHTED = (
     nn.Bilinear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d,
     nn.ConvTranspose3d, nn.GroupNorm, nn.LayerNorm, nn.Linear, Maxout,
 )  # fmt: skip
+# Of these, layers that leave an image as it is, and layers that autocast computes in its precision.
+_IDLE = (nn.Flatten, nn.Identity, nn.Unflatten)
+_CONVERTING = (nn.Conv2d, nn.ConvTranspose2d, nn.Linear)
 _DROPOUT = (nn.AlphaDropout, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d)
 _CONTAINERS = (nn.Sequential, FusedSequential, FusedBlock, DCGANDiscriminator, GANDiscriminator)
 _ONE_BY_ONE = {
@@ -48,6 +51,16 @@ def why_not_merged(discriminator):
         if _has_hook(module):
             return f"{where} has a hook, which would see one batch for two"
     return None
+
+
+def converts_its_input(discriminator):
+    """Whether a discriminator that may be merged takes its images in autocast's precision.
+
+    Its first layer then makes the same of an image, whether it was converted before or not.
+    """
+    layers = (m for m in discriminator.modules() if not list(m.children()))
+    first = next((m for m in layers if type(m) not in _IDLE), None)
+    return type(first) in _CONVERTING
 
 
 def _has_hook(module):

@@ -1,0 +1,65 @@
+"""How many kernels a step of a DCGAN-64 starts, counted without a GPU.
+
+On a GPU a small kernel costs a few microseconds however little it does, so kernels are a cost of
+their own. Here nothing is computed: the kernels of genfast are counted instead of started, at the
+sizes and with the tiles of a real step on sm_90, and PyTorch's operations run on the CPU and are
+counted as one kernel each.
+"""
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from genfast import launch
+from genfast.models import DCGANDiscriminator, DCGANGenerator
+from genfast.training import GANStep
+
+pytestmark = pytest.mark.kernels
+
+MOST_KERNELS = 120
+# Beside views: operations that take memory without writing to it, and the profiler's marks.
+_START_NOTHING = (
+    "_record_function_enter_new", "_record_function_exit", "detach", "empty", "empty_like",
+    "empty_strided", "new_empty", "new_empty_strided",
+)  # fmt: skip
+
+
+class Operations(TorchDispatchMode):
+    """Counts PyTorch's operations into a list of names."""
+
+    def __init__(self, names):
+        super().__init__()
+        self._names = names
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        name = function.overloadpacket.__name__
+        if not function.is_view and name not in _START_NOTHING:
+            self._names.append(name)
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.fixture
+def started(monkeypatch):
+    """The names of the kernels that genfast would start."""
+    names = []
+    monkeypatch.setattr(launch, "_architecture", lambda tensor: "sm_90")
+    monkeypatch.setattr(
+        launch, "_start", lambda kernel, grid, **arguments: names.append(kernel.__name__)
+    )
+    # Filling fresh memory with NaN, as tests of the kernels do, would count too.
+    torch.use_deterministic_algorithms(False)
+    return names
+
+
+@pytest.mark.parametrize("batch_size", [64, 128, 1024])
+def test_a_step_starts_few_kernels(batch_size, started):
+    step = GANStep(DCGANGenerator(), DCGANDiscriminator(), precision="bf16", capture=False)
+    images = torch.zeros(batch_size, 3, 64, 64).to(memory_format=torch.channels_last)
+    step(images)  # The first step also makes what later ones reuse.
+    started.clear()
+    with Operations(started):
+        step(images)
+    assert started.count("fprop") == started.count("dgrad") == 14
+    assert started.count("wgrad") == 10
+    stacks_losses = 1  # In a captured step.
+    assert len(started) + stacks_losses <= MOST_KERNELS, started

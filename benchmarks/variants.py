@@ -94,6 +94,15 @@ VARIANTS = {
     ),
     "graphed": Variant(Recipe(amp=True, frozen=True, graph=True).build, half=True, needs="cuda"),
     "genfast": Variant(_genfast(), half=True, ours=True),
+    # The compiler traces PyTorch's operations, not genfast's kernels.
+    "genfast/compiled": Variant(
+        _genfast(compile=True),
+        half=True,
+        ours=True,
+        fused=False,
+        needs="compiler",
+        models="vae",
+    ),
     "genfast/no-merge": Variant(_genfast(merge=False), half=True, ours=True, models="gan"),
     "genfast/no-fused": Variant(_genfast("reference"), half=True, ours=True, fused=False),
     "genfast/no-graph": Variant(_genfast(capture=False), half=True, ours=True, needs="cuda"),
@@ -111,6 +120,8 @@ def why_not_run(name, workload, asked_for=True):
         return "it compiles for minutes on a CPU; ask for it with --only"
     if variant.models == "gan" and workload.is_vae:
         return "there is no discriminator"
+    if variant.models == "vae" and not workload.is_vae:
+        return "only the step of a VAE takes it"
     if variant.needs == "cuda" and workload.device.type != "cuda":
         return "there is no GPU"
     if variant.needs == "compiler" and workload.device.type == "cpu" and not _has_compiler():

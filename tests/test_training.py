@@ -6,6 +6,7 @@ import os
 import re
 import threading
 import time
+from functools import partial
 
 import numpy as np
 import pytest
@@ -177,6 +178,27 @@ def test_merging_is_refused_where_two_passes_differ():
     assert "main.2 has a hook" in GANStep(_dcgan()[0], watched).why_not_merged
     own = nn.Sequential(nn.Conv2d(1, 1, 16), MinibatchDeviation())
     assert GANStep(_dcgan()[0], own, precision="fp32", merge=True).why_not_merged is None
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("make", [VAE, lambda: ConvVAE(1, 16, 4, 4)], ids=["vae", "conv-vae"])
+def test_a_compiled_step_of_a_vae(make, precision, monkeypatch):
+    # The whole of torch.compile but for the C++, which takes long; the benchmark runs that too.
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
+    size = 28 if make is VAE else 16
+    batches = [torch.rand(n, 1, size, size) for n in (4, 4, 3)]
+    outcomes = []
+    for compiled in (True, False):
+        torch.manual_seed(0)
+        step = VAEStep(make(), precision=precision, compile=compiled)
+        outcomes.append([[t.item() for t in step(batch)] for batch in batches])
+    np.testing.assert_allclose(*outcomes, rtol=1e-5 if precision == "fp32" else 1e-2)
+
+
+def test_a_compiled_step_needs_a_compiler(monkeypatch):
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    with pytest.raises(ValueError, match="expected a C.. compiler for .* found no no-such-comp"):
+        VAEStep(VAE(), compile=True)
 
 
 def test_real_images_are_converted_early_only_where_that_changes_nothing(monkeypatch):

@@ -4,7 +4,7 @@ from contextlib import ExitStack, contextmanager
 
 import torch
 
-from genfast.training import half_weights
+from genfast.training import half_weights, updates
 
 PRECISIONS = ("auto", "fp32", "tf32", "bf16", "fp16")
 _AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
@@ -115,7 +115,7 @@ class Precision:
         """Step the optimizer of that name."""
         scaler = self.scalers.get(optimizer)
         if scaler is None:
-            self._optimizers[optimizer].step()
+            updates.update(self._optimizers[optimizer])
             return
         scaler.step(self._optimizers[optimizer])
         scaler.update()

@@ -1,7 +1,5 @@
 """Everything that is compared, by name: how to build it, and why it may not run here."""
 
-import os
-import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -11,6 +9,7 @@ from benchmarks.machine import half_is_fast
 from benchmarks.recipes import Recipe
 from genfast import functional, use_backend
 from genfast.training import GANStep, VAEStep
+from genfast.training.step import missing_compiler
 
 
 @dataclass(frozen=True)
@@ -124,10 +123,6 @@ def why_not_run(name, workload, asked_for=True):
         return "only the step of a VAE takes it"
     if variant.needs == "cuda" and workload.device.type != "cuda":
         return "there is no GPU"
-    if variant.needs == "compiler" and workload.device.type == "cpu" and not _has_compiler():
+    if variant.needs == "compiler" and missing_compiler(workload.device):
         return "torch.compile finds no C++ compiler"
     return None
-
-
-def _has_compiler():
-    return shutil.which(os.environ.get("CXX", "g++")) is not None

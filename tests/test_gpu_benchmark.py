@@ -126,7 +126,7 @@ def test_each_kernel_runs(monkeypatch):
         for name in re.findall(r"@triton\.jit.*\ndef ([a-z]\w+)\(", path.read_text())
     }
     helpers = {"activate", "activation_backward"}
-    rounds_of_many, no_product = {"combine_statistics", "sum_partials"}, {"tile_statistics"}
+    rounds_of_many, no_product = {"combine_statistics"}, {"tile_statistics"}
     assert started == kernels - helpers - rounds_of_many - no_product
 
 

@@ -201,7 +201,7 @@ def test_a_compiled_step_needs_a_compiler(monkeypatch):
         VAEStep(VAE(), compile=True)
 
 
-def test_real_images_are_converted_early_only_where_that_changes_nothing(monkeypatch):
+def test_real_images_are_converted_early_only_where_that_changes_nothing():
     images = torch.rand(4, 1, 16, 16) * 2 - 1
     outcomes = []
     for early in (True, False):

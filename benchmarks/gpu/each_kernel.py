@@ -39,6 +39,11 @@ def main(device="cuda", layers=LAYERS, dtypes=(torch.bfloat16, torch.float32)):
                     statistics_groups=2,
                 )  # fmt: skip
                 y.sum().backward()
+            # Of the norm's own parameters alone, whose parts no other kernel adds up.
+            gamma = torch.ones(c_out, device=device, requires_grad=True)
+            block(
+                x.detach(), weight.detach(), None, stride, padding, norm=True, norm_weight=gamma,
+            ).sum().backward()  # fmt: skip
             with torch.no_grad():
                 block(
                     x, weight, None, stride, padding, norm=True, running_mean=mean,

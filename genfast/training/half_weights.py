@@ -12,7 +12,7 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 # Layers whose weights autocast converts, and which use them for nothing else.
-_LAYERS = (
+CONVERTED_LAYERS = (
     nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d,
     nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d,
 )  # fmt: skip
@@ -105,7 +105,7 @@ def _places(network):
     ):
         return
     for layer in modules:
-        if type(layer) not in _LAYERS or parametrize.is_parametrized(layer):
+        if type(layer) not in CONVERTED_LAYERS or parametrize.is_parametrized(layer):
             continue
         for name, parameter in layer._parameters.items():
             if parameter is not None and _is_plain(parameter):

@@ -7,6 +7,7 @@ from torch.nn.utils import parametrize
 from genfast.models import DCGANDiscriminator, GANDiscriminator
 from genfast.models.gan import Maxout
 from genfast.nn import FusedBlock, FusedSequential
+from genfast.training.half_weights import CONVERTED_LAYERS
 
 # Modules that treat images one by one, and batch norms, whose statistics are kept apart. Modules
 # count as these if they run the same forward.
@@ -23,9 +24,8 @@ _WEIGHTED = (
     nn.Bilinear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d,
     nn.ConvTranspose3d, nn.GroupNorm, nn.LayerNorm, nn.Linear, Maxout,
 )  # fmt: skip
-# Of these, layers that leave an image as it is, and layers that autocast computes in its precision.
+# Of these, layers that leave an image as it is.
 _IDLE = (nn.Flatten, nn.Identity, nn.Unflatten)
-_CONVERTING = (nn.Conv2d, nn.ConvTranspose2d, nn.Linear)
 _DROPOUT = (nn.AlphaDropout, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d)
 _CONTAINERS = (nn.Sequential, FusedSequential, FusedBlock, DCGANDiscriminator, GANDiscriminator)
 _ONE_BY_ONE = {
@@ -60,7 +60,7 @@ def converts_its_input(discriminator):
     """
     layers = (m for m in discriminator.modules() if not list(m.children()))
     first = next((m for m in layers if type(m) not in _IDLE), None)
-    return type(first) in _CONVERTING
+    return type(first) in CONVERTED_LAYERS
 
 
 def _has_hook(module):

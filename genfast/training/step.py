@@ -176,10 +176,11 @@ class GANStep(_Step):
         self.latent_shape = tuple(latent_shape)
         self.loss = losses.gan_loss(loss)
         g_optimizer, d_optimizer = optimizers or (adam(generator), adam(discriminator))
-        self.why_not_merged = "it was switched off"
-        if merge is not False:
-            self.why_not_merged = None if merge else why_not_merged(discriminator)
-        self._converts = not why_not_merged(discriminator) and converts_its_input(discriminator)
+        reason = why_not_merged(discriminator)
+        self._converts = reason is None and converts_its_input(discriminator)
+        if merge is not None:
+            reason = None if merge else "it was switched off"
+        self.why_not_merged = reason
         super().__init__(
             {"generator": generator, "discriminator": discriminator},
             {"generator": g_optimizer, "discriminator": d_optimizer},
@@ -271,7 +272,11 @@ class VAEStep(_Step):
         super().__init__({"model": model}, {"model": optimizer or adam(model)}, precision, capture)
         self._compiled_terms = None
         if compile:
-            _check_compiler(self.device)
+            name = missing_compiler(self.device)
+            if name:
+                raise ValueError(
+                    f"expected a C++ compiler for compile=True on a CPU, found no {name}"
+                )
             self._compiled_terms = torch.compile(self._terms_given_noise)
 
     @property
@@ -323,10 +328,13 @@ class VAEStep(_Step):
             return self.model.decode(z)
 
 
-def _check_compiler(device):
+def missing_compiler(device):
+    """The name of the C++ compiler that `torch.compile` needs for the device and that is missing.
+
+    None if it has what it needs.
+    """
     name = os.environ.get("CXX", "g++")  # As `torch.compile` chooses it.
-    if device.type == "cpu" and shutil.which(name) is None:
-        raise ValueError(f"expected a C++ compiler for compile=True on a CPU, found no {name}")
+    return name if device.type == "cpu" and shutil.which(name) is None else None
 
 
 @contextmanager

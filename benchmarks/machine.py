@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from genfast.training.precision import resolve_precision
+from genfast.training.steps.precision import resolve_precision
 
 
 def describe(device):

@@ -30,7 +30,7 @@ from genfast.models.dcgan import IMAGE_SIZES
 from genfast.training import GANStep
 from genfast.training.data import Batches, normalize
 from genfast.training.errors import BadInput, Diverged, require
-from genfast.training.pictures import to_uint8
+from genfast.training.runs.pictures import to_uint8
 
 RESULTS = Path(__file__).parent / "results"
 SUMMARY = "Train a DCGAN on digits with genfast and with stock PyTorch, and compare what it draws."

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 
 from benchmarks.machine import half_is_fast
 from benchmarks.workloads import stock
-from genfast.training.graph import CapturedStep, CUDARecorder
+from genfast.training.steps.capture import CapturedStep, CUDARecorder
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from torch import nn
 from genfast.functional import reparameterize_with_kl
 from genfast.nn import FusedSequential
 from genfast.reference import kl_divergence, reparameterize
-from genfast.training.precision import resolve_precision
+from genfast.training.steps.precision import resolve_precision
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 BATCH = 128 if DEVICE.type == "cuda" else 8

@@ -9,7 +9,7 @@ from benchmarks.machine import half_is_fast
 from benchmarks.recipes import Recipe
 from genfast import functional, use_backend
 from genfast.training import GANStep, VAEStep
-from genfast.training.step import missing_compiler
+from genfast.training.steps.vae import missing_compiler
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ class Variant:
         return (self.half and half_is_fast(workload.device)) or (on_gpu and not self.ours)
 
     def precision(self, workload):
-        """What its products are rounded to, as a name of `genfast.training.precision`."""
+        """What its products are rounded to, as a name of `genfast.training.steps.precision`."""
         if self.half and half_is_fast(workload.device):
             return "bf16"
         return "tf32" if self.rounds_coarsely(workload) else "fp32"

@@ -15,13 +15,13 @@ import genfast
 from genfast.backend import selected_backend, triton
 from genfast.functional import why_not_triton
 from genfast.models.dcgan import IMAGE_SIZES
-from genfast.training.checkpoint import NAME as CHECKPOINT_NAME
-from genfast.training.config import DEFAULTS, DIGITS_DEFAULTS, MODELS, prepare, prepare_resumed
-from genfast.training.demo import demo
 from genfast.training.errors import BadInput, Diverged
-from genfast.training.loop import CHECKPOINT_SECONDS, train
-from genfast.training.precision import PRECISIONS, resolve_precision
-from genfast.training.sampling import sample_checkpoint
+from genfast.training.runs.checkpoint import NAME as CHECKPOINT_NAME
+from genfast.training.runs.config import DEFAULTS, DIGITS_DEFAULTS, MODELS, prepare, prepare_resumed
+from genfast.training.runs.demo import demo
+from genfast.training.runs.loop import CHECKPOINT_SECONDS, train
+from genfast.training.runs.samples import sample_checkpoint
+from genfast.training.steps.precision import PRECISIONS, resolve_precision
 
 SETTINGS = (
     "image_size",

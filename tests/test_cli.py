@@ -16,7 +16,7 @@ import torch
 from PIL import Image
 
 from genfast import cli
-from genfast.training import demo
+from genfast.training.runs import demo
 
 ROOT = Path(__file__).parents[1]
 TINY = ["--batch-size", "4", "--nz", "3", "--device", "cpu"]
@@ -296,7 +296,7 @@ def test_a_stopped_run_resumes_with_the_losses_of_an_uninterrupted_one(
 
 
 def _steps(path):
-    from genfast.training.checkpoint import read_checkpoint
+    from genfast.training.runs.checkpoint import read_checkpoint
 
     return read_checkpoint(path)["steps"]
 

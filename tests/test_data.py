@@ -16,10 +16,16 @@ import pytest
 import torch
 from PIL import Image
 
-from genfast.training import data, prefetch
-from genfast.training.data import Batches, fingerprint, load_images, normalize
+from genfast.training.data import (
+    Batches,
+    fingerprint,
+    load_images,
+    normalize,
+    prefetch,
+    sources,
+)
+from genfast.training.data.prefetch import CudaCopies, NoCopy, Prefetcher, WaitingClock
 from genfast.training.errors import BadInput
-from genfast.training.prefetch import CudaCopies, NoCopy, Prefetcher, WaitingClock
 
 RAMP = np.arange(5 * 8 * 8, dtype=np.uint8).reshape(5, 8, 8)
 
@@ -55,7 +61,7 @@ def test_digits_are_the_real_ones():
 
 
 def test_photos_are_varied_and_the_same_each_time(monkeypatch):
-    monkeypatch.setattr(data, "PHOTO_CROPS", 24)
+    monkeypatch.setattr(sources, "PHOTO_CROPS", 24)
     images = load_images("photos", 32)
     assert images.shape == (24, 3, 32, 32)
     assert images.dtype == torch.uint8
@@ -134,7 +140,7 @@ def test_sixteen_bits_a_channel_are_not_cut_off(tmp_path):
 
 
 def test_a_warning_names_so_many_and_counts_the_rest(tmp_path, monkeypatch):
-    monkeypatch.setattr(data, "NAMED", 2)
+    monkeypatch.setattr(sources, "NAMED", 2)
     _png(tmp_path / "z.png", 9, mode="L")
     for i in range(5):
         (tmp_path / f"{i}.png").write_bytes(b"nonsense")
@@ -348,7 +354,7 @@ COLOURS = np.random.default_rng(0).integers(0, 256, (40, 8, 8, 3), dtype=np.uint
 @pytest.fixture
 def all_sets_are_large(monkeypatch):
     """Sets of any size stay in their file, and threads gather their batches."""
-    monkeypatch.setattr(data, "LARGE", 0)
+    monkeypatch.setattr(sources, "LARGE", 0)
 
 
 def _data_threads():
@@ -388,7 +394,7 @@ def test_large_arrays_can_be_resized(tmp_path, monkeypatch):
     path = tmp_path / "images.npy"
     np.save(path, COLOURS[:, :6])
     small = [load_images(path, size) for size in (None, 16)]
-    monkeypatch.setattr(data, "LARGE", 0)
+    monkeypatch.setattr(sources, "LARGE", 0)
     for images, size in zip(small, (None, 16), strict=True):
         assert torch.equal(load_images(path, size), images)
 
@@ -400,7 +406,7 @@ def test_large_arrays_in_another_order(tmp_path, all_sets_are_large):
 
 def test_a_set_larger_than_memory(tmp_path, monkeypatch):
     """118 GB in a file that takes no space on the disk where it was never written to."""
-    monkeypatch.setattr(data, "SAMPLED", 16)  # For some disks are slow.
+    monkeypatch.setattr(sources, "SAMPLED", 16)  # For some disks are slow.
     path, count = tmp_path / "images.npy", 600_000
     file = np.lib.format.open_memmap(path, "w+", np.uint8, (count, 256, 256, 3))
     file[[0, 123_456, count - 1], 0, 0, 0] = 1, 2, 3
@@ -420,8 +426,8 @@ def test_a_set_larger_than_memory(tmp_path, monkeypatch):
 
 def test_fingerprints(monkeypatch):
     images = torch.from_numpy(COLOURS).permute(0, 3, 1, 2)
-    for large in (data.LARGE, 0):
-        monkeypatch.setattr(data, "LARGE", large)
+    for large in (sources.LARGE, 0):
+        monkeypatch.setattr(sources, "LARGE", large)
         whole = fingerprint(images)
         assert fingerprint(images.contiguous()) == whole  # In whatever order they lie in memory.
         assert fingerprint(images.flip(0)) != whole
@@ -433,7 +439,7 @@ def test_fingerprints(monkeypatch):
 
 
 def test_fingerprints_of_large_sets_are_of_a_sample(monkeypatch, all_sets_are_large):
-    monkeypatch.setattr(data, "SAMPLED", 4)
+    monkeypatch.setattr(sources, "SAMPLED", 4)
     images = _numbered(40).clone()
     whole = fingerprint(images)
     for i in range(40):
@@ -444,7 +450,7 @@ def test_fingerprints_of_large_sets_are_of_a_sample(monkeypatch, all_sets_are_la
 
 def test_batches_gathered_ahead_are_those_gathered_in_turn(monkeypatch):
     in_turn = _take(Batches(_numbered(10), 3, seed=4, device=CPU), 12)
-    monkeypatch.setattr(data, "LARGE", 0)
+    monkeypatch.setattr(sources, "LARGE", 0)
     ahead = Batches(_numbered(10), 3, seed=4, device=CPU)
     for start in range(12):
         assert _take(ahead, 12 - start, start) == in_turn[start:]
@@ -562,7 +568,7 @@ def test_share_starts_anew(monkeypatch):
 
 def test_gathering_from_memory_counts_as_waiting(monkeypatch):
     now = itertools.count()
-    monkeypatch.setattr(data.time, "perf_counter", lambda: float(next(now)))
+    monkeypatch.setattr(time, "perf_counter", lambda: float(next(now)))
     batches = Batches(_numbered(10), 3, seed=0, device=CPU)
     stream = batches.stream()  # Looks at the clock at 1, for the first batch at 2 and 3.
     next(stream)

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from genfast.training.graph import CapturedStep, why_not_captured
+from genfast.training.steps.capture import CapturedStep, why_not_captured
 
 CPU = torch.device("cpu")
 

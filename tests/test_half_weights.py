@@ -9,7 +9,7 @@ from torch import nn
 from genfast.losses import gan_loss
 from genfast.models import VAE, DCGANDiscriminator, DCGANGenerator
 from genfast.training import GANStep, VAEStep
-from genfast.training.half_weights import HalfWeights, in_use
+from genfast.training.steps.half_weights import HalfWeights, in_use
 
 
 def _dcgan():

@@ -18,22 +18,13 @@ from torch.nn.utils.parametrizations import spectral_norm
 
 from genfast import use_backend
 from genfast.models import GAN, VAE, ConvVAE, DCGANDiscriminator, DCGANGenerator
-from genfast.training import (
-    GANStep,
-    VAEStep,
-    checkpoint,
-    config,
-    data,
-    demo,
-    loop,
-    metrics,
-    pictures,
-)
-from genfast.training.data import Batches, normalize
+from genfast.training import GANStep, VAEStep
+from genfast.training.data import Batches, batches, normalize, sources
 from genfast.training.errors import BadInput, Diverged
 from genfast.training.files import replacing
-from genfast.training.precision import resolve_precision
-from genfast.training.sampling import sample_checkpoint
+from genfast.training.runs import checkpoint, config, demo, loop, loss_log, pictures
+from genfast.training.runs.samples import sample_checkpoint
+from genfast.training.steps.precision import resolve_precision
 
 CPU = torch.device("cpu")
 
@@ -535,8 +526,8 @@ class _StopAt:
 
     def __init__(self, monkeypatch, step):
         self.left = step
-        self.add = metrics.Metrics.add
-        monkeypatch.setattr(metrics.Metrics, "add", lambda *args: self.count(*args))
+        self.add = loss_log.LossLog.add
+        monkeypatch.setattr(loss_log.LossLog, "add", lambda *args: self.count(*args))
 
     def count(self, *args):
         self.add(*args)
@@ -570,7 +561,7 @@ def test_a_resumed_run_has_the_losses_of_an_uninterrupted_one(tmp_path, monkeypa
 def test_a_streamed_run_has_the_losses_of_one_from_memory(tmp_path, monkeypatch):
     settings, images = _prepare(tmp_path, "vae")
     loop.train(settings, images, tmp_path / "whole", device=CPU)
-    monkeypatch.setattr(data, "LARGE", 0)
+    monkeypatch.setattr(sources, "LARGE", 0)
     settings, images = _prepare(tmp_path, "vae")
     with monkeypatch.context() as patch:
         _StopAt(patch, 4)
@@ -590,8 +581,8 @@ def test_no_thread_outlives_a_run_that_breaks_off(tmp_path, monkeypatch, error):
         assert data_threads()
         raise error
 
-    monkeypatch.setattr(data, "LARGE", 0)
-    monkeypatch.setattr(metrics.Metrics, "add", breaks_off)
+    monkeypatch.setattr(sources, "LARGE", 0)
+    monkeypatch.setattr(loss_log.LossLog, "add", breaks_off)
     settings, images = _prepare(tmp_path, "vae")
     with pytest.raises(error):
         loop.train(settings, images, tmp_path / "out", device=CPU)
@@ -608,11 +599,11 @@ def test_progress_shows_the_share_of_waiting_for_data(tmp_path, monkeypatch, cap
         time.sleep(0.3)
         read(rows, indices, out)
 
-    read = data._take
+    read = batches._take
     monkeypatch.setattr(loop, "REPORT_SECONDS", 0)
-    monkeypatch.setattr(data, "LARGE", 0)
+    monkeypatch.setattr(sources, "LARGE", 0)
     assert shares()[-1] < 50  # All is gathered by then.
-    monkeypatch.setattr(data, "_take", read_slowly)
+    monkeypatch.setattr(batches, "_take", read_slowly)
     assert max(shares()) > 50
 
 

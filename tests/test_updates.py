@@ -7,8 +7,8 @@ import torch
 from torch import nn
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
-from genfast.training import updates
-from genfast.training.updates import clear_gradients, update
+from genfast.training.steps import updates
+from genfast.training.steps.updates import clear_gradients, update
 
 
 def _trained(step, network, make, steps=3):

@@ -1,5 +1,5 @@
-"""Training: data, steps, the loop, checkpoints and pictures."""
+"""Training: data, steps, and runs, which leave checkpoints and pictures in a folder."""
 
-from genfast.training.step import GANResult, GANStep, VAEResult, VAEStep
+from genfast.training.steps import GANResult, GANStep, VAEResult, VAEStep
 
 __all__ = ["GANResult", "GANStep", "VAEResult", "VAEStep"]

@@ -7,7 +7,7 @@ from torch.nn.utils import parametrize
 from genfast.models import DCGANDiscriminator, GANDiscriminator
 from genfast.models.gan import Maxout
 from genfast.nn import FusedBlock, FusedSequential
-from genfast.training.half_weights import CONVERTED_LAYERS
+from genfast.training.steps.half_weights import CONVERTED_LAYERS
 
 # Modules that treat images one by one, and batch norms, whose statistics are kept apart. Modules
 # count as these if they run the same forward.

@@ -4,10 +4,10 @@ from dataclasses import asdict, dataclass, replace
 
 from genfast.models import GAN, VAE, ConvVAE, DCGANDiscriminator, DCGANGenerator
 from genfast.models.dcgan import IMAGE_SIZES
-from genfast.training.checkpoint import read_checkpoint
 from genfast.training.data import fingerprint, load_images, resize
 from genfast.training.errors import BadInput
-from genfast.training.step import GANStep, VAEStep, adam
+from genfast.training.runs.checkpoint import read_checkpoint
+from genfast.training.steps import GANStep, VAEStep, adam
 
 _COMMON = dict(seed=0, precision="auto")
 # Learning rates, betas and widths are those of the papers and of PyTorch's public examples. A model

@@ -7,10 +7,10 @@ import torch
 from torch import nn
 
 from genfast.models import DCGANDiscriminator, DCGANGenerator
-from genfast.training.checkpoint import NAME as CHECKPOINT_NAME
-from genfast.training.config import build_step, prepare
 from genfast.training.data import Batches, normalize
-from genfast.training.loop import cudnn_setting, train
+from genfast.training.runs.checkpoint import NAME as CHECKPOINT_NAME
+from genfast.training.runs.config import build_step, prepare
+from genfast.training.runs.loop import cudnn_setting, train
 
 TRAINING_SECONDS = 110
 COMPARING_SECONDS = 25

@@ -4,9 +4,9 @@ from dataclasses import replace
 
 import torch
 
-from genfast.training import checkpoint, pictures
-from genfast.training.config import Config, build_step
-from genfast.training.precision import resolve_precision
+from genfast.training.runs import checkpoint, pictures
+from genfast.training.runs.config import Config, build_step
+from genfast.training.steps.precision import resolve_precision
 
 
 def draw_noise(num, step, seed):

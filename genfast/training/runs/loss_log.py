@@ -10,7 +10,7 @@ from genfast.training.errors import Diverged
 from genfast.training.files import replacing
 
 
-class Metrics:
+class LossLog:
     """Collects the losses of each step and writes them as rows of a CSV file.
 
     Columns: step, epoch, the losses, images_per_second (over the steps fetched together).

@@ -15,13 +15,13 @@ from pathlib import Path
 import torch
 
 import genfast
-from genfast.training import checkpoint
-from genfast.training.config import build_step
 from genfast.training.data import Batches, normalize
 from genfast.training.errors import BadInput, require
 from genfast.training.files import replacing
-from genfast.training.metrics import Metrics
-from genfast.training.sampling import draw_noise, write_samples
+from genfast.training.runs import checkpoint
+from genfast.training.runs.config import build_step
+from genfast.training.runs.loss_log import LossLog
+from genfast.training.runs.samples import draw_noise, write_samples
 
 SAMPLES = 64
 REPORT_SECONDS = 0.5
@@ -100,7 +100,7 @@ def train(
     out = Path(out)
     (out / "samples").mkdir(parents=True, exist_ok=True)
     _write_settings(out / "config.json", config, step)
-    metrics = Metrics(out / "metrics.csv", step.result_fields, config.batch_size, keep=done)
+    loss_log = LossLog(out / "metrics.csv", step.result_fields, config.batch_size, keep=done)
 
     size = f"{config.channels} x {config.image_size} x {config.image_size}"
     tqdm.write(
@@ -121,16 +121,16 @@ def train(
             result = step(normalize(batch, step.pixel_range))
             done += 1
             epoch = math.ceil(done / len(batches))
-            metrics.add(done, epoch, result)
+            loss_log.add(done, epoch, result)
             bar.update()
 
             now = time.monotonic()
             stopping = stop.requested or done == total or now - started >= max_seconds
             saving = stopping or now - saved_at >= checkpoint_seconds
             ends_epoch = done % len(batches) == 0
-            if saving or ends_epoch or metrics.age() >= REPORT_SECONDS:
+            if saving or ends_epoch or loss_log.age() >= REPORT_SECONDS:
                 bar.set_description(f"epoch {epoch}/{config.epochs}", refresh=False)
-                newest = metrics.flush()
+                newest = loss_log.flush()
                 bar.set_postfix(newest | {"data": f"{batches.waiting.share():.0%}"})
             if ends_epoch:
                 picture = out / "samples" / f"epoch_{epoch:03d}.png"
@@ -139,7 +139,7 @@ def train(
                 checkpoint.save_checkpoint(out / checkpoint.NAME, step, config.as_dict(), done)
                 saved_at = time.monotonic()
             if saving or ends_epoch:
-                metrics.restart_clock()
+                loss_log.restart_clock()
                 batches.waiting.restart()
             if stopping:
                 break

@@ -107,7 +107,7 @@ def stock(module):
         setattr(module, name, stock(child))
     if isinstance(module, FusedBlock):
         activation = _ACTIVATIONS[module.activation]
-        last = activation(0.2) if activation is nn.LeakyReLU else activation()
+        last = activation(0.2, True) if activation is nn.LeakyReLU else activation()
         return nn.Sequential(*module.children(), last)
     if isinstance(module, nn.Sequential):
         return nn.Sequential(*module)

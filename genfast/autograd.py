@@ -16,15 +16,15 @@ from genfast.launch import Epilogue
 def block(
     x, weight, bias, geometry, transposed, *, norm, norm_weight, norm_bias, running_mean,
     running_var, num_batches_tracked, training, momentum, eps, activation, negative_slope,
-    statistics_groups,
+    statistics_groups, inplace,
 ):  # fmt: skip
     """`functional.conv_block`, or `conv_transpose_block` if `transposed`, on the kernels.
 
-    The arguments have been checked; the output is channels_last.
+    The arguments have been checked; x and weight are channels_last, and so is the output.
     """
     act = activation, negative_slope
     if not norm:
-        return _ConvActivation.apply(x, weight, bias, geometry, transposed, *act)
+        return _ConvActivation.apply(x, weight, bias, geometry, transposed, *act, inplace)
     if not training and running_mean is not None:
         fixed = _vectors(running_mean, running_var, norm_weight, norm_bias, eps, x.dtype)
         inputs = (x, weight, bias, norm_weight, norm_bias)
@@ -120,20 +120,47 @@ class _ActivationGradient(Function):
 
 
 class _ConvActivation(Function):
-    """Convolution, bias and activation in one kernel. Saves its inputs and its output."""
+    """Convolution, bias and activation in one kernel. Saves its inputs and its output.
+
+    PyTorch's leaky ReLU keeps its input instead, so that what it returns may be changed in place,
+    unless it is itself in place. The output then is looked at only as long as nobody has changed
+    it, else computed again.
+    """
 
     @staticmethod
-    def forward(ctx, x, weight, bias, geometry, transposed, activation, negative_slope):
+    def forward(ctx, x, weight, bias, geometry, transposed, activation, negative_slope, inplace):
         epilogue = Epilogue(bias=bias, activation=activation, negative_slope=negative_slope)
         y, _ = _convolve(x, weight, geometry, transposed, epilogue)
-        ctx.save_for_backward(x, weight, y if activation != "identity" else None)
+        changeable = activation == "leaky_relu" and not inplace
+        saved = None if activation == "identity" or changeable else y
+        ctx.save_for_backward(x, weight, saved, bias if changeable else None)
+        ctx.changeable = None
+        if changeable and any(ctx.needs_input_grad):
+            ctx.changeable = y.detach(), y._version
         ctx.geometry, ctx.transposed = geometry, transposed
         ctx.activation, ctx.negative_slope = activation, negative_slope
         return y
 
     @staticmethod
+    def _output(ctx):
+        """The output as it was made; None if the activation has no need of it."""
+        x, weight, y, bias = ctx.saved_tensors
+        if y is not None or ctx.activation == "identity":
+            return y
+        # Let go, as backward lets go of what was saved; a second backward computes it again.
+        (y, version), ctx.changeable = ctx.changeable or (None, None), None
+        if y is None or y._version != version:
+            epilogue = Epilogue(
+                bias=bias, activation=ctx.activation, negative_slope=ctx.negative_slope
+            )
+            with torch.no_grad():
+                y, _ = _convolve(x, weight, ctx.geometry, ctx.transposed, epilogue)
+        return y
+
+    @staticmethod
     def backward(ctx, dy):
-        x, weight, y = ctx.saved_tensors
+        x, weight, *_ = ctx.saved_tensors
+        y = _ConvActivation._output(ctx)
         du = dy
         if y is not None:
             du = _ActivationGradient.apply(dy, y, ctx.activation, ctx.negative_slope)
@@ -141,7 +168,7 @@ class _ConvActivation(Function):
             du, x, weight, ctx.geometry, ctx.transposed, ctx.needs_input_grad
         )
         dbias = du.sum((0, 2, 3)) if ctx.needs_input_grad[2] else None
-        return dx, dw, dbias, None, None, None, None
+        return dx, dw, dbias, *[None] * 5
 
 
 class _ConvNormActivation(Function):

@@ -19,12 +19,15 @@ class ReportEntry:
     layers: the layers, such as "ConvTranspose2d + BatchNorm2d + ReLU".
     fused: whether they run as one operation.
     reason: why not, or why a batch norm or activation that follows stays out; else empty.
+    container: the path of the container that must be called for that, where some other `forward`
+        than an `nn.Sequential`'s decides what is called; else empty.
     """
 
     name: str
     layers: str
     fused: bool
     reason: str
+    container: str = ""
 
     def __str__(self):
         return f"{self.name}: {self.layers}: {self.how}"
@@ -34,7 +37,8 @@ class ReportEntry:
         """How the layers run, in words."""
         if not self.fused:
             return f"PyTorch: {self.reason}"
-        return f"fused; {self.reason}" if self.reason else "fused"
+        fused = f"fused when {self.container} is called" if self.container else "fused"
+        return f"{fused}; {self.reason}" if self.reason else fused
 
 
 class Report(list):
@@ -57,6 +61,11 @@ class Report(list):
         rows = [(e.name, e.layers, e.how) for e in self]
         widths = [max(len(row[i]) for row in rows) for i in range(2)]
         lines = [f"  {n:<{widths[0]}}  {layers:<{widths[1]}}  {how}" for n, layers, how in rows]
+        if any(entry.container for entry in self):
+            lines.append(
+                "a forward that takes a container's children one by one, instead of calling it, "
+                "runs them through PyTorch"
+            )
         return "\n".join([title, *lines])
 
 
@@ -73,7 +82,11 @@ def accelerate(model):
 
     Returns:
         A `Report`: print it, or iterate over its entries, to see what fuses, what does not and why.
+
+    Raises:
+        TypeError: `model` is no `nn.Module`.
     """
+    _check_module(model)
     paths = _paths(model)
     for module in list(model.modules()):
         if _can_swap(module):
@@ -90,11 +103,17 @@ def accelerate(model):
 
 def restore(model):
     """Undo `accelerate`: every container gets its own class back. Works in place."""
+    _check_module(model)
     for module in list(model.modules()):
         if isinstance(module, FusedSequential):
             vars(module).pop("unfusable", None)
         if "_genfast_original" in vars(module):
             module.__class__ = vars(module).pop("_genfast_original")
+
+
+def _check_module(model):
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"expected a torch.nn.Module, got {type(model).__name__}")
 
 
 def _can_swap(module):
@@ -144,13 +163,24 @@ def _entries(model):
         parent = model.get_submodule(parent_path) if path else None
         if isinstance(parent, FusedSequential):
             run = next(run for run in parent.plan() if name in run.names)
-            yield ReportEntry(path, run.layers, run.fused, run.reason)
+            container = _called_by_others(model, parent_path) if run.fused else ""
+            yield ReportEntry(path, run.layers, run.fused, run.reason, container)
         elif isinstance(parent, FusedBlock):
             reason = parent.why_not_fused() or ""
             yield ReportEntry(path, parent.layers, not reason, reason)
         else:
             reason = "it is not a child of an nn.Sequential that runs its children in order"
             yield ReportEntry(path, type(module).__name__, False, reason)
+
+
+def _called_by_others(model, path):
+    """The outermost of the containers in containers down to `path`; empty if it is the model."""
+    while path:
+        above = path.rpartition(".")[0]
+        if not isinstance(model.get_submodule(above), FusedSequential):
+            return path
+        path = above
+    return ""
 
 
 def _why_nothing_runs(model):

@@ -1,22 +1,25 @@
 """Convolutions on the CPU: PyTorch's own, but for shapes of GANs that a matrix product does faster.
 
-Measured beside oneDNN on 2 cores with AVX-512 BF16, batch 64, in bfloat16: the weight gradient of
-512 x 256 channels on 4 x 4 maps takes 24 ms, as a product of unfolded images 12 ms; the layer from
-latents to 4 x 4 maps takes 6.3 ms with its gradient, as a product 0.9 ms; the layer from 64
-channels to RGB 8.0 ms, with its four phases as 12 channels of one convolution 4.6 ms.
+A layer between a latent and a map, or a map and a logit, is a matrix product: forward and backward
+take half of oneDNN's time in float32, and a seventh in bfloat16.
 
-The functions mirror `genfast.launch`: fprop, dgrad and wgrad of a `ConvGeometry`, tensors as
-(N, C, H, W), weights as (C_small, C_big, kh, kw). Which way is taken depends on shapes and dtypes
-alone, so repeated runs give the same bits.
+The other two ways are for bfloat16 on processors that multiply it. Measured beside oneDNN on 2
+cores with AVX-512 BF16, batch 64: the weight gradient of 512 x 256 channels on 4 x 4 maps takes
+24 ms, as a product of unfolded images 12 ms; the layer from 64 channels to RGB 8.0 ms, with its
+four phases as 12 channels of one convolution 4.6 ms. In float32 both lose: 0.7 of oneDNN's speed.
+
+Tensors are (N, C, H, W), weights (C_small, C_big, kh, kw), as in `genfast.launch`. Results and
+gradients have the memory formats that PyTorch gives them; batch norm sums channels_last memory less
+exactly. Which way is taken depends on shapes, formats, dtypes and the processor, so repeated runs
+give the same bits.
 """
 
 import torch
 import torch.nn.functional as F
 from torch.autograd import Function
 
-from genfast import library
+from genfast import layout
 from genfast.geometry import ConvGeometry
-from genfast.library import fprop
 
 # oneDNN's bfloat16 weight gradient is slow on maps of so few pixels. On larger ones unfolding the
 # images costs what the product wins.
@@ -25,10 +28,24 @@ _MOST_PIXELS_UNFOLDED = 16
 _MOST_PHASE_CHANNELS = 16
 
 
+def has_bfloat16():
+    """Whether this processor multiplies bfloat16; otherwise it is emulated."""
+    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+
+
 def conv2d(x, weight, bias, stride, padding):
     """`torch.nn.functional.conv2d`; stride and padding are pairs."""
     geometry = ConvGeometry.conv(tuple(x.shape[2:]), tuple(weight.shape[2:]), stride, padding)
-    return _Convolution.apply(x, weight, bias, geometry, False)
+    one_format = layout.is_channels_last(x) == layout.is_channels_last(weight)
+    if geometry.is_product and one_format and _products_pay(x):
+        matrix, _ = _as_matrices(weight)
+        y = F.linear(matrix(x), matrix(weight), bias)[:, :, None, None]
+        return _as_pytorch_would(y, x, weight)
+    if (weight.requires_grad and _unfolding_pays(x, geometry)) or (
+        x.requires_grad and _phases_pay(weight, geometry)
+    ):
+        return _Convolution.apply(x, weight, bias, geometry, False)
+    return F.conv2d(x, weight, bias, stride, padding)
 
 
 def conv_transpose2d(x, weight, bias, stride, padding, output_padding):
@@ -36,60 +53,101 @@ def conv_transpose2d(x, weight, bias, stride, padding, output_padding):
     geometry = ConvGeometry.conv_transpose(
         tuple(x.shape[2:]), tuple(weight.shape[2:]), stride, padding, output_padding
     )
-    return _Convolution.apply(x, weight, bias, geometry, True)
-
-
-def dgrad(small, weight, geometry, bias=None):
-    """`conv_transpose2d`, or the input gradient of `conv2d`: (N, C_big, *geometry.big)."""
-    if _phases_fit_one_convolution(weight, geometry) and _is_finite(small):
-        return _dgrad_by_phases(small, weight, geometry, bias)
-    return library.dgrad(small, weight, geometry, bias)
-
-
-def wgrad(big, small, geometry):
-    """The weight gradient of `conv2d` and `conv_transpose2d`: (C_small, C_big, kh, kw)."""
-    if not _worth_unfolding(big, geometry):
-        return library.wgrad(big, small, geometry)
-    dweight = library.empty(small.shape[1], big.shape[1], geometry.kernel_size, big)
-    rows = small.permute(0, 2, 3, 1).reshape(-1, small.shape[1])
-    torch.mm(rows.t(), _unfold(big, geometry), out=library.taps_as_columns(dweight))
-    return dweight
+    if geometry.is_product and _products_pay(x):
+        matrix, image = _as_matrices(weight)
+        if bias is not None:
+            bias = matrix(bias[None, :, None, None].expand(1, *weight.shape[1:]))[0]
+        y = image(F.linear(x.flatten(1), matrix(weight).t(), bias))
+        return _as_pytorch_would(y, x, weight)
+    if _phases_pay(weight, geometry) or (weight.requires_grad and _unfolding_pays(x, geometry)):
+        return _Convolution.apply(x, weight, bias, geometry, True)
+    return F.conv_transpose2d(x, weight, bias, stride, padding, output_padding)
 
 
 class _Convolution(Function):
-    """conv2d, or conv_transpose2d if `transposed`."""
+    """conv2d, or conv_transpose2d if `transposed`, where one of the ways for bfloat16 pays."""
 
     @staticmethod
     def forward(ctx, x, weight, bias, geometry, transposed):
         ctx.save_for_backward(x, weight)
         ctx.geometry, ctx.transposed = geometry, transposed
-        return (dgrad if transposed else fprop)(x, weight, geometry, bias)
+        g = geometry
+        if not transposed:
+            return F.conv2d(x, weight, bias, g.stride, g.padding)
+        if not _phases_pay(weight, g) or not _is_finite(x):
+            return F.conv_transpose2d(x, weight, bias, g.stride, g.padding, g.output_padding)
+        return _as_pytorch_would(_dgrad_by_phases(x, weight, g, bias), x, weight)
 
     @staticmethod
     def backward(ctx, dy):
         x, weight = ctx.saved_tensors
         geometry, transposed = ctx.geometry, ctx.transposed
         need_x, need_weight, need_bias = ctx.needs_input_grad[:3]
-        dbias = dy.sum((0, 2, 3)) if need_bias else None
-        if torch.is_grad_enabled():  # Under create_graph: PyTorch's own can be differentiated.
-            output_padding = geometry.output_padding if transposed else (0, 0)
-            dx, dweight, _ = torch.ops.aten.convolution_backward(
-                dy, x, weight, None, geometry.stride, geometry.padding, (1, 1), transposed,
-                output_padding, 1, (need_x, need_weight, False),
-            )  # fmt: skip
-            return dx, dweight, dbias, None, None
         dx = dweight = None
-        if need_x:
-            dx = (fprop if transposed else dgrad)(dy, weight, geometry)
-        if need_weight:
-            dweight = wgrad(*((dy, x) if transposed else (x, dy)), geometry)
-        return dx, dweight, dbias, None, None
+        if not torch.is_grad_enabled():  # Under create_graph: PyTorch's own can be differentiated.
+            if need_x and not transposed and _phases_pay(weight, geometry) and _is_finite(dy):
+                dx = layout.like(_dgrad_by_phases(dy, weight, geometry, None), x)
+            big, small = (dy, x) if transposed else (x, dy)
+            if need_weight and _unfolding_pays(big, geometry):
+                dweight = layout.like(_wgrad_by_unfolding(big, small, geometry), weight)
+        missing = need_x and dx is None, need_weight and dweight is None, False
+        if any(missing):
+            found = torch.ops.aten.convolution_backward(
+                dy, x, weight, None, geometry.stride, geometry.padding, (1, 1), transposed,
+                geometry.output_padding if transposed else (0, 0), 1, missing,
+            )  # fmt: skip
+            dx = layout.like(found[0], x) if missing[0] else dx
+            dweight = layout.like(found[1], weight) if missing[1] else dweight
+        return dx, dweight, dy.sum((0, 2, 3)) if need_bias else None, None, None
 
 
-def _worth_unfolding(big, geometry):
-    pixels = geometry.small[0] * geometry.small[1]
-    few = pixels <= _MOST_PIXELS_UNFOLDED and not geometry.is_product
-    return few and big.dtype == torch.bfloat16
+def _as_pytorch_would(y, x, weight):
+    """The output in the memory format of PyTorch's convolution."""
+    channels_last = layout.is_channels_last(x) or layout.is_channels_last(weight)
+    return layout.channels_last(y) if channels_last else layout.contiguous(y)
+
+
+def _products_pay(x):
+    return x.dtype in (torch.float32, torch.float64) or _bfloat16_pays(x)
+
+
+def _bfloat16_pays(t):
+    return t.dtype == torch.bfloat16 and has_bfloat16()
+
+
+def _unfolding_pays(x, geometry):
+    """Whether wgrad is a product of unfolded images; `x` is any tensor of the convolution."""
+    few = geometry.small[0] * geometry.small[1] <= _MOST_PIXELS_UNFOLDED
+    return few and not geometry.is_product and _bfloat16_pays(x)
+
+
+def _phases_pay(weight, geometry):
+    """Whether dgrad has phases of one size and so few channels that all are columns together."""
+    (sh, sw), (h, w) = geometry.stride, geometry.small
+    alike = sh == sw > 1 and geometry.big == (h * sh, w * sw) and not geometry.is_product
+    return alike and weight.shape[1] * sh * sw <= _MOST_PHASE_CHANNELS and _bfloat16_pays(weight)
+
+
+def _as_matrices(weight):
+    """Two functions: images to matrices of a row each, in the order of the weight's memory; back.
+
+    (N, C, kh, kw) to [N, C * kh * kw], or to [N, kh * kw * C] if the weight is channels_last. Views
+    of memory of that format.
+    """
+    c, kh, kw = weight.shape[1:]
+    if layout.is_channels_last(weight):
+        return (
+            lambda images: images.permute(0, 2, 3, 1).flatten(1),
+            lambda matrix: matrix.view(-1, kh, kw, c).permute(0, 3, 1, 2),
+        )
+    return lambda images: images.flatten(1), lambda matrix: matrix.view(-1, c, kh, kw)
+
+
+def _wgrad_by_unfolding(big, small, geometry):
+    """(C_small, C_big, kh, kw), channels_last."""
+    rows = small.permute(0, 2, 3, 1).reshape(-1, small.shape[1])
+    matrix = torch.mm(rows.t(), _unfold(big, geometry))
+    return matrix.view(-1, *geometry.kernel_size, big.shape[1]).permute(0, 3, 1, 2)
 
 
 def _unfold(big, geometry):
@@ -103,13 +161,6 @@ def _unfold(big, geometry):
         (stride_n, stride_y * sh, stride_x * sw, stride_y, stride_x, stride_c),
     )
     return windows.reshape(-1, kh * kw * c)
-
-
-def _phases_fit_one_convolution(weight, geometry):
-    """Whether dgrad has phases of one size and so few channels that all are columns together."""
-    (sh, sw), (h, w) = geometry.stride, geometry.small
-    alike = sh == sw > 1 and geometry.big == (h * sh, w * sw) and not geometry.is_product
-    return alike and weight.shape[1] * sh * sw <= _MOST_PHASE_CHANNELS
 
 
 def _is_finite(x):

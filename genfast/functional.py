@@ -6,7 +6,7 @@ memory and copy what is not; tensors and weights kept so cost no copy.
 
 import torch
 
-from genfast import autograd, cpu, reference
+from genfast import autograd, cpu, layout, reference
 from genfast.backend import INTERPRETING, selected_backend, why_device_cannot_run_triton
 from genfast.geometry import ConvGeometry, pair
 
@@ -35,6 +35,7 @@ def conv_block(
     activation="identity",
     negative_slope=0.2,
     statistics_groups=1,
+    inplace=False,
     memory_format=None,
 ):
     """`conv2d`, then batch norm (if `norm`), then an activation: a discriminator block.
@@ -60,8 +61,12 @@ def conv_block(
         statistics_groups: in training, normalise that many equal parts of the batch by statistics
             of their own; running statistics move once for each part, in order. The result is that
             of as many calls, one a part.
+        inplace: of "leaky_relu", as in `nn.LeakyReLU`: the caller promises that nothing changes the
+            result in place before backward, which then may take it for its own. (The gradients of
+            the other activations are made from the result, in PyTorch too.)
         memory_format: of the output: `torch.channels_last`, the kernels' own, or None for the one
-            PyTorch would give: channels_last if `x` or `weight` is, else contiguous.
+            PyTorch would give: channels_last if `x` or `weight` is, else contiguous. Gradients of
+            `x` and `weight` have the format of the tensor they belong to.
 
     Returns:
         (N, out_channels, Ho, Wo) with Ho = (H + 2 padding - kh) // stride + 1, likewise Wo. Under
@@ -92,6 +97,7 @@ def conv_block(
         activation=activation,
         negative_slope=negative_slope,
         statistics_groups=statistics_groups,
+        inplace=inplace,
     )
 
 
@@ -115,6 +121,7 @@ def conv_transpose_block(
     activation="identity",
     negative_slope=0.2,
     statistics_groups=1,
+    inplace=False,
     memory_format=None,
 ):
     """`conv_transpose2d`, then batch norm (if `norm`), then an activation: a generator block.
@@ -148,6 +155,7 @@ def conv_transpose_block(
         activation=activation,
         negative_slope=negative_slope,
         statistics_groups=statistics_groups,
+        inplace=inplace,
     )
 
 
@@ -167,7 +175,8 @@ def reparameterize(mu, logvar, *, generator=None):
     """
     _check_latent(mu, logvar)
     if implementation(mu, logvar) == "triton":
-        return autograd.reparameterize(mu, logvar, _draw_seed(mu, generator))
+        mu, logvar, leave = _in_order(mu, logvar)
+        return leave(autograd.reparameterize(mu, logvar, _draw_seed(mu, generator)))
     return reference.reparameterize(mu, logvar, _draw_noise(mu, generator))
 
 
@@ -182,7 +191,9 @@ def reparameterize_with_kl(mu, logvar, *, generator=None):
     if mu.dim() == 0:
         raise ValueError("expected mu of shape (N, ...), got a scalar")
     if implementation(mu, logvar) == "triton":
-        return autograd.reparameterize_with_kl(mu, logvar, _draw_seed(mu, generator))
+        mu, logvar, leave = _in_order(mu, logvar)
+        z, kl = autograd.reparameterize_with_kl(mu, logvar, _draw_seed(mu, generator))
+        return leave(z), kl
     z = reference.reparameterize(mu, logvar, _draw_noise(mu, generator))
     wide = torch.promote_types(mu.dtype, torch.float32)
     return z, reference.kl_divergence(mu.to(wide), logvar.to(wide))
@@ -239,20 +250,12 @@ def implementation(*tensors, **settings):
     return "cpu" if on_cpu and _why_not_plain(tensors) is None else "reference"
 
 
-def is_channels_last(t):
-    """Whether PyTorch would give a convolution of `t` (N, C, H, W) a channels_last output."""
-    # A tensor of 1 channel or 1 x 1 pixels is both; PyTorch then takes it for contiguous.
-    return t.is_contiguous(memory_format=torch.channels_last) and not t.is_contiguous()
-
-
 def _block(x, weight, bias, stride, padding, output_padding=None, *, memory_format, **options):
     """Both blocks: a transposed convolution where there is an `output_padding`."""
     transposed = output_padding is not None
     stride, padding = pair(stride, "stride"), pair(padding, "padding")
     x, weight, bias = _autocast(x, weight, bias)
     _check_tensors(x, weight, bias, transposed, **options)
-    if memory_format is None and (is_channels_last(x) or is_channels_last(weight)):
-        memory_format = torch.channels_last
     kernel_size = tuple(weight.shape[2:])
     if transposed:
         output_padding = pair(output_padding, "output_padding")
@@ -276,8 +279,10 @@ def _block(x, weight, bias, stride, padding, output_padding=None, *, memory_form
     runs = implementation(x, weight, bias, *vectors, **settings)
     if runs == "triton":
         y = autograd.block(
-            x, weight, bias, geometry, transposed, num_batches_tracked=counter, **options
-        )
+            layout.enter(x), layout.enter(weight), bias, geometry, transposed,
+            num_batches_tracked=counter, **options,
+        )  # fmt: skip
+        memory_format = memory_format or _pytorchs_format(y, x, weight, options["norm"])
     else:
         if counter is not None:
             counter.add_(options["statistics_groups"])
@@ -291,11 +296,24 @@ def _block(x, weight, bias, stride, padding, output_padding=None, *, memory_form
             y = reference.conv_block(
                 x, weight, bias, stride, padding, convolve=library.conv2d, **options
             )
-    return y.contiguous(memory_format=memory_format or torch.contiguous_format)
+    if memory_format is None:  # PyTorch's own operations have chosen.
+        return y
+    as_asked = layout.channels_last if memory_format == torch.channels_last else layout.contiguous
+    return as_asked(y)
+
+
+def _pytorchs_format(y, x, weight, norm):
+    """The memory format that PyTorch's layers would give the output `y`."""
+    if norm and y.is_contiguous():  # Of 1 channel, or 1 x 1 pixels: batch norm then makes it so.
+        return torch.contiguous_format
+    channels_last = layout.is_channels_last(x) or layout.is_channels_last(weight)
+    return torch.channels_last if channels_last else torch.contiguous_format
 
 
 def _autocast(x, weight, bias):
     """Cast as autocast casts the arguments of a convolution (float64 stays as it is)."""
+    if x.dtype != weight.dtype and torch.float64 in (x.dtype, weight.dtype):
+        raise TypeError(f"expected x of the weight's dtype {weight.dtype}, got {x.dtype}")
     device = x.device.type
     if not (torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)):
         return x, weight, bias
@@ -414,6 +432,14 @@ def _check_latent(mu, logvar):
         raise TypeError(
             f"expected mu and logvar of one floating-point dtype, got {mu.dtype} and {logvar.dtype}"
         )
+
+
+def _in_order(mu, logvar):
+    """Both in the order of their shape, in which noise is numbered, and what puts z as mu was."""
+    if mu.dim() != 4 or not layout.is_channels_last(mu):
+        return mu, logvar, lambda z: z
+    mu, logvar = (layout.enter(t, inside=layout.contiguous) for t in (mu, logvar))
+    return mu, logvar, layout.channels_last
 
 
 def _draw_seed(mu, generator):

@@ -7,13 +7,15 @@ optimizers are what they were; only the execution changes. No class name holds "
 
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import zip_longest
 
 import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils import parametrize
 
-from genfast import functional, reference
+from genfast import functional, layout, reference
+from genfast.backend import selected_backend
 
 _ACTIVATIONS = {
     nn.ReLU: "relu",
@@ -23,17 +25,20 @@ _ACTIVATIONS = {
 }
 
 
-def run_block(x, conv, norm, activation, negative_slope, memory_format=None):
+def run_block(x, conv, norm, activation, negative_slope, inplace=False, memory_format=None):
     """Run a stock convolution, an optional stock batch norm and an activation as one operation.
 
     Args:
         x: (N, C, H, W).
         conv: `nn.Conv2d` or `nn.ConvTranspose2d` without groups or dilation, zero padding.
         norm: `nn.BatchNorm2d` or None. Its statistics and counter move as in its own forward.
-        activation, negative_slope, memory_format: as in `functional.conv_block`.
+        activation, negative_slope, inplace, memory_format: as in `functional.conv_block`.
     """
     options = dict(
-        activation=activation, negative_slope=negative_slope, memory_format=memory_format
+        activation=activation,
+        negative_slope=negative_slope,
+        inplace=inplace,
+        memory_format=memory_format,
     )
     if norm is not None:
         groups = _groups_of(norm)
@@ -188,7 +193,7 @@ def _explicit_padding(conv):
 class FusedBlock(nn.Module):
     """What the two blocks share: a convolution, a batch norm and an activation."""
 
-    def __init__(self, conv, norm, activation, negative_slope, eps, momentum):
+    def __init__(self, conv, norm, activation, negative_slope, inplace, eps, momentum):
         super().__init__()
         if activation not in reference.ACTIVATIONS:
             raise ValueError(
@@ -200,6 +205,7 @@ class FusedBlock(nn.Module):
         self.norm = nn.BatchNorm2d(channels, eps=eps, momentum=momentum) if norm else None
         self.activation = activation
         self.negative_slope = negative_slope
+        self.inplace = inplace
 
     def forward(self, x):
         """Run the block: (N, in_channels, H, W) to (N, out_channels, Ho, Wo)."""
@@ -207,7 +213,9 @@ class FusedBlock(nn.Module):
             for child in self.children():
                 x = child(x)
             return reference.activate(x, self.activation, self.negative_slope)
-        return run_block(x, self.conv, self.norm, self.activation, self.negative_slope)
+        return run_block(
+            x, self.conv, self.norm, self.activation, self.negative_slope, self.inplace
+        )
 
     def why_not_fused(self):
         """Say why a child keeps the block from running as one operation; None if none does."""
@@ -234,7 +242,7 @@ class GeneratorBlock(FusedBlock):
             `nn.ConvTranspose2d`. The defaults double height and width (Radford et al., 2016).
         norm: whether to batch-normalise.
         activation: "relu", "leaky_relu", "tanh", "sigmoid" or "identity".
-        negative_slope: of "leaky_relu".
+        negative_slope, inplace: of "leaky_relu", as in `nn.LeakyReLU`.
         eps, momentum: as in `nn.BatchNorm2d`.
 
     Shape:
@@ -255,13 +263,14 @@ class GeneratorBlock(FusedBlock):
         norm=True,
         activation="relu",
         negative_slope=0.2,
+        inplace=False,
         eps=1e-5,
         momentum=0.1,
     ):
         conv = nn.ConvTranspose2d(
             in_channels, out_channels, kernel_size, stride, padding, output_padding, bias=bias
         )
-        super().__init__(conv, norm, activation, negative_slope, eps, momentum)
+        super().__init__(conv, norm, activation, negative_slope, inplace, eps, momentum)
 
 
 class DiscriminatorBlock(FusedBlock):
@@ -274,7 +283,7 @@ class DiscriminatorBlock(FusedBlock):
             defaults halve height and width (Radford et al., 2016).
         norm: whether to batch-normalise.
         activation: "relu", "leaky_relu", "tanh", "sigmoid" or "identity".
-        negative_slope: of "leaky_relu".
+        negative_slope, inplace: of "leaky_relu", as in `nn.LeakyReLU`.
         eps, momentum: as in `nn.BatchNorm2d`.
 
     Shape:
@@ -294,11 +303,12 @@ class DiscriminatorBlock(FusedBlock):
         norm=True,
         activation="leaky_relu",
         negative_slope=0.2,
+        inplace=False,
         eps=1e-5,
         momentum=0.1,
     ):
         conv = nn.Conv2d(in_channels, out_channels, kernel_size, stride, padding, bias=bias)
-        super().__init__(conv, norm, activation, negative_slope, eps, momentum)
+        super().__init__(conv, norm, activation, negative_slope, inplace, eps, momentum)
 
 
 @dataclass(frozen=True)
@@ -321,14 +331,19 @@ class Run:
         """The class names of the children: "Conv2d + BatchNorm2d + ReLU"."""
         return " + ".join(type(module).__name__ for module in self.modules)
 
-    def __call__(self, x, memory_format):
-        conv, *rest = self.modules
-        norm = next((m for m in rest if isinstance(m, nn.BatchNorm2d)), None)
+    @property
+    def norm(self):
+        """Its batch norm, or None."""
+        return next((m for m in self.modules if isinstance(m, nn.BatchNorm2d)), None)
+
+    def __call__(self, x, inplace=False, memory_format=None):
+        """Run them as one. `inplace`: nobody but what runs next ever sees the result."""
+        conv, norm = self.modules[0], self.norm
         last = self.modules[-1]
         activation = _ACTIVATIONS.get(type(last), "identity")
-        return run_block(
-            x, conv, norm, activation, getattr(last, "negative_slope", 0.0), memory_format
-        )
+        inplace = inplace or getattr(last, "inplace", False)
+        slope = getattr(last, "negative_slope", 0.0)
+        return run_block(x, conv, norm, activation, slope, inplace, memory_format)
 
 
 class FusedSequential(nn.Sequential):
@@ -346,25 +361,28 @@ class FusedSequential(nn.Sequential):
 
     def forward(self, x):
         """Run the children in order, fused where they can be."""
-        runs = functional.implementation(x) if _is_image(x) else "reference"
-        if runs == "reference":
+        if selected_backend() == "reference":
             return super().forward(x)
         # Between fused runs x stays channels_last, as the kernels have it, even where PyTorch's
         # layers would make it contiguous; anything else is handed what PyTorch would hand it.
         owes_contiguous = False
-        for run in self.plan():
-            if run.fused and _is_image(x):
-                weight = run.modules[0].weight
-                if runs == "triton":
-                    owes_contiguous |= not functional.is_channels_last(x)
-                    owes_contiguous &= not functional.is_channels_last(weight)
-                x = run(x, torch.channels_last if runs == "triton" else None)
-                continue
-            x = x.contiguous() if owes_contiguous else x
-            owes_contiguous = False
-            for module in run.modules:
-                x = module(x)
-        return x.contiguous() if owes_contiguous else x
+        plan = self.plan()
+        for run, following in zip_longest(plan, plan[1:]):
+            runs = functional.implementation(x) if run.fused and _is_image(x) else "reference"
+            if runs == "triton":
+                owes_contiguous |= not layout.is_channels_last(x)
+                owes_contiguous &= not layout.is_channels_last(run.modules[0].weight)
+            elif owes_contiguous:
+                x, owes_contiguous = layout.contiguous(x), False
+            if runs == "reference":
+                for module in run.modules:
+                    x = module(x)
+            else:
+                inside = following is not None and following.fused
+                x = run(x, inside, torch.channels_last if runs == "triton" else None)
+                # Of 1 channel, or 1 x 1 pixels, memory is both: batch norm makes it contiguous.
+                owes_contiguous |= run.norm is not None and x.is_contiguous()
+        return layout.contiguous(x) if owes_contiguous else x
 
     def plan(self):
         """The children as a list of `Run`s: what fuses, what does not, and why."""

@@ -48,7 +48,7 @@ def batch_norm_by_groups(
 
 def _normalize_and_activate(
     z, *, norm, norm_weight, norm_bias, running_mean, running_var, training, momentum, eps,
-    activation, negative_slope, statistics_groups,
+    activation, negative_slope, statistics_groups, inplace=False,
 ):  # fmt: skip
     if norm:
         training = training or running_mean is None
@@ -56,8 +56,9 @@ def _normalize_and_activate(
         z = batch_norm_by_groups(
             z, running_mean, running_var, norm_weight, norm_bias, training, momentum, eps, groups
         )
-    # In place: nobody else has z, and neither batch norm nor convolution needs it for backward.
-    return activate(z, activation, negative_slope, inplace=True)
+    # In place: nobody else has z, and neither batch norm nor convolution needs it for backward. But
+    # leaky ReLU then needs its result, which the caller may change where it is told nothing else.
+    return activate(z, activation, negative_slope, inplace=inplace or activation != "leaky_relu")
 
 
 def conv_block(x, weight, bias, stride, padding, *, convolve=F.conv2d, **norm_and_activation):

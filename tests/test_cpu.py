@@ -5,10 +5,11 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
-from oracle import assert_close
+from oracle import assert_close, assert_module
 from torch import nn
 
 from genfast import cpu, functional, use_backend
+from genfast.layout import is_channels_last
 from genfast.nn import FusedSequential
 
 # Kernel, stride, padding, output_padding, small side, C_small, C_big. Each way that `cpu` takes
@@ -33,6 +34,20 @@ SHAPES = (
 by_shape = pytest.mark.parametrize("shape", SHAPES, ids=str)
 directions = pytest.mark.parametrize("transposed", [False, True])
 layouts = pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+
+
+@pytest.fixture
+def every_way(monkeypatch):
+    """Take each way, in whatever dtype and on whatever processor."""
+    monkeypatch.setattr(cpu, "_bfloat16_pays", lambda _: True)
+
+
+@pytest.fixture
+def on_cpu(monkeypatch):
+    """Run as where no kernel can."""
+    monkeypatch.setattr(functional, "why_not_triton", lambda *_, **__: "no kernels here")
+    with use_backend("auto"):
+        yield
 
 
 def pairs(shape):
@@ -64,7 +79,7 @@ def convolve(library, shape, transposed, x, weight, bias=None):
 @directions
 @layouts
 @pytest.mark.parametrize("bias", [False, True])
-def test_float64(shape, transposed, layout, bias):
+def test_float64(shape, transposed, layout, bias, every_way):
     inputs = tensors(shape, transposed, torch.float64, layout, bias)
     wanted = [t for t in inputs if t is not None]
     ours = convolve(cpu, shape, transposed, *inputs)
@@ -78,7 +93,7 @@ def test_float64(shape, transposed, layout, bias):
 @pytest.mark.parametrize("shape", [PRODUCT, PHASES, UNFOLDED], ids=["product", "phases", "unfold"])
 @directions
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_rounding(shape, transposed, dtype):
+def test_rounding(shape, transposed, dtype, every_way):
     """By the rule that the kernels are held to: errors at most 2 or 3 times PyTorch's own."""
 
     def evaluate(library, inputs, dy):
@@ -100,7 +115,7 @@ def test_rounding(shape, transposed, dtype):
 
 @pytest.mark.parametrize("shape", [PRODUCT, PHASES, UNFOLDED], ids=["product", "phases", "unfold"])
 @directions
-def test_second_derivatives(shape, transposed):
+def test_second_derivatives(shape, transposed, every_way):
     small = (*shape[:5], 2, 2)
     inputs = tensors(small, transposed, torch.float64, torch.contiguous_format, False)[:2]
     inputs = [t[:1].detach().requires_grad_() for t in inputs[:1]] + inputs[1:]
@@ -109,6 +124,7 @@ def test_second_derivatives(shape, transposed):
 
 def test_unfolding_is_taken(monkeypatch):
     """The bfloat16 weight gradient of a 4 x 4 map; nothing else unfolds."""
+    monkeypatch.setattr(cpu, "has_bfloat16", lambda: True)
     unfolded = []
     unfold = cpu._unfold
     monkeypatch.setattr(cpu, "_unfold", lambda *a: unfolded.append(1) or unfold(*a))
@@ -120,6 +136,68 @@ def test_unfolding_is_taken(monkeypatch):
         inputs = tensors(shape, False, dtype, torch.channels_last, False)[:2]
         convolve(cpu, shape, False, *inputs).sum().backward()
     assert len(unfolded) == 1
+
+
+@by_shape
+@directions
+@layouts
+@pytest.mark.parametrize("fast", [False, True], ids=["emulated", "bfloat16"])
+def test_float32_is_pytorchs_own_but_for_products(shape, transposed, layout, fast, monkeypatch):
+    """The same bits from the same calls; so is bfloat16 on a processor that only emulates it."""
+    monkeypatch.setattr(cpu, "has_bfloat16", lambda: fast)
+    if shape == PRODUCT:
+        return
+    for dtype in (torch.float32,) if fast else (torch.float32, torch.bfloat16):
+        inputs = tensors(shape, transposed, dtype, layout, True)
+        y, plain = (convolve(library, shape, transposed, *inputs) for library in (cpu, F))
+        assert type(y.grad_fn) is type(plain.grad_fn)
+        assert torch.equal(y, plain)
+
+
+@pytest.mark.parametrize("shape", [PRODUCT, PHASES, UNFOLDED], ids=["product", "phases", "unfold"])
+@directions
+@pytest.mark.parametrize("x_layout", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("weight_layout", [torch.contiguous_format, torch.channels_last])
+def test_memory_formats(shape, transposed, x_layout, weight_layout, every_way):
+    """An output's is PyTorch's, a gradient's that of its tensor."""
+    inputs = tensors(shape, transposed, torch.float32, torch.contiguous_format, True)
+    for i, layout in enumerate((x_layout, weight_layout)):
+        inputs[i] = inputs[i].detach().contiguous(memory_format=layout).requires_grad_()
+    y, plain = (convolve(library, shape, transposed, *inputs) for library in (cpu, F))
+    _, stride, padding, output_padding = pairs(shape)
+    options = dict(bias=inputs[2], stride=stride, padding=padding)
+    if transposed:
+        fused = functional.conv_transpose_block(
+            *inputs[:2], output_padding=output_padding, **options
+        )
+    else:
+        fused = functional.conv_block(*inputs[:2], **options)
+    assert fused.stride() == plain.stride()
+    if type(y.grad_fn) is type(plain.grad_fn):
+        return  # PyTorch's own backward, with PyTorch's own formats.
+    for dy_layout in (torch.contiguous_format, torch.channels_last):
+        dy = torch.randn_like(plain).contiguous(memory_format=dy_layout)
+        gradients = torch.autograd.grad(y, inputs[:2], dy, retain_graph=True)
+        for gradient, tensor in zip(gradients, inputs[:2], strict=True):
+            assert is_channels_last(gradient) == is_channels_last(tensor)
+
+
+BATCH_NORMED = {
+    "phases": (lambda: nn.ConvTranspose2d(8, 4, 4, 2, 1), (48, 8, 32, 32)),
+    "product": (lambda: nn.ConvTranspose2d(12, 8, 4), (96, 12, 1, 1)),
+    "one of many": (lambda: nn.Conv2d(8, 8, 3, 1, 1), (8, 8, 16, 16)),
+}
+
+
+@pytest.mark.parametrize("name", BATCH_NORMED)
+def test_batch_norm_is_as_exact_as_pytorchs(name, on_cpu, every_way):
+    """It sums channels_last memory less exactly, so contiguous memory must stay so before it."""
+    build, shape = BATCH_NORMED[name]
+    layer = build()
+    ours = FusedSequential(layer, nn.BatchNorm2d(layer.out_channels), nn.ReLU())
+    x = torch.randn(shape)
+    assert functional.implementation(x) == "cpu"
+    assert_module(ours, nn.Sequential(*copy.deepcopy(ours)), x)
 
 
 def test_fused_sequential_runs_on_the_cpu(monkeypatch):
@@ -150,7 +228,7 @@ def test_fused_sequential_runs_on_the_cpu(monkeypatch):
 
 
 @pytest.mark.parametrize("value", [float("inf"), float("-inf"), float("nan")])
-def test_values_that_are_not_finite_stay_where_pytorch_has_them(value):
+def test_values_that_are_not_finite_stay_where_pytorch_has_them(value, every_way):
     x, weight = torch.randn(2, 8, 5, 5), torch.randn(8, 3, 4, 4)
     x[1, 2, 3, 3] = value
     y = cpu.conv_transpose2d(x, weight, None, (2, 2), (1, 1), (0, 0))

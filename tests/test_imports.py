@@ -23,7 +23,7 @@ LEVELS = (
     ("functional",),
     ("autograd",),
     ("cpu", "launch"),
-    ("backend", "geometry", "kernels", "library", "reference"),
+    ("backend", "geometry", "kernels", "layout", "library", "reference"),
 )
 RANK = {name: -depth for depth, names in enumerate(LEVELS) for name in names}
 LAYERS = {name for name, rank in RANK.items() if rank < RANK["training"]}

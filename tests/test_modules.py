@@ -129,6 +129,7 @@ def test_accelerate_changes_the_execution_and_nothing_else(
     assert list(map(id, model.parameters())) == parameters
     assert sum(entry.fused for entry in report) == len(report) == runs
     for _ in range(2):  # the second step starts from running statistics that moved
+        model.load_state_dict(stock.state_dict())
         fused_runs.clear()
         assert_module(model, stock, sample(device))
         assert len(fused_runs) == runs
@@ -251,6 +252,53 @@ def test_convolution_outside_a_sequential():
     assert [entry.name for entry in others] == ["body.0", "body.2.0"]
 
 
+class Model(nn.Module):
+    """Somebody's network, whose forward calls one container and goes through another."""
+
+    def __init__(self):
+        super().__init__()
+        self.whole = nn.Sequential(nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU()), nn.Conv2d(4, 4, 1))
+        self.parts = nn.Sequential(nn.Conv2d(4, 4, 3), nn.ReLU())
+
+    def forward(self, x):
+        x = self.whole(x)
+        for layer in self.parts:
+            x = layer(x)
+        return x
+
+
+def test_report_says_which_container_must_be_called(device, fused_runs):
+    model = Model().to(device)
+    report = accelerate(model)
+    assert [entry.container for entry in report] == ["whole", "whole", "parts"]
+    assert "fused when parts is called" in str(report[2])
+    assert "one by one" in str(report)
+    model(torch.randn(2, 3, 7, 7, device=device))
+    assert len(fused_runs) == 2
+    (entry,) = accelerate(nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU()))
+    assert (entry.container, entry.how) == ("", "fused")
+
+
+def test_a_container_that_begins_with_vectors_fuses_what_comes_later(device, fused_runs):
+    stock = nn.Sequential(
+        nn.Linear(5, 12), nn.BatchNorm1d(12), nn.ReLU(), nn.Unflatten(1, (3, 2, 2)),
+        nn.ConvTranspose2d(3, 4, 4, 2, 1), nn.BatchNorm2d(4), nn.ReLU(),
+        nn.ConvTranspose2d(4, 1, 4, 2, 1), nn.Tanh(), nn.Flatten(), nn.Linear(64, 3),
+    ).to(device)  # fmt: skip
+    model = copy.deepcopy(stock)
+    report = accelerate(model)
+    assert sum(entry.fused for entry in report) == 2
+    assert_module(model, stock, torch.randn(3, 5, device=device))
+    assert len(fused_runs) == 2
+
+
+@pytest.mark.parametrize("wrong", [None, "model", nn.Conv2d])
+def test_what_is_no_module_is_refused(wrong):
+    for function in (accelerate, restore):
+        with pytest.raises(TypeError, match="expected a torch.nn.Module, got "):
+            function(wrong)
+
+
 def test_report_prints():
     report = accelerate(nn.Sequential(*generator(), nn.Conv2d(1, 1, 3, dilation=2)))
     assert report[0].name == "0"
@@ -331,6 +379,7 @@ def test_switching_between_training_and_evaluation(device):
     model = copy.deepcopy(stock)
     accelerate(model)
     for training in (True, False, True):
+        model.load_state_dict(stock.state_dict())  # Roundings of the step before are not its own.
         assert_module(model.train(training), stock.train(training), latent(device))
 
 

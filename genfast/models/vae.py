@@ -82,8 +82,8 @@ class ConvVAE(nn.Module):
         while widths[-1] < widest:
             widths.append(widths[-1] * 2)
         self.encoder = nn.Sequential(
-            DiscriminatorBlock(nc, width),
-            *(DiscriminatorBlock(w, w * 2) for w in widths[:-1]),
+            DiscriminatorBlock(nc, width, inplace=True),
+            *(DiscriminatorBlock(w, w * 2, inplace=True) for w in widths[:-1]),
             DiscriminatorBlock(
                 widest, 2 * latent_dim, 4, 1, 0, bias=True, norm=False, activation="identity"
             ),

@@ -37,6 +37,8 @@ def read_array_file(path, map_from):
         raise
     except Exception as error:  # Damaged bytes make the readers raise nearly anything.
         reason = str(error).partition("\n")[0] or type(error).__name__
+        if isinstance(error, EOFError):  # The readers of archives say no more than that.
+            reason = "it is truncated"
         raise BadInput(f"expected uint8 images in {path}, could not read it: {reason}") from None
 
 

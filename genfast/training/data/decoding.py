@@ -9,7 +9,7 @@ import numpy as np
 from genfast.training.data.arrays import to_nchw
 from genfast.training.errors import BadInput, require
 
-BACKGROUNDS = {"white": (255, 255, 255), "black": (0, 0, 0)}
+BACKGROUNDS = {"white": "#ffffff", "black": "#000000"}
 # Pixels that all threads together decode at a time: at up to 20 bytes each, 2.5 GiB.
 PIXELS = 2**27
 DRAWN_BY = ("Software", "genfast")  # A text in each PNG that genfast draws, by which to know it.
@@ -17,14 +17,13 @@ DRAWN_BY = ("Software", "genfast")  # A text in each PNG that genfast draws, by 
 
 def colour(background):
     """(red, green, blue), 0 to 255, of "white", "black" or "#rrggbb"; BadInput for another text."""
-    if background in BACKGROUNDS:
-        return BACKGROUNDS[background]
-    if not isinstance(background, str) or not re.fullmatch("#[0-9a-fA-F]{6}", background):
+    text = BACKGROUNDS.get(background, background) if isinstance(background, str) else ""
+    if not re.fullmatch("#[0-9a-fA-F]{6}", text):
         raise BadInput(
             f"expected --background to be white, black or a colour such as #ff8800, got "
             f"{background!r}"
         )
-    return tuple(bytes.fromhex(background[1:]))
+    return tuple(bytes.fromhex(text[1:]))
 
 
 def decode(path, image_size, background):

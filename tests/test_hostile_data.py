@@ -45,12 +45,13 @@ def _says(path, *words, size=None):
 
 def _socket(path):
     """A socket at a path, however long that is."""
-    here = os.open(path.parent, os.O_RDONLY)
+    here = os.getcwd()
+    os.chdir(path.parent)
     try:
         with socket.socket(socket.AF_UNIX) as server:
-            server.bind(f"/proc/self/fd/{here}/{path.name}")
+            server.bind(path.name)
     finally:
-        os.close(here)
+        os.chdir(here)
 
 
 MAKERS = {
@@ -97,7 +98,6 @@ def test_devices_at_the_command_line(tmp_path):
         "/dev/stdin",
         tmp_path / "fifo",
         "/dev/null",
-        "/proc/kmsg",
         "/proc/self/mem",
     )
     done = subprocess.run(
@@ -109,8 +109,8 @@ def test_devices_at_the_command_line(tmp_path):
         cwd=ROOT,
     )
     lines = done.stderr.splitlines()
-    assert len([line for line in lines if line.startswith("genfast: error: expected")]) == 6, lines
-    assert "[1, 1, 1, 1, 1, 1]" in lines
+    assert len([line for line in lines if line.startswith("genfast: error: expected")]) == 5, lines
+    assert "[1, 1, 1, 1, 1]" in lines
 
 
 def _header(shape, order=False, descr="|u1", version=(1, 0)):

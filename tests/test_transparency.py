@@ -217,3 +217,16 @@ def test_background_at_the_command_line(tmp_path, capsys):
     assert cli.main([*arguments, "2", "--resume", "--background", "white"]) == 1
     assert "expected --background #ff8800" in capsys.readouterr().err
     assert cli.main([*arguments, "2", "--resume"]) == 0
+
+
+def test_tall_images_are_put_together_rightly(tmp_path):
+    """They are put on their background in parts; only the last rows are transparent."""
+    image = Image.new("RGBA", (16, 1000), (*SHOWN, 255))
+    image.paste((*HIDDEN, 0), (0, 990, 16, 1000))
+    image.resize((1000, 1000)).save(tmp_path / "a.png")
+    loaded = load_images(tmp_path, 1000)[0]
+    assert loaded[:, 500, 500].tolist() == list(SHOWN)
+    assert loaded[:, 0, 0].tolist() == list(SHOWN)
+    assert loaded[:, 989, 999].tolist() == list(SHOWN)
+    assert (loaded[:, 990:] == 255).all()
+    assert (loaded[:, :990] == torch.tensor(SHOWN)[:, None, None]).all()

@@ -320,6 +320,17 @@ def test_large_images_are_decoded_a_few_at_a_time(tmp_path, monkeypatch):
     assert most[0] == 8100
 
 
+def test_an_image_for_which_memory_is_short_is_not_skipped(tmp_path, monkeypatch):
+    """Else it would depend on the moment which images a run has."""
+
+    def fails(*_):
+        raise MemoryError
+
+    Image.new("L", (16, 16)).save(tmp_path / "a.png")
+    monkeypatch.setattr(decoding, "_on_background", fails)
+    _says(tmp_path, "expected memory enough for the image .*a.png, got no more")
+
+
 def test_what_was_lent_comes_back_after_an_error():
     loan = decoding._Loan(10)
     for _ in range(3):

@@ -38,6 +38,9 @@ def decode(path, image_size, background):
 
     Returns:
         ((3, H, W) uint8, whether it is grey, None), or (None, None, what is wrong).
+
+    Raises:
+        BadInput: memory is short.
     """
     image_module = require("PIL.Image", "pillow")
     image_ops = require("PIL.ImageOps", "pillow")
@@ -57,6 +60,8 @@ def decode(path, image_size, background):
                 square = image_ops.fit(
                     opaque, (image_size, image_size), image_module.Resampling.LANCZOS
                 )
+    except MemoryError:  # That is not the image's fault, and next time it might be there.
+        raise BadInput(f"expected memory enough for the image {path}, got no more") from None
     except Exception as error:  # Damaged bytes make the decoders raise nearly anything.
         return None, None, str(error) or type(error).__name__
     if is_mixed:

@@ -98,7 +98,7 @@ class _Walk:
                     else:
                         self.paths.append(Path(path))
             if drawn:
-                self._pass_over(shown, f"{drawn} sample pictures of a run")
+                self._pass_over(shown, f"sample pictures of a run: {drawn}")
 
     def _follow(self, shown, parent):
         """Enter the folder to which a link in the real folder `parent` leads."""

@@ -36,6 +36,9 @@ NAMED = 20  # How many of the files that were left out a warning names.
 def load_images(source, image_size=None, *, background="white", run_folder=None):
     """Load images, cropped to squares around their centres and resized.
 
+    In a folder, links to folders are followed, each real folder is entered once, and pictures that
+    genfast drew are left out (those of `train` and `sample`).
+
     Args:
         source: "digits" (scikit-learn's 1,797 handwritten digits), "photos" (random crops of
             scikit-learn's two photographs), or a path: a folder of png, jpg and webp images of any
@@ -46,9 +49,6 @@ def load_images(source, image_size=None, *, background="white", run_folder=None)
         background: what lies behind transparent images: "white", "black" or "#rrggbb". None drops
             the transparency and shows the colours that lie under it, whatever they are.
         run_folder: the folder of the run that asks, which is passed over if it lies in `source`.
-
-    In a folder, links to folders are followed, each real folder is entered once, and pictures that
-    genfast drew are left out (those of `train` and `sample`).
 
     Returns:
         A uint8 tensor (N, C, image_size, image_size), C 1 for grey images and 3 for colour. Grey

@@ -10,7 +10,7 @@ from genfast.training.data.arrays import to_nchw
 from genfast.training.errors import BadInput, require
 
 BACKGROUNDS = {"white": "#ffffff", "black": "#000000"}
-# Pixels that all threads together decode at a time: at 8 to 12 bytes each, some GiB.
+# Pixels that all threads together decode at a time: at 8 to 12 bytes each, 1.5 GiB at most.
 PIXELS = 2**27
 ROWS = 256
 DRAWN_BY = ("Software", "genfast")  # A text in each PNG that genfast draws, by which to know it.

@@ -10,6 +10,7 @@ from genfast.training.data.arrays import to_nchw
 from genfast.training.errors import BadInput, require
 
 BACKGROUNDS = {"white": "#ffffff", "black": "#000000"}
+COLOURS = "white, black or a colour such as #ff8800"
 # Pixels that all threads together decode at a time: at 8 to 12 bytes each, 1.5 GiB at most.
 PIXELS = 2**27
 ROWS = 256
@@ -18,13 +19,14 @@ DRAWN_BY = ("Software", "genfast")  # A text in each PNG that genfast draws, by 
 
 def colour(background):
     """(red, green, blue), 0 to 255, of "white", "black" or "#rrggbb"; BadInput for another text."""
-    text = BACKGROUNDS.get(background, background) if isinstance(background, str) else ""
-    if not re.fullmatch("#[0-9a-fA-F]{6}", text):
-        raise BadInput(
-            f"expected --background to be white, black or a colour such as #ff8800, got "
-            f"{background!r}"
-        )
-    return tuple(bytes.fromhex(text[1:]))
+    if not (isinstance(background, str) and is_colour(background)):
+        raise BadInput(f"expected --background to be {COLOURS}, got {background!r}")
+    return tuple(bytes.fromhex(BACKGROUNDS.get(background, background)[1:]))
+
+
+def is_colour(text):
+    """Whether `colour` takes a text."""
+    return bool(re.fullmatch("#[0-9a-fA-F]{6}", BACKGROUNDS.get(text, text)))
 
 
 def decode(path, image_size, background):

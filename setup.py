@@ -10,7 +10,7 @@ HERE = Path(__file__).parent
 # Read as text: importing genfast would need PyTorch, which is not there yet.
 version = re.search(r'__version__ = "(.+)"', (HERE / "genfast/__init__.py").read_text()).group(1)
 
-train = ["pillow", "scikit-learn", "tqdm"]
+train = ["pillow>=10.1", "scikit-learn", "tqdm"]
 # pytest-benchmark 5.2.3, the newest, fails with pytest 9.2: it reads an attribute that is gone.
 benchmark = [*train, "matplotlib", "pytest<9.2", "pytest-benchmark"]
 test = [*benchmark, "pytest-xdist", "ruff", "setuptools>=77"]

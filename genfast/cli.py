@@ -15,6 +15,7 @@ import genfast
 from genfast.backend import selected_backend, triton
 from genfast.functional import why_not_triton
 from genfast.models.dcgan import IMAGE_SIZES
+from genfast.training.data import colour
 from genfast.training.errors import BadInput, Diverged
 from genfast.training.runs.checkpoint import NAME as CHECKPOINT_NAME
 from genfast.training.runs.config import DEFAULTS, DIGITS_DEFAULTS, MODELS, prepare, prepare_resumed
@@ -34,6 +35,7 @@ SETTINGS = (
     "ndf",
     "seed",
     "precision",
+    "background",
 )
 
 
@@ -74,10 +76,10 @@ def _train(args):
     resume_from = _resume_from(args)
     out = _out_folder(args, resume_from)
     if resume_from:
-        config, images = prepare_resumed(args.model, args.data, given, resume_from)
+        config, images = prepare_resumed(args.model, args.data, given, resume_from, out)
         _check_precision(config.precision, device)  # The run may have begun on another machine.
     else:
-        config, images = prepare(args.model, args.data, given)
+        config, images = prepare(args.model, args.data, given, out)
     outcome = train(
         config,
         images,
@@ -233,6 +235,13 @@ def _add_train(commands):
         ".npz file of uint8 images, or MNIST's IDX files",
     )
     parser.add_argument(
+        "--background",
+        type=_background,
+        metavar="COLOUR",
+        help="what lies behind transparent images: white, black or a colour such as '#ff8800' "
+        "(default: white)",
+    )
+    parser.add_argument(
         "--image-size",
         type=int,
         metavar="PIXELS",
@@ -324,6 +333,14 @@ def _number(kind, holds, expected):
         return value
 
     return convert
+
+
+def _background(text):
+    try:
+        colour(text)
+    except BadInput as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+    return text
 
 
 _whole = _number(int, lambda v: v >= 1, "a whole number from 1")

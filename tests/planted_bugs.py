@@ -200,6 +200,27 @@ BUGS = (
         "            noise = _normals(seed + 1,",
         SAMPLING,
     ),
+    Bug(
+        "what hides under transparent pixels is trained on",
+        "genfast/training/data/decoding.py",
+        'canvas.paste(part.convert("RGB"), box, alpha)',
+        'canvas.paste(part.convert("RGB"), box)',
+        "test_transparency.py",
+    ),
+    Bug(
+        "a run trains on its own sample pictures",
+        "genfast/training/data/folders.py",
+        "        return identity != self._run\n",
+        "        return True\n",
+        "test_data_folders.py",
+    ),
+    Bug(
+        "a claim of pixels is believed",
+        "genfast/training/data/arrays.py",
+        '    require_memory(count, f"the images in {path}")\n',
+        "",
+        "test_hostile_data.py",
+    ),
 )
 
 

@@ -1,6 +1,7 @@
 """Images: where they come from, the batches drawn from them, and fetching those ahead."""
 
 from genfast.training.data.batches import Batches, normalize
+from genfast.training.data.decoding import colour
 from genfast.training.data.sources import fingerprint, load_images, resize
 
-__all__ = ["Batches", "fingerprint", "load_images", "normalize", "resize"]
+__all__ = ["Batches", "colour", "fingerprint", "load_images", "normalize", "resize"]

@@ -1,15 +1,16 @@
 """What a run is made of: its settings, their defaults for each model, and the step they build."""
 
 from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 
 from genfast.models import GAN, VAE, ConvVAE, DCGANDiscriminator, DCGANGenerator
 from genfast.models.dcgan import IMAGE_SIZES
-from genfast.training.data import fingerprint, load_images, resize
+from genfast.training.data import colour, fingerprint, load_images, resize
 from genfast.training.errors import BadInput
 from genfast.training.runs.checkpoint import read_checkpoint
 from genfast.training.steps import GANStep, VAEStep, adam
 
-_COMMON = dict(seed=0, precision="auto")
+_COMMON = dict(seed=0, precision="auto", background="white")
 # Learning rates, betas and widths are those of the papers and of PyTorch's public examples. A model
 # has the settings named here and no other.
 DEFAULTS = {
@@ -34,7 +35,8 @@ CONVOLUTIONAL = ("dcgan", "conv-vae")
 class Config:
     """The settings of a run. `ngf` and `ndf` are None for models that have no such widths.
 
-    `num_images` and `checksum` tell the images of a run from others.
+    `num_images` and `checksum` tell the images of a run from others. `background` is None for runs
+    begun when the transparency of images was dropped.
     """
 
     model: str
@@ -52,6 +54,7 @@ class Config:
     precision: str
     ngf: int | None = None
     ndf: int | None = None
+    background: str | None = None
 
     def as_dict(self):
         """The settings as a dict of numbers and strings."""
@@ -85,6 +88,8 @@ def check_settings(model, given):
             f"expected --image-size to be a power of two from {IMAGE_SIZES[0]} to "
             f"{IMAGE_SIZES[-1]}, got {size}"
         )
+    if "background" in given:
+        colour(given["background"])
 
 
 def option(name):
@@ -92,13 +97,14 @@ def option(name):
     return "--" + name.replace("_", "-")
 
 
-def prepare(model, data, given):
+def prepare(model, data, given, out=None):
     """Load the images and settle what was not given.
 
     Args:
         model: one of `MODELS`.
         data: as `load_images` takes it.
         given: a dict of the settings that are not to be the defaults.
+        out: the folder the run will have, from which no images are taken if it lies in `data`.
 
     Returns:
         (Config, uint8 images).
@@ -108,7 +114,10 @@ def prepare(model, data, given):
     """
     check_settings(model, given)
     settings = DEFAULTS[model] | (DIGITS_DEFAULTS[model] if data == "digits" else {})
-    images = load_images(data, (settings | given).get("image_size"))
+    chosen = settings | given
+    images = load_images(
+        data, chosen.get("image_size"), background=chosen["background"], run_folder=out
+    )
     if model in CONVOLUTIONAL and images.shape[-1] not in IMAGE_SIZES:
         wanted = (size for size in IMAGE_SIZES if size >= images.shape[-1])
         images = resize(images, next(wanted, IMAGE_SIZES[-1]))
@@ -123,11 +132,12 @@ def prepare(model, data, given):
     return config, images
 
 
-def prepare_resumed(model, data, given, path):
+def prepare_resumed(model, data, given, path, out=None):
     """As `prepare`, for a run that goes on from the checkpoint at `path`.
 
     The settings are the checkpoint's; of those given only `epochs` may differ, and `data` (None for
-    the checkpoint's) may name another place that holds the same images.
+    the checkpoint's) may name another place that holds the same images. `out` is the folder of the
+    run that goes on, None for the checkpoint's.
 
     Raises:
         BadInput: a setting or the images are not those the run began with.
@@ -137,13 +147,24 @@ def prepare_resumed(model, data, given, path):
     if began.model != model:
         raise BadInput(f"expected a checkpoint of {model} at {path}, got one of {began.model}")
     for name, value in given.items():
-        if name != "epochs" and value != getattr(began, name):
+        start = getattr(began, name)
+        if name == "background" and start is None:
             raise BadInput(
-                f"expected {option(name)} {getattr(began, name)}, with which the run in {path} "
-                f"began, got {value}"
+                f"expected no --background, as the run in {path} began when the transparency of "
+                f"images was dropped, got {value}"
+            )
+        same = colour(value) == colour(start) if name == "background" else value == start
+        if name != "epochs" and not same:
+            raise BadInput(
+                f"expected {option(name)} {start}, with which the run in {path} began, got {value}"
             )
     config = replace(began, data=str(data or began.data), epochs=given.get("epochs", began.epochs))
-    images = load_images(config.data, config.image_size)
+    images = load_images(
+        config.data,
+        config.image_size,
+        background=config.background,
+        run_folder=Path(path).parent if out is None else out,
+    )
     if fingerprint(images) != began.checksum:
         raise BadInput(
             f"expected the {began.num_images} images with which the run in {path} began, got "

@@ -4,11 +4,12 @@ import csv
 
 import pytest
 import torch
+from torch import nn
 
-from benchmarks import agreement, plot, throughput, timing
+from benchmarks import agreement, dropin, networks, plot, throughput, timing
 from benchmarks.variants import VARIANTS, Variant, why_not_run
 from benchmarks.workloads import Workload, stock
-from genfast import functional
+from genfast import accelerate, functional, reference, use_backend
 from genfast.nn import FusedBlock, FusedSequential
 
 CPU = torch.device("cpu")
@@ -119,3 +120,49 @@ def test_summary():
 def test_a_ratio_is_of_turns_of_the_same_round():
     # The machine is four times as slow in the second round, and once only one of the two was.
     assert timing.ratio([12.0, 3.0, 12.0], [6.0, 1.5, 1.0]) == 2
+
+
+TINY_NETWORK = networks.Network(
+    "tiny", lambda: nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 1, 3)), 2, (3, 8, 8)
+)
+
+
+@pytest.fixture
+def accelerated():
+    """What is accelerated runs so, and not as the reference."""
+    with use_backend("auto"):
+        yield
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_dropin_measures_turns_of_the_same_rounds(precision, accelerated):
+    row = dropin.measure(TINY_NETWORK, precision, CPU, seconds=0.01)
+    assert set(row) == set(dropin.COLUMNS) - {"machine", "torch", "triton", "python", "date"}
+    assert row["turns"] >= 3
+    assert row["p20"] <= row["ratio"] <= row["p80"]
+    assert row["memory_format"] == ("contiguous" if precision == "fp32" else "channels_last")
+
+
+def test_dropin_refuses_a_network_that_computes_something_else(monkeypatch, accelerated):
+    activate = reference.activate
+    monkeypatch.setattr(reference, "activate", lambda x, *a, **k: activate(x, *a, **k) * 1.01)
+    with pytest.raises(AssertionError, match="the accelerated network is 0.01 off"):
+        dropin.measure(TINY_NETWORK, "fp32", CPU, seconds=0.01)
+
+
+def test_dropin_writes_a_row_a_network(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(dropin, "NETWORKS", [TINY_NETWORK])
+    assert dropin.main(["--seconds", "0.01", "--out", str(tmp_path / "rows.csv")]) == 0
+    with open(tmp_path / "rows.csv", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    assert {row["network"] for row in rows} == {"tiny"}
+    assert "ratio" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("network", networks.NETWORKS, ids=lambda network: network.name)
+def test_dropin_networks_are_stock_and_fuse(network):
+    model = network.build()
+    assert not any(isinstance(m, FusedSequential | FusedBlock) for m in model.modules())
+    report = accelerate(model)
+    assert report
+    assert all(entry.fused for entry in report)

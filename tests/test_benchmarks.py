@@ -146,7 +146,7 @@ def test_dropin_measures_turns_of_the_same_rounds(precision, accelerated):
 def test_dropin_refuses_a_network_that_computes_something_else(monkeypatch, accelerated):
     activate = reference.activate
     monkeypatch.setattr(reference, "activate", lambda x, *a, **k: activate(x, *a, **k) * 1.01)
-    with pytest.raises(AssertionError, match="the accelerated network is 0.02 off"):
+    with pytest.raises(AssertionError, match="the accelerated network is 0.0.* off"):
         dropin.measure(TINY_NETWORK, "fp32", CPU, seconds=0.01)
 
 

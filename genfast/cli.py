@@ -1,11 +1,13 @@
 """The command line: `genfast train`, `sample`, `env` and `demo`."""
 
 import argparse
-import math
+import errno
+import os
 import platform
 import shlex
 import sys
 import warnings
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 
 import numpy
@@ -15,12 +17,21 @@ import genfast
 from genfast.backend import selected_backend, triton
 from genfast.functional import why_not_triton
 from genfast.models.dcgan import IMAGE_SIZES
-from genfast.training.data import colour
-from genfast.training.errors import BadInput, Diverged
+from genfast.training.errors import BadInput, Diverged, missing_memory
 from genfast.training.runs.checkpoint import NAME as CHECKPOINT_NAME
-from genfast.training.runs.config import DEFAULTS, DIGITS_DEFAULTS, MODELS, prepare, prepare_resumed
+from genfast.training.runs.config import (
+    CONVOLUTIONAL,
+    DEFAULTS,
+    DIGITS_DEFAULTS,
+    MODELS,
+    option,
+    prepare,
+    prepare_resumed,
+)
 from genfast.training.runs.demo import demo
+from genfast.training.runs.devices import as_device
 from genfast.training.runs.loop import CHECKPOINT_SECONDS, train
+from genfast.training.runs.rules import RULES, Rule, whole
 from genfast.training.runs.samples import sample_checkpoint
 from genfast.training.steps.precision import PRECISIONS, resolve_precision
 
@@ -37,25 +48,98 @@ SETTINGS = (
     "precision",
     "background",
 )
+# Those that decide how much memory training takes.
+MEMORY_SETTINGS = ("batch_size", "image_size", "nz", "ngf", "ndf")
+SECONDS = Rule(float, "a number from 0", lambda v: v >= 0)
 
 
 def main(arguments=None):
     """Run a command; returns the exit status: 0, 1 after an error, 130 after an interrupt."""
-    args = _parser().parse_args(arguments)
-    with warnings.catch_warnings():
+    _open_closed_streams()
+    out, errors = _Unbreakable(sys.stdout, needed=True), _Unbreakable(sys.stderr, needed=False)
+    with redirect_stdout(out), redirect_stderr(errors), warnings.catch_warnings():
         warnings.showwarning = lambda message, *_, **__: _tell(f"warning: {message}")
+        return _run(arguments)
+
+
+def _run(arguments):
+    try:
         try:
+            args = _parser().parse_args(arguments)
             _check_backend()
             return args.run(args)
-        except (BadInput, Diverged) as error:
-            _tell(f"error: {error}")
-            return 1
-        except OSError as error:  # A full disk, a folder that must not be written to.
+        finally:
+            sys.stdout.flush()  # At Python's exit it would be too late to say why it failed.
+    except (BadInput, Diverged) as error:
+        _tell(f"error: {error}")
+    except (MemoryError, OSError, RuntimeError) as error:
+        amount = missing_memory(error)
+        if amount:
+            _tell(f"error: expected enough memory, got no room for {amount}: {_remedy(args)}")
+        elif isinstance(error, OSError):  # A full disk, a folder that must not be written to.
             _tell(f"error: expected files that can be read and written, but {error}")
-            return 1
-        except KeyboardInterrupt:
-            _tell("interrupted")
-            return 130
+        else:
+            raise
+    except KeyboardInterrupt:
+        _tell("interrupted")
+        return 130
+    return 1
+
+
+def _open_closed_streams():
+    """Open the null device where a standard stream is closed.
+
+    The next file that is opened, a checkpoint perhaps, would get its number, and then whatever
+    libraries and compilers write there.
+    """
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            descriptor = os.open(os.devnull, os.O_RDWR)
+            os.set_inheritable(descriptor, True)
+            setattr(sys, name, os.fdopen(descriptor, mode))
+
+
+class _Unbreakable:
+    """A text stream that goes on into the null device when it cannot be written to any more.
+
+    Args:
+        stream: the stream.
+        needed: whether an error is to be raised the first time, unless only the reader has gone.
+    """
+
+    def __init__(self, stream, needed):
+        self._stream = stream
+        self._needed = needed
+
+    def __getattr__(self, name):
+        return getattr(self._stream, name)
+
+    def write(self, text):
+        self._unless_broken(self._stream.write, text)
+        return len(text)
+
+    def flush(self):
+        self._unless_broken(self._stream.flush)
+
+    def _unless_broken(self, function, *arguments):
+        try:
+            function(*arguments)
+        except OSError as error:
+            with open(os.devnull, "w") as null:
+                os.dup2(null.fileno(), self._stream.fileno())
+            if self._needed and error.errno not in (errno.EPIPE, errno.EIO):
+                raise
+
+
+def _remedy(args):
+    """What to do where memory is short."""
+    lowered = ["--num"] if args.run is _sample else []
+    if args.run is _train and args.resume is None:
+        names = ("image_size", *DEFAULTS[args.model])
+        lowered = [option(name) for name in MEMORY_SETTINGS if name in names]
+    if not lowered:
+        return "free some, or give another --device"
+    return "lower " + ", ".join(lowered[:-1]) + (" or " if lowered[1:] else "") + lowered[-1]
 
 
 def _check_backend():
@@ -147,7 +231,7 @@ def _sample(args):
 
 
 def _env(args):
-    device = _device(args.device)
+    device = as_device(args.device)
     print(f"genfast    {genfast.__version__}")
     print(f"python     {platform.python_version()} on {platform.platform()}")
     print(f"torch      {torch.__version__}")
@@ -169,26 +253,9 @@ def _demo(args):
     return 0 if demo(Path(args.out), _working_device(args.device)) else 130
 
 
-def _device(name):
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        device = None
-    if device is None or device.type not in ("cpu", "cuda"):
-        raise BadInput(f"expected --device to be auto, cpu, cuda or cuda:N, got {name!r}")
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise BadInput(
-            f"expected --device to be one this machine has, got {name!r}; PyTorch finds "
-            f"{torch.cuda.device_count()} GPUs"
-        )
-    return device
-
-
 def _working_device(name):
-    """As `_device`; BadInput if GENFAST_BACKEND asks for kernels that cannot run there."""
-    device = _device(name)
+    """As `as_device`; BadInput if GENFAST_BACKEND asks for kernels that cannot run there."""
+    device = as_device(name)
     reason = why_not_triton(torch.empty(1, device=device))
     if reason and selected_backend() == "triton":
         raise BadInput(f"expected kernels to run, as GENFAST_BACKEND=triton asks, but {reason}")
@@ -209,8 +276,15 @@ def _device_name(device):
     return f"{torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}"
 
 
+class _Parser(argparse.ArgumentParser):
+    def error(self, message):
+        """Say what is wrong with an option in one line; argparse would print all options too."""
+        _tell(f"error: {message}; python -m {self.prog} --help says what there is")
+        sys.exit(2)
+
+
 def _parser():
-    parser = argparse.ArgumentParser(prog="genfast", description=genfast.__doc__)
+    parser = _Parser(prog="genfast", description=genfast.__doc__)
     parser.add_argument("--version", action="version", version=f"genfast {genfast.__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     _add_train(commands)
@@ -236,26 +310,27 @@ def _add_train(commands):
     )
     parser.add_argument(
         "--background",
-        type=_background,
+        type=_type(RULES["background"]),
         metavar="COLOUR",
         help="what lies behind transparent images: white, black or a colour such as '#ff8800' "
         "(default: white)",
     )
     parser.add_argument(
         "--image-size",
-        type=int,
+        type=_type(RULES["image_size"]),
         metavar="PIXELS",
-        help=f"height and width, one of {', '.join(map(str, IMAGE_SIZES))} (default: 16 for "
-        "digits, 32 with dcgan; 64 for photos and folders; that of the images for arrays)",
+        help=f"height and width; {' and '.join(CONVOLUTIONAL)} take "
+        f"{', '.join(map(str, IMAGE_SIZES))}, the others any (default: 16 for digits, 32 with "
+        "dcgan; 64 for photos and folders; that of the images for arrays)",
     )
-    _add_setting(parser, "batch_size", _whole, "images a step")
-    _add_setting(parser, "epochs", _whole, "passes over the images")
-    _add_setting(parser, "lr", _positive, "learning rate of Adam")
-    _add_setting(parser, "beta1", _fraction, "beta1 of Adam")
-    _add_setting(parser, "nz", _whole, "length of the noise or latent vector")
-    _add_setting(parser, "ngf", _whole, "channels next to the image in the generator or VAE")
-    _add_setting(parser, "ndf", _whole, "channels next to the image in the discriminator")
-    _add_setting(parser, "seed", _from_zero, "of weights, noise and the order of the images")
+    _add_setting(parser, "batch_size", "images a step")
+    _add_setting(parser, "epochs", "passes over the images")
+    _add_setting(parser, "lr", "learning rate of Adam")
+    _add_setting(parser, "beta1", "beta1 of Adam")
+    _add_setting(parser, "nz", "length of the noise or latent vector")
+    _add_setting(parser, "ngf", "channels next to the image in the generator or VAE")
+    _add_setting(parser, "ndf", "channels next to the image in the discriminator")
+    _add_setting(parser, "seed", "of weights, noise and the order of the images")
     parser.add_argument(
         "--precision",
         choices=PRECISIONS,
@@ -274,7 +349,7 @@ def _add_train(commands):
     )
     parser.add_argument(
         "--checkpoint-seconds",
-        type=_seconds,
+        type=_type(SECONDS),
         default=CHECKPOINT_SECONDS,
         metavar="S",
         help="time between two checkpoints (default: %(default)s)",
@@ -285,9 +360,11 @@ def _add_sample(commands):
     parser = commands.add_parser("sample", help="draw images with a trained model")
     parser.set_defaults(run=_sample)
     parser.add_argument("checkpoint", help="the file, or the folder of a run")
-    parser.add_argument("--num", type=_whole, default=64, help="(default: %(default)s)")
+    parser.add_argument("--num", type=_type(whole()), default=64, help="(default: %(default)s)")
     parser.add_argument("--out", default="samples.png", help="picture (default: %(default)s)")
-    parser.add_argument("--seed", type=_from_zero, default=0, help="(default: %(default)s)")
+    parser.add_argument(
+        "--seed", type=_type(RULES["seed"]), default=0, help="(default: %(default)s)"
+    )
     _add_device(parser)
 
 
@@ -299,13 +376,26 @@ def _add_device(parser):
     )
 
 
-def _add_setting(parser, name, kind, text):
+def _add_setting(parser, name, text):
+    rule = RULES[name]
     parser.add_argument(
-        f"--{name.replace('_', '-')}",
-        type=kind,
-        metavar="N" if kind in (_whole, _from_zero) else "X",
+        option(name),
+        type=_type(rule),
+        metavar="N" if rule.kind is int else "X",
         help=f"{text} (default: {_defaults_of(name)})",
     )
+
+
+def _type(rule):
+    """A rule as a type for argparse."""
+
+    def convert(text):
+        try:
+            return rule.read(text)
+        except ValueError as error:
+            raise argparse.ArgumentTypeError(str(error)) from None
+
+    return convert
 
 
 def _defaults_of(name):
@@ -318,33 +408,3 @@ def _defaults_of(name):
     if len({DEFAULTS[m].get(name) for m in MODELS}) == 1 and "digits" not in "".join(words):
         return str(DEFAULTS[MODELS[0]][name])
     return "; ".join(words)
-
-
-def _number(kind, holds, expected):
-    """A type for argparse: a number for which `holds`; the error says what was `expected`."""
-
-    def convert(text):
-        try:
-            value = kind(text)
-        except ValueError:
-            value = math.nan
-        if not holds(value):
-            raise argparse.ArgumentTypeError(f"expected {expected}, got {text!r}")
-        return value
-
-    return convert
-
-
-def _background(text):
-    try:
-        colour(text)
-    except BadInput as error:
-        raise argparse.ArgumentTypeError(str(error)) from None
-    return text
-
-
-_whole = _number(int, lambda v: v >= 1, "a whole number from 1")
-_from_zero = _number(int, lambda v: 0 <= v < 2**63, "a whole number from 0")
-_positive = _number(float, lambda v: 0 < v < math.inf, "a number above 0")
-_fraction = _number(float, lambda v: 0 <= v < 1, "a number from 0 to below 1")
-_seconds = _number(float, lambda v: v >= 0, "a number from 0")

@@ -698,7 +698,7 @@ def test_sampling_from_a_checkpoint(tmp_path, model):
     ("model", "given", "message"),
     [
         ("vae", {"ngf": 8}, "expected settings that vae has, got --ngf"),
-        ("dcgan", {"image_size": 48}, "--image-size to be a power of two from 16 to 256, got 48"),
+        ("dcgan", {"image_size": 48}, "to be a power of two from 16 to 256 for dcgan, got 48"),
         ("stylegan", {}, "expected a model among gan, dcgan, vae, conv-vae, got 'stylegan'"),
         ("dcgan", {"batch_size": 13}, "expected --batch-size of at most the 12 images, got 13"),
     ],

@@ -5,6 +5,7 @@ loads with `weights_only=True` and runs no code.
 """
 
 import io
+import math
 import pickle
 import zipfile
 from pathlib import Path
@@ -13,10 +14,20 @@ import torch
 
 from genfast.training.errors import BadInput
 from genfast.training.files import replacing
+from genfast.training.runs.rules import shown
 
 NAME = "checkpoint.pt"
 FORMAT = "genfast checkpoint 1"
-PARTS = {"config", "steps", "modules", "optimizers", "rng"}
+PARTS = {
+    "config": dict,
+    "steps": int,
+    "modules": dict,
+    "optimizers": dict,
+    "scalers": dict,
+    "rng": dict,
+}
+# What Adam keeps of each parameter.
+MOMENTS = ("step", "exp_avg", "exp_avg_sq")
 
 
 def save_checkpoint(path, step, config, steps):
@@ -54,26 +65,39 @@ def read_checkpoint(path):
     if not path.is_file():
         raise BadInput(f"expected a checkpoint file at {path}, where there is none")
     try:
-        _check_whole(path)
+        _check_archive(path)
         content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # Damaged bytes make the unpickler raise nearly anything.
         # PyTorch's message may advise to load without `weights_only`, which runs a stranger's code.
-        advises = isinstance(error, pickle.UnpicklingError)
+        advises = isinstance(error, pickle.UnpicklingError) or "weights_only" in str(error)
         reason = "it is damaged or something else" if advises else str(error).partition("\n")[0]
         raise BadInput(
             f"expected a genfast checkpoint at {path}, could not read it: {reason}"
         ) from error
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         raise BadInput(f"expected a genfast checkpoint at {path}, got another kind of file")
-    missing = sorted(PARTS - content.keys())
-    if missing:
-        raise BadInput(f"expected a whole genfast checkpoint at {path}, it lacks {missing[0]}")
+    for name, kind in PARTS.items():
+        if name not in content:
+            _refuse(path, f"it lacks {name}")
+        if type(content[name]) is not kind:
+            _refuse(path, f"its {name} is {shown(content[name])}")
+    if not 0 <= content["steps"] < 2**63:
+        _refuse(path, f"its steps are {content['steps']}")
     return content
 
 
-def _check_whole(path):
-    """Compare the checksums in the file, which `torch.load` does not: wrong bits would train on."""
+def _refuse(path, reason):
+    raise BadInput(f"expected a whole genfast checkpoint at {path}, but {reason}")
+
+
+def _check_archive(path):
+    """ValueError if the file is a TorchScript model, or damaged.
+
+    `torch.load` does not compare the checksums in the file: wrong bits would train on.
+    """
     with zipfile.ZipFile(path) as file:
+        if any(name.endswith("/constants.pkl") for name in file.namelist()):
+            raise ValueError("it is a model saved by TorchScript")
         damaged = file.testzip()
     if damaged:
         raise ValueError(f"{damaged} is damaged")
@@ -82,29 +106,72 @@ def _check_whole(path):
 def restore_modules(step, content, path):
     """Load the networks' weights; BadInput if they are those of another architecture."""
     for name, module in step.modules.items():
-        saved = content["modules"].get(name)
-        mismatch = "it has none" if saved is None else _mismatch(module.state_dict(), saved)
+        mismatch = _mismatch(module.state_dict(), content["modules"].get(name))
         if mismatch:
             raise BadInput(
                 f"expected the weights of a {type(module).__name__} in {path}, but {mismatch}"
             )
-        module.load_state_dict(saved)
+    for name, module in step.modules.items():
+        module.load_state_dict(content["modules"][name])
 
 
 def restore(step, content, path):
-    """Put networks, optimizers and random number generators where they were."""
+    """Put networks, Adam's moments and random number generators where they were.
+
+    The optimizers' settings are those that the step was built with, not the checkpoint's.
+
+    Raises:
+        BadInput: a part is not what such a step saves. Then nothing has been changed.
+    """
+    moments = {name: _moments(step, content, name, path) for name in step.optimizers}
+    for name, scaler in step.scalers.items():
+        _check_scaler(scaler.state_dict(), content["scalers"].get(name), name, path)
+    rng = content["rng"]
+    _check_rng(torch.Generator(), rng.get("cpu"), path)
+    on_cuda = step.device.type == "cuda" and "cuda" in rng  # The run may have begun on a CPU.
+    if on_cuda:
+        _check_rng(torch.Generator(step.device), rng["cuda"], path)
+
     restore_modules(step, content, path)
     for name, optimizer in step.optimizers.items():
-        # Whether it fits a captured graph depends on where it runs now.
-        capturable = [group["capturable"] for group in optimizer.param_groups]
-        optimizer.load_state_dict(content["optimizers"][name])
-        for group, value in zip(optimizer.param_groups, capturable, strict=True):
-            group["capturable"] = value
+        groups = optimizer.state_dict()["param_groups"]
+        optimizer.load_state_dict({"state": moments[name], "param_groups": groups})
     for name, scaler in step.scalers.items():
         scaler.load_state_dict(content["scalers"][name])
-    torch.set_rng_state(content["rng"]["cpu"])
-    if step.device.type == "cuda" and "cuda" in content["rng"]:
-        torch.cuda.set_rng_state(content["rng"]["cuda"], step.device)
+    torch.set_rng_state(rng["cpu"])
+    if on_cuda:
+        torch.cuda.set_rng_state(rng["cuda"], step.device)
+
+
+def _moments(step, content, name, path):
+    """An optimizer's state of each parameter by its number; BadInput if it is not whole."""
+    saved = content["optimizers"].get(name)
+    state = saved.get("state") if isinstance(saved, dict) else None
+    if not isinstance(state, dict):
+        _refuse(path, f"it lacks the state of the {name}'s optimizer")
+    if not state and (name in content["scalers"] or not content["steps"]):
+        return state  # Scaled steps that overflowed were passed over, perhaps all of them.
+    optimizer = step.optimizers[name]
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    count = torch.zeros((), dtype=torch.float32)
+    for i, p in enumerate(parameters):
+        mismatch = _mismatch(dict(zip(MOMENTS, (count, p, p), strict=True)), state.get(i))
+        if mismatch:
+            _refuse(path, f"in the state of the {name}'s optimizer, of parameter {i}, {mismatch}")
+    return {i: state[i] for i in range(len(parameters))}
+
+
+def _check_scaler(expected, saved, name, path):
+    fits = isinstance(saved, dict) and saved.keys() == expected.keys()
+    if not fits or not all(type(v) in (int, float) and 0 <= v < math.inf for v in saved.values()):
+        _refuse(path, f"the state of the {name}'s gradient scaler is not one")
+
+
+def _check_rng(generator, saved, path):
+    try:
+        generator.set_state(saved)
+    except (TypeError, RuntimeError):
+        _refuse(path, f"its state of the {generator.device.type}'s random numbers is not one")
 
 
 def _plain(state):
@@ -114,14 +181,26 @@ def _plain(state):
 
 
 def _mismatch(expected, saved):
-    """How two state_dicts differ in names or shapes, in a few words; None if they do not."""
+    """How a dict of tensors differs from those expected, in a few words; None if it does not.
+
+    Names, shapes and dtypes must be the same, and the saved tensors dense and in CPU memory.
+    """
+    if not isinstance(saved, dict):
+        return "it has none"
     for name, tensor in expected.items():
         if name not in saved:
             return f"{name} is missing"
-        if saved[name].shape != tensor.shape:
-            return f"{name} has shape {tuple(saved[name].shape)} instead of {tuple(tensor.shape)}"
+        other = saved[name]
+        if not isinstance(other, torch.Tensor):
+            return f"{name} is {shown(other)}"
+        if other.shape != tensor.shape:
+            return f"{name} has shape {tuple(other.shape)} instead of {tuple(tensor.shape)}"
+        if other.dtype != tensor.dtype:
+            return f"{name} is {other.dtype} instead of {tensor.dtype}"
+        if other.layout != torch.strided or other.device.type != "cpu":
+            return f"{name} is not dense in memory"
     extra = saved.keys() - expected.keys()
-    return f"there is also {min(extra)}" if extra else None
+    return f"there is also {min(map(str, extra))}" if extra else None
 
 
 def _rng_states(device):

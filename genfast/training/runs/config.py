@@ -1,13 +1,19 @@
 """What a run is made of: its settings, their defaults for each model, and the step they build."""
 
+import os
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+
+import numpy as np
+import torch
 
 from genfast.models import GAN, VAE, ConvVAE, DCGANDiscriminator, DCGANGenerator
 from genfast.models.dcgan import IMAGE_SIZES
 from genfast.training.data import colour, fingerprint, load_images, resize
 from genfast.training.errors import BadInput
 from genfast.training.runs.checkpoint import read_checkpoint
+from genfast.training.runs.rules import RULES, shown
 from genfast.training.steps import GANStep, VAEStep, adam
 
 _COMMON = dict(seed=0, precision="auto", background="white")
@@ -29,6 +35,8 @@ DIGITS_DEFAULTS = {
 MODELS = tuple(DEFAULTS)
 # Networks of convolutions halve the image down to 4 pixels; perceptrons take any size.
 CONVOLUTIONAL = ("dcgan", "conv-vae")
+# What a run notes of its images, and nobody sets.
+NOTED = ("num_images", "checksum", "channels")
 
 
 @dataclass(frozen=True)
@@ -36,7 +44,8 @@ class Config:
     """The settings of a run. `ngf` and `ndf` are None for models that have no such widths.
 
     `num_images` and `checksum` tell the images of a run from others. `background` is None for runs
-    begun when the transparency of images was dropped.
+    begun when the transparency of images was dropped. BadInput if a setting is not what `RULES`
+    allows, or not one that the model has.
     """
 
     model: str
@@ -56,6 +65,16 @@ class Config:
     ndf: int | None = None
     background: str | None = None
 
+    def __post_init__(self):
+        settings = self.as_dict()
+        known = _settings_of(settings.pop("model"))
+        for name in (*NOTED, "data"):
+            _check_setting(name, settings.pop(name))
+        optional = {"ngf", "ndf"} - known | {"background"}
+        check_settings(
+            self.model, {k: v for k, v in settings.items() if v is not None or k not in optional}
+        )
+
     def as_dict(self):
         """The settings as a dict of numbers and strings."""
         return asdict(self)
@@ -70,31 +89,53 @@ class Config:
             raise BadInput(
                 f"expected the settings of a genfast run in {path}, got others: {reason}"
             ) from None
+        except BadInput as error:
+            raise BadInput(f"{error} in the checkpoint {path}") from None
 
 
 def check_settings(model, given):
-    """BadInput if a setting in the dict `given` is not one the model has or takes."""
-    if model not in MODELS:
-        raise BadInput(f"expected a model among {', '.join(MODELS)}, got {model!r}")
-    known = {"image_size", *DEFAULTS[model]}
-    for name in given:
+    """The settings in the dict `given` as plain numbers and strings.
+
+    Raises:
+        BadInput: one of them is not one that the model has or takes.
+    """
+    known = _settings_of(model)
+    if not isinstance(given, Mapping):
+        raise BadInput(f"expected settings as a dict, got {shown(given)}")
+    # A NumPy number would end up in a checkpoint, which then could not be loaded.
+    given = {k: v.item() if isinstance(v, np.generic) else v for k, v in given.items()}
+    for name, value in given.items():
         if name not in known:
             raise BadInput(
                 f"expected settings that {model} has, got {option(name)}, which it lacks"
             )
-    size = given.get("image_size")
-    if size is not None and size not in IMAGE_SIZES:
+        _check_setting(name, value)
+    size = given.get("image_size", IMAGE_SIZES[0])
+    if model in CONVOLUTIONAL and size not in IMAGE_SIZES:
         raise BadInput(
             f"expected --image-size to be a power of two from {IMAGE_SIZES[0]} to "
-            f"{IMAGE_SIZES[-1]}, got {size}"
+            f"{IMAGE_SIZES[-1]} for {model}, got {size}"
         )
-    if "background" in given:
-        colour(given["background"])
+    return given
+
+
+def _settings_of(model):
+    """The names of the settings that a model has; BadInput if there is no such model."""
+    if not (isinstance(model, str) and model in MODELS):
+        raise BadInput(f"expected a model among {', '.join(MODELS)}, got {shown(model)}")
+    return {"image_size", *DEFAULTS[model]}
+
+
+def _check_setting(name, value):
+    rule = RULES[name]
+    if not rule.allows(value):
+        called = name if name in NOTED else option(name)
+        raise BadInput(f"expected {called} to be {rule.expected}, got {shown(value)}")
 
 
 def option(name):
     """A setting's name as it is written on the command line."""
-    return "--" + name.replace("_", "-")
+    return "--" + str(name).replace("_", "-")
 
 
 def prepare(model, data, given, out=None):
@@ -112,7 +153,8 @@ def prepare(model, data, given, out=None):
     Raises:
         BadInput: a setting or the data cannot be used.
     """
-    check_settings(model, given)
+    given = check_settings(model, given)
+    _check_data(data)
     settings = DEFAULTS[model] | (DIGITS_DEFAULTS[model] if data == "digits" else {})
     chosen = settings | given
     images = load_images(
@@ -132,6 +174,11 @@ def prepare(model, data, given, out=None):
     return config, images
 
 
+def _check_data(data):
+    if not isinstance(data, str | os.PathLike):
+        raise BadInput(f"expected --data to be digits, photos or a path, got {shown(data)}")
+
+
 def prepare_resumed(model, data, given, path, out=None):
     """As `prepare`, for a run that goes on from the checkpoint at `path`.
 
@@ -142,7 +189,9 @@ def prepare_resumed(model, data, given, path, out=None):
     Raises:
         BadInput: a setting or the images are not those the run began with.
     """
-    check_settings(model, given)
+    given = check_settings(model, given)
+    if data is not None:
+        _check_data(data)
     began = Config.of_checkpoint(read_checkpoint(path), path)
     if began.model != model:
         raise BadInput(f"expected a checkpoint of {model} at {path}, got one of {began.model}")
@@ -171,6 +220,22 @@ def prepare_resumed(model, data, given, path, out=None):
             f"{len(images)} images from {config.data} that are not the same"
         )
     return config, images
+
+
+def check_run(config, images):
+    """BadInput unless these are a `Config` and the images it was made for."""
+    if not isinstance(config, Config):
+        raise BadInput(f"expected a Config, as prepare gives it, got {shown(config)}")
+    shape = (config.num_images, config.channels, config.image_size, config.image_size)
+    came = shown(images)
+    if isinstance(images, torch.Tensor):
+        if images.dtype == torch.uint8 and images.shape == shape:
+            return
+        came = f"{images.dtype} {tuple(images.shape)}"
+    raise BadInput(
+        f"expected the images that prepare gives with the settings, a uint8 tensor {shape}, "
+        f"got {came}"
+    )
 
 
 def build_step(config, device):

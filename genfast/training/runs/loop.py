@@ -19,7 +19,8 @@ from genfast.training.data import Batches, normalize
 from genfast.training.errors import BadInput, require
 from genfast.training.files import replacing
 from genfast.training.runs import checkpoint
-from genfast.training.runs.config import build_step
+from genfast.training.runs.config import build_step, check_run
+from genfast.training.runs.devices import as_device
 from genfast.training.runs.loss_log import LossLog
 from genfast.training.runs.samples import draw_noise, write_samples
 
@@ -67,7 +68,7 @@ def train(
         config: a `Config`.
         images: the uint8 images (N, C, H, W) that `config` was made for.
         out: the folder; made if need be.
-        device: a `torch.device`.
+        device: a `torch.device`, or its name as `as_device` takes it.
         resume_from: the path of a checkpoint to go on from.
         checkpoint_seconds: 0 writes a checkpoint after each step.
         max_seconds: stop when this time has passed.
@@ -76,9 +77,11 @@ def train(
         An `Outcome`.
 
     Raises:
-        BadInput: the checkpoint does not fit, or an extra is not installed.
+        BadInput: an argument or the checkpoint does not fit, or an extra is not installed.
         Diverged: a loss is no longer finite.
     """
+    check_run(config, images)
+    device = as_device(device)
     tqdm = require("tqdm", "tqdm").tqdm
     require("PIL.Image", "pillow")
     torch.manual_seed(config.seed)

@@ -3,6 +3,7 @@
 import csv
 import math
 import time
+import warnings
 
 import torch
 
@@ -71,9 +72,22 @@ class LossLog:
     def _write_kept_rows(self, keep):
         rows = []
         if keep and self.path.exists():
-            with open(self.path, newline="", encoding="utf-8") as file:
-                rows = [row for row in csv.reader(file) if len(row) == len(self.columns)]
-            rows = [row for row in rows[1:] if int(row[0]) <= keep]
+            with open(self.path, encoding="utf-8", errors="replace") as file:
+                lines = [line.rstrip("\n").split(",") for line in file]
+            rows = [line for line in lines if self._is_row(line)]
+            # Those at the ends are the header, and a row that a crash may have cut short.
+            strays = sum(not self._is_row(line) for line in lines[1:-1])
+            if strays:
+                warnings.warn(
+                    f"left out {strays} lines of {self.path} that are no losses", stacklevel=3
+                )
+            rows = [row for row in rows if float(row[0]) <= keep]
         with replacing(self.path) as file:
             lines = [",".join(row) for row in [self.columns, *rows]]
             file.write(("\n".join(lines) + "\n").encode())
+
+    def _is_row(self, fields):
+        try:
+            return len([float(field) for field in fields]) == len(self.columns)
+        except ValueError:
+            return False

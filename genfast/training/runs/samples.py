@@ -6,6 +6,7 @@ import torch
 
 from genfast.training.runs import checkpoint, pictures
 from genfast.training.runs.config import Config, build_step
+from genfast.training.runs.devices import as_device
 from genfast.training.steps.precision import resolve_precision
 
 
@@ -28,6 +29,7 @@ def sample_checkpoint(path, num, out, *, device, seed=0):
     Raises:
         BadInput: the checkpoint cannot be read, or an extra is not installed.
     """
+    device = as_device(device)
     content = checkpoint.read_checkpoint(path)
     config = Config.of_checkpoint(content, path)
     step = build_step(_drawn_here(config, device), device)

@@ -4,7 +4,8 @@
 
 VENV := .venv
 PIP := $(VENV)/bin/python -m pip --disable-pip-version-check
-CANDIDATES := python3 python3.12 python3.11 python3.10 python
+VERSIONS := 3.13 3.12 3.11 3.10
+CANDIDATES := python3 $(VERSIONS:%=python%) python
 VERSION := import platform; print(platform.python_version())
 
 .PHONY: help demo test benchmark planted-bugs lint clean
@@ -52,8 +53,8 @@ $(VENV)/.installed-%: $(VENV)/.made setup.py constraints.txt
 $(VENV)/.made:
 	@for python in $(or $(PYTHON),$(CANDIDATES)); do \
 	    version=$$($$python -c '$(VERSION)' 2>/dev/null) || version="does not run"; \
-	    case $$version in \
-	        3.10.*|3.11.*|3.12.*) ;; \
+	    case " $(VERSIONS) " in \
+	        *" $${version%.*} "*) ;; \
 	        *) tried="$$tried $$python ($$version)"; continue;; \
 	    esac; \
 	    $$python -c 'import ensurepip, venv' 2>/dev/null || { bare=$$python; continue; }; \
@@ -64,7 +65,7 @@ $(VENV)/.made:
 	    echo "genfast: $$bare lacks the modules venv and ensurepip, which make $(VENV)." \
 	        "On Debian and Ubuntu: apt install python3-venv" >&2; \
 	else \
-	    echo "genfast needs Python 3.10, 3.11 or 3.12. Tried:$$tried." \
+	    echo "genfast needs one of Python $(VERSIONS). Tried:$$tried." \
 	        "Install one, or name yours: make demo PYTHON=/path/to/python3.12" >&2; \
 	fi; \
 	exit 1

@@ -10,6 +10,7 @@ HERE = Path(__file__).parent
 # Read as text: importing genfast would need PyTorch, which is not there yet.
 version = re.search(r'__version__ = "(.+)"', (HERE / "genfast/__init__.py").read_text()).group(1)
 
+# What genfast's message names where one is absent: genfast/training/errors.py.
 train = ["pillow>=10.1", "scikit-learn", "tqdm"]
 # pytest-benchmark 5.2.3, the newest, fails with pytest 9.2: it reads an attribute that is gone.
 benchmark = [*train, "matplotlib", "pytest<9.2", "pytest-benchmark"]
@@ -21,7 +22,7 @@ setup(
     description="Fast training of GANs and VAEs: fused Triton kernels in drop-in PyTorch modules",
     long_description=(HERE / "README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
-    python_requires=">=3.10",
+    python_requires=">=3.10,<3.14",
     install_requires=["torch>=2.11", 'triton>=3.6; sys_platform == "linux"', "numpy"],
     extras_require={"train": train, "benchmark": benchmark, "test": test},
     entry_points={"console_scripts": ["genfast = genfast.cli:main"]},

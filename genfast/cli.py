@@ -17,7 +17,8 @@ import genfast
 from genfast.backend import selected_backend, triton
 from genfast.functional import why_not_triton
 from genfast.models.dcgan import IMAGE_SIZES
-from genfast.training.errors import BadInput, Diverged, missing_memory
+from genfast.training.errors import BadInput, Diverged
+from genfast.training.memory import limited_memory, missing_memory
 from genfast.training.runs.checkpoint import NAME as CHECKPOINT_NAME
 from genfast.training.runs.config import (
     CONVOLUTIONAL,
@@ -67,7 +68,8 @@ def _run(arguments):
         try:
             args = _parser().parse_args(arguments)
             _check_backend()
-            return args.run(args)
+            with limited_memory(as_device(args.device)):
+                return args.run(args)
         finally:
             sys.stdout.flush()  # At Python's exit it would be too late to say why it failed.
     except (BadInput, Diverged) as error:

@@ -15,8 +15,12 @@ from genfast.training.runs.loop import cudnn_setting, train
 TRAINING_SECONDS = 110
 COMPARING_SECONDS = 25
 WARMUP_STEPS = 3
-TURNS = 20
+ROUNDS = 20
 STEPS_A_TURN = 4
+# No verdict where the middle half of the rounds' quotients spreads by more than this factor: with
+# 20 rounds their median is then known to some 5 %. Nor where there are too few rounds to say.
+STEADY = 1.25
+ENOUGH_ROUNDS = 4
 
 
 def demo(out, device):
@@ -41,15 +45,18 @@ def demo(out, device):
         )
     step, stock_step = build_step(config, device), build_stock_step(config, device)
     batches = Batches(images, config.batch_size, config.seed, device).stream()
-    rate, stock_rate = compare((step, stock_step), batches, step.pixel_range, device)
+    rates, stock_rates = compare((step, stock_step), batches, step.pixel_range, device)
     print(f"the digits your DCGAN drew last: {outcome.picture}")
-    print(f"the stock PyTorch recipe, float32: {stock_rate:.0f} images/s")
-    print(f"genfast, {step.precision}: {rate:.0f} images/s, {rate / stock_rate:.2f} times as many")
+    print(f"the stock PyTorch recipe, float32: {statistics.median(stock_rates):.0f} images/s")
+    print(
+        f"genfast, {step.precision}: {statistics.median(rates):.0f} images/s, "
+        f"{verdict(rates, stock_rates)}"
+    )
     return True
 
 
 def compare(steps, batches, pixel_range, device):
-    """Time training steps in short turns: whatever else the machine does then slows all of them.
+    """Time training steps in turns: whatever else the machine does then slows all of them.
 
     Args:
         steps: callables that take float images.
@@ -58,20 +65,35 @@ def compare(steps, batches, pixel_range, device):
         device: where they run.
 
     Returns:
-        The images a second of each, in its median turn of `TURNS`, or of as many as fit into
-        `COMPARING_SECONDS`.
+        For each step a list of its images a second in every round: `ROUNDS` of them, or as many as
+        fit into `COMPARING_SECONDS`.
     """
     rates = [[] for _ in steps]
     ends = time.monotonic() + COMPARING_SECONDS
     with cudnn_setting("benchmark", True):  # As the public example has it.
         for step in steps:
             _rate(step, batches, pixel_range, device, WARMUP_STEPS)
-        for _ in range(TURNS):
-            for step, turns in zip(steps, rates, strict=True):
+        for i in range(ROUNDS):
+            order = list(zip(steps, rates, strict=True))
+            for step, turns in order[::-1] if i % 2 else order:  # Nobody is always the first.
                 turns.append(_rate(step, batches, pixel_range, device, STEPS_A_TURN))
             if time.monotonic() > ends:
                 break
-    return [statistics.median(turns) for turns in rates]
+    return rates
+
+
+def verdict(rates, others):
+    """In words, how many times as fast: by the quotients of the turns of the same round."""
+    quotients = [a / b for a, b in zip(rates, others, strict=True)]
+    if len(quotients) < ENOUGH_ROUNDS:
+        return f"no verdict: only {len(quotients)} rounds fitted into {COMPARING_SECONDS} s"
+    low, middle, high = statistics.quantiles(quotients, n=4, method="inclusive")
+    if high > STEADY * low:
+        return (
+            f"no verdict: the machine was too busy, {low:.2f} to {high:.2f} times as many in the "
+            f"middle half of {len(quotients)} rounds"
+        )
+    return f"{middle:.2f} times as many"
 
 
 def _rate(step, batches, pixel_range, device, count):

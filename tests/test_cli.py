@@ -2,6 +2,7 @@
 
 import csv
 import errno
+import math
 import os
 import re
 import signal
@@ -100,7 +101,8 @@ def test_env_says_why(monkeypatch, capsys):
 
 def test_demo(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(demo, "TRAINING_SECONDS", 0)
-    monkeypatch.setattr(demo, "TURNS", 1)
+    monkeypatch.setattr(demo, "ROUNDS", 4)
+    monkeypatch.setattr(demo, "STEADY", math.inf)
     prepare = demo.prepare
     tiny = dict(image_size=16, ngf=4, ndf=4)
     monkeypatch.setattr(demo, "prepare", lambda *args: prepare(*args[:2], tiny))
@@ -115,13 +117,22 @@ def test_demo(tmp_path, monkeypatch, capsys):
     ("arguments", "expected"),
     [
         (["train", "stylegan"], "invalid choice: 'stylegan'"),
-        (["train", "gan", "--epochs", "0"], "expected a whole number from 1, got '0'"),
-        (["train", "gan", "--batch-size", "1.5"], "expected a whole number from 1, got '1.5'"),
+        (
+            ["train", "gan", "--epochs", "0"],
+            "expected a whole number from 1 to 1,000,000,000, got '0'",
+        ),
+        (
+            ["train", "gan", "--batch-size", "1.5"],
+            "expected a whole number from 1 to 1,000,000,000, got '1.5'",
+        ),
         (["train", "gan", "--lr", "nan"], "expected a number above 0, got 'nan'"),
         (["train", "gan", "--beta1", "1"], "expected a number from 0 to below 1, got '1'"),
-        (["train", "gan", "--seed", "-1"], "expected a whole number from 0, got '-1'"),
+        (
+            ["train", "gan", "--seed", "-1"],
+            "a whole number from 0 to 9,223,372,036,854,775,807, got",
+        ),
         (["train", "gan", "--precision", "fp8"], "invalid choice: 'fp8'"),
-        (["sample", "x", "--num", "0"], "expected a whole number from 1, got '0'"),
+        (["sample", "x", "--num", "0"], "expected a whole number from 1 to 1,000,000,000, got '0'"),
         ([], "required"),
     ],
 )
@@ -325,5 +336,5 @@ def test_missing_tqdm_is_named(images, tmp_path, monkeypatch, capsys):
 def _fails_without_extra(capsys, *arguments):
     assert _run(*arguments) == 1
     error = capsys.readouterr().err
-    assert 'pip install "genfast[train]"' in error
+    assert "python -m pip install pillow scikit-learn tqdm\n" in error
     return error

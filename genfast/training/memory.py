@@ -16,7 +16,7 @@ _OUT_OF_MEMORY = re.compile(
     r"out of memory|can't allocate memory|ALLOC_FAILED|size calculation overflowed"
     r"|integer multiplication overflow"
 )
-_AMOUNT = re.compile(r"(?:tried to|Unable to) allocate (?:([\d.]+ [KMGTPE]iB)|(\d+) bytes)")
+_AMOUNT = re.compile(r"(?:[Tt]ried|Unable) to allocate (?:([\d.]+ [KMGTPE]iB)|(\d+) bytes)")
 # For a control group: its limit, its statistics, and what the processes in it hold, by name.
 _GROUPS = (
     ("memory.max", "memory.stat", "anon"),

@@ -114,6 +114,27 @@ def test_there_is_a_limit():
         assert resource.getrlimit(resource.RLIMIT_DATA) == before
 
 
+@linux
+@pytest.mark.parametrize(
+    ("limit", "statistics", "held"),
+    [
+        ("memory.max", "memory.stat", "anon"),
+        ("memory/memory.limit_in_bytes", "memory/memory.stat", "total_rss"),
+    ],
+)
+def test_a_container_has_less(limit, statistics, held, tmp_path, monkeypatch):
+    monkeypatch.setattr(memory, "CONTROL_GROUPS", tmp_path)
+    ours = memory._numbers("/proc/self/status")["VmData"] * 1024
+    (tmp_path / limit).parent.mkdir(exist_ok=True)
+    (tmp_path / statistics).write_text(f"cache 7\n{held} {2**27}\n")
+    (tmp_path / limit).write_text("max\n")
+    assert memory._limit() > ours + 2**28
+    (tmp_path / limit).write_text(f"{2**28}\n")
+    assert memory._limit() == pytest.approx(ours + 2**27, abs=2**25)
+    (tmp_path / limit).write_text("100\n")  # Less than what is held already.
+    assert memory._limit() == pytest.approx(ours, abs=2**25)
+
+
 def test_sizes_that_no_memory_has(train, capsys, tmp_path):
     train[1] = "dcgan"
     assert cli.main([*train, "--ngf", str(10**9), "--out", str(tmp_path / "out")]) == 1
@@ -172,6 +193,7 @@ def test_a_disk_that_is_full(train, tmp_path, monkeypatch, capsys):
     assert capsys.readouterr().out.endswith("epoch_001.png\n")
 
 
+@linux
 def test_standard_streams_that_are_closed(train, tmp_path):
     # The losses must not end up in the file that takes the number of standard error.
     code = f"""

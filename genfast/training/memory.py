@@ -17,8 +17,9 @@ _OUT_OF_MEMORY = re.compile(
     r"|integer multiplication overflow"
 )
 _AMOUNT = re.compile(r"(?:[Tt]ried|Unable) to allocate (?:([\d.]+ [KMGTPE]iB)|(\d+) bytes)")
-# For a control group: its limit, its statistics, and what the processes in it hold, by name.
-_GROUPS = (
+CONTROL_GROUPS = Path("/sys/fs/cgroup")
+# In either version: a group's limit, its statistics, and the name of what its processes hold.
+_FILES = (
     ("memory.max", "memory.stat", "anon"),
     ("memory/memory.limit_in_bytes", "memory/memory.stat", "total_rss"),
 )
@@ -67,11 +68,10 @@ def _limit():
         rooms = [(machine["MemAvailable"] + machine["SwapFree"]) * 1024]
     except (OSError, KeyError):  # Not Linux.
         return None
-    for limit, statistics, of_processes in _GROUPS:
+    for limit, statistics, of_processes in _FILES:
         try:
-            group = Path("/sys/fs/cgroup")
-            limit = int((group / limit).read_text())
-            rooms.append(limit - _numbers(group / statistics)[of_processes])
+            limit = int((CONTROL_GROUPS / limit).read_text())
+            rooms.append(limit - _numbers(CONTROL_GROUPS / statistics)[of_processes])
         except (OSError, KeyError, ValueError):  # There is no such group, or no limit.
             continue
     return held + max(0, min(rooms))

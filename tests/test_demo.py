@@ -11,7 +11,7 @@ from genfast.training.runs import demo
     [
         ([200.0] * 20, [100.0] * 20, "2.00 times as many"),
         # The machine slows down by half after some rounds, for both alike.
-        ([200.0] * 5 + [100.0] * 15, [100.0] * 5 + [50.0] * 15, "2.00 times as many"),
+        ([200.0] * 8 + [100.0] * 12, [100.0] * 8 + [50.0] * 12, "2.00 times as many"),
         # Whoever is interrupted in a round: a few rounds do not count,
         ([200.0] * 18 + [20.0] * 2, [100.0] * 20, "2.00 times as many"),
         # more do.

@@ -19,7 +19,8 @@ import pytest
 import torch
 from PIL import Image
 
-from genfast.training.data import decoding, load_images, memory, sources
+from genfast.training import memory
+from genfast.training.data import decoding, load_images, sources
 from genfast.training.errors import BadInput
 from genfast.training.runs import config
 

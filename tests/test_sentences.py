@@ -44,7 +44,7 @@ FREE = "free some, or give another --device"
         (RuntimeError("CUDA error: out of memory"), "what is needed"),
         (RuntimeError("CUBLAS_STATUS_ALLOC_FAILED when calling"), "what is needed"),
         (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 3221225472"
-                      " bytes. Error code 12"), "3 GiB"),
+                      " bytes. Error code 12"), "3.0 GiB"),
         (MemoryError(), "what is needed"),
         (MemoryError("Unable to allocate 7.11 PiB for an array with shape (1,)"), "7.11 PiB"),
         (OSError(errno.ENOMEM, "Cannot allocate memory"), "what is needed"),
@@ -91,13 +91,12 @@ def test_other_errors_are_not_hidden(monkeypatch, train):
 def test_a_model_larger_than_memory(train, tmp_path, monkeypatch, capsys):
     import resource
 
-    held = memory._numbers("/proc/self/status")["VmData"] * 1024
-    monkeypatch.setattr(memory, "_limit", lambda: held + 2**26)
+    monkeypatch.setattr(memory, "available_memory", lambda: 2**26)
     before = resource.getrlimit(resource.RLIMIT_DATA)
     assert cli.main([*train, "--nz", "100000", "--out", str(tmp_path / "out")]) == 1
     assert resource.getrlimit(resource.RLIMIT_DATA) == before
     error = capsys.readouterr().err
-    assert "got no room for 0.149 GiB: lower --batch-size, --image-size or --nz\n" in error
+    assert "got no room for 152.6 MiB: lower --batch-size, --image-size or --nz\n" in error
 
 
 @linux
@@ -112,27 +111,6 @@ def test_there_is_a_limit():
     assert resource.getrlimit(resource.RLIMIT_DATA) == before
     with limited_memory(torch.device("cuda")):  # Its driver reserves addresses as it likes.
         assert resource.getrlimit(resource.RLIMIT_DATA) == before
-
-
-@linux
-@pytest.mark.parametrize(
-    ("limit", "statistics", "held"),
-    [
-        ("memory.max", "memory.stat", "anon"),
-        ("memory/memory.limit_in_bytes", "memory/memory.stat", "total_rss"),
-    ],
-)
-def test_a_container_has_less(limit, statistics, held, tmp_path, monkeypatch):
-    monkeypatch.setattr(memory, "CONTROL_GROUPS", tmp_path)
-    ours = memory._numbers("/proc/self/status")["VmData"] * 1024
-    (tmp_path / limit).parent.mkdir(exist_ok=True)
-    (tmp_path / statistics).write_text(f"cache 7\n{held} {2**27}\n")
-    (tmp_path / limit).write_text("max\n")
-    assert memory._limit() > ours + 2**28
-    (tmp_path / limit).write_text(f"{2**28}\n")
-    assert memory._limit() == pytest.approx(ours + 2**27, abs=2**25)
-    (tmp_path / limit).write_text("100\n")  # Less than what is held already.
-    assert memory._limit() == pytest.approx(ours, abs=2**25)
 
 
 def test_sizes_that_no_memory_has(train, capsys, tmp_path):
@@ -158,7 +136,8 @@ def test_an_option_in_error_takes_one_line(capsys):
 
 def test_the_hint_names_all_that_training_needs():
     setup = (ROOT / "setup.py").read_text(encoding="utf-8")
-    assert ast.literal_eval(re.search(r"^train = (\[.*\])$", setup, re.M)[1]) == list(TRAIN)
+    named = ast.literal_eval(re.search(r"^train = (\[.*\])$", setup, re.M)[1])
+    assert tuple(re.split("[<>=]", name)[0] for name in named) == TRAIN
 
 
 def _without_reader():

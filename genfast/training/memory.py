@@ -1,15 +1,24 @@
-"""Where memory is short: an error in time, and what it lacks."""
+"""How much memory there is to take, asked before it is taken: Linux ends who takes too much."""
 
 import errno
+import os
 import re
 from contextlib import contextmanager
 from pathlib import Path
+
+from genfast.training.errors import BadInput
 
 try:
     import resource
 except ImportError:  # Windows has no such limits.
     resource = None
 
+CGROUPS = Path("/sys/fs/cgroup")
+# Of the first and second version: the limit, what is used, and what of that could be given back.
+CGROUP_FILES = (
+    ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes", "memory/memory.stat"),
+    ("memory.max", "memory.current", "memory.stat"),
+)
 # How PyTorch, CUDA and its libraries say that there is no more. Of sizes whose product passes 64
 # bits PyTorch says something else.
 _OUT_OF_MEMORY = re.compile(
@@ -17,12 +26,16 @@ _OUT_OF_MEMORY = re.compile(
     r"|integer multiplication overflow"
 )
 _AMOUNT = re.compile(r"(?:[Tt]ried|Unable) to allocate (?:([\d.]+ [KMGTPE]iB)|(\d+) bytes)")
-CONTROL_GROUPS = Path("/sys/fs/cgroup")
-# In either version: a group's limit, its statistics, and the name of what its processes hold.
-_FILES = (
-    ("memory.max", "memory.stat", "anon"),
-    ("memory/memory.limit_in_bytes", "memory/memory.stat", "total_rss"),
-)
+
+
+def require_memory(count, what):
+    """BadInput if `count` bytes for `what`, which the sentence names, are more than are free."""
+    free = available_memory()
+    if count > free:
+        raise BadInput(
+            f"expected {what} to fit into the {_gib(free)} of memory that are free, got "
+            f"{_gib(count)}"
+        )
 
 
 @contextmanager
@@ -57,27 +70,64 @@ def missing_memory(error):
     found = _AMOUNT.search(message)
     if found is None:
         return "what is needed"
-    return found[1] or f"{int(found[2]) / 2**30:.3g} GiB"
+    if found[1]:
+        return found[1]
+    count = int(found[2])
+    return _gib(count) if count >= 2**30 else f"{count / 2**20:.1f} MiB"
+
+
+def available_memory():
+    """How many bytes this process can still take, swap included, limits of containers respected."""
+    return min([_free_of_the_machine(), *_free_in_cgroups()])
 
 
 def _limit():
-    """How many bytes this process may hold in all, a container's limit included; None: unknown."""
+    """How many bytes of its own this process may hold in all; None where that is not counted."""
     try:
-        held = _numbers("/proc/self/status")["VmData"] * 1024
-        machine = _numbers("/proc/meminfo")
-        rooms = [(machine["MemAvailable"] + machine["SwapFree"]) * 1024]
-    except (OSError, KeyError):  # Not Linux.
+        status = Path("/proc/self/status").read_text()
+    except OSError:
         return None
-    for limit, statistics, of_processes in _FILES:
-        try:
-            limit = int((CONTROL_GROUPS / limit).read_text())
-            rooms.append(limit - _numbers(CONTROL_GROUPS / statistics)[of_processes])
-        except (OSError, KeyError, ValueError):  # There is no such group, or no limit.
-            continue
-    return held + max(0, min(rooms))
+    held = re.search(r"^VmData:\s+(\d+) kB$", status, re.MULTILINE)
+    return held and 1024 * int(held[1]) + available_memory()
 
 
-def _numbers(path):
-    """The lines "name: number" or "name number" of a file as a dict."""
-    lines = re.findall(r"^(\w+):?\s+(\d+)", Path(path).read_text(), re.MULTILINE)
-    return {name: int(number) for name, number in lines}
+def _free_of_the_machine():
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        kib = {name: int(rest.split()[0]) for name, rest in (line.split(":") for line in lines)}
+        return 1024 * (kib["MemAvailable"] + kib["SwapFree"])
+    except (OSError, ValueError, KeyError):  # No Linux: all that is built in.
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def _free_in_cgroups():
+    """For this process's group, as its container shows it, and for the groups around it."""
+    for path in _own_cgroups():
+        for limit, used, statistics in CGROUP_FILES:
+            try:
+                # No limit is "max" in the second version, which is no number.
+                free = int(_text(path, limit)) - int(_text(path, used))
+                rows = dict(line.split() for line in _text(path, statistics).splitlines())
+            except (OSError, ValueError):
+                continue
+            # Pages of files that were read a while ago count as used until somebody wants them.
+            yield max(0, free + int(rows.get("total_inactive_file", rows.get("inactive_file", 0))))
+
+
+def _own_cgroups():
+    try:
+        lines = Path("/proc/self/cgroup").read_text().splitlines()
+    except OSError:
+        lines = []
+    own = {line.split(":", 2)[2] for line in lines if line.split(":")[1] in ("", "memory")}
+    return sorted({Path("/"), *(p for path in own for p in (Path(path), *Path(path).parents))})
+
+
+def _text(cgroup, name):
+    """The file `name` of a group; where groups are split by what they limit, that comes first."""
+    controller, _, file = name.rpartition("/")
+    return (CGROUPS / controller / cgroup.relative_to("/") / file).read_text()
+
+
+def _gib(count):
+    return f"{count / 2**30:.1f} GiB"

@@ -10,8 +10,8 @@ import zipfile
 import numpy as np
 import torch
 
-from genfast.training.data.memory import require_memory
 from genfast.training.errors import BadInput
+from genfast.training.memory import require_memory
 
 NPY_START = 2**16  # Bytes that hold any header of a .npy file that NumPy takes.
 PIECE = 2**20  # Bytes read at a time.

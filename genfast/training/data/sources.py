@@ -18,8 +18,8 @@ import torch.nn.functional as F
 from genfast.training.data.arrays import read_array_file, to_nchw
 from genfast.training.data.decoding import colour, decode
 from genfast.training.data.folders import IMAGE_SUFFIXES, find_images, special_kind
-from genfast.training.data.memory import require_memory
 from genfast.training.errors import BadInput, require
+from genfast.training.memory import require_memory
 
 IDX_NAMES = ("train-images-idx3-ubyte", "train-images.idx3-ubyte")
 DEFAULT_SIZES = {"digits": 32, "photos": 64}

@@ -19,6 +19,7 @@ CGROUP_FILES = (
     ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes", "memory/memory.stat"),
     ("memory.max", "memory.current", "memory.stat"),
 )
+STACKS = 2**24  # Bytes of address space for the stacks of the threads of each core.
 # How PyTorch, CUDA and its libraries say that there is no more. Of sizes whose product passes 64
 # bits PyTorch says something else.
 _OUT_OF_MEMORY = re.compile(
@@ -88,7 +89,8 @@ def _limit():
     except OSError:
         return None
     held = re.search(r"^VmData:\s+(\d+) kB$", status, re.MULTILINE)
-    return held and 1024 * int(held[1]) + available_memory()
+    # The stacks of threads count in full, and hardly any of them is used.
+    return held and 1024 * int(held[1]) + available_memory() + STACKS * (os.cpu_count() or 1)
 
 
 def _free_of_the_machine():

@@ -126,6 +126,7 @@ def test_a_part_is_not_what_it_should_be(name, content, tmp_path, capsys):
     assert [p.name for p in tmp_path.iterdir()] == ["c.pt"]
 
 
+@pytest.mark.filterwarnings("ignore:`torch.jit.trace:DeprecationWarning")
 def test_torchscript_is_named(tmp_path, capsys):
     torch.jit.trace(torch.nn.Linear(2, 2), torch.zeros(1, 2)).save(str(tmp_path / "c.pt"))
     assert "saved by TorchScript" in _sentence(capsys, "sample", tmp_path / "c.pt")

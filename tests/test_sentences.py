@@ -92,6 +92,7 @@ def test_a_model_larger_than_memory(train, tmp_path, monkeypatch, capsys):
     import resource
 
     monkeypatch.setattr(memory, "available_memory", lambda: 2**26)
+    monkeypatch.setattr(memory, "STACKS", 0)
     before = resource.getrlimit(resource.RLIMIT_DATA)
     assert cli.main([*train, "--nz", "100000", "--out", str(tmp_path / "out")]) == 1
     assert resource.getrlimit(resource.RLIMIT_DATA) == before

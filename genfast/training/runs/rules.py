@@ -2,6 +2,7 @@
 
 import reprlib
 from collections.abc import Callable
+from contextlib import suppress
 from typing import NamedTuple
 
 from genfast.training.data.decoding import COLOURS, is_colour
@@ -48,7 +49,8 @@ class Rule(NamedTuple):
 def shown(value):
     """A value for a message: short and in one line; of other types than plain ones, the type."""
     if value is None or type(value) in (bool, int, float, str):
-        return reprlib.repr(value)
+        with suppress(ValueError):  # Of an int with thousands of digits.
+            return reprlib.repr(value)
     return f"a value of type {type(value).__name__}"
 
 

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 
+import genfast
 from genfast.losses import gan_loss
 from genfast.models import VAE, DCGANDiscriminator, DCGANGenerator
 from genfast.training import GANStep, VAEStep
@@ -143,11 +144,10 @@ def test_networks_that_share_parameters_keep_them():
         nn.Sequential(nn.Flatten(), discriminator),
         latent_shape=(4,),
         precision="bf16",
+        output="logits",
     )
-    seen = []
-    generator.register_forward_pre_hook(lambda *_: seen.append(generator.weight.dtype))
     step(torch.randn(2, 1, 2, 2))
-    assert seen == [torch.float32]
+    assert step.why_no_half_weights == "the networks share parameters"
 
 
 def test_a_distributed_network_keeps_its_parameters():
@@ -162,3 +162,71 @@ def test_a_distributed_network_keeps_its_parameters():
 
     with in_use(HalfWeights(Distributed(), torch.bfloat16)):
         assert layer.weight.dtype == torch.float32
+
+
+class LeavesAutocast(nn.Module):
+    """Its head runs in float32."""
+
+    def __init__(self):
+        super().__init__()
+        self.main, self.head = nn.Sequential(nn.Flatten(), nn.Linear(16, 4)), nn.Linear(4, 1)
+
+    def forward(self, x):
+        x = self.main(x)
+        with torch.autocast(x.device.type, enabled=False):
+            return self.head(x.float())
+
+
+class ReadsAWeight(nn.Module):
+    """One of its layers' weights is used in float32 too."""
+
+    def __init__(self):
+        super().__init__()
+        self.main = nn.Sequential(nn.Flatten(), nn.Linear(16, 1))
+
+    def forward(self, x):
+        return self.main(x) * self.main[1].weight.norm()
+
+
+@pytest.mark.parametrize("make", [LeavesAutocast, ReadsAWeight])
+def test_a_forward_of_ones_own_runs_as_under_autocast(make):
+    torch.manual_seed(0)
+    generator = nn.Sequential(nn.Flatten(), nn.Linear(4, 16), nn.Unflatten(1, (1, 4, 4)))
+    ours = generator, make()
+    theirs = copy.deepcopy(ours)
+    step = GANStep(*ours, latent_shape=(4,), precision="bf16", merge=False)
+    reason = f"it, a {make.__name__}, has a forward of its own"
+    assert step.why_no_half_weights == f"the discriminator: {reason}"
+    optimizers = _adams(*theirs)
+    for i in range(3):
+        images = torch.randn(4, 1, 4, 4)
+        torch.manual_seed(i)
+        step(images)
+        torch.manual_seed(i)
+        _autocast_gan_step(*theirs, images, torch.randn(4, 4), optimizers)
+    for mine, other in zip(ours, theirs, strict=True):
+        for p, q in zip(mine.parameters(), other.parameters(), strict=True):
+            assert torch.equal(p, q)
+
+
+def test_whoever_may_read_a_weight_finds_it_as_it_is():
+    networks = [copy.deepcopy(network) for network in _dcgan()]
+    for network in networks:
+        genfast.accelerate(network)
+    step = GANStep(*networks, latent_shape=(8, 1, 1), precision="bf16")
+    assert step.why_no_half_weights is None
+    seen = []
+    networks[0].main[0].register_forward_hook(lambda layer, *_: seen.append(layer.weight.dtype))
+    assert step.why_no_half_weights == "the generator: its layer main.0 has a hook"
+    step(torch.randn(2, 3, 16, 16))
+    assert set(seen) == {torch.float32}
+    assert GANStep(*networks, precision="fp32").why_no_half_weights == "fp32 converts no weights"
+
+    class Own(VAE):
+        def encode(self, images):
+            assert self.fc1.weight.dtype == torch.float32
+            return super().encode(images)
+
+    half = HalfWeights(Own(16, 8, 2), torch.bfloat16)
+    with in_use(half):
+        half._network.encode(torch.rand(2, 16))

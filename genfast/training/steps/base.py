@@ -1,4 +1,4 @@
-"""What the steps share: precision, capture, the check of a batch, and the default optimizer."""
+"""What the steps share: precision, capture, checks, their state, and the default optimizer."""
 
 from contextlib import contextmanager
 
@@ -15,7 +15,10 @@ def adam(module, lr=2e-4, betas=(0.5, 0.999)):
 
 
 def _device_of(module):
-    return next(module.parameters()).device
+    parameter = next(module.parameters(), None)
+    if parameter is None:
+        raise ValueError(f"expected a network with parameters, got a {type(module).__name__}")
+    return parameter.device
 
 
 class Step:
@@ -23,12 +26,16 @@ class Step:
 
     Subclasses have `_step(images) -> tuple of scalar tensors`, the attributes `pixel_range`,
     `latent_shape` and `weights_reused` (whether a network takes part in more than one pass), and
-    `_draw(z)`, their images in `pixel_range`.
+    `_draw(z)`, their images in `pixel_range`. They may have `_look(images)`, which learns from a
+    first batch what the steps need to know, and leaves no other trace.
     """
 
     def __init__(self, modules, optimizers, precision, capture):
         self.modules, self.optimizers = modules, optimizers
-        self.device = _device_of(next(iter(modules.values())))
+        _check_optimizers(modules, optimizers)
+        self._looked = False
+        network = next(iter(modules.values()))
+        self.device, self._dtype = _device_of(network), next(network.parameters()).dtype
         self._precision = Precision(
             precision, self.device, modules, optimizers, self.weights_reused
         )
@@ -58,11 +65,55 @@ class Step:
         """The gradient scalers of fp16 by their optimizer's name."""
         return self._precision.scalers
 
-    def __call__(self, images):
-        """Make one step."""
-        images = _checked_images(images, self.device)
+    @property
+    def why_no_half_weights(self):
+        """Why autocast converts the weights of a network at each use, in words; None if of none."""
+        return self._precision.why_no_half_weights
+
+    def __call__(self, batch):
+        """Make one step: of images, or of a list or tuple that begins with them."""
+        images = _checked_images(_images_of(batch), self.device, self._dtype)
         with self._precision.products():
+            if not self._looked:
+                self._look(images)
+                self._looked = True
             return self._result(*self._run(images))
+
+    def _look(self, images):
+        pass
+
+    def state_dict(self):
+        """What the step has learnt: networks, optimizers and, in fp16, scalers of losses.
+
+        Together with the random numbers' state it is what a loop needs to go on as if it had never
+        stopped. `torch.load` reads it with `weights_only=True`.
+        """
+        return {
+            "modules": {name: m.state_dict() for name, m in self.modules.items()},
+            "optimizers": {name: _plain(o.state_dict()) for name, o in self.optimizers.items()},
+            "scalers": {name: s.state_dict() for name, s in self.scalers.items()},
+        }
+
+    def load_state_dict(self, state):
+        """Go on from what `state_dict` gave, of a step of the same networks and optimizers."""
+        for part, parts in (("modules", self.modules), ("optimizers", self.optimizers)):
+            missing = parts.keys() - state.get(part, {}).keys()
+            if missing:
+                raise ValueError(
+                    f"expected the state of a {type(self).__name__}, it lacks the {min(missing)} "
+                    f"among its {part}"
+                )
+        for name, module in self.modules.items():
+            module.load_state_dict(state["modules"][name])
+        for name, optimizer in self.optimizers.items():
+            # Whether it fits a captured graph depends on where it runs now.
+            capturable = [group.get("capturable") for group in optimizer.param_groups]
+            optimizer.load_state_dict(state["optimizers"][name])
+            for group, value in zip(optimizer.param_groups, capturable, strict=True):
+                if value is not None:
+                    group["capturable"] = value
+        for name in self.scalers.keys() & state.get("scalers", {}).keys():
+            self.scalers[name].load_state_dict(state["scalers"][name])
 
     def _step_in_precision(self, images):
         with self._precision.weights():
@@ -75,12 +126,59 @@ class Step:
             return self._draw(z).float()
 
 
-def _checked_images(images, device):
+def _plain(state):
+    """An optimizer's state with its learning rates, which a captured step keeps on the device."""
+    groups = [group | {"lr": float(group["lr"])} for group in state["param_groups"]]
+    return state | {"param_groups": groups}
+
+
+def _check_optimizers(modules, optimizers):
+    """ValueError unless each optimizer holds parameters of its own network and of no other."""
+    for name, optimizer in optimizers.items():
+        if not hasattr(optimizer, "param_groups"):
+            raise ValueError(
+                f"expected an optimizer of the {name}'s parameters, got a "
+                f"{type(optimizer).__name__}"
+            )
+        held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+        own = _ids(modules[name])
+        for other, module in modules.items():
+            if held & (_ids(module) - own):
+                raise ValueError(
+                    f"expected the {name}'s optimizer to hold the {name}'s parameters, got one "
+                    f"that holds parameters of the {other}"
+                )
+        if not held & own:
+            raise ValueError(
+                f"expected the {name}'s optimizer to hold the {name}'s parameters, got one that "
+                "holds none of them"
+            )
+
+
+def _ids(module):
+    return {id(p) for p in module.parameters()}
+
+
+def _images_of(batch):
+    images = batch[0] if isinstance(batch, tuple | list) and batch else batch
+    if not isinstance(images, torch.Tensor):
+        raise TypeError(
+            "expected a tensor of images, or a list or tuple that begins with one, got a "
+            f"{type(batch).__name__}"
+        )
+    return images
+
+
+def _checked_images(images, device, dtype):
     """The images in the memory format of the kernels; an error unless a step can take them."""
     if images.dim() != 4:
         raise ValueError(f"expected images of shape (N, C, H, W), got shape {tuple(images.shape)}")
+    if not len(images):
+        raise ValueError(f"expected at least one image, got shape {tuple(images.shape)}")
     if not images.is_floating_point():
         raise TypeError(f"expected floating-point images, got {images.dtype}")
+    if images.dtype == torch.float64 != dtype:
+        raise TypeError(f"expected images of the networks' dtype {dtype}, got {images.dtype}")
     if images.device != device:
         raise ValueError(f"expected images on the networks' device {device}, got {images.device}")
     return images.contiguous(memory_format=torch.channels_last)

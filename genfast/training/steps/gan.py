@@ -1,6 +1,7 @@
 """One optimisation step of a GAN."""
 
 from contextlib import contextmanager
+from numbers import Integral
 from typing import NamedTuple
 
 import torch
@@ -8,8 +9,17 @@ import torch
 from genfast import losses
 from genfast.nn import statistics_groups
 from genfast.training.steps.base import Step, adam, evaluating
-from genfast.training.steps.merging import converts_its_input, why_not_merged
+from genfast.training.steps.judge import Judge, describe
+from genfast.training.steps.merging import (
+    converts_its_input,
+    why_they_differ,
+    why_two_passes,
+    why_unknown,
+)
+from genfast.training.steps.trial import undone
 from genfast.training.steps.updates import clear_gradients
+
+_LATENT_SHAPE = (100, 1, 1)
 
 
 class GANResult(NamedTuple):
@@ -27,25 +37,34 @@ class GANStep(Step):
 
     Args:
         generator: (N, *latent_shape) to images in [-1, 1].
-        discriminator: images to logits.
-        latent_shape: the shape of one image's noise.
+        discriminator: images to logits, one an image or a map of them. Where it ends in a Sigmoid,
+            what goes into that is taken, and a warning says so.
+        latent_shape: the shape of one image's noise. By default the generator's own `latent_shape`,
+            or else (100, 1, 1).
         loss: the name of a loss in `genfast.losses`.
         optimizers: of the generator and of the discriminator, in this order. By default
             Adam(lr=2e-4, betas=(0.5, 0.999)) for each.
         precision: "auto", "fp32", "tf32", "bf16" or "fp16"; see `resolve_precision`.
         merge: whether the discriminator sees real and generated images in one pass, with batch
-            statistics of their own. None: where its layers are known to allow it. True is for a
-            discriminator with a `forward` of its own that treats images one by one.
+            statistics of their own. None: where its layers are known to allow it, or where both
+            ways give the same for the first batch.
         capture: whether the step runs as one CUDA graph. None: where that is possible. Then an
             optimizer's learning rates are tensors; schedulers and plain numbers still set them.
+        output: a function that picks the logits out of what the discriminator returns, or "logits":
+            what it returns are logits, whatever it looks like. None: that is checked.
 
-    Calling it with float images (N, C, H, W) in [-1, 1] makes one step and returns a `GANResult`.
+    Calling it with float images (N, C, H, W) in [-1, 1], or with what a loader gives, a list or
+    tuple that begins with them, makes one step and returns a `GANResult`. The first call also runs
+    the networks to learn how they are to be run, and puts back what that moved.
 
     Attributes:
-        why_not_merged, why_not_captured: why not, in words; None where it is.
+        why_not_merged, why_not_captured, why_no_half_weights: why not, in words; None where it is.
+            Where only the first batch can tell, `why_not_merged` is final after the first call.
+        final_sigmoid: the name of the Sigmoid in which the discriminator ends; None if in none.
 
     Raises:
-        ValueError: there is no such loss or precision, or capture=True and it cannot be.
+        ValueError: there is no such loss or precision, capture=True and it cannot be, or an
+            optimizer does not hold its network's parameters.
     """
 
     pixel_range = (-1.0, 1.0)
@@ -58,23 +77,33 @@ class GANStep(Step):
         generator,
         discriminator,
         *,
-        latent_shape=(100, 1, 1),
+        latent_shape=None,
         loss="non-saturating",
         optimizers=None,
         precision="auto",
         merge=None,
         capture=None,
+        output=None,
     ):
         self.generator = generator
         self.discriminator = discriminator
-        self.latent_shape = tuple(latent_shape)
+        self.latent_shape = _latent_shape(latent_shape, generator)
         self.loss = losses.gan_loss(loss)
-        g_optimizer, d_optimizer = optimizers or (adam(generator), adam(discriminator))
-        reason = why_not_merged(discriminator)
-        self._converts = reason is None and converts_its_input(discriminator)
+        self._judge = Judge(discriminator, output)
+        if optimizers is None:
+            optimizers = adam(generator), adam(discriminator)
+        if not isinstance(optimizers, tuple | list) or len(optimizers) != 2:
+            raise ValueError(
+                "expected optimizers of the generator and of the discriminator, in this order, got "
+                f"{describe(optimizers)}"
+            )
+        g_optimizer, d_optimizer = optimizers
+        never, unknown = why_two_passes(discriminator), why_unknown(discriminator)
+        self._converts = not (never or unknown) and converts_its_input(discriminator)
+        self._merge_if_equal = merge is None and not never and unknown is not None
+        self.why_not_merged = never or unknown
         if merge is not None:
-            reason = None if merge else "it was switched off"
-        self.why_not_merged = reason
+            self.why_not_merged = None if merge else "it was switched off"
         super().__init__(
             {"generator": generator, "discriminator": discriminator},
             {"generator": g_optimizer, "discriminator": d_optimizer},
@@ -82,29 +111,70 @@ class GANStep(Step):
             capture,
         )
 
+    @property
+    def final_sigmoid(self):
+        """The name of the Sigmoid whose input is taken for the logits; None if there is none."""
+        return self._judge.sigmoid
+
+    def _look(self, images):
+        with (
+            torch.no_grad(),
+            undone(self.generator, self.device),
+            undone(self.discriminator, self.device),
+        ):
+            try:
+                fakes = self._generate(images)
+            except torch.OutOfMemoryError:
+                raise
+            except Exception as error:  # It is somebody's own code.
+                raise ValueError(
+                    "expected a generator that takes noise of this latent_shape alone, but for "
+                    f"latent_shape={self.latent_shape} and {len(images)} images it raised "
+                    f"{type(error).__name__}: " + str(error).partition("\n")[0]
+                ) from error
+        self._check_fakes(fakes, images)
+        with self._precision.autocast():
+            self._judge.look(images)
+        if self._merge_if_equal:
+            with self._precision.exact_products():
+                why = why_they_differ(
+                    self._judge, self.discriminator, self.loss, images, fakes.to(images.dtype)
+                )
+            self.why_not_merged = why and f"{self.why_not_merged}, and {why}"
+            self._merge_if_equal = False
+
     def _step(self, images):
         for optimizer in self.optimizers.values():
             clear_gradients(optimizer)
+        fakes = self._generate(images)
+        self._check_fakes(fakes, images)
+        return self._update_discriminator(images, fakes.detach()), self._update_generator(fakes)
+
+    def _generate(self, images):
+        """As many images as these are, by the generator."""
         z = torch.randn(len(images), *self.latent_shape, device=images.device, dtype=images.dtype)
         with self._precision.autocast():
-            fakes = self.generator(z)
+            return self.generator(z)
+
+    def _check_fakes(self, fakes, images):
+        if not isinstance(fakes, torch.Tensor):
+            raise TypeError(f"expected a generator that returns images, got {describe(fakes)}")
         if fakes.shape != images.shape:
             raise ValueError(
                 f"expected images of the shape the generator makes, {tuple(fakes.shape)}, got "
                 f"{tuple(images.shape)}"
             )
-        return self._update_discriminator(images, fakes.detach()), self._update_generator(fakes)
 
     def _update_discriminator(self, reals, fakes):
         if self.why_not_merged:
             # The first pass's graph is gone before the second pass.
-            loss = self._backward(self._judge(reals), self.loss.real, "discriminator")
-            loss = loss + self._backward(self._judge(fakes), self.loss.fake, "discriminator")
+            loss = self._backward(self._logits(reals), self.loss.real, "discriminator")
+            loss = loss + self._backward(self._logits(fakes), self.loss.fake, "discriminator")
         else:
             if self._converts:
                 reals = reals.to(fakes.dtype)  # Less to concatenate than what `cat` would make.
             with statistics_groups(self.discriminator, 2):
-                logits = self._judge(torch.cat([reals, fakes]))
+                logits = self._logits(torch.cat([reals, fakes]))
             loss = self._backward(logits, self.loss.discriminator, "discriminator")
         self._precision.update("discriminator")
         # The gradients' memory serves the generator's update.
@@ -114,13 +184,13 @@ class GANStep(Step):
 
     def _update_generator(self, fakes):
         with _frozen(self.discriminator):
-            loss = self._backward(self._judge(fakes), self.loss.generator, "generator")
+            loss = self._backward(self._logits(fakes), self.loss.generator, "generator")
         self._precision.update("generator")
         return loss
 
-    def _judge(self, images):
+    def _logits(self, images):
         with self._precision.autocast():
-            return self.discriminator(images)
+            return self._judge(images)
 
     def _backward(self, logits, loss_of, optimizer):
         loss = loss_of(logits)
@@ -130,6 +200,22 @@ class GANStep(Step):
     def _draw(self, z):
         with evaluating(self.generator):
             return self.generator(z)
+
+
+def _latent_shape(given, generator):
+    """The shape of one image's noise, a tuple: as given, or else as the generator has it."""
+    if given is None:
+        given = getattr(generator, "latent_shape", None)
+        if not isinstance(given, tuple | list) or not _are_lengths(given):
+            return _LATENT_SHAPE
+    given = (given,) if isinstance(given, Integral) else tuple(given)
+    if not _are_lengths(given):
+        raise ValueError(f"expected latent_shape to be whole numbers from 1 on, got {given}")
+    return given
+
+
+def _are_lengths(shape):
+    return all(isinstance(n, Integral) and n > 0 for n in shape)
 
 
 @contextmanager

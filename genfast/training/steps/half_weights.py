@@ -11,11 +11,24 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrize
 
-# Layers whose weights autocast converts, and which use them for nothing else.
-CONVERTED_LAYERS = (
-    nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d,
-    nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d,
-)  # fmt: skip
+from genfast.training.steps import layers
+
+
+def why_not_copied(network):
+    """Say why the network's layers keep their weights; None if copies may stand in.
+
+    They may where every reader of a weight is known. A `forward` of somebody's own, and a hook, may
+    read a weight otherwise than autocast does, or leave autocast.
+    """
+    for name, module in network.named_modules():
+        where = f"its layer {name}" if name else "it"
+        if layers.is_distributed(module):
+            return f"{where}, a {type(module).__name__}, is distributed over devices"
+        if layers.is_replaced(module) or not layers.reads_no_others_weights(module):
+            return f"{where}, a {type(module).__name__}, has a forward of its own"
+        if layers.has_hook(module):
+            return f"{where} has a hook"
+    return None
 
 
 class HalfWeights:
@@ -78,8 +91,8 @@ class HalfWeights:
 def in_use(*networks):
     """Within, the layers of these networks, `HalfWeights`, hold the copies, fresh on entry.
 
-    A parameter that somebody watches stays itself, as do all of a network that is distributed
-    over devices: both wait for gradients to arrive at the parameter.
+    A parameter that somebody watches stays itself, waiting for gradients to arrive there, as do
+    all of a network for which `why_not_copied` has a reason.
     """
     with ExitStack() as stack:
         for network in networks:
@@ -99,13 +112,10 @@ def refresh(*networks):
 
 def _places(network):
     """(layer, name, parameter) wherever a copy may stand in."""
-    modules = list(network.modules())
-    if any(
-        type(m).__module__.startswith(("torch.nn.parallel", "torch.distributed")) for m in modules
-    ):
+    if why_not_copied(network):
         return
-    for layer in modules:
-        if type(layer) not in CONVERTED_LAYERS or parametrize.is_parametrized(layer):
+    for layer in network.modules():
+        if type(layer) not in layers.CONVERTED or parametrize.is_parametrized(layer):
             continue
         for name, parameter in layer._parameters.items():
             if parameter is not None and _is_plain(parameter):

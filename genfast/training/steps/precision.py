@@ -60,23 +60,46 @@ class Precision:
         scaled = optimizers if self.name == "fp16" else ()
         self.scalers = {name: torch.amp.GradScaler(device.type) for name in scaled}
         self._ones = {}
+        self._networks = networks
         self._half_weights = {}
-        # On a CPU, weights converted just before their only use still lie in its cache: all of them
-        # together made a VAE's step 2 % slower there, and the step of a GAN of MLPs 15 % faster.
-        wanted = weights_reused or device.type != "cpu"
-        if wanted and self.name in _AUTOCAST and not _share_parameters(networks.values()):
+        self._why_no_half_weights = None
+        if self.name not in _AUTOCAST:
+            self._why_no_half_weights = f"{self.name} converts no weights"
+        elif not weights_reused and device.type == "cpu":
+            # Weights converted just before their only use still lie in a CPU's cache: all of them
+            # together made a VAE's step 2 % slower there, and that of a GAN of MLPs 15 % faster.
+            self._why_no_half_weights = "a weight is used once, and on a CPU converted just before"
+        elif _share_parameters(networks.values()):
+            self._why_no_half_weights = "the networks share parameters"
+        else:
             dtype = _AUTOCAST[self.name]
             self._half_weights = {
                 name: half_weights.HalfWeights(network, dtype) for name, network in networks.items()
             }
 
-    @contextmanager
+    @property
+    def why_no_half_weights(self):
+        """Why autocast converts the weights of a network at each use, in words; None if of none."""
+        if self._why_no_half_weights:
+            return self._why_no_half_weights
+        reasons = {name: half_weights.why_not_copied(n) for name, n in self._networks.items()}
+        return "; ".join(f"the {name}: {why}" for name, why in reasons.items() if why) or None
+
     def products(self):
         """Within, products of float32 round as the precision says: around a whole step."""
-        if self._device.type != "cuda" or self.name not in ("fp32", "tf32"):
+        if self.name not in ("fp32", "tf32"):
+            return ExitStack()
+        return self._rounding("tf32" if self.name == "tf32" else "ieee")
+
+    def exact_products(self):
+        """Within, products of float32 are in float32 whatever the precision is."""
+        return self._rounding("ieee")
+
+    @contextmanager
+    def _rounding(self, wanted):
+        if self._device.type != "cuda":
             yield
             return
-        wanted = "tf32" if self.name == "tf32" else "ieee"
         settings = (torch.backends.cudnn.conv, torch.backends.cuda.matmul)
         before = [s.fp32_precision for s in settings]
         try:

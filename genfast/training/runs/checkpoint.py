@@ -43,9 +43,7 @@ def save_checkpoint(path, step, config, steps):
         "format": FORMAT,
         "config": config,
         "steps": steps,
-        "modules": {name: m.state_dict() for name, m in step.modules.items()},
-        "optimizers": {name: _plain(o.state_dict()) for name, o in step.optimizers.items()},
-        "scalers": {name: s.state_dict() for name, s in step.scalers.items()},
+        **step.state_dict(),
         "rng": _rng_states(step.device),
     }
     # Into memory first: where a disk is full, PyTorch's writer says something else.
@@ -172,12 +170,6 @@ def _check_rng(generator, saved, path):
         generator.set_state(saved)
     except (TypeError, RuntimeError):
         _refuse(path, f"its state of the {generator.device.type}'s random numbers is not one")
-
-
-def _plain(state):
-    """An optimizer's state with its learning rates, which a captured step keeps on the device."""
-    groups = [group | {"lr": float(group["lr"])} for group in state["param_groups"]]
-    return state | {"param_groups": groups}
 
 
 def _mismatch(expected, saved):

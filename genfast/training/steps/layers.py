@@ -69,7 +69,8 @@ def reads_no_others_weights(module):
 
 def is_replaced(module):
     """Whether this module alone runs something else than its class."""
-    return not vars(module).keys().isdisjoint(_CALLED)
+    called = _CALLED if type(module) in _MODELS else {"forward"}
+    return not vars(module).keys().isdisjoint(called)
 
 
 def is_distributed(module):

@@ -445,6 +445,20 @@ def test_a_discriminator_of_more_than_images():
     assert "labels" in str(raised.value.__cause__)
 
 
+@pytest.mark.parametrize("runs_short", ["generator", "discriminator", "one pass"])
+def test_lack_of_memory_is_nobodys_fault(runs_short):
+    def take(x):
+        if runs_short != "one pass" or len(x) > 6:
+            raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
+        return x
+
+    generator, discriminator = _generator(), Ending(take)
+    if runs_short == "generator":
+        generator = Ending(take, *_generator())
+    with pytest.raises(RuntimeError, match="can't allocate memory"):
+        _step(discriminator, generator)(_images())
+
+
 class Deviation(nn.Module):
     """Looks at the batch as a whole, by a part that its weight may switch off."""
 

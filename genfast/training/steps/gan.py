@@ -8,6 +8,7 @@ import torch
 
 from genfast import losses
 from genfast.nn import statistics_groups
+from genfast.training.memory import missing_memory
 from genfast.training.steps.base import Step, adam, evaluating
 from genfast.training.steps.judge import Judge, describe
 from genfast.training.steps.merging import (
@@ -124,9 +125,9 @@ class GANStep(Step):
         ):
             try:
                 fakes = self._generate(images)
-            except torch.OutOfMemoryError:
-                raise
             except Exception as error:  # It is somebody's own code.
+                if missing_memory(error):
+                    raise
                 raise ValueError(
                     "expected a generator that takes noise of this latent_shape alone, but for "
                     f"latent_shape={self.latent_shape} and {len(images)} images it raised "

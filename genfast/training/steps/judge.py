@@ -8,6 +8,7 @@ from torch import nn
 
 from genfast.losses import widen
 from genfast.nn import FusedBlock
+from genfast.training.memory import missing_memory
 from genfast.training.steps.layers import runs_as
 from genfast.training.steps.trial import redrawn, undone
 
@@ -91,9 +92,9 @@ class Judge:
     def _first_run(self, images):
         try:
             return self._discriminator(images)
-        except torch.OutOfMemoryError:
-            raise
         except Exception as error:  # It is somebody's own code.
+            if missing_memory(error):
+                raise
             failure = error
         if isinstance(failure, RuntimeError) and not images.is_contiguous():
             # A forward that takes a `view` of its images needs them as loaders give them.
@@ -137,10 +138,10 @@ class Judge:
             with undone(network, images.device), redrawn(network, seed):
                 try:
                     outputs = self._taken(network(images), images)
-                except torch.OutOfMemoryError:
-                    raise
-                except Exception:  # With weights that its owner would not give it: no verdict.
-                    return False
+                except Exception as error:
+                    if missing_memory(error):
+                        raise
+                    return False  # With weights that its owner would not give it: no verdict.
             if not _within_0_and_1(outputs):
                 return False
         return True

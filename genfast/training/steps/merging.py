@@ -10,6 +10,7 @@ import torch
 from torch.nn.utils import parametrize
 
 from genfast.nn import statistics_groups
+from genfast.training.memory import missing_memory
 from genfast.training.steps import layers
 from genfast.training.steps.trial import redrawn, undone, without_dropout
 
@@ -71,9 +72,9 @@ def why_they_differ(judge, discriminator, loss, reals, fakes):
                     stack.enter_context(redrawn(discriminator, seed))
                 try:
                     outcomes.append(_outcome(passes, judge, discriminator, loss, reals, fakes))
-                except torch.OutOfMemoryError:
-                    raise
                 except Exception as error:  # A stranger's code: of two batches it may raise any.
+                    if missing_memory(error):
+                        raise
                     reason = str(error).partition("\n")[0]
                     return f"trying raised {type(error).__name__}: {reason}"
         for name, tolerance in _TOLERANCES.items():

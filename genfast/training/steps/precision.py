@@ -4,6 +4,7 @@ from contextlib import ExitStack, contextmanager
 
 import torch
 
+from genfast import cpu
 from genfast.training.steps import half_weights, updates
 
 PRECISIONS = ("auto", "fp32", "tf32", "bf16", "fp16")
@@ -34,7 +35,7 @@ def resolve_precision(precision, device):
     if device.type == "cpu":
         # Measured on 2 cores with AVX-512 BF16: a step of a DCGAN-64 takes 0.58 of its time in
         # fp32, of the DCGAN for digits 0.7. Without these instructions bf16 would be emulated.
-        fast = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+        fast = cpu.has_bfloat16()
     return "bf16" if fast else "fp32"
 
 

@@ -23,11 +23,13 @@ class Step:
 
     Subclasses have `_step(images) -> tuple of scalar tensors`, the attributes `pixel_range`,
     `latent_shape` and `weights_reused` (whether a network takes part in more than one pass), and
-    `_draw(z)`, their images in `pixel_range`.
+    `_draw(z)`, their images in `pixel_range`. They may have `_look(images)`, which learns from a
+    first batch what the steps need to know, and leaves no other trace.
     """
 
     def __init__(self, modules, optimizers, precision, capture):
         self.modules, self.optimizers = modules, optimizers
+        self._looked = False
         self.device = _device_of(next(iter(modules.values())))
         self._precision = Precision(
             precision, self.device, modules, optimizers, self.weights_reused
@@ -62,7 +64,13 @@ class Step:
         """Make one step."""
         images = _checked_images(images, self.device)
         with self._precision.products():
+            if not self._looked:
+                self._look(images)
+                self._looked = True
             return self._result(*self._run(images))
+
+    def _look(self, images):
+        pass
 
     def _step_in_precision(self, images):
         with self._precision.weights():

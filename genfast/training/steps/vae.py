@@ -1,5 +1,6 @@
 """One optimisation step of a VAE."""
 
+import math
 import os
 import shutil
 import warnings
@@ -99,7 +100,7 @@ class VAEStep(Step):
         self._adapter = adapter
         self._likelihood = likelihood
         self._has_logits = adapter is None and hasattr(model, "decode_logits")
-        self._present = self._decoder = self._latent_shape = None
+        self._present = self._decoder = self._drawing = self._latent_shape = None
         super().__init__({"model": model}, {"model": optimizer or adam(model)}, precision, capture)
         self._compiled_terms = None
         if compile:
@@ -112,12 +113,11 @@ class VAEStep(Step):
 
     @property
     def likelihood(self):
-        """ "bernoulli" or "gaussian"; None as long as it is to be found out."""
-        if self._likelihood or self._has_logits:
-            return self._likelihood or "bernoulli"
-        if self._decoder is None:
-            return None
-        return "bernoulli" if self._decoder.end == "unit" else "gaussian"
+        """The name of the images' likelihood; None as long as it is to be found out."""
+        if self._likelihood:
+            return self._likelihood
+        end = self._end
+        return end and ("bernoulli" if end == "unit" else "gaussian")
 
     @property
     def latent_shape(self):
@@ -127,8 +127,8 @@ class VAEStep(Step):
         said = getattr(self.model, "latent_dim", None)
         if not isinstance(said, int):
             raise ValueError(
-                "expected a step before anybody asks for the latent's shape, which no "
-                f"model.latent_dim tells, got {vae_form.describe(self.model)} before its first step"
+                "expected a first step, or a model whose latent_dim tells the latent's shape, got "
+                f"{vae_form.describe(self.model)} without either"
             )
         return (said,)
 
@@ -149,18 +149,19 @@ class VAEStep(Step):
                 (reconstruction, mu, logvar), decoder = vae_form.watched(
                     self.model, lambda: vae_form.adapted(adapter(self._present(images)))
                 )
+                vae_form.check_latent(images, mu, logvar)
             else:
                 self._present, result = vae_form.presentation(self._encode, images)
                 mu, logvar = vae_form.posterior(result)
+                vae_form.check_latent(images, mu, logvar)
                 (reconstruction,), decoder = vae_form.watched(
                     self.model, lambda: (vae_form.decode(self._decode, losses.widen(mu)),)
                 )
-            vae_form.check_latent(images, mu, logvar)
             vae_form.check_reconstruction(images, reconstruction)
             unused = vae_form.unused_parameters(self.model, reconstruction, mu, logvar)
         self._decoder, self._latent_shape = decoder, tuple(mu.shape[1:])
         self.image_shape = tuple(images.shape[1:])
-        self._check_likelihood()
+        self._check_likelihood(self._end)
         if unused:
             _warn(
                 f"{len(unused)} parameters of the {type(self.model).__name__}, {unused[0]} the "
@@ -168,7 +169,7 @@ class VAEStep(Step):
                 "whose prior is N(0, 1)"
             )
         probabilities = self.likelihood == "bernoulli" and not self._gives_logits
-        if probabilities and not decoder.sigmoid and reconstruction.dtype.itemsize < 4:
+        if probabilities and reconstruction.dtype.itemsize < 4:
             _warn(
                 f"the decoder's probabilities are {reconstruction.dtype}, in which those near 1 "
                 "are 1: have a decode_logits, an nn.Sigmoid at the end, or precision='fp32'"
@@ -184,11 +185,18 @@ class VAEStep(Step):
         if not (low >= -_SLACK and high <= 1 + _SLACK):
             raise ValueError(f"expected images in [0, 1], got values from {low:g} to {high:g}")
 
-    def _check_likelihood(self):
-        if self._likelihood != "bernoulli" or self._has_logits:
-            return
-        end = self._decoder.end
-        if end in ("tanh", "positive"):
+    @property
+    def _takes_logits(self):
+        """Whether what runs is `decode_logits`."""
+        return self._has_logits and self._likelihood != "gaussian"
+
+    @property
+    def _end(self):
+        """How the decoder ends; None as long as it is to be found out."""
+        return "unit" if self._takes_logits else self._decoder and self._decoder.end
+
+    def _check_likelihood(self, end):
+        if self._likelihood == "bernoulli" and end in ("tanh", "positive"):
             values = "values in [-1, 1]" if end == "tanh" else "values that have no upper bound"
             raise ValueError(
                 "expected a decoder that gives probabilities or logits for likelihood='bernoulli', "
@@ -198,19 +206,21 @@ class VAEStep(Step):
     @property
     def _gives_logits(self):
         """Whether what the loss is given are the logits of probabilities."""
-        if self.likelihood != "bernoulli":
+        if self.likelihood == "gaussian":
             return False
-        return self._has_logits or self._decoder.end == "open" or self._skipped is not None
+        return self._takes_logits or self._skipped is not None or self._end == "open"
 
     @property
     def _skipped(self):
         """The sigmoid at the decoder's end, which the loss takes itself; or None."""
-        return self._decoder.sigmoid if self.likelihood == "bernoulli" else None
+        if self._takes_logits or self.likelihood == "gaussian":
+            return None
+        return self._decoder.sigmoid
 
     @property
     def _signed(self):
         """Whether the network's images are those of [0, 1] scaled to [-1, 1]."""
-        return self.likelihood == "gaussian" and self._decoder.end in ("tanh", "open")
+        return self.likelihood == "gaussian" and self._end in ("tanh", "open")
 
     def _step(self, images):
         clear_gradients(self.optimizers["model"])
@@ -262,7 +272,7 @@ class VAEStep(Step):
             mu, logvar = vae_form.posterior(self._encode(self._present(images)))
         z, kl = sample(losses.widen(mu), losses.widen(logvar))
         with self._precision.autocast():
-            if self.likelihood == "bernoulli" and self._has_logits:
+            if self._takes_logits:
                 return self.model.decode_logits(z), kl
             return vae_form.decoded(self._decode(z)), kl
 
@@ -278,34 +288,40 @@ class VAEStep(Step):
                 f"{vae_form.describe(self.model)}"
             )
         with evaluating(self.model):
-            if self._decoder is None and not self._has_logits:
+            decoder = self._drawing if self._adapter else self._decoder
+            if decoder or self._takes_logits:
+                decoded = vae_form.decoded(self._decode(z))
+                end = decoder.end if self._adapter else self._end
+            else:
                 with torch.enable_grad():
-                    (images,), self._decoder = vae_form.watched(
+                    (decoded,), decoder = vae_form.watched(
                         self.model, lambda: (vae_form.decode(self._decode, z),)
                     )
-                images = images.detach()
-                self._check_likelihood()
-            else:
-                images = vae_form.decoded(self._decode(z))
-        return self._as_images(images)
+                decoded, end = decoded.detach(), decoder.end
+                self._check_likelihood(end)
+                # An adapter's reconstruction may end otherwise than what `decode` gives.
+                self._drawing = decoder
+                self._decoder = self._decoder or decoder
+        return self._as_images(decoded, end)
 
-    def _as_images(self, decoded):
-        """What `decode` gave as images (N, C, H, W) in `pixel_range`."""
-        if self.likelihood == "gaussian":
-            images = (decoded + 1) / 2 if self._signed else decoded
-            images = images.clamp(*self.pixel_range)
-        elif not self._has_logits and self._decoder.end == "open":
-            images = losses.widen(decoded).sigmoid()
-        else:
-            images = decoded
-        if images.dim() == 4:
-            return images
-        if self.image_shape is None:
+    def _as_images(self, decoded, end):
+        """What `decode` gave, which ends so, as images (N, C, H, W) in `pixel_range`."""
+        if end == "open" and self.likelihood == "bernoulli":
+            decoded = losses.widen(decoded).sigmoid()
+        elif end in ("open", "tanh"):
+            decoded = (decoded + 1) / 2
+        if end != "unit":
+            decoded = decoded.clamp(*self.pixel_range)
+        if decoded.dim() == 4:
+            return decoded
+        shape = self.image_shape
+        if shape is None or decoded.shape[1:].numel() != math.prod(shape):
+            wanted = shape or "a shape that a step or image_shape tells"
             raise ValueError(
-                "expected a step first or an image_shape, to know the shape of images, got rows of "
-                f"shape {tuple(images.shape)} from decode"
+                f"expected decode to give images or rows of {wanted}, got shape "
+                f"{tuple(decoded.shape)}"
             )
-        return images.reshape(len(images), *self.image_shape)
+        return decoded.reshape(len(decoded), *shape)
 
 
 def _warn(message):

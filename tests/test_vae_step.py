@@ -42,6 +42,18 @@ class Flattening(Plain):
         return super().decode(z).view(-1, *SHAPE)
 
 
+class Clipping(Plain):
+    """To [0, 1]: no probabilities, for 0 and 1 would be among them without a gradient."""
+
+    def decode(self, z):
+        return super().decode(z).clamp(0, 1)
+
+
+class Squashed(Plain):
+    def decode(self, z):
+        return (super().decode(z).tanh() + 1) / 2
+
+
 class Maps(nn.Module):
     """Convolutions, batch norms and dropout, with a latent that is a map, and a counter."""
 
@@ -149,6 +161,8 @@ def first_error(model, x=None, error=ValueError, **options):
         (partial(Flattening, nn.Sigmoid()), "bernoulli", "bernoulli", False, contiguous),
         (partial(Flattening, nn.Hardtanh()), "gaussian", "gaussian", True, contiguous),
         (partial(Plain, nn.Softplus()), "gaussian", "gaussian", False, rows),
+        (Clipping, "gaussian", "gaussian", False, rows),
+        (Squashed, "bernoulli", "bernoulli", False, rows),
         (Maps, "gaussian", "gaussian", True, channels_last),
     ],
 )  # fmt: skip
@@ -351,6 +365,11 @@ def test_the_latent_is_not_known_before():
     assert step.likelihood is None and step.image_shape is None
 
 
+def test_no_module():
+    with pytest.raises(TypeError, match="expected a model that is a module, got a function"):
+        VAEStep(images)
+
+
 def test_parameters_that_take_no_part():
     model = Plain(nn.Tanh())
     model.pseudo_inputs = nn.Linear(2, PIXELS)
@@ -401,8 +420,8 @@ def test_a_second_tensor_that_is_no_log_variance(name):
         (Plain(), dict(likelihood="laplace"), "expected a likelihood among"),
         (Plain(), dict(compile=True, adapter=print), "encode and decode for compile=True"),
         (Plain(), dict(image_shape=(1, 4, 4)), "images of shape (1, 4, 4), got (3, 4, 4)"),
-        (Plain(nn.Tanh()), dict(likelihood="bernoulli"), "that gives values in [-1, 1]"),
-        (Plain(nn.ReLU()), dict(likelihood="bernoulli"), "values that have no upper bound"),
+        (Plain(nn.Tanh()), dict(likelihood="bernoulli"), "that gives other values from -1 on"),
+        (Plain(nn.ReLU()), dict(likelihood="bernoulli"), "that gives other values from 0 on"),
         (Plain(), dict(adapter=lambda model, x: x), "(reconstruction, mu, logvar), the last two"),
         (Plain(), dict(adapter=lambda model, x: 1 / 0), "got ZeroDivisionError: division by zero"),
         (with_part(decode=lambda self, z: self.decoder(z[0])), {}, "shape, (8, 3, 4, 4), or rows"),

@@ -62,8 +62,8 @@ class VAEStep(Step):
         image_shape: see above; None as long as it is not known.
 
     Raises:
-        ValueError: there is no such precision or likelihood, the model is no VAE of this form, or
-            capture=True or compile=True and it cannot be.
+        ValueError, TypeError: there is no such precision or likelihood, the model is no VAE of this
+            form, or capture=True or compile=True and it cannot be.
     """
 
     pixel_range = (0.0, 1.0)
@@ -87,6 +87,8 @@ class VAEStep(Step):
             raise ValueError(
                 f"expected a likelihood among {losses.LIKELIHOODS} or None, got {likelihood!r}"
             )
+        if not isinstance(model, torch.nn.Module):
+            raise TypeError(f"expected a model that is a module, got {vae_form.describe(model)}")
         self._coders = vae_form.coders(model)
         if self._coders is None and adapter is None:
             raise ValueError(
@@ -197,10 +199,10 @@ class VAEStep(Step):
 
     def _check_likelihood(self, end):
         if self._likelihood == "bernoulli" and end in ("tanh", "positive"):
-            values = "values in [-1, 1]" if end == "tanh" else "values that have no upper bound"
+            values = "from -1 on" if end == "tanh" else "from 0 on"
             raise ValueError(
                 "expected a decoder that gives probabilities or logits for likelihood='bernoulli', "
-                f"got one that gives {values}"
+                f"got one that gives other values {values}"
             )
 
     @property

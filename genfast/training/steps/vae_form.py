@@ -20,7 +20,9 @@ _MOVES = {
     "UnsafeView", "Unsqueeze", "View",
 }  # fmt: skip
 # Operations whose result is never below 0, or has no bounds at all, whatever it was in one batch.
+_PROBABILITIES = {"Hardsigmoid", "Sigmoid", "Softmax"}
 _POSITIVE = {"Abs", "Exp", "Relu", "Sigmoid", "Softmax", "Softplus", "Sqrt", "Square"}
+_CLIPPING = {"Clamp", "ClampMax", "ClampMin", "Hardtanh"}
 _OPEN = {
     "Addmm", "Baddbmm", "Bmm", "Convolution", "CudnnBatchNorm", "LeakyRelu",
     "MkldnnConvolution", "Mm", "NativeBatchNorm", "NativeGroupNorm", "NativeLayerNorm",
@@ -31,7 +33,8 @@ _OPEN = {
 class Decoder(NamedTuple):
     """What a decoder's images are.
 
-    end: "unit" for values in [0, 1], "tanh", "positive" for values from 0 up, else "open".
+    end: "unit" for probabilities, "tanh" for other values from -1 to 1 as far as they are bounded,
+        "positive" for other values from 0 up, else "open".
     sigmoid: the module whose result they are, where that is a `nn.Sigmoid` that runs once.
     """
 
@@ -46,7 +49,7 @@ def coders(model):
     own, as `nn.ModuleDict` is: what else a `forward` does between the two, nobody can tell.
     """
     names = [("encode", "decode")]
-    if type(model).forward is nn.Module.forward:
+    if getattr(type(model), "forward", None) is nn.Module.forward:
         names.append(("encoder", "decoder"))
     return next((n for n in names if all(callable(getattr(model, part, None)) for part in n)), None)
 
@@ -179,7 +182,7 @@ def watched(model, run):
     operation, node = _last_operation(images)
     last = [module for module, its_node in ran if its_node is node and node is not None]
     alone = last and sum(module is last[0] for module, _ in ran) == 1
-    decoder = Decoder(_end(operation, images), last[0] if alone else None)
+    decoder = Decoder(_end(operation, node, images), last[0] if alone else None)
     return (images, *others), decoder
 
 
@@ -284,7 +287,10 @@ def _last_operation(t, past_constants=False):
 
     past_constants: whether adding a constant does not count.
     """
-    node = t.grad_fn
+    return _operation_at(t.grad_fn, past_constants)
+
+
+def _operation_at(node, past_constants=False):
     while node is not None:
         name = node.name().partition("Backward")[0]
         parents = [n for n, _ in node.next_functions if n is not None]
@@ -295,13 +301,19 @@ def _last_operation(t, past_constants=False):
     return None, None
 
 
-def _end(operation, images):
-    if operation in ("Sigmoid", "Softmax"):
+def _end(operation, node, images):
+    low, high = (v.item() for v in images.detach().aminmax())
+    if operation in _CLIPPING:
+        # Values that were clipped have no gradient, and a likelihood of 0 or 1 if not normal.
+        before, _ = _operation_at(node.next_functions[0][0])
+        if before not in _PROBABILITIES:
+            return "positive" if low >= 0 else "tanh"
+        return "unit"
+    if operation in _PROBABILITIES:
         return "unit"
     if operation == "Tanh":
         return "tanh"
     if operation in _POSITIVE:
         return "positive"
-    low, high = (v.item() for v in images.detach().aminmax())
     # All zeros come from weights that are zero, and say nothing.
     return "unit" if operation not in _OPEN and low >= 0 and 0 < high <= 1 else "open"

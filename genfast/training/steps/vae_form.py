@@ -19,9 +19,10 @@ _MOVES = {
     "Slice", "Split", "SplitWithSizes", "Squeeze", "T", "ToCopy", "Transpose", "Unbind",
     "UnsafeView", "Unsqueeze", "View",
 }  # fmt: skip
-# Operations whose result is never below 0, or has no bounds at all, whatever it was in one batch.
+# Operations that tell in what range their results lie: never below 0, and without any bound,
+# wherever those of one batch happen to lie.
 _PROBABILITIES = {"Hardsigmoid", "Sigmoid", "Softmax"}
-_POSITIVE = {"Abs", "Exp", "Relu", "Sigmoid", "Softmax", "Softplus", "Sqrt", "Square"}
+_POSITIVE = {"Abs", "Exp", "Relu", "Softplus", "Sqrt", "Square", *_PROBABILITIES}
 _CLIPPING = {"Clamp", "ClampMax", "ClampMin", "Hardtanh"}
 _OPEN = {
     "Addmm", "Baddbmm", "Bmm", "Convolution", "CudnnBatchNorm", "LeakyRelu",

@@ -1,6 +1,6 @@
 """The losses of GANs and VAEs, in at least float32 whatever the precision of the networks.
 
-All but the KL divergence are binary cross entropy of logits, summed: one kernel each way on a GPU.
+Those of logits are binary cross entropy, summed: one kernel each way on a GPU.
 """
 
 import math
@@ -80,6 +80,10 @@ def gan_loss(name):
     return GAN_LOSSES[name]
 
 
+# What the pixels of an image are, given its latent: white with a probability, or normal.
+LIKELIHOODS = ("bernoulli", "gaussian")
+
+
 def reconstruction_loss(reconstruction, images, *, logits=False):
     """Binary cross entropy between images in [0, 1], summed over pixels and batch: a scalar.
 
@@ -91,6 +95,30 @@ def reconstruction_loss(reconstruction, images, *, logits=False):
     Raises:
         ValueError: the two differ in the number of images or of values, or in the device.
     """
+    _check_alike(reconstruction, images)
+    if logits:
+        return _logistic_loss(reconstruction, images, scale=1.0)
+    reconstruction, images = widen(reconstruction).flatten(1), widen(images).flatten(1)
+    return F.binary_cross_entropy(reconstruction, images, reduction="sum")
+
+
+def gaussian_reconstruction_loss(reconstruction, images):
+    """Half the squared error between images and what a decoder made, summed: a scalar.
+
+    That is -log N(images; reconstruction, 1), summed over pixels and batch, but for a constant of
+    log(2 pi) / 2 = 0.919 a value: the decoder of Kingma and Welling (2014), appendix C.2, with its
+    variance fixed at 1. The images may have any shapes of (N, values) in all.
+
+    Raises:
+        ValueError: as `reconstruction_loss`.
+    """
+    _check_alike(reconstruction, images)
+    if reconstruction.shape != images.shape:
+        reconstruction, images = reconstruction.flatten(1), images.flatten(1)
+    return 0.5 * F.mse_loss(widen(reconstruction), widen(images), reduction="sum")
+
+
+def _check_alike(reconstruction, images):
     if reconstruction.shape[:1] != images.shape[:1] or reconstruction.numel() != images.numel():
         raise ValueError(
             "expected a reconstruction of as many values as its images, got shapes "
@@ -101,10 +129,6 @@ def reconstruction_loss(reconstruction, images, *, logits=False):
             "expected a reconstruction on the device of its images, got "
             f"{reconstruction.device} and {images.device}"
         )
-    if logits:
-        return _logistic_loss(reconstruction, images, scale=1.0)
-    reconstruction, images = widen(reconstruction).flatten(1), widen(images).flatten(1)
-    return F.binary_cross_entropy(reconstruction, images, reduction="sum")
 
 
 def kl_divergence(mu, logvar):

@@ -247,7 +247,12 @@ def build_step(config, device):
         else:
             model = ConvVAE(config.channels, config.image_size, config.nz, config.ngf)
         model.to(device)
-        return VAEStep(model, optimizer=_adam(model, config), precision=config.precision)
+        return VAEStep(
+            model,
+            optimizer=_adam(model, config),
+            precision=config.precision,
+            image_shape=shape,
+        )
     if config.model == "gan":
         gan = GAN(shape, config.nz)
         generator, discriminator = gan.generator, gan.discriminator

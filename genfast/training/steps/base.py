@@ -186,9 +186,10 @@ def _checked_images(images, device, dtype):
 
 @contextmanager
 def evaluating(module):
-    training = module.training
+    modes = [(m, m.training) for m in module.modules()]  # A part may be in evaluation for good.
     module.eval()
     try:
         yield
     finally:
-        module.train(training)
+        for m, training in modes:
+            m.training = training

@@ -9,10 +9,15 @@ from genfast.training.steps.layers import DROPOUT
 
 @contextmanager
 def undone(network, device):
-    """Within, the network may run: its buffers and the random numbers are put back afterwards.
+    """Within, the network may run: what it moved and the random numbers are put back afterwards.
 
-    What else a `forward` keeps, as in attributes that are no buffers, stays as it was left.
+    That is its buffers, and attributes that are numbers, as counters of calls are. What else a
+    `forward` keeps stays as it was left.
     """
+    numbers = [
+        (m, {k: v for k, v in vars(m).items() if type(v) in (bool, int, float)})
+        for m in network.modules()
+    ]
     buffers = [(m, name, b) for m in network.modules() for name, b in m._buffers.items()]
     values = [None if b is None else b.data for _, _, b in buffers]
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
@@ -22,6 +27,8 @@ def undone(network, device):
                     buffer.data = buffer.data.clone()
             yield
         finally:
+            for module, kept in numbers:
+                vars(module).update(kept)
             for (module, name, buffer), value in zip(buffers, values, strict=True):
                 module._buffers[name] = buffer
                 if buffer is not None:

@@ -1,14 +1,22 @@
 """One optimisation step of a VAE."""
 
+import math
 import os
 import shutil
+import warnings
+from functools import partial
 from typing import NamedTuple
 
 import torch
 
 from genfast import functional, losses, reference
+from genfast.training.steps import vae_form
 from genfast.training.steps.base import Step, adam, evaluating
+from genfast.training.steps.trial import undone
 from genfast.training.steps.updates import clear_gradients
+
+# How far images may lie outside [0, 1]: roundings.
+_SLACK = 1e-3
 
 
 class VAEResult(NamedTuple):
@@ -23,24 +31,40 @@ class VAEStep(Step):
     """Minimise the negative evidence lower bound of one batch (Kingma and Welling, 2014).
 
     As in PyTorch's public VAE example, what is minimised is the sum over the batch; the result
-    holds nats an image.
+    holds nats an image. Whatever loss a model has of its own is not asked for.
+
+    What a model takes and gives is found out at the first step by running it once, which leaves no
+    trace in it: whether `encode` wants images or rows of pixels, the latent's shape, and how
+    `decode` ends. Images stay in [0, 1] for the network if its own do, as after a sigmoid; else, as
+    after tanh or a layer alone, it is given and asked for images scaled to [-1, 1].
 
     Args:
-        model: has `encode(images) -> (mu, logvar)` and `decode(z) -> images in [0, 1]`; where it
-            has `decode_logits`, the decoder before its sigmoid, that is taken.
+        model: has `encode(images)`, which gives the mean and the log-variance of the latent as a
+            pair, or under names such as `mu` and `logvar`, and `decode(z) -> images` or rows of
+            pixels; or it is a `nn.ModuleDict` of an `encoder` and a `decoder` that do so. Where it
+            has `decode_logits`, the decoder before its sigmoid, that is taken. A standard deviation
+            in place of the log-variance cannot be told from one.
         optimizer: of the model's parameters. By default Adam(lr=2e-4, betas=(0.5, 0.999)).
         precision, capture: as in `GANStep`.
         compile: whether `torch.compile` makes the forward and backward pass. A small model on a CPU
-            trains faster so, after some 20 s for the first step. Needs `model.latent_dim`, and on
-            a CPU a C++ compiler.
+            trains faster so, after some 20 s for the first step. On a CPU it needs a C++ compiler.
+        likelihood: of an image given its latent: "bernoulli" is `losses.reconstruction_loss`, and
+            what a decoder gives that ends in a layer alone are its logits; "gaussian" is
+            `losses.gaussian_reconstruction_loss`, of unit variance in the range that the network is
+            given. None: bernoulli where the decoder's images are in [0, 1], else gaussian.
+        adapter: a function (model, images) -> (reconstruction, mu, logvar), for a model whose
+            parts are called otherwise. It draws the latent itself.
+        image_shape: (C, H, W), to which `sample` brings rows of pixels. None: as in the first step.
 
     Calling it with float images (N, C, H, W) in [0, 1] makes one step and returns a `VAEResult`.
 
     Attributes:
         why_not_captured: why not, in words; None where it is.
+        image_shape: see above; None as long as it is not known.
 
     Raises:
-        ValueError: there is no such precision, or capture=True or compile=True and it cannot be.
+        ValueError, TypeError: there is no such precision or likelihood, the model is no VAE of this
+            form, or capture=True or compile=True and it cannot be.
     """
 
     pixel_range = (0.0, 1.0)
@@ -48,8 +72,38 @@ class VAEStep(Step):
     result_fields = VAEResult._fields
     _result = VAEResult
 
-    def __init__(self, model, *, optimizer=None, precision="auto", capture=None, compile=False):
+    def __init__(
+        self,
+        model,
+        *,
+        optimizer=None,
+        precision="auto",
+        capture=None,
+        compile=False,
+        likelihood=None,
+        adapter=None,
+        image_shape=None,
+    ):
+        if likelihood not in (None, *losses.LIKELIHOODS):
+            raise ValueError(
+                f"expected a likelihood among {losses.LIKELIHOODS} or None, got {likelihood!r}"
+            )
+        if not isinstance(model, torch.nn.Module):
+            raise TypeError(f"expected a model that is a module, got {vae_form.describe(model)}")
+        self._coders = vae_form.coders(model)
+        if self._coders is None and adapter is None:
+            raise ValueError(
+                "expected a model with encode(images) and decode(z), or an adapter that gives "
+                f"(reconstruction, mu, logvar), got {vae_form.describe(model)}"
+            )
+        if compile and adapter:
+            raise ValueError("expected encode and decode for compile=True, got an adapter")
         self.model = model
+        self.image_shape = None if image_shape is None else tuple(image_shape)
+        self._adapter = adapter
+        self._likelihood = likelihood
+        self._has_logits = adapter is None and hasattr(model, "decode_logits")
+        self._present = self._decoder = self._drawing = self._latent_shape = None
         super().__init__({"model": model}, {"model": optimizer or adam(model)}, precision, capture)
         self._compiled_terms = None
         if compile:
@@ -61,18 +115,130 @@ class VAEStep(Step):
             self._compiled_terms = torch.compile(self._terms_given_noise)
 
     @property
+    def likelihood(self):
+        """The name of the images' likelihood; None as long as it is to be found out."""
+        if self._likelihood:
+            return self._likelihood
+        end = self._end
+        return end and ("bernoulli" if end == "unit" else "gaussian")
+
+    @property
     def latent_shape(self):
-        """The shape of one image's latent."""
-        return (self.model.latent_dim,)
+        """The shape of one image's latent: until the first step what `model.latent_dim` says."""
+        if self._latent_shape is not None:
+            return self._latent_shape
+        said = getattr(self.model, "latent_dim", None)
+        if not isinstance(said, int):
+            raise ValueError(
+                "expected a first step, or a model whose latent_dim tells the latent's shape, got "
+                f"{vae_form.describe(self.model)} without either"
+            )
+        return (said,)
+
+    def _encode(self, images):
+        return getattr(self.model, self._coders[0])(images)
+
+    def _decode(self, z):
+        return getattr(self.model, self._coders[1])(z)
+
+    def _look(self, images):
+        """Find out what the model takes and gives, by running it on these images once."""
+        self._check_first(images)
+        autocast = self._precision.autocast
+        with undone(self.model, self.device), torch.enable_grad(), autocast():
+            if self._adapter:
+                adapter = partial(self._adapter, self.model)
+                self._present, _ = vae_form.presentation(adapter, images)
+                (reconstruction, mu, logvar), decoder = vae_form.watched(
+                    self.model, lambda: vae_form.adapted(adapter(self._present(images)))
+                )
+                vae_form.check_latent(images, mu, logvar)
+            else:
+                self._present, result = vae_form.presentation(self._encode, images)
+                mu, logvar = vae_form.posterior(result)
+                vae_form.check_latent(images, mu, logvar)
+                (reconstruction,), decoder = vae_form.watched(
+                    self.model, lambda: (vae_form.decode(self._decode, losses.widen(mu)),)
+                )
+            vae_form.check_reconstruction(images, reconstruction)
+            unused = vae_form.unused_parameters(self.model, reconstruction, mu, logvar)
+        self._decoder, self._latent_shape = decoder, tuple(mu.shape[1:])
+        self.image_shape = tuple(images.shape[1:])
+        self._check_likelihood(self._end)
+        if unused:
+            _warn(
+                f"{len(unused)} parameters of the {type(self.model).__name__}, {unused[0]} the "
+                "first, take no part in encoding or decoding: it is trained without them, as a VAE "
+                "whose prior is N(0, 1)"
+            )
+        probabilities = self.likelihood == "bernoulli" and not self._gives_logits
+        if probabilities and reconstruction.dtype.itemsize < 4:
+            _warn(
+                f"the decoder's probabilities are {reconstruction.dtype}, in which those near 1 "
+                "are 1: have a decode_logits, an nn.Sigmoid at the end, or precision='fp32'"
+            )
+
+    def _check_first(self, images):
+        shape = tuple(images.shape[1:])
+        if len(images) == 0:
+            raise ValueError("expected at least one image, got none")
+        if self.image_shape not in (None, shape):
+            raise ValueError(f"expected images of shape {self.image_shape}, got {shape}")
+        low, high = (v.item() for v in images.aminmax())
+        if not (low >= -_SLACK and high <= 1 + _SLACK):
+            raise ValueError(f"expected images in [0, 1], got values from {low:g} to {high:g}")
+
+    @property
+    def _takes_logits(self):
+        """Whether what runs is `decode_logits`."""
+        return self._has_logits and self._likelihood != "gaussian"
+
+    @property
+    def _end(self):
+        """How the decoder ends; None as long as it is to be found out."""
+        return "unit" if self._takes_logits else self._decoder and self._decoder.end
+
+    def _check_likelihood(self, end):
+        if self._likelihood == "bernoulli" and end in ("tanh", "positive"):
+            values = "from -1 on" if end == "tanh" else "from 0 on"
+            raise ValueError(
+                "expected a decoder that gives probabilities or logits for likelihood='bernoulli', "
+                f"got one that gives other values {values}"
+            )
+
+    @property
+    def _gives_logits(self):
+        """Whether what the loss is given are the logits of probabilities."""
+        if self.likelihood == "gaussian":
+            return False
+        return self._takes_logits or self._skipped is not None or self._end == "open"
+
+    @property
+    def _skipped(self):
+        """The sigmoid at the decoder's end, which the loss takes itself; or None."""
+        if self._takes_logits or self.likelihood == "gaussian":
+            return None
+        return self._decoder.sigmoid
+
+    @property
+    def _signed(self):
+        """Whether the network's images are those of [0, 1] scaled to [-1, 1]."""
+        return self.likelihood == "gaussian" and self._end in ("tanh", "open")
 
     def _step(self, images):
         clear_gradients(self.optimizers["model"])
-        if self._compiled_terms is None:
-            minimised, *terms = self._terms(images, functional.reparameterize_with_kl)
-        else:
-            # Noise comes from outside: compiled code would draw other numbers.
-            noise = torch.randn(len(images), *self.latent_shape, device=images.device)
-            minimised, *terms = self._compiled_terms(images, noise)
+        with vae_form.skipped(self._skipped) as skips:
+            if self._compiled_terms is None:
+                minimised, *terms = self._terms(images, functional.reparameterize_with_kl)
+                if self._skipped and len(skips) != 1:
+                    raise RuntimeError(
+                        "expected the decoder to end in its sigmoid as in the first step, got one "
+                        "that was changed since: make a new step"
+                    )
+            else:
+                # Noise comes from outside: compiled code would draw other numbers.
+                noise = torch.randn(len(images), *self.latent_shape, device=images.device)
+                minimised, *terms = self._compiled_terms(images, noise)
         self._precision.backward(minimised, "model")
         self._precision.update("model")
         return tuple(terms)
@@ -82,10 +248,10 @@ class VAEStep(Step):
 
         sample: (mu, logvar) in float32 to latents and the KL divergence of each image.
         """
-        with self._precision.autocast():
-            mu, logvar = self.model.encode(images)
-        z, kl = sample(losses.widen(mu), losses.widen(logvar))
-        reconstruction, kl = self._reconstruction_loss(z, images), kl.sum()
+        if self._signed:
+            images = 2 * images - 1
+        reconstruction, kl = self._reconstructed(images, sample)
+        reconstruction, kl = self._reconstruction_loss(reconstruction, images), kl.sum()
         minimised = reconstruction + kl
         # Detached, or compiled code would provide for gradients that flow through these too.
         terms = (t.detach() / len(images) for t in (minimised, reconstruction, kl))
@@ -98,15 +264,71 @@ class VAEStep(Step):
 
         return self._terms(images, sample)
 
-    def _reconstruction_loss(self, z, images):
-        logits = hasattr(self.model, "decode_logits")
+    def _reconstructed(self, images, sample):
+        """What the decoder makes of these images' latents, and their KL divergences."""
+        if self._adapter:
+            with self._precision.autocast():
+                result = self._adapter(self.model, self._present(images))
+            reconstruction, mu, logvar = vae_form.adapted(result)
+            return reconstruction, reference.kl_divergence(losses.widen(mu), losses.widen(logvar))
         with self._precision.autocast():
-            decoded = self.model.decode_logits(z) if logits else self.model.decode(z)
-        return losses.reconstruction_loss(decoded, images, logits=logits)
+            mu, logvar = vae_form.posterior(self._encode(self._present(images)))
+        z, kl = sample(losses.widen(mu), losses.widen(logvar))
+        with self._precision.autocast():
+            if self._takes_logits:
+                return self.model.decode_logits(z), kl
+            return vae_form.decoded(self._decode(z)), kl
+
+    def _reconstruction_loss(self, reconstruction, images):
+        if self.likelihood == "gaussian":
+            return losses.gaussian_reconstruction_loss(reconstruction, images)
+        return losses.reconstruction_loss(reconstruction, images, logits=self._gives_logits)
 
     def _draw(self, z):
+        if self._coders is None:
+            raise ValueError(
+                "expected a model with decode(z) to sample from, got "
+                f"{vae_form.describe(self.model)}"
+            )
         with evaluating(self.model):
-            return self.model.decode(z)
+            decoder = self._drawing if self._adapter else self._decoder
+            if decoder or self._takes_logits:
+                decoded = vae_form.decoded(self._decode(z))
+                end = decoder.end if self._adapter else self._end
+            else:
+                with torch.enable_grad():
+                    (decoded,), decoder = vae_form.watched(
+                        self.model, lambda: (vae_form.decode(self._decode, z),)
+                    )
+                decoded, end = decoded.detach(), decoder.end
+                self._check_likelihood(end)
+                # An adapter's reconstruction may end otherwise than what `decode` gives.
+                self._drawing = decoder
+                self._decoder = self._decoder or decoder
+        return self._as_images(decoded, end)
+
+    def _as_images(self, decoded, end):
+        """What `decode` gave, which ends so, as images (N, C, H, W) in `pixel_range`."""
+        if end == "open" and self.likelihood == "bernoulli":
+            decoded = losses.widen(decoded).sigmoid()
+        elif end in ("open", "tanh"):
+            decoded = (decoded + 1) / 2
+        if end != "unit":
+            decoded = decoded.clamp(*self.pixel_range)
+        if decoded.dim() == 4:
+            return decoded
+        shape = self.image_shape
+        if shape is None or decoded.shape[1:].numel() != math.prod(shape):
+            wanted = shape or "a shape that a step or image_shape tells"
+            raise ValueError(
+                f"expected decode to give images or rows of {wanted}, got shape "
+                f"{tuple(decoded.shape)}"
+            )
+        return decoded.reshape(len(decoded), *shape)
+
+
+def _warn(message):
+    warnings.warn(f"genfast: {message}", stacklevel=4)
 
 
 def missing_compiler(device):

@@ -84,7 +84,8 @@ def _acquired(path):
             except OSError as error:
                 if error.errno not in _UNSUPPORTED:
                     raise
-                path.unlink(missing_ok=True)
+                if os.fstat(descriptor).st_size == 0:
+                    path.unlink(missing_ok=True)
                 return _warn_of_none(path)
             holder = None
             if _is_at(path, descriptor):  # Else the one who held it has just removed it.
@@ -99,11 +100,9 @@ def _opened(path):
     flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK
     descriptor = os.open(path, flags, 0o666)
     if stat.S_ISREG(os.fstat(descriptor).st_mode):
-        content = os.pread(descriptor, 1000, 0).decode(errors="replace")
-        if not content or _HOLDER.fullmatch(content):
-            return descriptor
+        return descriptor
     os.close(descriptor)
-    raise BadInput(f"expected {path} to be the lock of a genfast run, got another file")
+    raise _foreign(path)
 
 
 def _is_at(path, descriptor):
@@ -123,6 +122,9 @@ def _holder(descriptor):
 def _sign(path, descriptor):
     host = socket.gethostname() or "localhost"
     last = _holder(descriptor)
+    # Looked at within the lock: before, its holder might have been writing.
+    if last is None and os.fstat(descriptor).st_size:
+        raise _foreign(path)
     if last and last[1] != host:
         warnings.warn(
             f"the last run in {path.parent}, process {last[0]} on {last[1]}, left its lock behind: "
@@ -131,6 +133,10 @@ def _sign(path, descriptor):
         )
     os.ftruncate(descriptor, 0)
     os.pwrite(descriptor, f"{os.getpid()} {host}\n".encode(), 0)
+
+
+def _foreign(path):
+    return BadInput(f"expected {path} to be the lock of a genfast run, got another file")
 
 
 def _warn_of_none(path):

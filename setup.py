@@ -25,7 +25,7 @@ setup(
     python_requires=">=3.10,<3.14",
     install_requires=["torch>=2.11", 'triton>=3.6; sys_platform == "linux"', "numpy"],
     extras_require={"train": train, "benchmark": benchmark, "test": test},
-    entry_points={"console_scripts": ["genfast = genfast.cli:main"]},
+    entry_points={"console_scripts": ["genfast = genfast.__main__:main"]},
     # `kernels/` installs as genfast.kernels: another package owns the name `kernels`.
     packages=["genfast.kernels", *find_packages(include=["genfast", "genfast.*"])],
     package_dir={"genfast.kernels": "kernels"},

@@ -1,8 +1,27 @@
 """Fast training of GANs and VAEs: fused Triton kernels behind drop-in PyTorch modules."""
 
-from genfast import functional, models, nn
-from genfast.backend import use_backend
-from genfast.convert import accelerate, restore
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from genfast import functional, models, nn
+    from genfast.backend import use_backend
+    from genfast.convert import accelerate, restore
 
 __version__ = "0.1.0"
 __all__ = ["accelerate", "functional", "models", "nn", "restore", "use_backend"]
+
+_HOMES = {"accelerate": "convert", "restore": "convert", "use_backend": "backend"}
+
+
+def __getattr__(name):
+    # Late, as this runs before the command line can catch an interrupt, and PyTorch takes seconds.
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    module = import_module(f"{__name__}.{_HOMES.get(name, name)}")
+    value = globals()[name] = getattr(module, name) if name in _HOMES else module
+    return value
+
+
+def __dir__():
+    return sorted({*globals(), *__all__})

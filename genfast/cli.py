@@ -19,6 +19,7 @@ from genfast.functional import why_not_triton
 from genfast.models.dcgan import IMAGE_SIZES
 from genfast.training.errors import BadInput, Diverged
 from genfast.training.memory import limited_memory, missing_memory
+from genfast.training.runs import folder
 from genfast.training.runs.checkpoint import NAME as CHECKPOINT_NAME
 from genfast.training.runs.config import (
     CONVOLUTIONAL,
@@ -184,35 +185,33 @@ def _train(args):
 
 
 def _resume_from(args):
-    """The path of the checkpoint to go on from, or None."""
+    """The path of the checkpoint to go on from, or None where a run is to begin."""
     if args.resume is None:
         if args.data is None:
             raise BadInput("expected --data, which only --resume can do without, got none")
         return None
     if args.resume is not True:
-        return Path(args.resume)
+        return _checkpoint_file(args.resume)
     if args.out is None and args.data is None:
         raise BadInput("expected --resume with --out, --data or a checkpoint, got it alone")
-    return _default_out(args) / CHECKPOINT_NAME
+    path = _default_out(args) / CHECKPOINT_NAME
+    if args.data is None or os.path.lexists(path):
+        return path
+    _tell(f"there is no checkpoint at {path} yet: a new run begins")
+    return None
+
+
+def _checkpoint_file(name):
+    """The path of a checkpoint, given by itself or by the folder of its run."""
+    path = Path(name)
+    return path / CHECKPOINT_NAME if path.is_dir() else path
 
 
 def _out_folder(args, resume_from):
-    if resume_from and args.out is None:
-        return resume_from.parent
-    out = _default_out(args)
-    if out.exists() and not out.is_dir():
-        raise BadInput(f"expected --out to be a folder, got the file {out}")
-    checkpoint = out / CHECKPOINT_NAME
-    if checkpoint.exists() and not (resume_from and _is_same(resume_from, checkpoint)):
-        raise BadInput(
-            f"expected --out to be a folder without a run, but {out} holds one: give --resume to "
-            f"go on with it, or another --out"
-        )
+    """The folder to write into; BadInput at once, not after the images, if that must not be."""
+    out = resume_from.parent if resume_from and args.out is None else _default_out(args)
+    folder.check(out, resume_from)
     return out
-
-
-def _is_same(path, existing):
-    return path.exists() and path.samefile(existing)
 
 
 def _default_out(args):
@@ -220,15 +219,9 @@ def _default_out(args):
 
 
 def _sample(args):
-    path = Path(args.checkpoint)
-    path = path / CHECKPOINT_NAME if path.is_dir() else path
-    out = Path(args.out)
-    if not out.parent.is_dir():
-        raise BadInput(f"expected --out in a folder that exists, got {out}")
-    if out.is_dir():
-        raise BadInput(f"expected --out to be the name of a picture, got the folder {out}")
-    sample_checkpoint(path, args.num, out, device=_working_device(args.device), seed=args.seed)
-    print(out)
+    path, device = _checkpoint_file(args.checkpoint), _working_device(args.device)
+    sample_checkpoint(path, args.num, args.out, device=device, seed=args.seed)
+    print(Path(args.out))
     return 0
 
 
@@ -346,8 +339,8 @@ def _add_train(commands):
         nargs="?",
         const=True,
         metavar="CHECKPOINT",
-        help=f"go on from a checkpoint (default: {CHECKPOINT_NAME} in the run's folder); of the "
-        "settings only --epochs may change",
+        help=f"go on from a checkpoint or a run's folder (default: {CHECKPOINT_NAME} in --out, or "
+        "a new run if there is none yet); of the settings only --epochs may change",
     )
     parser.add_argument(
         "--checkpoint-seconds",
@@ -363,7 +356,7 @@ def _add_sample(commands):
     parser.set_defaults(run=_sample)
     parser.add_argument("checkpoint", help="the file, or the folder of a run")
     parser.add_argument("--num", type=_type(whole()), default=64, help="(default: %(default)s)")
-    parser.add_argument("--out", default="samples.png", help="picture (default: %(default)s)")
+    parser.add_argument("--out", default="samples.png", help="PNG (default: %(default)s)")
     parser.add_argument(
         "--seed", type=_type(RULES["seed"]), default=0, help="(default: %(default)s)"
     )

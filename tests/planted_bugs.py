@@ -263,6 +263,20 @@ BUGS = (
         "images = 1 * images",
         "test_vae_step.py::test_the_step_is_the_plain_one",
     ),
+    Bug(
+        "a checkpoint of NaN replaces the last good one",
+        "genfast/training/runs/loop.py",
+        "if saving or ends_epoch:\n                    _check_weights(step, done)",
+        "if saving and ends_epoch:\n                    _check_weights(step, done)",
+        "test_finite_weights.py",
+    ),
+    Bug(
+        "two runs share a folder's lock",
+        "genfast/training/runs/lock.py",
+        "fcntl.LOCK_EX | fcntl.LOCK_NB",
+        "fcntl.LOCK_SH | fcntl.LOCK_NB",
+        "test_run_folder.py::test_many_take_turns_and_never_two_at_once",
+    ),
 )
 
 

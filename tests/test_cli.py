@@ -153,8 +153,8 @@ def test_bad_input_ends_in_one_sentence(tmp_path, images, capsys, monkeypatch):
     assert "got 13" in _fails(capsys, *train, "--data", images, "--batch-size", 13)
     assert "got the file" in _fails(capsys, *train, "--data", images, "--out", images)
     assert "got it alone" in _fails(capsys, *train, "--resume")
-    absent = _fails(capsys, *train, "--data", images, "--resume")
-    assert "expected a checkpoint file at runs/dcgan-images.npy/checkpoint.pt" in absent
+    absent = _fails(capsys, *train, "--out", "runs/absent", "--resume")
+    assert "expected a checkpoint file at runs/absent/checkpoint.pt" in absent
     for device in ("tpu", "meta", "cuda:99"):
         error = _fails(capsys, "train", "gan", "--data", images, "--device", device)
         assert f"got '{device}'" in error

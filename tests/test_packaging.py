@@ -34,6 +34,13 @@ def test_wheel_installs_nothing_but_genfast(wheel):
     assert kernels <= set(names)
 
 
+def test_the_command_catches_an_interrupt_from_its_start_on(wheel):
+    """It imports no PyTorch before; see genfast/__main__.py."""
+    with zipfile.ZipFile(wheel) as file:
+        (name,) = (n for n in file.namelist() if n.endswith("entry_points.txt"))
+        assert "genfast = genfast.__main__:main" in file.read(name).decode()
+
+
 def test_installed_kernels_come_from_the_wheel(wheel, tmp_path):
     zipfile.ZipFile(wheel).extractall(tmp_path)
     code = """

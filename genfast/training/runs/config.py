@@ -11,6 +11,7 @@ import torch
 from genfast.models import GAN, VAE, ConvVAE, DCGANDiscriminator, DCGANGenerator
 from genfast.models.dcgan import IMAGE_SIZES
 from genfast.training.data import colour, fingerprint, load_images, resize
+from genfast.training.data.sources import DEFAULT_SIZES
 from genfast.training.errors import BadInput
 from genfast.training.runs.checkpoint import read_checkpoint
 from genfast.training.runs.rules import RULES, shown
@@ -166,7 +167,7 @@ def prepare(model, data, given, out=None):
     settings["batch_size"] = min(settings["batch_size"], len(images))
     config = Config(
         model=model,
-        data=str(data),
+        data=_lasting(data),
         num_images=len(images),
         checksum=fingerprint(images),
         **(settings | given | dict(channels=images.shape[1], image_size=images.shape[2])),
@@ -207,7 +208,8 @@ def prepare_resumed(model, data, given, path, out=None):
             raise BadInput(
                 f"expected {option(name)} {start}, with which the run in {path} began, got {value}"
             )
-    config = replace(began, data=str(data or began.data), epochs=given.get("epochs", began.epochs))
+    data, epochs = _lasting(data or began.data), given.get("epochs", began.epochs)
+    config = replace(began, data=data, epochs=epochs)
     images = load_images(
         config.data,
         config.image_size,
@@ -220,6 +222,11 @@ def prepare_resumed(model, data, given, path, out=None):
             f"{len(images)} images from {config.data} that are not the same"
         )
     return config, images
+
+
+def _lasting(data):
+    """`data` as it holds in any folder: a path is made absolute."""
+    return data if data in DEFAULT_SIZES else str(Path(data).absolute())
 
 
 def check_run(config, images):

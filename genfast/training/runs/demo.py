@@ -8,7 +8,6 @@ from torch import nn
 
 from genfast.models import DCGANDiscriminator, DCGANGenerator
 from genfast.training.data import Batches, normalize
-from genfast.training.runs.checkpoint import NAME as CHECKPOINT_NAME
 from genfast.training.runs.config import build_step, prepare
 from genfast.training.runs.loop import cudnn_setting, train
 
@@ -27,16 +26,13 @@ def demo(out, device):
     """Train into the folder `out`, measure, and print the last picture's name and both speeds.
 
     Training stops after `TRAINING_SECONDS` on a machine too slow for all epochs. What an earlier
-    demo left in the folder is overwritten.
+    demo left in the folder goes; BadInput if another run lies there.
 
     Returns:
         Whether it came to its end; False after an interrupt.
     """
-    (out / CHECKPOINT_NAME).unlink(missing_ok=True)
-    for picture in out.glob("samples/epoch_*.png"):
-        picture.unlink()
     config, images = prepare("dcgan", "digits", {})
-    outcome = train(config, images, out, device=device, max_seconds=TRAINING_SECONDS)
+    outcome = train(config, images, out, device=device, max_seconds=TRAINING_SECONDS, demo=True)
     if outcome.interrupted:
         return False
     if not outcome.finished:

@@ -7,6 +7,7 @@ import signal
 import sys
 import threading
 import time
+import warnings
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from itertools import islice
@@ -16,11 +17,12 @@ import torch
 
 import genfast
 from genfast.training.data import Batches, normalize
-from genfast.training.errors import BadInput, require
+from genfast.training.errors import BadInput, Diverged, require
 from genfast.training.files import replacing
-from genfast.training.runs import checkpoint
+from genfast.training.runs import checkpoint, folder
 from genfast.training.runs.config import build_step, check_run
 from genfast.training.runs.devices import as_device
+from genfast.training.runs.finite import first_not_finite, refuse_not_finite
 from genfast.training.runs.loss_log import LossLog
 from genfast.training.runs.samples import draw_noise, write_samples
 
@@ -55,14 +57,17 @@ def train(
     resume_from=None,
     checkpoint_seconds=CHECKPOINT_SECONDS,
     max_seconds=math.inf,
+    demo=False,
 ):
     """Train a model and write what comes of it into a folder.
 
     The folder gets config.json, metrics.csv (one row a step), samples/epoch_NNN.png (of the same
-    noise each time) and checkpoint.pt. A checkpoint is written every `checkpoint_seconds`, at the
-    end, and when SIGINT or SIGTERM asks to stop, which happens after the current step; a second
-    signal stops at once. A resumed run goes on with the step after its checkpoint, wherever in an
-    epoch that is, and with the losses of a run that was never interrupted.
+    noise each time) and checkpoint.pt. It is locked while the run lasts, and nothing is written
+    over but what a run of its own left there. A checkpoint is written after the first step, every
+    `checkpoint_seconds`, at the end, and when SIGINT, SIGTERM or SIGHUP asks to stop, which happens
+    after the current step; a second SIGINT or SIGTERM stops at once. A resumed run goes on with the
+    step after its checkpoint, wherever in an epoch that is, and with the losses of a run that was
+    never interrupted.
 
     Args:
         config: a `Config`.
@@ -72,85 +77,146 @@ def train(
         resume_from: the path of a checkpoint to go on from.
         checkpoint_seconds: 0 writes a checkpoint after each step.
         max_seconds: stop when this time has passed.
+        demo: whether this is a demo. It takes the place of an earlier one in the folder.
 
     Returns:
         An `Outcome`.
 
     Raises:
-        BadInput: an argument or the checkpoint does not fit, or an extra is not installed.
-        Diverged: a loss is no longer finite.
+        BadInput: an argument or the checkpoint does not fit, the folder is in use or holds
+            somebody else's files, or an extra is not installed.
+        Diverged: a loss or a weight is no longer finite. The last checkpoint stays.
+
+    Warns:
+        UserWarning: the discriminator has won, or the folder cannot be locked.
     """
     check_run(config, images)
     device = as_device(device)
     tqdm = require("tqdm", "tqdm").tqdm
     require("PIL.Image", "pillow")
+    out, resume_from = Path(out), resume_from and Path(resume_from)
     torch.manual_seed(config.seed)
     step = build_step(config, device)
     batches = Batches(images, config.batch_size, config.seed, device)
     noise = draw_noise(SAMPLES, step, config.seed)
-    done = 0
-    if resume_from is not None:
-        content = checkpoint.read_checkpoint(resume_from)
-        checkpoint.restore(step, content, resume_from)
-        done = content["steps"]
     total = config.epochs * len(batches)
-    if done >= total:
-        raise BadInput(
-            f"expected --epochs of more than the {done // len(batches)} that {resume_from} has "
-            f"behind it, got {config.epochs}"
+    with folder.claimed(out, resume_from, demo=demo):
+        # Read within the lock: before, another run might have gone on from there.
+        done = _go_on_from(resume_from, step) if resume_from else 0
+        if done >= total:
+            raise BadInput(
+                f"expected --epochs of more than the {done // len(batches)} that {resume_from} has "
+                f"behind it, got {config.epochs}"
+            )
+        checkpoints = _Checkpoints(out, config, checkpoint_seconds, resume_from, done)
+        (out / folder.PICTURES).mkdir(exist_ok=True)
+        _write_settings(out / folder.SETTINGS, config, step, demo)
+        loss_log = LossLog(out / folder.LOSSES, step.result_fields, config.batch_size, keep=done)
+        size = f"{config.channels} x {config.image_size} x {config.image_size}"
+        tqdm.write(
+            f"{config.model} on {len(images)} images of {size} from {config.data}, on {device} in "
+            f"{step.precision}, into {out}",
+            file=sys.stderr,
         )
 
-    out = Path(out)
-    (out / "samples").mkdir(parents=True, exist_ok=True)
-    _write_settings(out / "config.json", config, step)
-    loss_log = LossLog(out / "metrics.csv", step.result_fields, config.batch_size, keep=done)
+        picture, warned = None, False
+        started = time.monotonic()
+        with (
+            checkpoints.named_if_diverged(),
+            cudnn_setting("deterministic", True),  # Else a resumed run could not repeat its losses.
+            _StopOnSignal() as stop,
+            tqdm(total=total, initial=done, unit="step", dynamic_ncols=True) as bar,
+            closing(batches.stream(done)) as stream,  # However this ends, so do its threads.
+        ):
+            for batch in islice(stream, total - done):
+                result = step(normalize(batch, step.pixel_range))
+                done += 1
+                epoch = math.ceil(done / len(batches))
+                loss_log.add(done, epoch, result)
+                bar.update()
 
-    size = f"{config.channels} x {config.image_size} x {config.image_size}"
-    tqdm.write(
-        f"{config.model} on {len(images)} images of {size} from {config.data}, on {device} in "
-        f"{step.precision}, into {out}",
-        file=sys.stderr,
-    )
-
-    picture = None
-    started = saved_at = time.monotonic()
-    with (
-        cudnn_setting("deterministic", True),  # Else a resumed run could not repeat its losses.
-        _StopOnSignal() as stop,
-        tqdm(total=total, initial=done, unit="step", dynamic_ncols=True) as bar,
-        closing(batches.stream(done)) as stream,  # However this ends, so do its threads.
-    ):
-        for batch in islice(stream, total - done):
-            result = step(normalize(batch, step.pixel_range))
-            done += 1
-            epoch = math.ceil(done / len(batches))
-            loss_log.add(done, epoch, result)
-            bar.update()
-
-            now = time.monotonic()
-            stopping = stop.requested or done == total or now - started >= max_seconds
-            saving = stopping or now - saved_at >= checkpoint_seconds
-            ends_epoch = done % len(batches) == 0
-            if saving or ends_epoch or loss_log.age() >= REPORT_SECONDS:
-                bar.set_description(f"epoch {epoch}/{config.epochs}", refresh=False)
-                newest = loss_log.flush()
-                bar.set_postfix(newest | {"data": f"{batches.waiting.share():.0%}"})
-            if ends_epoch:
-                picture = out / "samples" / f"epoch_{epoch:03d}.png"
-                write_samples(step, noise, config, picture)
-            if saving:
-                checkpoint.save_checkpoint(out / checkpoint.NAME, step, config.as_dict(), done)
-                saved_at = time.monotonic()
-            if saving or ends_epoch:
-                loss_log.restart_clock()
-                batches.waiting.restart()
-            if stopping:
-                break
+                late = time.monotonic() - started >= max_seconds
+                stopping = stop.requested or done == total or late
+                saving = stopping or checkpoints.due()
+                ends_epoch = done % len(batches) == 0
+                if saving or ends_epoch or loss_log.age() >= REPORT_SECONDS:
+                    bar.set_description(f"epoch {epoch}/{config.epochs}", refresh=False)
+                    newest = loss_log.flush()
+                    bar.set_postfix(newest | {"data": f"{batches.waiting.share():.0%}"})
+                if ends_epoch and loss_log.lost >= len(batches) and not warned:
+                    warned = True
+                    with tqdm.external_write_mode(sys.stderr):
+                        _warn_of_a_lost_game(epoch)
+                if saving or ends_epoch:
+                    _check_weights(step, done)
+                if ends_epoch:
+                    picture = out / folder.PICTURES / f"epoch_{epoch:03d}.png"
+                    write_samples(step, noise, config, picture)
+                if saving:
+                    checkpoints.save(step, done)
+                if saving or ends_epoch:
+                    loss_log.restart_clock()
+                    batches.waiting.restart()
+                if stopping:
+                    break
     return Outcome(done == total, stop.requested and done < total, done, picture)
 
 
-def _write_settings(path, config, step):
+def _go_on_from(path, step):
+    """Put the step where the checkpoint left it; the number of steps made until then."""
+    content = checkpoint.read_checkpoint(path)
+    checkpoint.restore(step, content, path)
+    refuse_not_finite(step.modules, path)
+    return content["steps"]
+
+
+class _Checkpoints:
+    """The checkpoint of a run: written when it is due, and named when the run diverges."""
+
+    def __init__(self, out, config, seconds, resume_from, steps):
+        self.path = out / checkpoint.NAME
+        self._settings = config.as_dict()
+        self._seconds = seconds
+        self._last = (resume_from, steps) if resume_from else None
+        self._saved_at = -math.inf
+
+    def due(self):
+        return time.monotonic() - self._saved_at >= self._seconds
+
+    def save(self, step, done):
+        checkpoint.save_checkpoint(self.path, step, self._settings, done)
+        self._last = self.path, done
+        self._saved_at = time.monotonic()
+
+    @contextmanager
+    def named_if_diverged(self):
+        """Let a `Diverged` say where the last good checkpoint is."""
+        try:
+            yield
+        except Diverged as error:
+            last = "there was no checkpoint yet"
+            if self._last:
+                last = "the last good checkpoint is {}, of step {}".format(*self._last)
+            raise Diverged(f"{error}; {last}") from None
+
+
+def _check_weights(step, done):
+    name = first_not_finite(step.modules)
+    if name:
+        raise Diverged(f"training diverged: after step {done} {name} holds NaN or infinity")
+
+
+def _warn_of_a_lost_game(epoch):
+    warnings.warn(
+        f"the discriminator has won: its loss was next to 0 in every step of epoch {epoch}, which "
+        f"teaches the generator nothing; a lower --lr or more images may help",
+        stacklevel=3,
+    )
+
+
+def _write_settings(path, config, step, demo):
     settings = config.as_dict() | {
+        "demo": demo,
         "device": str(step.device),
         "precision_used": step.precision,
         "versions": {
@@ -175,9 +241,14 @@ def cudnn_setting(name, value):
 
 
 class _StopOnSignal:
-    """While entered, the first SIGINT or SIGTERM sets `requested`; the next acts as ever."""
+    """While entered, the first SIGINT, SIGTERM or SIGHUP sets `requested`.
+
+    After a SIGINT or SIGTERM the next of them acts as ever. A SIGHUP never does: when a terminal
+    closes, the system and the shell send one each. Under `nohup` it is ignored, and stays so.
+    """
 
     SIGNALS = (signal.SIGINT, signal.SIGTERM)
+    HANGUP = getattr(signal, "SIGHUP", None)  # Windows has none.
 
     def __init__(self):
         self.requested = False
@@ -187,16 +258,19 @@ class _StopOnSignal:
         # Python takes signal handlers from the main thread alone.
         if threading.current_thread() is threading.main_thread():
             self._before = {s: signal.signal(s, self._request) for s in self.SIGNALS}
+            if self.HANGUP and signal.getsignal(self.HANGUP) is not signal.SIG_IGN:
+                self._before[self.HANGUP] = signal.signal(self.HANGUP, self._request)
         return self
 
     def __exit__(self, *exception):
-        self._restore()
+        self._restore(*self._before)
 
-    def _request(self, *_):
+    def _request(self, number, _):
         self.requested = True
-        self._restore()
+        if number != self.HANGUP:
+            self._restore(*self.SIGNALS)
 
-    def _restore(self):
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-        self._before = {}
+    def _restore(self, *numbers):
+        for number in numbers:
+            if number in self._before:
+                signal.signal(number, self._before.pop(number))

@@ -10,6 +10,14 @@ import torch
 from genfast.training.errors import Diverged
 from genfast.training.files import replacing
 
+FIRST, LAST = ["step", "epoch"], ["images_per_second"]
+NOTHING = 5e-4  # A loss below is 0.000 where it is shown.
+
+
+def is_header(columns):
+    """Whether these are the columns of such a file, whatever the losses in it are."""
+    return columns[:2] == FIRST and columns[2:][-1:] == LAST
+
 
 class LossLog:
     """Collects the losses of each step and writes them as rows of a CSV file.
@@ -22,13 +30,17 @@ class LossLog:
         names: the names of the losses.
         batch_size: images a step.
         keep: the number of steps that a resumed run has behind it.
+
+    Attributes:
+        lost: how many of the newest steps in a row gave the discriminator a loss of next to 0.
     """
 
     def __init__(self, path, names, batch_size, keep=0):
         self.path = path
-        self.columns = ["step", "epoch", *names, "images_per_second"]
+        self.columns = [*FIRST, *names, *LAST]
         self.names = names
         self.batch_size = batch_size
+        self.lost = 0
         self._pending = []
         self._write_kept_rows(keep)
         self.restart_clock()
@@ -63,6 +75,8 @@ class LossLog:
             for position, row in zip(positions, losses, strict=True):
                 writer.writerow([*position, *row, f"{rate:.1f}"])
         for (step, _), row in zip(positions, losses, strict=True):
+            d_loss = dict(zip(self.names, row, strict=True)).get("d_loss", math.inf)
+            self.lost = self.lost + 1 if abs(d_loss) < NOTHING else 0
             if not all(map(math.isfinite, row)):
                 values = ", ".join(f"{n} {v}" for n, v in zip(self.names, row, strict=True))
                 raise Diverged(f"training diverged: the losses of step {step} are {values}")

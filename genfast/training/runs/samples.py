@@ -1,13 +1,20 @@
 """Pictures of what a model makes of noise."""
 
+import os
+import stat
 from dataclasses import replace
+from pathlib import Path
 
 import torch
 
+from genfast.training.errors import BadInput
 from genfast.training.runs import checkpoint, pictures
 from genfast.training.runs.config import Config, build_step
 from genfast.training.runs.devices import as_device
+from genfast.training.runs.finite import refuse_not_finite
 from genfast.training.steps.precision import resolve_precision
+
+PNG = b"\x89PNG\r\n\x1a\n"  # How every file of that format begins.
 
 
 def draw_noise(num, step, seed):
@@ -27,14 +34,45 @@ def sample_checkpoint(path, num, out, *, device, seed=0):
     """Write a grid of `num` new images by the networks of a checkpoint, as PNG.
 
     Raises:
-        BadInput: the checkpoint cannot be read, or an extra is not installed.
+        BadInput: the checkpoint cannot be read, holds weights that are not finite, `out` is not the
+            name of a picture, or an extra is not installed.
     """
     device = as_device(device)
+    target = picture_file(out)
     content = checkpoint.read_checkpoint(path)
     config = Config.of_checkpoint(content, path)
     step = build_step(_drawn_here(config, device), device)
     checkpoint.restore_modules(step, content, path)
-    write_samples(step, draw_noise(num, step, seed), config, out)
+    refuse_not_finite(step.modules, path)
+    write_samples(step, draw_noise(num, step, seed), config, target)
+
+
+def picture_file(out):
+    """Where a picture named `out` goes, links followed; BadInput if it must not be written there.
+
+    It may be new, or take the place of a PNG or of an empty file. What is no plain file is not
+    opened: that may block, or do something.
+    """
+    target = Path(os.path.realpath(out))
+    if target.is_dir():
+        raise BadInput(f"expected --out to be the name of a picture, got the folder {out}")
+    if not target.parent.is_dir():
+        raise BadInput(f"expected --out in a folder that exists, got {out}")
+    if {Path(out).suffix.lower(), target.suffix.lower()} != {".png"}:
+        raise BadInput(f"expected --out to end in .png, as PNG is what is written, got {out}")
+    if os.path.lexists(target) and not _is_picture(target):
+        raise BadInput(
+            f"expected --out to be new or a PNG picture, got {out}, which is neither and stays as "
+            f"it is"
+        )
+    return target
+
+
+def _is_picture(path):
+    if not stat.S_ISREG(path.stat().st_mode):
+        return False
+    with open(path, "rb") as file:
+        return file.read(len(PNG)) in (PNG, b"")
 
 
 def _drawn_here(config, device):

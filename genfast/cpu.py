@@ -33,6 +33,17 @@ def has_bfloat16():
     return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
 
 
+def may_gain(layer, x):
+    """Whether a convolution layer may run otherwise than it runs itself: a look that costs little.
+
+    Args:
+        layer: a stock `nn.Conv2d` or `nn.ConvTranspose2d`.
+        x: its input, (N, C, H, W).
+    """
+    covered = (1, 1) if layer.transposed else layer.kernel_size
+    return tuple(x.shape[2:]) == covered or has_bfloat16()
+
+
 def conv2d(x, weight, bias, stride, padding):
     """`torch.nn.functional.conv2d`; stride and padding are pairs."""
     geometry = ConvGeometry.conv(tuple(x.shape[2:]), tuple(weight.shape[2:]), stride, padding)

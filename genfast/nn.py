@@ -14,7 +14,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils import parametrize
 
-from genfast import functional, layout, reference
+from genfast import cpu, functional, layout, reference
 from genfast.backend import selected_backend
 
 _ACTIVATIONS = {
@@ -369,6 +369,8 @@ class FusedSequential(nn.Sequential):
         plan = self.plan()
         for run, following in zip_longest(plan, plan[1:]):
             runs = functional.implementation(x) if run.fused and _is_image(x) else "reference"
+            if runs == "cpu" and len(run.modules) == 1 and not cpu.may_gain(run.modules[0], x):
+                runs = "reference"  # Looking closer would cost more than there is to gain.
             if runs == "triton":
                 owes_contiguous |= not layout.is_channels_last(x)
                 owes_contiguous &= not layout.is_channels_last(run.modules[0].weight)

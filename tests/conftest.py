@@ -1,6 +1,7 @@
 """Where the tests run: kernels compiled on a CUDA GPU, or interpreted by Triton on the CPU."""
 
 import os
+import signal
 
 import pytest
 import torch
@@ -12,6 +13,9 @@ os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"
 
 from genfast.backend import INTERPRETING, triton, use_backend
 
+# Whoever starts the tests in the background may have them ignore interrupts, and so all that they
+# start, which some tests interrupt.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 # Float32 means float32: TF32 would make PyTorch's own error, the yardstick, too large.
 torch.backends.cudnn.allow_tf32 = False
 # The tests are many and small, and the workers of pytest-xdist fill the cores.

@@ -210,7 +210,7 @@ def assert_standard_normal(draws):
     """Hold many draws to N(0, 1), independent of each other at every distance.
 
     The bounds are `SIGMAS` standard deviations of each figure for true normal draws; the largest of
-    a million correlations may be two more.
+    so many correlations may be two more.
     """
     x = draws.double().flatten()
     n = x.numel()

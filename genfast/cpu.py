@@ -36,6 +36,9 @@ def has_bfloat16():
 def may_gain(layer, x):
     """Whether a convolution layer may run otherwise than it runs itself: a look that costs little.
 
+    On a CPU there is nothing else to gain: what follows is PyTorch's either way, and to check the
+    arguments of a block costs 3 % of the time of a CycleGAN's generator.
+
     Args:
         layer: a stock `nn.Conv2d` or `nn.ConvTranspose2d`.
         x: its input, (N, C, H, W).

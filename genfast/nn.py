@@ -6,8 +6,7 @@ optimizers are what they were; only the execution changes. No class name holds "
 """
 
 from contextlib import contextmanager
-from dataclasses import dataclass
-from itertools import zip_longest
+from typing import NamedTuple
 
 import torch
 from torch import nn
@@ -23,6 +22,8 @@ _ACTIVATIONS = {
     nn.Tanh: "tanh",
     nn.Sigmoid: "sigmoid",
 }
+_CONVOLUTIONS = (nn.Conv2d, nn.ConvTranspose2d)
+_FUSED = {*_CONVOLUTIONS, nn.BatchNorm2d, *_ACTIVATIONS}
 
 
 def run_block(x, conv, norm, activation, negative_slope, inplace=False, memory_format=None):
@@ -66,14 +67,14 @@ def run_block(x, conv, norm, activation, negative_slope, inplace=False, memory_f
 
 def why_not_fused(module):
     """Say why a convolution, batch norm or activation cannot be part of a block; None if it can."""
-    if parametrize.is_parametrized(module):
-        return "it has a parametrisation"
-    stock = (nn.Conv2d, nn.ConvTranspose2d, nn.BatchNorm2d, *_ACTIVATIONS)
-    if type(module) not in stock:
+    if type(module) not in _FUSED:
+        if parametrize.is_parametrized(module):  # Then it is of a class of its own.
+            return "it has a parametrisation"
         return f"{type(module).__name__} is not one of PyTorch's own layers that fuse"
     if _has_hook(module):
         return "it has a hook"
-    if not isinstance(vars(module).get("forward"), _ForwardByGroups | None):
+    forward = vars(module).get("forward")
+    if forward is not None and type(forward) is not _ForwardByGroups:
         return "its forward is replaced"
     if isinstance(module, (nn.Conv2d, nn.ConvTranspose2d)):
         return _why_conv_not_fused(module)
@@ -88,13 +89,13 @@ def _is_image(x):
 
 
 def _has_hook(module):
-    own = (
-        module._forward_hooks,
-        module._forward_pre_hooks,
-        module._backward_hooks,
-        module._backward_pre_hooks,
+    return bool(
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+        or nn.modules.module._has_any_global_hook()
     )
-    return any(own) or nn.modules.module._has_any_global_hook()
 
 
 def _why_conv_not_fused(conv):
@@ -311,8 +312,7 @@ class DiscriminatorBlock(FusedBlock):
         super().__init__(conv, norm, activation, negative_slope, inplace, eps, momentum)
 
 
-@dataclass(frozen=True)
-class Run:
+class Run(NamedTuple):
     """Consecutive children of a container that execute together.
 
     names, modules: of the children, in order.
@@ -366,55 +366,63 @@ class FusedSequential(nn.Sequential):
         # Between fused runs x stays channels_last, as the kernels have it, even where PyTorch's
         # layers would make it contiguous; anything else is handed what PyTorch would hand it.
         owes_contiguous = False
-        plan = self.plan()
-        for run, following in zip_longest(plan, plan[1:]):
-            runs = functional.implementation(x) if run.fused and _is_image(x) else "reference"
-            if runs == "cpu" and len(run.modules) == 1 and not cpu.may_gain(run.modules[0], x):
-                runs = "reference"  # Looking closer would cost more than there is to gain.
-            if runs == "triton":
-                owes_contiguous |= not layout.is_channels_last(x)
-                owes_contiguous &= not layout.is_channels_last(run.modules[0].weight)
-            elif owes_contiguous:
-                x, owes_contiguous = layout.contiguous(x), False
-            if runs == "reference":
-                for module in run.modules:
-                    x = module(x)
-            else:
-                inside = following is not None and following.fused
-                x = run(x, inside, torch.channels_last if runs == "triton" else None)
-                # Of 1 channel, or 1 x 1 pixels, memory is both: batch norm makes it contiguous.
-                owes_contiguous |= run.norm is not None and x.is_contiguous()
+        names, modules = tuple(self._modules), tuple(self._modules.values())
+        known, first = {}, 0
+        while first < len(modules):
+            runs = "reference"
+            if isinstance(modules[first], _CONVOLUTIONS) and _is_image(x):
+                kind = x.device, x.dtype  # What runs these is looked up once.
+                runs = known.get(kind) or known.setdefault(kind, functional.implementation(x))
+                if runs == "cpu" and not cpu.may_gain(modules[first], x):
+                    runs = "reference"
+            run = self._run_at(names, modules, first) if runs != "reference" else None
+            if run is None or not run.fused:
+                x = layout.contiguous(x) if owes_contiguous else x
+                x, owes_contiguous = modules[first](x), False
+                first += 1
+                continue
+            first += len(run.modules)
+            inside = first < len(modules) and self._run_at(names, modules, first).fused
+            if runs == "cpu":
+                x = run(x, inside)
+                continue
+            owes_contiguous |= not layout.is_channels_last(x)
+            owes_contiguous &= not layout.is_channels_last(run.modules[0].weight)
+            x = run(x, inside, torch.channels_last)
+            # Of 1 channel, or 1 x 1 pixels, memory is both: batch norm makes it contiguous.
+            owes_contiguous |= run.norm is not None and x.is_contiguous()
         return layout.contiguous(x) if owes_contiguous else x
 
     def plan(self):
         """The children as a list of `Run`s: what fuses, what does not, and why."""
-        runs = []
-        children = list(self._modules.items())
-        while children:
-            taken, reason = [children[0]], ""
-            is_conv = isinstance(children[0][1], (nn.Conv2d, nn.ConvTranspose2d))
-            if is_conv:
-                reason = self._why_not_fused(*children[0])
-            fused = is_conv and not reason
-            if fused:
-                taken, reason = self._take_block(children)
-            names, modules = zip(*taken, strict=True)
-            runs.append(Run(names, modules, fused, reason))
-            del children[: len(taken)]
+        runs, first = [], 0
+        names, modules = tuple(self._modules), tuple(self._modules.values())
+        while first < len(modules):
+            runs.append(self._run_at(names, modules, first))
+            first += len(runs[-1].modules)
         return runs
 
-    def _take_block(self, children):
-        """A convolution and what runs with it; why the batch norm or activation next stays out."""
-        taken = children[:1]
-        for kinds in ((nn.BatchNorm2d,), tuple(_ACTIVATIONS)):
-            for name, module in children[len(taken) : len(taken) + 1]:
-                if not isinstance(module, kinds):
-                    continue
-                reason = self._why_not_fused(name, module)
+    def _run_at(self, names, modules, first):
+        """The run that begins with this child."""
+        end, fused, reason = first + 1, False, ""
+        if isinstance(modules[first], _CONVOLUTIONS):
+            reason = self._why_not_fused(names[first], modules[first])
+            if not reason:
+                fused = True
+                end, reason = self._end_of_block(names, modules, first)
+        return Run(names[first:end], modules[first:end], fused, reason)
+
+    def _end_of_block(self, names, modules, first):
+        """Where what runs with a convolution ends; why the batch norm or activation stays out."""
+        end = first + 1
+        for kinds in (nn.BatchNorm2d, tuple(_ACTIVATIONS)):
+            if end < len(modules) and isinstance(modules[end], kinds):
+                reason = self._why_not_fused(names[end], modules[end])
                 if reason:
-                    return taken, f"{type(module).__name__} {name!r} stays out: {reason}"
-                taken = [*taken, (name, module)]
-        return taken, ""
+                    kind = type(modules[end]).__name__
+                    return end, f"{kind} {names[end]!r} stays out: {reason}"
+                end += 1
+        return end, ""
 
     def _why_not_fused(self, name, module):
         return self.unfusable.get(name) or why_not_fused(module)

@@ -40,6 +40,7 @@ layouts = pytest.mark.parametrize("layout", [torch.contiguous_format, torch.chan
 def every_way(monkeypatch):
     """Take each way, in whatever dtype and on whatever processor."""
     monkeypatch.setattr(cpu, "_bfloat16_pays", lambda _: True)
+    monkeypatch.setattr(cpu, "has_bfloat16", lambda: True)
 
 
 @pytest.fixture

@@ -14,7 +14,7 @@ pytestmark = pytest.mark.kernels
 
 ARCHITECTURES = ("sm_80", "sm_90", "sm_100", "gfx942")
 EVEN = Geometry(2, 2, 0, big=(16, 8), small=(8, 4))  # few taps: the tile is what is tested
-ODD = Geometry(3, 2, 1, big=(15, 7), small=(8, 4))
+ODD = Geometry((3, 2), 2, (1, 0), big=(15, 8), small=(8, 4))
 BATCH = 5  # 160 pixels of the small side: more than the largest tile's rows, and a ragged end
 
 

@@ -1,4 +1,4 @@
-"""Forty training steps, accelerated beside PyTorch's own, from the same start."""
+"""Thirty training steps, accelerated beside PyTorch's own, from the same start."""
 
 import copy
 
@@ -16,7 +16,7 @@ from genfast.training import GANStep
 
 pytestmark = pytest.mark.kernels
 
-STEPS = 40
+STEPS = 30
 FEW_STEPS = 5  # Of larger models.
 
 

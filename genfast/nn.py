@@ -76,7 +76,7 @@ def why_not_fused(module):
     forward = vars(module).get("forward")
     if forward is not None and type(forward) is not _ForwardByGroups:
         return "its forward is replaced"
-    if isinstance(module, (nn.Conv2d, nn.ConvTranspose2d)):
+    if isinstance(module, _CONVOLUTIONS):
         return _why_conv_not_fused(module)
     if isinstance(module, nn.LeakyReLU) and module.negative_slope < 0:
         return f"its negative slope {module.negative_slope} is below 0"
@@ -367,22 +367,26 @@ class FusedSequential(nn.Sequential):
         # layers would make it contiguous; anything else is handed what PyTorch would hand it.
         owes_contiguous = False
         names, modules = tuple(self._modules), tuple(self._modules.values())
-        known, first = {}, 0
+        known, first, following = {}, 0, None
         while first < len(modules):
+            run, following = following, None
             runs = "reference"
             if isinstance(modules[first], _CONVOLUTIONS) and _is_image(x):
                 kind = x.device, x.dtype  # What runs these is looked up once.
                 runs = known.get(kind) or known.setdefault(kind, functional.implementation(x))
                 if runs == "cpu" and not cpu.may_gain(modules[first], x):
                     runs = "reference"
-            run = self._run_at(names, modules, first) if runs != "reference" else None
-            if run is None or not run.fused:
+            if runs != "reference" and run is None:
+                run = self._run_at(names, modules, first)
+            if runs == "reference" or not run.fused:
                 x = layout.contiguous(x) if owes_contiguous else x
                 x, owes_contiguous = modules[first](x), False
                 first += 1
                 continue
             first += len(run.modules)
-            inside = first < len(modules) and self._run_at(names, modules, first).fused
+            if first < len(modules):
+                following = self._run_at(names, modules, first)
+            inside = following is not None and following.fused
             if runs == "cpu":
                 x = run(x, inside)
                 continue

@@ -71,7 +71,7 @@ def why_not_fused(module):
         if parametrize.is_parametrized(module):  # Then it is of a class of its own.
             return "it has a parametrisation"
         return f"{type(module).__name__} is not one of PyTorch's own layers that fuse"
-    if _has_hook(module):
+    if has_hook(module) or nn.modules.module._has_any_global_hook():
         return "it has a hook"
     forward = vars(module).get("forward")
     if forward is not None and type(forward) is not _ForwardByGroups:
@@ -88,13 +88,13 @@ def _is_image(x):
     return isinstance(x, torch.Tensor) and x.dim() == 4 and not x.is_complex()
 
 
-def _has_hook(module):
+def has_hook(module):
+    """Whether somebody sees what goes through this module, alone."""
     return bool(
         module._forward_hooks
         or module._forward_pre_hooks
         or module._backward_hooks
         or module._backward_pre_hooks
-        or nn.modules.module._has_any_global_hook()
     )
 
 

@@ -103,12 +103,7 @@ def _check_archive(path):
 
 def restore_modules(step, content, path):
     """Load the networks' weights; BadInput if they are those of another architecture."""
-    for name, module in step.modules.items():
-        mismatch = _mismatch(module.state_dict(), content["modules"].get(name))
-        if mismatch:
-            raise BadInput(
-                f"expected the weights of a {type(module).__name__} in {path}, but {mismatch}"
-            )
+    _check_modules(step, content, path)
     for name, module in step.modules.items():
         module.load_state_dict(content["modules"][name])
 
@@ -130,15 +125,22 @@ def restore(step, content, path):
     if on_cuda:
         _check_rng(torch.Generator(step.device), rng["cuda"], path)
 
-    restore_modules(step, content, path)
-    for name, optimizer in step.optimizers.items():
-        groups = optimizer.state_dict()["param_groups"]
-        optimizer.load_state_dict({"state": moments[name], "param_groups": groups})
-    for name, scaler in step.scalers.items():
-        scaler.load_state_dict(content["scalers"][name])
+    _check_modules(step, content, path)
+    own = step.state_dict()["optimizers"]
+    optimizers = {name: own[name] | {"state": state} for name, state in moments.items()}
+    step.load_state_dict(content | {"optimizers": optimizers})
     torch.set_rng_state(rng["cpu"])
     if on_cuda:
         torch.cuda.set_rng_state(rng["cuda"], step.device)
+
+
+def _check_modules(step, content, path):
+    for name, module in step.modules.items():
+        mismatch = _mismatch(module.state_dict(), content["modules"].get(name))
+        if mismatch:
+            raise BadInput(
+                f"expected the weights of a {type(module).__name__} in {path}, but {mismatch}"
+            )
 
 
 def _moments(step, content, name, path):

@@ -151,7 +151,7 @@ def train(
                     _check_weights(step, done)
                 if ends_epoch:
                     picture = out / folder.PICTURES / f"epoch_{epoch:03d}.png"
-                    write_samples(step, noise, config, picture)
+                    write_samples(step, noise, picture)
                 if saving:
                     checkpoints.save(step, done)
                 if saving or ends_epoch:

@@ -23,10 +23,9 @@ def draw_noise(num, step, seed):
     return torch.randn(num, *step.latent_shape, generator=generator).to(step.device)
 
 
-def write_samples(step, noise, config, path):
+def write_samples(step, noise, path):
     """Write a grid of the images that the networks of a step make of noise, as PNG."""
     images = torch.cat([step.sample(z) for z in noise.split(256)])
-    images = images.reshape(-1, config.channels, config.image_size, config.image_size)
     pictures.save_grid(pictures.to_uint8(images, step.pixel_range), path)
 
 
@@ -44,7 +43,7 @@ def sample_checkpoint(path, num, out, *, device, seed=0):
     step = build_step(_drawn_here(config, device), device)
     checkpoint.restore_modules(step, content, path)
     refuse_not_finite(step.modules, path)
-    write_samples(step, draw_noise(num, step, seed), config, target)
+    write_samples(step, draw_noise(num, step, seed), target)
 
 
 def picture_file(out):

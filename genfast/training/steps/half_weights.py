@@ -11,6 +11,7 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrize
 
+from genfast.nn import has_hook
 from genfast.training.steps import layers
 
 
@@ -26,7 +27,7 @@ def why_not_copied(network):
             return f"{where}, a {type(module).__name__}, is distributed over devices"
         if layers.is_replaced(module) or not layers.reads_no_others_weights(module):
             return f"{where}, a {type(module).__name__}, has a forward of its own"
-        if layers.has_hook(module):
+        if has_hook(module):
             return f"{where} has a hook"
     return None
 

@@ -79,17 +79,6 @@ def is_distributed(module):
     return isinstance(module, nn.SyncBatchNorm) or type(module).__module__.startswith(spread)
 
 
-def has_hook(module):
-    """Whether somebody sees what goes through it."""
-    hooks = (
-        module._forward_hooks,
-        module._forward_pre_hooks,
-        module._backward_hooks,
-        module._backward_pre_hooks,
-    )
-    return any(hooks)
-
-
 def _forward_of(module):
     # The class of a TorchScript module has none that could be asked for.
     return None if isinstance(module, torch.jit.ScriptModule) else type(module).forward

@@ -9,7 +9,7 @@ from contextlib import ExitStack
 import torch
 from torch.nn.utils import parametrize
 
-from genfast.nn import statistics_groups
+from genfast.nn import has_hook, statistics_groups
 from genfast.training.memory import missing_memory
 from genfast.training.steps import layers
 from genfast.training.steps.trial import redrawn, undone, without_dropout
@@ -31,7 +31,7 @@ def why_two_passes(discriminator):
             return f"{where} has its forward replaced"
         if parametrize.is_parametrized(module):
             return f"{where} has a parametrisation, which may change at each pass"
-        if layers.has_hook(module):
+        if has_hook(module):
             return f"{where} has a hook, which would see one batch for two"
     return None
 

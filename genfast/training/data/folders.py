@@ -1,12 +1,12 @@
 """Which files of a folder are its images: not what would hang, nor what training itself drew."""
 
-import json
 import os
 import re
 import stat
 from pathlib import Path
 
 from genfast.training.errors import BadInput
+from genfast.training.run_files import PICTURES, SETTINGS, settings_of
 
 IMAGE_SUFFIXES = (".jpeg", ".jpg", ".png", ".webp")
 SPECIAL = (
@@ -16,8 +16,7 @@ SPECIAL = (
     (stat.S_ISBLK, "a device"),
 )
 # As the training loop names them. Pictures of older runs do not say themselves who drew them.
-SETTINGS, SAMPLES, SAMPLE = "config.json", "samples", re.compile(r"epoch_\d+\.png")
-SETTINGS_BYTES = 2**16  # More than a run's settings take.
+SAMPLE = re.compile(r"epoch_\d+\.png")
 FOLDER, LINK, FILE, BROKEN = "a folder", "a link to a folder", "a file", "a broken link"
 
 
@@ -78,7 +77,7 @@ class _Walk:
         while waiting:
             shown, real = waiting.pop()
             drawn = 0
-            of_a_run = os.path.basename(real) == SAMPLES and _is_run(os.path.dirname(real))
+            of_a_run = os.path.basename(real) == PICTURES and _is_run(os.path.dirname(real))
             with os.scandir(shown) as entries:
                 for entry in entries:
                     kind, path = _kind(entry), os.path.join(shown, entry.name)
@@ -150,12 +149,7 @@ def _identities_above(real):
 
 def _is_run(folder):
     """Whether a folder holds the settings of a genfast run."""
-    path = os.path.join(folder, SETTINGS)
-    if not os.path.isfile(path):
-        return False
     try:
-        with open(path, "rb") as file:
-            settings = json.loads(file.read(SETTINGS_BYTES))
-        return "model" in settings and "genfast" in settings["versions"]
-    except (OSError, ValueError, TypeError, KeyError, RecursionError):
+        return "model" in (settings_of(Path(folder, SETTINGS)) or {})
+    except OSError:
         return False

@@ -1,20 +1,17 @@
 """What a run may write over in its folder: what a run of its own left, and nobody else's files."""
 
-import json
 import os
 import re
 from contextlib import contextmanager, suppress
 
 from genfast.training.errors import BadInput
+from genfast.training.run_files import PICTURES, SETTINGS, head, settings_of
 from genfast.training.runs import lock
 from genfast.training.runs.checkpoint import NAME as CHECKPOINT
 from genfast.training.runs.loss_log import is_header
 
-SETTINGS = "config.json"
 LOSSES = "metrics.csv"
-PICTURES = "samples"
 _PICTURE = re.compile(r"epoch_\d{3,}\.png", re.IGNORECASE)  # Some file systems ignore case.
-_LONGEST = 2**16  # Bytes: what is longer is no settings of a run, nor the head of its losses.
 
 
 @contextmanager
@@ -85,11 +82,8 @@ def _settings(path):
     """What a run wrote about itself; None where there is nothing, BadInput if it is another's."""
     if not os.path.lexists(path):
         return None
-    settings = None
-    with suppress(ValueError, RecursionError):
-        settings = json.loads(_head(path))
-    versions = settings.get("versions") if isinstance(settings, dict) else None
-    if not (isinstance(versions, dict) and "genfast" in versions):
+    settings = settings_of(path)
+    if settings is None:
         raise _foreign(path, "the settings of a genfast run")
     return settings
 
@@ -98,7 +92,7 @@ def _steps_logged(path):
     """How many steps metrics.csv holds, counted to 2; None without it, BadInput if another's."""
     if not os.path.lexists(path):
         return None
-    header, *rows = _head(path).decode(errors="replace").splitlines()[:3] or [""]
+    header, *rows = head(path).decode(errors="replace").splitlines()[:3] or [""]
     if not is_header(header.split(",")):
         raise _foreign(path, "the losses of a genfast run")
     return len(rows)
@@ -111,14 +105,6 @@ def _pictures(folder):
     if not folder.is_dir():
         raise _foreign(folder, "a folder for the pictures of a run")
     return sorted(path for path in folder.iterdir() if _PICTURE.fullmatch(path.name))
-
-
-def _head(path):
-    """The first bytes of a file; none of what is not a plain file, which may block."""
-    if not path.is_file():
-        return b""
-    with open(path, "rb") as file:
-        return file.read(_LONGEST)
 
 
 def _foreign(path, expected):

@@ -19,6 +19,7 @@ import genfast
 from genfast.training.data import Batches, normalize
 from genfast.training.errors import BadInput, Diverged, require
 from genfast.training.files import replacing
+from genfast.training.run_files import PICTURES, SETTINGS
 from genfast.training.runs import checkpoint, folder
 from genfast.training.runs.config import build_step, check_run
 from genfast.training.runs.devices import as_device
@@ -109,8 +110,8 @@ def train(
                 f"behind it, got {config.epochs}"
             )
         checkpoints = _Checkpoints(out, config, checkpoint_seconds, resume_from, done)
-        (out / folder.PICTURES).mkdir(exist_ok=True)
-        _write_settings(out / folder.SETTINGS, config, step, demo)
+        (out / PICTURES).mkdir(exist_ok=True)
+        _write_settings(out / SETTINGS, config, step, demo)
         loss_log = LossLog(out / folder.LOSSES, step.result_fields, config.batch_size, keep=done)
         size = f"{config.channels} x {config.image_size} x {config.image_size}"
         tqdm.write(
@@ -150,7 +151,7 @@ def train(
                 if saving or ends_epoch:
                     _check_weights(step, done)
                 if ends_epoch:
-                    picture = out / folder.PICTURES / f"epoch_{epoch:03d}.png"
+                    picture = out / PICTURES / f"epoch_{epoch:03d}.png"
                     write_samples(step, noise, picture)
                 if saving:
                     checkpoints.save(step, done)

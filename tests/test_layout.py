@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+import torch.nn.functional as F
 from oracle import assert_module
 from torch import nn
 
@@ -47,6 +48,21 @@ SHAPES = {
     "latent": (nn.ConvTranspose2d(3, 4, 4), (2, 3, 1, 1)),
     "logit": (nn.Conv2d(3, 1, 4), (2, 3, 4, 4)),
 }
+
+
+@pytest.mark.parametrize("shape", [(2, 3, 4, 5), (2, 1, 4, 5), (2, 3, 1, 1), (2, 1, 1, 1)], ids=str)
+@pytest.mark.parametrize("cut", ["whole", "sliced", "expanded"])
+@formats
+def test_formats_are_told_as_pytorch_tells_them(shape, cut, fmt):
+    """By an operation of PyTorch that makes its output in the format it takes its input for."""
+    n, c, h, w = shape
+    t = torch.empty(shape, memory_format=fmt)
+    if cut == "sliced":
+        t = torch.empty((2 * n, 2 * c, h, w), memory_format=fmt)[::2, ::2]
+    if cut == "expanded":
+        t = torch.empty((1, 1, h, w), memory_format=fmt).expand(shape)
+    grown = F.interpolate(t, scale_factor=2)
+    assert layout.is_channels_last(t) == (grown.stride() == layout.channels_last(grown).stride())
 
 
 @formats

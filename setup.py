@@ -29,5 +29,5 @@ setup(
     # `kernels/` installs as genfast.kernels: another package owns the name `kernels`.
     packages=["genfast.kernels", *find_packages(include=["genfast", "genfast.*"])],
     package_dir={"genfast.kernels": "kernels"},
-    package_data={"genfast.kernels": ["tuned.csv"]},
+    package_data={"genfast.launch": ["tuned.csv"]},
 )

@@ -9,8 +9,9 @@ taken through PyTorch instead, which can differentiate its own.
 import torch
 from torch.autograd import Function
 
-from genfast import launch, reference
-from genfast.launch import Epilogue
+from genfast import reference
+from genfast.launch import conv, losses, norm, sampling
+from genfast.launch.conv import Epilogue
 
 
 def block(
@@ -85,7 +86,7 @@ class _WeightGradient(Function):
     def forward(ctx, big, small, geometry):
         ctx.save_for_backward(big, small)
         ctx.geometry = geometry
-        return launch.wgrad(big, small, geometry)
+        return conv.wgrad(big, small, geometry)
 
     @staticmethod
     def backward(ctx, ddw):
@@ -105,7 +106,7 @@ class _ActivationGradient(Function):
     def forward(ctx, dy, y, activation, negative_slope):
         ctx.save_for_backward(dy, y)
         ctx.activation, ctx.negative_slope = activation, negative_slope
-        return launch.activation_backward(dy, y, activation, negative_slope)
+        return norm.activation_backward(dy, y, activation, negative_slope)
 
     @staticmethod
     def backward(ctx, ddu):
@@ -190,7 +191,7 @@ class _ConvNormActivation(Function):
         vectors = fixed
         if fixed is None:
             vectors = _batch_statistics(statistics, gamma, beta, eps, running)
-        y = launch.normalize_activate(z, vectors, activation, negative_slope)
+        y = norm.normalize_activate(z, vectors, activation, negative_slope)
         ctx.save_for_backward(x, weight, bias, gamma, beta, z, vectors)
         ctx.geometry, ctx.transposed, ctx.eps = geometry, transposed, eps
         ctx.training = fixed is None
@@ -203,7 +204,7 @@ class _ConvNormActivation(Function):
             return _ConvNormActivation._differentiable_backward(ctx, dy)
         x, weight, bias, gamma, beta, z, vectors = ctx.saved_tensors
         need_x, need_w, need_bias, need_gamma, need_beta = ctx.needs_input_grad[:5]
-        dz, sums = launch.norm_backward(
+        dz, sums = norm.norm_backward(
             dy,
             z,
             vectors,
@@ -234,7 +235,7 @@ class _ConvNormActivation(Function):
             z = z + bias[:, None, None]
         mean = var = None
         if not ctx.training:
-            mean, var = vectors[0, launch.MEAN], vectors[0, launch.RSTD] ** -2 - ctx.eps
+            mean, var = vectors[0, norm.MEAN], vectors[0, norm.RSTD] ** -2 - ctx.eps
         groups = [
             torch.nn.functional.batch_norm(
                 part, mean, var, gamma, beta, training=ctx.training, momentum=0.0, eps=ctx.eps
@@ -257,7 +258,7 @@ class _Reparameterize(Function):
     def forward(ctx, mu, logvar, seed, with_kl):
         ctx.save_for_backward(mu, logvar, seed)
         ctx.set_materialize_grads(False)
-        return launch.reparameterize(mu, logvar, seed, with_kl=with_kl)
+        return sampling.reparameterize(mu, logvar, seed, with_kl=with_kl)
 
     @staticmethod
     def backward(ctx, dz, dkl):
@@ -265,10 +266,10 @@ class _Reparameterize(Function):
         if dz is None and dkl is None:
             return None, None, None, None
         if not torch.is_grad_enabled():
-            dmu, dlogvar = launch.reparameterize_backward(dz, dkl, mu, logvar, seed)
+            dmu, dlogvar = sampling.reparameterize_backward(dz, dkl, mu, logvar, seed)
             return dmu, dlogvar, None, None
         zeros = torch.zeros_like(mu)
-        eps = launch.reparameterize(zeros, zeros, seed, with_kl=False)[0]
+        eps = sampling.reparameterize(zeros, zeros, seed, with_kl=False)[0]
         dmu, dlogvar = reference.reparameterize_gradients(dz, dkl, mu, logvar, eps)
         return dmu, dlogvar, None, None
 
@@ -281,20 +282,20 @@ class _LogisticLoss(Function):
         labelled = isinstance(targets, int)
         ctx.save_for_backward(logits, None if labelled else targets)
         ctx.ones, ctx.scale = targets if labelled else None, scale
-        return launch.logistic_loss(logits, targets, scale)
+        return losses.logistic_loss(logits, targets, scale)
 
     @staticmethod
     def backward(ctx, dloss):
         logits, targets = ctx.saved_tensors
-        gradient = launch.logistic_loss_backward
+        gradient = losses.logistic_loss_backward
         if torch.is_grad_enabled():
             gradient = reference.logistic_loss_gradient
         labels = ctx.ones if targets is None else targets
         return gradient(dloss, logits, labels, ctx.scale), None, None
 
 
-def _convolve(x, weight, geometry, transposed, epilogue=launch.PLAIN):
-    convolve = launch.dgrad if transposed else launch.fprop
+def _convolve(x, weight, geometry, transposed, epilogue=conv.PLAIN):
+    convolve = conv.dgrad if transposed else conv.fprop
     return convolve(x, weight, geometry, epilogue)
 
 
@@ -312,17 +313,17 @@ def _convolution_backward(dz, x, weight, geometry, transposed, needs_input_grad)
 def _batch_statistics(statistics, gamma, beta, eps, running):
     mean, var, momentum, counter = running or (None, None, 0.0, None)
     if not isinstance(momentum, torch.Tensor):
-        return launch.batch_statistics(statistics, gamma, beta, eps, mean, var, momentum, counter)
+        return norm.batch_statistics(statistics, gamma, beta, eps, mean, var, momentum, counter)
     # A cumulative average: the weight of each group is on the device, to be read there.
-    vectors = launch.batch_statistics(statistics, gamma, beta, eps, counter=counter)
+    vectors = norm.batch_statistics(statistics, gamma, beta, eps, counter=counter)
     for group, weight in zip(vectors, momentum.expand(len(vectors)), strict=True):
-        mean.lerp_(group[launch.MEAN].to(mean.dtype), weight)
-        var.lerp_(group[launch.UNBIASED_VAR].to(var.dtype), weight)
+        mean.lerp_(group[norm.MEAN].to(mean.dtype), weight)
+        var.lerp_(group[norm.UNBIASED_VAR].to(var.dtype), weight)
     return vectors
 
 
 def _vectors(running_mean, running_var, gamma, beta, eps, dtype):
-    """Known statistics in the form that `launch.batch_statistics` gives the batch's."""
+    """Known statistics in the form that `norm.batch_statistics` gives the batch's."""
     dtype = torch.float64 if dtype == torch.float64 else torch.float32
     with torch.no_grad():
         mean, var = running_mean.to(dtype), running_var.to(dtype)

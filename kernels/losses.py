@@ -67,16 +67,6 @@ def logistic_loss_backward(
 
 
 @triton.jit
-def sum_parts(parts_ptr, out_ptr, parts, ACC_DTYPE: tl.constexpr, BLOCK: tl.constexpr):
-    """out = sum of a vector of parts, by one program: they are few, and latency is all it costs."""
-    acc = tl.zeros((BLOCK,), dtype=ACC_DTYPE)
-    for start in range(0, parts, BLOCK):
-        i = start + tl.arange(0, BLOCK)
-        acc += tl.load(parts_ptr + i, mask=i < parts, other=0.0)
-    tl.store(out_ptr, tl.sum(acc))
-
-
-@triton.jit
 def _sigmoid(x):
     e = tl.exp(-tl.abs(x))
     return tl.where(x >= 0, 1.0, e) / (1.0 + e)

@@ -24,9 +24,9 @@ from triton.backends.compiler import GPUTarget
 from triton.backends.driver import DriverBase
 
 from benchmarks.gpu.problems import call, forced
-from genfast import launch
 from genfast.geometry import ConvGeometry
-from genfast.launch import Epilogue
+from genfast.launch import conv, losses, norm, sampling, start, tiles
+from genfast.launch.conv import Epilogue
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -83,8 +83,8 @@ def compile_cases(architecture):
         started.setdefault(compiled.hash, facts | _read(compiled, architecture))
 
     with (
-        mock.patch.object(launch, "_start", record),
-        mock.patch.object(launch, "_architecture", lambda tensor: architecture),
+        mock.patch.object(start, "kernel", record),
+        mock.patch.object(start, "architecture", lambda tensor: architecture),
     ):
         for config, case in _cases(architecture):
             before = set(started)
@@ -99,14 +99,14 @@ def _cases(architecture):
     whole = ConvGeometry((4, 4), (1, 1), (4, 4), (1, 1), (0, 0))
     k3s2_odd = ConvGeometry((15, 15), (8, 8), (3, 3), (2, 2), (1, 1))
     for dtype in (torch.bfloat16, torch.float32):
-        for config in launch.configs.shipped(architecture, dtype.itemsize):
+        for config in tiles.shipped(architecture, dtype.itemsize):
             yield config, lambda d=dtype: _convolutions(k4s2, d, 256, 128)
         yield None, lambda d=dtype: _around(d)
-    widest, *_ = launch.configs.shipped(architecture, torch.bfloat16.itemsize)
+    widest, *_ = tiles.shipped(architecture, torch.bfloat16.itemsize)
     if widest.descriptors:
         with_pointers = dataclasses.replace(widest, descriptors=False)
         yield with_pointers, lambda: _convolutions(k4s2, torch.bfloat16, 256, 128)
-    for config in launch.configs.shipped(architecture, torch.bfloat16.itemsize, scattered=True):
+    for config in tiles.shipped(architecture, torch.bfloat16.itemsize, scattered=True):
         yield config, lambda: _convolutions(k3s2_odd, torch.bfloat16, 40, 24)
     # The ends of the networks. Triton makes an argument of 1 a constant, so sizes of 1 are kernels
     # of their own.
@@ -122,7 +122,7 @@ def _cases(architecture):
 def _tuned_cases(architecture):
     """One product for each operation and tile in the table of what was timed."""
     found = {}
-    for where, problem, config in launch.configs.read_tuned():
+    for where, problem, config in tiles.read_tuned():
         if where == architecture and not config.library:
             found.setdefault((problem.operation, problem.scattered, config), problem)
     for (_, _, config), problem in found.items():
@@ -140,9 +140,9 @@ def _convolutions(geometry, dtype, c_small, c_big, batch=64):
     small = _image(c_small, geometry.small, dtype, batch)
     weight = torch.empty(c_small, c_big, *geometry.kernel_size, dtype=dtype)
     statistics = Epilogue(groups=2)
-    launch.fprop(big, weight, geometry, statistics)
-    launch.dgrad(small, weight, geometry, statistics)
-    launch.wgrad(big, small, geometry)
+    conv.fprop(big, weight, geometry, statistics)
+    conv.dgrad(small, weight, geometry, statistics)
+    conv.wgrad(big, small, geometry)
 
 
 def _around(dtype):
@@ -152,36 +152,36 @@ def _around(dtype):
     small = _image(128, geometry.small, dtype)
     weight, bias = torch.empty(128, 64, 4, 4, dtype=dtype), torch.empty(64, dtype=dtype)
     gamma, beta = torch.empty(64), torch.empty(64)
-    launch.dgrad(small, weight, geometry, Epilogue(bias=bias, activation="tanh"))
+    conv.dgrad(small, weight, geometry, Epilogue(bias=bias, activation="tanh"))
     evaluation = Epilogue(vectors=torch.empty(1, 5, 64), activation="relu")
-    launch.dgrad(small, weight, geometry, evaluation)
-    _, statistics = launch.dgrad(small, weight, geometry, Epilogue(groups=1))
+    conv.dgrad(small, weight, geometry, evaluation)
+    _, statistics = conv.dgrad(small, weight, geometry, Epilogue(groups=1))
     running = torch.empty(64), torch.empty(64), 0.1
-    launch.batch_statistics(launch.TileStatistics(
+    norm.batch_statistics(norm.TileStatistics(
         torch.empty(999), torch.empty(999, 64), torch.empty(999, 64), 1, 1
     ), gamma, beta, 1e-5, *running)  # fmt: skip
-    vectors = launch.batch_statistics(statistics, gamma, beta, 1e-5, *running)
-    launch._statistics_of(z, groups=2)
+    vectors = norm.batch_statistics(statistics, gamma, beta, 1e-5, *running)
+    norm.statistics_of(z, groups=2)
     # The others differ in a few instructions; each is compiled once.
     every = ("relu", "leaky_relu", "tanh", "sigmoid", "identity")
     for activation in every if dtype == torch.bfloat16 else every[:1]:
         options = dict(activation=activation, negative_slope=0.2)
-        launch.normalize_activate(z, vectors, **options)
-        launch.norm_backward(z, z, vectors, training=True, need_dz=True, **options)
-        launch.activation_backward(z, z, **options)
+        norm.normalize_activate(z, vectors, **options)
+        norm.norm_backward(z, z, vectors, training=True, need_dz=True, **options)
+        norm.activation_backward(z, z, **options)
     options = dict(need_dz=True, activation="relu", negative_slope=0.0)
-    launch.norm_backward(z, z, vectors, training=False, **options)
+    norm.norm_backward(z, z, vectors, training=False, **options)
     few = z[:16]  # Whose sums `norm_backward` finishes itself.
-    launch.norm_backward(few, few, vectors, training=True, **options)
+    norm.norm_backward(few, few, vectors, training=True, **options)
     seed = torch.empty(1, dtype=torch.int64)
     for with_kl, shape in ((False, (128, 100)), (True, (128, 100)), (True, (1, 1))):
         mu = torch.empty(shape, dtype=dtype)
-        launch.reparameterize(mu, mu, seed, with_kl=with_kl)
-        launch.reparameterize_backward(mu, mu[:, 0] if with_kl else None, mu, mu, seed)
+        sampling.reparameterize(mu, mu, seed, with_kl=with_kl)
+        sampling.reparameterize_backward(mu, mu[:, 0] if with_kl else None, mu, mu, seed)
     for logits in (torch.empty(128, dtype=dtype), torch.empty(128 * 784, dtype=dtype)):
         for targets in (0, 1, 64, logits):
-            launch.logistic_loss(logits, targets, 1.0)
-            launch.logistic_loss_backward(torch.empty(()), logits, targets, 1.0)
+            losses.logistic_loss(logits, targets, 1.0)
+            losses.logistic_loss_backward(torch.empty(()), logits, targets, 1.0)
 
 
 def _dtype(arguments):

@@ -83,7 +83,7 @@ BUGS = (
     ),
     Bug(
         "the last partial sum is dropped",
-        "kernels/conv.py",
+        "kernels/sums.py",
         "inside = (p < parts)[:, None] & (i",
         "inside = (p < tl.maximum(parts - 1, 1))[:, None] & (i",
         REDUCTIONS,

@@ -26,7 +26,6 @@ KERNELS = {
     "reparameterize_backward",
     "logistic_loss",
     "logistic_loss_backward",
-    "sum_parts",
 }
 # Bytes of shared memory a block can have: sm_86 and sm_89 have less than sm_80 and use its tiles.
 SHARED = {"sm_80": 99 * 1024, "sm_90": 227 * 1024, "sm_100": 227 * 1024, "gfx942": 64 * 1024}

@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from genfast import functional, launch, use_backend
+from genfast import functional, use_backend
+from genfast.launch import start
 from genfast.nn import DiscriminatorBlock, GeneratorBlock
 
 pytestmark = pytest.mark.kernels
@@ -74,7 +75,7 @@ BLOCK = {
 @pytest.mark.parametrize("name", BLOCK)
 def test_conv_block(name, backend, monkeypatch):
     arguments, options, error, message = BLOCK[name]
-    monkeypatch.setattr(launch, "_start", _no_start)
+    monkeypatch.setattr(start, "kernel", _no_start)
     with use_backend(backend), pytest.raises(error, match=message) as raised:
         functional.conv_block(*arguments, **options)
     assert "\n" not in str(raised.value)

@@ -8,7 +8,8 @@ import torch
 from cases import DTYPES, GEOMETRIES, LAYOUTS, VECTORS, Case, Geometry, pairwise
 from oracle import assert_block, assert_stable_statistics, evaluate, upstream_gradient
 
-from genfast import functional, launch, reference, use_backend
+from genfast import functional, reference, use_backend
+from genfast.launch import conv, memory, norm, passes, start, tiles
 
 pytestmark = pytest.mark.kernels
 
@@ -66,7 +67,7 @@ RAGGED = (
 def loader(request, monkeypatch):
     """Run a test with each way to load operands, and with PyTorch's convolution in their place."""
     used = set()
-    choose, describe, start = launch.configs.gemm_config, launch._descriptor, launch._start
+    choose, describe, run = tiles.gemm_config, memory.descriptor, start.kernel
     asked_for = {
         "descriptors": dict(descriptors=True),
         "pointers": dict(descriptors=False),
@@ -83,11 +84,11 @@ def loader(request, monkeypatch):
     def starting(kernel, *args, **kwargs):
         if kernel.__name__ in ("fprop", "dgrad", "wgrad") and not kwargs["DESCRIPTORS"]:
             used.add("pointers")
-        start(kernel, *args, **kwargs)
+        run(kernel, *args, **kwargs)
 
-    monkeypatch.setattr(launch.configs, "gemm_config", choose_loader)
-    monkeypatch.setattr(launch, "_descriptor", describing)
-    monkeypatch.setattr(launch, "_start", starting)
+    monkeypatch.setattr(tiles, "gemm_config", choose_loader)
+    monkeypatch.setattr(memory, "descriptor", describing)
+    monkeypatch.setattr(start, "kernel", starting)
     yield
     if request.param == "descriptors":
         assert "descriptors" in used
@@ -138,21 +139,19 @@ def test_many_tiles_of_many_groups(added_by_all, device, monkeypatch):
 
     So do the sums of backward, whether a kernel of their own adds their parts or every program.
     """
-    monkeypatch.setattr(launch, "_STATISTICS_CHUNK", 2)
-    monkeypatch.setattr(launch, "_PARTS_ADDED_BY_ALL", added_by_all)
+    monkeypatch.setattr(norm, "_STATISTICS_CHUNK", 2)
+    monkeypatch.setattr(norm, "_PARTS_ADDED_BY_ALL", added_by_all)
     assert_block(Case(True, Geometry(4, 2, 1, (16, 16), (8, 8)), (5, 9), 9, groups=3), device)
 
 
 @pytest.mark.parametrize("transposed", [False, True])
 def test_few_programs_share_long_reductions(transposed, device, monkeypatch):
     # As on a GPU with large tensors: each program reduces several tiles, in several rounds.
-    monkeypatch.setattr(launch, "_BUSY_PROGRAMS", 1)
-    monkeypatch.setattr(launch, "_PARTS_ADDED_BY_ALL", 1)
-    monkeypatch.setattr(launch, "_STATISTICS_CHUNK", 3)
-    choose = launch.configs.gemm_config
-    monkeypatch.setattr(
-        launch.configs, "gemm_config", lambda *args: replace(choose(*args), programs=1)
-    )
+    monkeypatch.setattr(passes, "BUSY_PROGRAMS", 1)
+    monkeypatch.setattr(norm, "_PARTS_ADDED_BY_ALL", 1)
+    monkeypatch.setattr(norm, "_STATISTICS_CHUNK", 3)
+    choose = tiles.gemm_config
+    monkeypatch.setattr(tiles, "gemm_config", lambda *args: replace(choose(*args), programs=1))
     geometry = Geometry(1, 1, 0, (26, 27), (26, 27))
     assert_block(Case(transposed, geometry, (2, 3), batch=1, activation="leaky_relu"), device)
 
@@ -202,9 +201,9 @@ def test_mean_a_thousand_times_the_deviation(transposed, device):
 
 @pytest.mark.parametrize("groups", [1, 2])
 def test_statistics_by_a_pass_of_their_own_are_stable(groups, device, monkeypatch):
-    monkeypatch.setattr(launch, "_BUSY_PROGRAMS", 1)  # So that a part is several tiles.
+    monkeypatch.setattr(passes, "BUSY_PROGRAMS", 1)  # So that a part is several tiles.
     z = torch.randn(4, 3, 18, 19, device=device) + 1000
-    vectors = launch.batch_statistics(launch._statistics_of(z, groups), None, None, 1e-9)
+    vectors = norm.batch_statistics(norm.statistics_of(z, groups), None, None, 1e-9)
     for part, (mean, var, rstd, *_) in zip(z.chunk(groups), vectors, strict=True):
         for c in range(3):
             normalized = (part[:, c] - mean[c]) * rstd[c]
@@ -258,7 +257,7 @@ def started(monkeypatch):
         return run
 
     for name in ("fprop", "dgrad", "wgrad"):
-        monkeypatch.setattr(launch, name, counting(name, getattr(launch, name)))
+        monkeypatch.setattr(conv, name, counting(name, getattr(conv, name)))
     return counts
 
 

@@ -7,7 +7,7 @@ import torch
 from cases import Case, Geometry
 from oracle import assert_block
 
-from genfast import launch
+from genfast.launch import start, tiles
 
 pytest.importorskip("triton", reason="the tiles are those of Triton kernels")
 pytestmark = pytest.mark.kernels
@@ -23,7 +23,7 @@ def shipped(scattered):
     found = {}
     for architecture in ARCHITECTURES:
         for dtype in (torch.bfloat16, torch.float32):
-            for config in launch.configs.shipped(architecture, dtype.itemsize, scattered):
+            for config in tiles.shipped(architecture, dtype.itemsize, scattered):
                 # Warps and stages mean nothing to the interpreter; a GPU has one architecture.
                 tile = dataclasses.replace(config, num_warps=4, num_stages=2)
                 found.setdefault(tile, (config, dtype))
@@ -43,21 +43,21 @@ def describe(value):
 def loaders(monkeypatch):
     """The loaders of the products that were started: True for descriptors."""
     seen = set()
-    start = launch._start
+    run = start.kernel
 
     def recording(kernel, grid, **arguments):
         if "DESCRIPTORS" in arguments:
             seen.add(arguments["DESCRIPTORS"])
-        start(kernel, grid, **arguments)
+        run(kernel, grid, **arguments)
 
-    monkeypatch.setattr(launch, "_start", recording)
+    monkeypatch.setattr(start, "kernel", recording)
     return seen
 
 
 @pytest.mark.parametrize("transposed", (False, True), ids=describe)
 @pytest.mark.parametrize(("config", "dtype"), shipped(scattered=False), ids=describe)
 def test_shipped_tile(config, dtype, transposed, device, loaders, monkeypatch):
-    monkeypatch.setattr(launch.configs, "gemm_config", lambda *_: config)
+    monkeypatch.setattr(tiles, "gemm_config", lambda *_: config)
     # Descriptors ask for whole tiles of the big side's channels; the small side's end inside one.
     c_big = max(config.block_n, config.block_k)
     channels = (c_big + 8, c_big) if transposed else (c_big, c_big + 8)
@@ -69,7 +69,7 @@ def test_shipped_tile(config, dtype, transposed, device, loaders, monkeypatch):
 @pytest.mark.parametrize("transposed", (False, True), ids=describe)
 @pytest.mark.parametrize(("config", "dtype"), shipped(scattered=True), ids=describe)
 def test_tile_for_unaligned_channels(config, dtype, transposed, device, monkeypatch):
-    monkeypatch.setattr(launch.configs, "gemm_config", lambda *_: config)
+    monkeypatch.setattr(tiles, "gemm_config", lambda *_: config)
     for c_big in (3, config.block_n + 3):
         channels = (37, c_big) if transposed else (c_big, 37)
         assert_block(Case(transposed, ODD, channels, BATCH, dtype), device)
@@ -81,29 +81,28 @@ def problem(images, **changes):
         operation="fprop", itemsize=2, statistics=True, c_small=128, c_big=64, small=(16, 16),
         big=(32, 32), kernel_size=(4, 4), stride=(2, 2),
     )  # fmt: skip
-    return launch.configs.Problem(**facts | changes, images=images)
+    return tiles.Problem(**facts | changes, images=images)
 
 
 @pytest.fixture
 def table(tmp_path, monkeypatch):
     """A table of two timed batches of one problem, written and read anew."""
-    configs = launch.configs
-    monkeypatch.setattr(configs, "TUNED", tmp_path / "tuned.csv")
-    small = configs.GemmConfig(64, 64, 32, 4, 3, True)
-    large = configs.GemmConfig(128, 256, 64, 8, 3, False, programs=132, library=True)
+    monkeypatch.setattr(tiles, "TUNED", tmp_path / "tuned.csv")
+    small = tiles.GemmConfig(64, 64, 32, 4, 3, True)
+    large = tiles.GemmConfig(128, 256, 64, 8, 3, False, programs=132, library=True)
     timed = [("sm_90", problem(128), small), ("sm_90", problem(1024), large)]
-    configs.write_tuned(timed)
-    configs.tuned.cache_clear()
-    configs.gemm_config.cache_clear()
+    tiles.write_tuned(timed)
+    tiles.tuned.cache_clear()
+    tiles.gemm_config.cache_clear()
     yield small, large
-    configs.tuned.cache_clear()
-    configs.gemm_config.cache_clear()
+    tiles.tuned.cache_clear()
+    tiles.gemm_config.cache_clear()
 
 
 def test_the_nearest_timed_batch_decides(table):
     small, large = table
     for images, expected in ((1, small), (128, small), (300, small), (500, large), (4096, large)):
-        assert launch.configs.gemm_config("sm_90", problem(images)) == expected
+        assert tiles.gemm_config("sm_90", problem(images)) == expected
 
 
 @pytest.mark.parametrize(
@@ -119,18 +118,18 @@ def test_the_nearest_timed_batch_decides(table):
     ids=lambda changes: next(iter(changes)),
 )
 def test_another_problem_is_chosen_by_size(table, changes):
-    config = launch.configs.gemm_config("sm_90", problem(128, **changes))
-    assert config in launch.configs.shipped("sm_90", changes.get("itemsize", 2))
+    config = tiles.gemm_config("sm_90", problem(128, **changes))
+    assert config in tiles.shipped("sm_90", changes.get("itemsize", 2))
 
 
 def test_another_architecture_is_chosen_by_size(table):
-    config = launch.configs.gemm_config("sm_80", problem(128))
-    assert config in launch.configs.shipped("sm_80", 2)
+    config = tiles.gemm_config("sm_80", problem(128))
+    assert config in tiles.shipped("sm_80", 2)
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_no_tile_is_wider_than_needed(architecture):
-    narrow = launch.configs.gemm_config(architecture, problem(64, c_small=48, c_big=3))
+    narrow = tiles.gemm_config(architecture, problem(64, c_small=48, c_big=3))
     assert narrow.block_n <= 48
-    few = launch.configs.gemm_config(architecture, problem(1, small=(1, 1), big=(2, 2)))
+    few = tiles.gemm_config(architecture, problem(1, small=(1, 1), big=(2, 2)))
     assert few.block_m <= 64

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from genfast import launch
+from genfast.launch import start
 from genfast.models import DCGANDiscriminator, DCGANGenerator
 from genfast.training import GANStep
 
@@ -42,9 +42,9 @@ class Operations(TorchDispatchMode):
 def started(monkeypatch):
     """The names of the kernels that genfast would start."""
     names = []
-    monkeypatch.setattr(launch, "_architecture", lambda tensor: "sm_90")
+    monkeypatch.setattr(start, "architecture", lambda tensor: "sm_90")
     monkeypatch.setattr(
-        launch, "_start", lambda kernel, grid, **arguments: names.append(kernel.__name__)
+        start, "kernel", lambda kernel, grid, **arguments: names.append(kernel.__name__)
     )
     # Filling fresh memory with NaN, as tests of the kernels do, would count too.
     torch.use_deterministic_algorithms(False)

@@ -8,7 +8,8 @@ import torch.nn.functional as F
 from oracle import assert_module
 from torch import nn
 
-from genfast import functional, launch, layout, use_backend
+from genfast import functional, layout, use_backend
+from genfast.launch import conv
 from genfast.nn import DiscriminatorBlock, FusedSequential
 
 FORMATS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
@@ -190,8 +191,8 @@ def test_blocks_say_whether_they_are_in_place(device):
 @pytest.mark.kernels
 def test_an_output_nobody_changed_is_not_computed_again(monkeypatch):
     started = []
-    fprop = launch.fprop
-    monkeypatch.setattr(launch, "fprop", lambda *a: started.append(1) or fprop(*a))
+    fprop = conv.fprop
+    monkeypatch.setattr(conv, "fprop", lambda *a: started.append(1) or fprop(*a))
     device = torch.device("cpu" if functional.INTERPRETING else "cuda")
     model = FusedSequential(nn.Conv2d(3, 4, 3), nn.LeakyReLU(0.2))
     model.to(device, memory_format=torch.channels_last)

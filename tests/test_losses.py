@@ -5,7 +5,8 @@ import torch
 import torch.nn.functional as F
 from oracle import DRAWS, assert_close
 
-from genfast import launch, losses, use_backend
+from genfast import losses, use_backend
+from genfast.launch import losses as launched
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 # Below, at and beyond a tile of 1024 values, and enough tiles for several programs.
@@ -104,7 +105,7 @@ def test_same_bits_whoever_sums(device, monkeypatch):
     logits, images = torch.randn(20000, device=device), torch.rand(20000, device=device)
     alone = losses.reconstruction_loss(logits, images, logits=True)
     assert torch.equal(alone, losses.reconstruction_loss(logits, images, logits=True))
-    monkeypatch.setattr(launch, "_LOSS_TILES_ALONE", 100)
+    monkeypatch.setattr(launched, "_LOSS_TILES_ALONE", 100)
     torch.testing.assert_close(losses.reconstruction_loss(logits, images, logits=True), alone)
 
 

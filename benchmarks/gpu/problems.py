@@ -6,9 +6,9 @@ from unittest import mock
 import torch
 
 from benchmarks.workloads import Workload
-from genfast import launch
 from genfast.geometry import ConvGeometry
-from genfast.launch import PLAIN, Epilogue
+from genfast.launch import conv, tiles
+from genfast.launch.conv import PLAIN, Epilogue
 from genfast.training import GANStep, VAEStep
 
 
@@ -31,20 +31,20 @@ def of_training(model, batch_size, device, **sizes):
 def recorded():
     """Within, note each `Problem` that a configuration is chosen for: the keys of a dict."""
     problems = {}
-    choose = launch.configs.gemm_config
+    choose = tiles.gemm_config
 
     def choosing(architecture, problem):
         problems[problem] = None
         return choose(architecture, problem)
 
-    with mock.patch.object(launch.configs, "gemm_config", choosing):
+    with mock.patch.object(tiles, "gemm_config", choosing):
         yield problems
 
 
 @contextmanager
 def forced(config):
     """Within, every product runs by this configuration."""
-    with mock.patch.object(launch.configs, "gemm_config", lambda *_: config):
+    with mock.patch.object(tiles, "gemm_config", lambda *_: config):
         yield
 
 
@@ -57,7 +57,7 @@ def call(problem, dtype, device):
     big = _image(problem.images, problem.c_big, problem.big, dtype, device)
     small = _image(problem.images, problem.c_small, problem.small, dtype, device)
     if problem.operation == "wgrad":
-        return lambda: launch.wgrad(big, small, geometry)
+        return lambda: conv.wgrad(big, small, geometry)
     taps = geometry.taps
     weight = torch.randn(
         problem.c_small, problem.c_big, *problem.kernel_size, dtype=dtype, device=device
@@ -66,8 +66,8 @@ def call(problem, dtype, device):
     weight = weight.mul_((taps * problem.c_big) ** -0.5).to(memory_format=torch.channels_last)
     epilogue = Epilogue(groups=1) if problem.statistics else PLAIN
     if problem.operation == "fprop":
-        return lambda: launch.fprop(big, weight, geometry, epilogue)
-    return lambda: launch.dgrad(small, weight, geometry, epilogue)
+        return lambda: conv.fprop(big, weight, geometry, epilogue)
+    return lambda: conv.dgrad(small, weight, geometry, epilogue)
 
 
 def bytes_and_flops(problem):

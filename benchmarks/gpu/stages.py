@@ -33,12 +33,12 @@ class Stage:
 MORE_TO_DO = 75
 STAGES = (
     Stage("ceilings", ()),
-    Stage("tests", (*_LIBRARY, "kernels/tuned.csv", "tests/*.py")),
-    Stage("sanitizer", ("kernels/*.py", "genfast/launch.py")),
-    Stage("tuning", ("kernels/*.py", "genfast/launch.py")),
-    Stage("blocks", (*_LIBRARY, "kernels/tuned.csv")),
-    Stage("steps", (*_LIBRARY, "kernels/tuned.csv")),
-    Stage("profile", (*_LIBRARY, "kernels/tuned.csv")),
+    Stage("tests", (*_LIBRARY, "genfast/launch/tuned.csv", "tests/*.py")),
+    Stage("sanitizer", ("kernels/*.py", "genfast/launch/*.py")),
+    Stage("tuning", ("kernels/*.py", "genfast/launch/*.py")),
+    Stage("blocks", (*_LIBRARY, "genfast/launch/tuned.csv")),
+    Stage("steps", (*_LIBRARY, "genfast/launch/tuned.csv")),
+    Stage("profile", (*_LIBRARY, "genfast/launch/tuned.csv")),
 )
 
 

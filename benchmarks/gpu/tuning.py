@@ -1,4 +1,4 @@
-"""Time every sensible tile on every product of training, and ship the fastest: kernels/tuned.csv.
+"""Time every sensible tile on every product of training; genfast/launch/tuned.csv gets the best.
 
 Compiling is what takes long, so many processes do it, in turns with the timing. A tile whose
 numbers differ from the library's is never chosen.
@@ -16,15 +16,14 @@ from dataclasses import asdict, replace
 from unittest import mock
 
 import torch
-from genfast.kernels.configs import GemmConfig
 from tqdm import tqdm
 
 from benchmarks.gpu.clock import deadline_of_arguments, microseconds
 from benchmarks.gpu.problems import bytes_and_flops, call, forced, of_training
 from benchmarks.gpu.stages import MORE_TO_DO, RESULTS, fingerprint_of
 from benchmarks.gpu.table import Table
-from genfast import launch
-from genfast.kernels import configs
+from genfast.launch import start, tiles
+from genfast.launch.tiles import GemmConfig
 
 WORKLOADS = (("dcgan", 128), ("dcgan", 1024), ("conv-vae", 128), ("conv-vae", 1024))
 COLUMNS = (
@@ -78,7 +77,7 @@ def main():
     device = torch.device("cuda")
     torch.backends.cudnn.benchmark = True
     table = Table(RESULTS / "tuning.csv", COLUMNS, fingerprint_of("tuning"))
-    architecture = launch._architecture(torch.empty(1, device=device))
+    architecture = start.architecture(torch.empty(1, device=device))
     problems = {}
     for model, batch_size in WORKLOADS:
         problems |= dict.fromkeys(of_training(model, batch_size, device))
@@ -136,14 +135,14 @@ def check(problem, config, device="cuda"):
 def _compiled():
     """Within, collect the matrix products that are started, as Triton compiled them."""
     kernels = []
-    start = launch._start
+    run = start.kernel
 
     def starting(kernel, grid, **arguments):
-        compiled = start(kernel, grid, **arguments)
+        compiled = run(kernel, grid, **arguments)
         if compiled is not None and "BLOCK_K" in arguments:
             kernels.append(compiled)
 
-    with mock.patch.object(launch, "_start", starting):
+    with mock.patch.object(start, "kernel", starting):
         yield kernels
 
 
@@ -188,7 +187,7 @@ def _product(result):
 
 
 def _ship(table, architecture):
-    """Write the chosen configurations into kernels/tuned.csv, beside other architectures'."""
+    """Write the chosen configurations into tuned.csv, beside those of other architectures."""
     rows = []
     for row in table.rows:
         if row["chosen"] == "1":
@@ -197,9 +196,9 @@ def _ship(table, architecture):
                 for k, v in json.loads(row["problem"]).items()
             }
             config = GemmConfig(**json.loads(row["config"]))
-            rows.append((row["architecture"], configs.Problem(**facts), config))
-    others = [row for row in configs.read_tuned() if row[0] != architecture]
-    configs.write_tuned(sorted([*others, *rows], key=lambda row: (row[0], row[1].key)))
+            rows.append((row["architecture"], tiles.Problem(**facts), config))
+    others = [row for row in tiles.read_tuned() if row[0] != architecture]
+    tiles.write_tuned(sorted([*others, *rows], key=lambda row: (row[0], row[1].key)))
 
 
 def _summarise(table):

@@ -230,3 +230,25 @@ _READ = {
     bool: lambda text: bool(int(text)),
     tuple[int, int]: lambda text: tuple(map(int, text.split("x"))),
 }
+
+
+def box(pixels, height, width):
+    """[n, h, w] powers of two with product `pixels`, no wider and higher than an image needs."""
+    w = min(pixels, power_of_two(width))
+    h = min(pixels // w, power_of_two(height))
+    return pixels // (h * w), h, w
+
+
+def pixel_tiles(size, block, box):
+    if box is None:
+        return ceil_div(math.prod(size), block)
+    return math.prod(map(ceil_div, size, box))
+
+
+def ceil_div(a, b):
+    return -(-a // b)
+
+
+def power_of_two(n):
+    """The smallest power of two that is at least n."""
+    return 1 << (n - 1).bit_length()

@@ -1,0 +1,303 @@
+"""The three products of a convolution: fprop, dgrad and wgrad, with what rides on them."""
+
+import math
+from dataclasses import dataclass
+
+import torch
+
+from genfast import library, reference
+from genfast.backend import triton
+from genfast.geometry import ConvGeometry
+from genfast.launch import memory, norm, start, sums, tiles
+
+if triton is not None:
+    from genfast.kernels import conv as kernels
+
+
+@dataclass(frozen=True)
+class Epilogue:
+    """What a convolution does to its accumulator before it stores it, in this order.
+
+    bias: (channels,) added, or None.
+    groups: to return each tile's batch statistics, where no tile holds images of two of so many
+        equal parts of the batch; 0 for no statistics.
+    vectors: (1, 5, channels) to normalise by, or None.
+    activation, negative_slope: as in `functional.conv_block`.
+    """
+
+    bias: torch.Tensor | None = None
+    groups: int = 0
+    vectors: torch.Tensor | None = None
+    activation: str = "identity"
+    negative_slope: float = 0.0
+
+
+PLAIN = Epilogue()
+_FLAT = ConvGeometry((1, 1), (1, 1), (1, 1), (1, 1), (0, 0))
+
+
+def fprop(big, weight, geometry, epilogue=PLAIN):
+    """`conv2d`, or the input gradient of `conv_transpose2d`.
+
+    Args:
+        big: (N, C_big, H, W) of `geometry.big`.
+        weight: (C_small, C_big, kh, kw).
+        geometry: a `ConvGeometry`.
+        epilogue: an `Epilogue` over C_small channels.
+
+    Returns:
+        (N, C_small, Ho, Wo) of `geometry.small`, channels_last; its `TileStatistics` or None.
+    """
+    return _conv("fprop", big, weight, geometry, epilogue)
+
+
+def dgrad(small, weight, geometry, epilogue=PLAIN):
+    """`conv_transpose2d`, or the input gradient of `conv2d`.
+
+    As `fprop` with the sides swapped: (N, C_small, ...) of `geometry.small` in,
+    (N, C_big, ...) of `geometry.big` out, the epilogue over C_big channels.
+    """
+    return _conv("dgrad", small, weight, geometry, epilogue)
+
+
+def wgrad(big, small, geometry):
+    """The weight gradient of `conv2d` and `conv_transpose2d`: (C_small, C_big, kh, kw)."""
+    config = _config("wgrad", big, geometry, small.shape[1], big.shape[1])
+    if config.library:
+        return library.wgrad(big, small, geometry)
+    big, small = memory.nhwc(big), memory.nhwc(small)
+    dweight = memory.channels_last((small.shape[3], *geometry.kernel_size, big.shape[3]), big)
+    big, small, geometry = _collapse(big, small, geometry)
+    n, h_small, w_small, c_small = small.shape
+    _, h_big, w_big, c_big = big.shape
+
+    packed = c_big < config.block_n and geometry.taps > 1
+    # The reduction is over pixels: what a descriptor moves is a box of block_k of them.
+    box = tiles.box(config.block_k, h_small, w_small)
+    boxed = (
+        config.descriptors
+        and not packed
+        and h_small % box[1] == w_small % box[2] == 0  # A ragged box would pair zeros with pixels.
+        and _descriptors_fit(geometry, big, small)
+    )
+    k_tiles = tiles.pixel_tiles((n, h_small, w_small), config.block_k, box if boxed else None)
+    columns = geometry.taps * c_big if packed else c_big
+    mn_tiles = tiles.ceil_div(c_small, config.block_m) * tiles.ceil_div(columns, config.block_n)
+    taps = 1 if packed else geometry.taps
+    splits = min(tiles.ceil_div(config.programs, mn_tiles * taps), tiles.ceil_div(k_tiles, 4))
+    tiles_per_split = tiles.ceil_div(k_tiles, splits)
+    splits = tiles.ceil_div(k_tiles, tiles_per_split)
+
+    acc_dtype = start.acc_dtype(big.dtype)
+    target = dweight
+    if splits > 1:
+        target = torch.empty((splits, dweight.numel()), dtype=acc_dtype, device=big.device)
+    start.kernel(
+        kernels.wgrad,
+        (mn_tiles, taps, splits),
+        big=_big_descriptor(big, geometry, box, config.block_n) if boxed else big,
+        small=memory.descriptor(small, [*box, config.block_m]) if boxed else small,
+        out_ptr=target,
+        N=n,
+        H_big=h_big,
+        W_big=w_big,
+        C_big=c_big,
+        H_small=h_small,
+        W_small=w_small,
+        C_small=c_small,
+        tiles_per_split=tiles_per_split,
+        KW=geometry.kernel_size[1],
+        TAPS=geometry.taps,
+        **_stride_and_padding(geometry),
+        **_arithmetic(big),
+        DESCRIPTORS=boxed,
+        PACKED=packed,
+        **_tile(config, box),
+    )
+    if splits > 1:
+        sums.sum_partials(target, dweight)
+    return dweight
+
+
+def _conv(direction, source, weight, geometry, epilogue):
+    to_small = direction == "fprop"
+    statistics = epilogue.groups > 0
+    config = _config(direction, source, geometry, *weight.shape[:2], statistics)
+    if config.library:
+        return _through_library(direction, source, weight, geometry, epilogue)
+    source, weight = memory.nhwc(source), memory.nhwc(weight)
+    c_small, c_big = weight.shape[0], weight.shape[3]
+    channels = c_small if to_small else c_big
+    n, groups = source.shape[0], max(epilogue.groups, 1)
+    out_size = geometry.small if to_small else geometry.big
+    result = memory.channels_last((n, *out_size, channels), source)
+    out = memory.nhwc(result)
+
+    # From here on, in the terms of the matrix product that runs.
+    big, small = (source, out) if to_small else (out, source)
+    big, small, geometry = _collapse(big, small, geometry)
+    c_big = big.shape[3]
+    weight = weight.view(c_small, geometry.taps, c_big)
+    columns = c_small if to_small else c_big
+    phases = 1 if to_small else math.prod(geometry.stride)
+    # Phase 0 has the most pixels; the descriptors' phases are all alike.
+    m_size = small.shape[1:3]
+    if not to_small:
+        m_size = tuple(map(tiles.ceil_div, big.shape[1:3], geometry.stride))
+
+    packed = to_small and c_big < config.block_k and geometry.taps > 1
+    box = tiles.box(config.block_m, *m_size)
+    block_big, block_small = (
+        (config.block_k, config.block_n) if to_small else (config.block_n, config.block_k)
+    )
+    boxed = (
+        config.descriptors
+        and not packed
+        and _descriptors_fit(geometry, big, small, weight)
+        # A pixel's neighbour follows it in the folded view of a strided side: no reach into it.
+        and (geometry.stride[1] == 1 or c_big % block_big == 0)
+        and (to_small or _stride_divides_kernel(geometry))
+        and (groups == 1 or n // groups % box[0] == 0)  # A box has images of one group only.
+    )
+    tiles_per_group = tiles.pixel_tiles(
+        (n // groups, *m_size), config.block_m, box if boxed else None
+    )
+    parts = groups * tiles_per_group
+    statistics = None
+    if epilogue.groups:
+        acc_dtype = start.acc_dtype(source.dtype)
+        empty = torch.empty((2, parts * phases, columns), dtype=acc_dtype, device=source.device)
+        repeat = columns // channels
+        mean, m2 = empty.view(2, parts * phases * repeat, channels)
+        count = torch.empty(parts * phases, dtype=acc_dtype, device=source.device)
+        statistics = norm.TileStatistics(count, mean, m2, repeat, groups)
+
+    if boxed:
+        big = _big_descriptor(big, geometry, box, block_big)
+        small = memory.descriptor(small, [*box, block_small])
+        weight = memory.descriptor(weight, [block_small, 1, block_big])
+    tile_grid = (parts * tiles.ceil_div(columns, config.block_n), phases)
+    shared = dict(
+        weight=weight,
+        bias_ptr=memory.dense(epilogue.bias, out),
+        vectors_ptr=epilogue.vectors if epilogue.vectors is not None else out,
+        count_ptr=statistics.count if statistics else out,
+        mean_ptr=statistics.mean if statistics else out,
+        m2_ptr=statistics.m2 if statistics else out,
+        N=n // groups,
+        H_big=geometry.big[0],
+        W_big=geometry.big[1],
+        C_big=c_big,
+        H_small=geometry.small[0],
+        W_small=geometry.small[1],
+        C_small=c_small,
+        channels=channels,
+        tiles_per_group=tiles_per_group,
+        negative_slope=epilogue.negative_slope,
+        KH=geometry.kernel_size[0],
+        KW=geometry.kernel_size[1],
+        **_stride_and_padding(geometry),
+        HAS_BIAS=epilogue.bias is not None,
+        HAS_NORM=epilogue.vectors is not None,
+        HAS_STATISTICS=statistics is not None,
+        ACTIVATION=epilogue.activation,
+        **_arithmetic(source),
+        DESCRIPTORS=boxed,
+        **_tile(config, box),
+    )
+    if to_small:
+        start.kernel(kernels.fprop, tile_grid[:1], big=big, out=small, PACKED=packed, **shared)
+    else:
+        start.kernel(kernels.dgrad, tile_grid, small=small, out=big, **shared)
+    return result, statistics
+
+
+def _through_library(direction, source, weight, geometry, epilogue):
+    """As `_conv`, with PyTorch's convolution and the epilogue as passes of their own."""
+    convolve = library.fprop if direction == "fprop" else library.dgrad
+    z = convolve(source, weight, geometry, epilogue.bias)
+    z = z.contiguous(memory_format=torch.channels_last)
+    statistics = norm.statistics_of(z, epilogue.groups) if epilogue.groups else None
+    activation = epilogue.activation, epilogue.negative_slope
+    if epilogue.vectors is not None:
+        z = norm.normalize_activate(z, epilogue.vectors, *activation)
+    else:
+        z = reference.activate(z, *activation, inplace=True)
+    return z, statistics
+
+
+def _config(operation, operand, geometry, c_small, c_big, statistics=False):
+    if geometry.is_product:
+        geometry, c_big = _FLAT, c_big * geometry.taps
+    problem = tiles.Problem(
+        operation=operation,
+        itemsize=operand.element_size(),
+        statistics=statistics,
+        c_small=c_small,
+        c_big=c_big,
+        small=geometry.small,
+        big=geometry.big,
+        kernel_size=geometry.kernel_size,
+        stride=geometry.stride,
+        images=operand.shape[0],
+    )
+    return tiles.gemm_config(start.architecture(operand), problem)
+
+
+def _collapse(big, small, geometry):
+    """See an unpadded kernel that covers its whole input at once as the matrix product it is.
+
+    Latents (1 x 1) to 4 x 4 and 4 x 4 to one logit: the big side's pixels become channels, in
+    memory the same array, and no tap is multiplied by padding.
+    """
+    if not geometry.is_product:
+        return big, small, geometry
+    return big.view(big.shape[0], 1, 1, -1), small, _FLAT
+
+
+def _descriptors_fit(geometry, *tensors):
+    """Whether tensor descriptors can address these tensors and a strided side folds evenly."""
+    aligned = (t.shape[-1] * t.element_size() % 16 == 0 and t.data_ptr() % 16 == 0 for t in tensors)
+    folds = all(n % s == 0 for n, s in zip(geometry.big, geometry.stride, strict=True))
+    return folds and all(aligned) and max(t.shape[0] for t in tensors) < 2**31
+
+
+def _stride_divides_kernel(geometry):
+    return all(k % s == 0 for k, s in zip(geometry.kernel_size, geometry.stride, strict=True))
+
+
+def _big_descriptor(big, geometry, box, block_channels):
+    """big as [N, H / sh, sh, W / sw, sw * C]: a tap's or a phase's pixels are a box of it."""
+    n, h, w, c = big.shape
+    sh, sw = geometry.stride
+    folded = big.view(n, h // sh, sh, w // sw, sw * c)
+    return memory.descriptor(folded, [box[0], box[1], 1, box[2], block_channels])
+
+
+def _stride_and_padding(geometry):
+    return dict(
+        STRIDE_H=geometry.stride[0],
+        STRIDE_W=geometry.stride[1],
+        PAD_H=geometry.padding[0],
+        PAD_W=geometry.padding[1],
+    )
+
+
+def _arithmetic(tensor):
+    return dict(
+        ACC_DTYPE=start.tl_dtype(start.acc_dtype(tensor.dtype)),
+        PRECISION=start.precision(tensor),
+    )
+
+
+def _tile(config, box):
+    return dict(
+        BOX_N=box[0],
+        BOX_H=box[1],
+        BOX_W=box[2],
+        BLOCK_M=config.block_m,
+        BLOCK_N=config.block_n,
+        BLOCK_K=config.block_k,
+        num_warps=config.num_warps,
+        num_stages=config.num_stages,
+    )

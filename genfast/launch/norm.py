@@ -1,0 +1,234 @@
+"""Batch norm around a convolution: its statistics, normalise + activate, and the backward."""
+
+from dataclasses import dataclass
+
+import torch
+
+from genfast.backend import triton
+from genfast.launch import memory, passes, start, sums, tiles
+
+if triton is not None:
+    from genfast.kernels import norm as kernels
+
+# Rows of the matrix `vectors` of batch-norm quantities, one column a channel: see kernels/norm.py.
+MEAN, UNBIASED_VAR, RSTD, SCALE, SHIFT = range(5)
+
+# One program of `combine_statistics` combines this many tiles; more tiles take another round.
+_STATISTICS_CHUNK = 512
+# Every program of `norm_backward` adds up to this many parts of two sums itself; for more of them
+# a kernel of their own is less work.
+_PARTS_ADDED_BY_ALL = 64
+
+
+@dataclass(frozen=True)
+class TileStatistics:
+    """Count, mean and sum of squared deviations of each tile of a convolution's output.
+
+    count: (tiles,); mean and m2: (tiles * repeat, channels), `repeat` of whose rows share a count.
+    The first group's tiles come first, and so on for all `groups`, which have as many.
+    """
+
+    count: torch.Tensor
+    mean: torch.Tensor
+    m2: torch.Tensor
+    repeat: int
+    groups: int
+
+
+def batch_statistics(
+    statistics, gamma, beta, eps, running_mean=None, running_var=None, momentum=0.0, counter=None
+):
+    """Combine `TileStatistics` into `vectors` (groups, 5, channels), for normalising by the batch.
+
+    Running statistics, where given, move in place by `momentum`, once for each group in turn; the
+    counter of batches, an int64 scalar on the device, by the number of groups.
+    """
+    statistics = _combine_chunks(statistics)
+    parts, channels, groups = _parts(statistics)
+    vectors = statistics.mean.new_empty((groups, 5, channels))
+    # The kernel steps through memory one by one; what it wrote into a copy goes back.
+    running = [memory.dense(t, vectors) for t in (running_mean, running_var)]
+    start.kernel(
+        kernels.batch_statistics,
+        (tiles.ceil_div(channels, _statistics_block(channels)),),
+        count_ptr=statistics.count,
+        mean_ptr=statistics.mean,
+        m2_ptr=statistics.m2,
+        vectors_ptr=vectors,
+        gamma_ptr=memory.dense(gamma, vectors),
+        beta_ptr=memory.dense(beta, vectors),
+        running_mean_ptr=running[0],
+        running_var_ptr=running[1],
+        counter_ptr=counter if counter is not None else vectors,
+        groups=groups,
+        parts=parts,
+        channels=channels,
+        parts_per_count=statistics.repeat,
+        eps=eps,
+        momentum=momentum,
+        HAS_GAMMA=gamma is not None,
+        HAS_BETA=beta is not None,
+        HAS_RUNNING=running_mean is not None,
+        HAS_COUNTER=counter is not None,
+        BLOCK_P=128,
+        BLOCK_C=_statistics_block(channels),
+    )
+    for given, dense in zip((running_mean, running_var), running, strict=True):
+        if given is not None and given is not dense:
+            given.copy_(dense)
+    return vectors
+
+
+def _combine_chunks(statistics):
+    """The same statistics in few enough parts for one program to combine."""
+    parts, channels, groups = _parts(statistics)
+    while parts > _STATISTICS_CHUNK:
+        chunks = tiles.ceil_div(parts, _STATISTICS_CHUNK)
+        mean, m2 = statistics.mean.new_empty((2, groups * chunks, channels))
+        count = statistics.mean.new_empty(groups * chunks)
+        start.kernel(
+            kernels.combine_statistics,
+            (tiles.ceil_div(channels, _statistics_block(channels)), chunks, groups),
+            count_ptr=statistics.count,
+            mean_ptr=statistics.mean,
+            m2_ptr=statistics.m2,
+            out_count_ptr=count,
+            out_mean_ptr=mean,
+            out_m2_ptr=m2,
+            parts=parts,
+            channels=channels,
+            parts_per_count=statistics.repeat,
+            chunk=_STATISTICS_CHUNK,
+            BLOCK_P=128,
+            BLOCK_C=_statistics_block(channels),
+        )
+        statistics, parts = TileStatistics(count, mean, m2, 1, groups), chunks
+    return statistics
+
+
+def _parts(statistics):
+    """Parts of a group, channels, groups."""
+    parts, channels = statistics.mean.shape
+    return parts // statistics.groups, channels, statistics.groups
+
+
+def _statistics_block(channels):
+    return min(32, tiles.power_of_two(channels))
+
+
+def normalize_activate(z, vectors, activation, negative_slope):
+    """act((z - mean) * scale + shift): (N, C, H, W) to the same, channels_last."""
+    z = memory.nhwc(z)
+    y = memory.channels_last(z.shape, z)
+    grid, rows, tile = passes.elementwise(z, vectors.shape[0])
+    start.kernel(
+        kernels.normalize_activate,
+        grid,
+        z_ptr=z,
+        vectors_ptr=vectors,
+        y_ptr=y,
+        rows=rows,
+        channels=z.shape[3],
+        negative_slope=negative_slope,
+        ACTIVATION=activation,
+        **tile,
+    )
+    return y
+
+
+def norm_backward(dy, z, vectors, *, training, need_dz, activation, negative_slope):
+    """The backward of `normalize_activate` and, in training, of the statistics in `vectors`.
+
+    Returns:
+        dz (N, C, H, W), None unless `need_dz`; and (2, C): the gradients of beta and of gamma.
+    """
+    dy, z = memory.nhwc(dy), memory.nhwc(z)
+    channels, groups = z.shape[3], vectors.shape[0]
+    grid, rows, tile = passes.elementwise(z, groups)
+    common = dict(
+        dy_ptr=dy,
+        z_ptr=z,
+        vectors_ptr=vectors,
+        rows=rows,
+        channels=channels,
+        negative_slope=negative_slope,
+        ACTIVATION=activation,
+    )
+    tiles_per_part = tiles.ceil_div(grid[0], passes.parts_of_pass(grid))
+    parts = tiles.ceil_div(grid[0], tiles_per_part)
+    partials = vectors.new_empty((groups, parts, 2 * channels))
+    start.kernel(
+        kernels.norm_backward_reduce,
+        (parts, *grid[1:]),
+        partials_ptr=partials,
+        tiles_per_part=tiles_per_part,
+        **common,
+        **tile,
+    )
+    total = vectors.new_empty((2, channels))
+    if not need_dz:
+        sums.sum_partials(partials.flatten(0, 1), total)
+        return None, total
+    if parts > _PARTS_ADDED_BY_ALL:
+        totals = vectors.new_empty((groups, 2, channels))
+        sums.sum_partials(partials, totals)
+        partials, parts = totals, 1
+    dz = memory.channels_last(z.shape, z)
+    start.kernel(
+        kernels.norm_backward,
+        grid,
+        sums_ptr=partials,
+        total_ptr=total,
+        dz_ptr=dz,
+        parts=parts,
+        groups=groups,
+        TRAINING=training,
+        BLOCK_P=tiles.power_of_two(parts),
+        **common,
+        **tile,
+    )
+    return dz, total
+
+
+def activation_backward(dy, y, activation, negative_slope):
+    """dy * act'(u), computed from the output y = act(u): (N, C, H, W), channels_last."""
+    dy, y = memory.nhwc(dy), memory.nhwc(y)
+    du = memory.channels_last(y.shape, y)
+    start.kernel(
+        kernels.activation_backward_from_output,
+        (tiles.ceil_div(y.numel(), 1024),),
+        dy_ptr=dy,
+        y_ptr=y,
+        du_ptr=du,
+        length=y.numel(),
+        negative_slope=negative_slope,
+        ACC_DTYPE=start.tl_dtype(start.acc_dtype(y.dtype)),
+        ACTIVATION=activation,
+        BLOCK=1024,
+    )
+    return du
+
+
+def statistics_of(z, groups):
+    """`TileStatistics` of a channels_last tensor, by a pass over it."""
+    z = memory.nhwc(z)
+    channels = z.shape[3]
+    grid, rows, tile = passes.elementwise(z, groups)
+    tiles_per_part = tiles.ceil_div(grid[0], passes.parts_of_pass(grid))
+    parts = tiles.ceil_div(grid[0], tiles_per_part)
+    dtype = start.acc_dtype(z.dtype)
+    mean, m2 = torch.empty((2, groups * parts, channels), dtype=dtype, device=z.device)
+    count = torch.empty(groups * parts, dtype=dtype, device=z.device)
+    start.kernel(
+        kernels.tile_statistics,
+        (parts, *grid[1:]),
+        z_ptr=z,
+        count_ptr=count,
+        mean_ptr=mean,
+        m2_ptr=m2,
+        rows=rows,
+        channels=channels,
+        tiles_per_part=tiles_per_part,
+        **tile,
+    )
+    return TileStatistics(count, mean, m2, 1, groups)

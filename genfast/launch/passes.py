@@ -1,0 +1,25 @@
+"""The grids of passes over memory, and in how many parts their reductions are cut."""
+
+import math
+
+from genfast.backend import INTERPRETING
+from genfast.launch import tiles
+
+# About how many programs keep a GPU busy with passes over memory: the H200 has 132 multiprocessors.
+BUSY_PROGRAMS = 264
+
+
+def elementwise(x, groups):
+    """Grid, rows of a group and tile for one pass over an NHWC tensor as groups of [rows, C]."""
+    channels = x.shape[3]
+    block_c = min(64, tiles.power_of_two(channels))
+    block_r = 64 if INTERPRETING else 4096 // block_c
+    rows = x.numel() // (channels * groups)
+    grid = (tiles.ceil_div(rows, block_r), tiles.ceil_div(channels, block_c), groups)
+    return grid, rows, dict(BLOCK_R=block_r, BLOCK_C=block_c)
+
+
+def parts_of_pass(grid):
+    """In how many parts a reduction over the tiles of `elementwise` keeps a GPU busy."""
+    count, *others = grid
+    return min(count, max(1, 2 * BUSY_PROGRAMS // math.prod(others)))

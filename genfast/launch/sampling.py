@@ -1,0 +1,84 @@
+"""Reparameterised sampling and its gradients."""
+
+import torch
+
+from genfast.backend import triton
+from genfast.launch import passes, start, sums, tiles
+
+if triton is not None:
+    from genfast.kernels import sampling as kernels
+
+
+def reparameterize(mu, logvar, seed, *, with_kl):
+    """z = mu + exp(logvar / 2) * eps and, if `with_kl`, the KL divergence of each row, else None.
+
+    Args:
+        mu, logvar: (N, ...), of one shape and dtype.
+        seed: (1,) int64 on the device: the key of the noise.
+    """
+    mu, logvar = mu.contiguous(), logvar.contiguous()
+    z = torch.empty_like(mu)
+    grid, sizes = _sampling_grid(mu)
+    rows, parts = sizes["N"], grid[1]
+    acc_dtype = start.acc_dtype(mu.dtype)
+    kl = partials = None
+    if with_kl:
+        kl = partials = torch.empty(rows, dtype=acc_dtype, device=mu.device)
+        if parts > 1:
+            partials = torch.empty((parts, rows), dtype=acc_dtype, device=mu.device)
+    start.kernel(
+        kernels.reparameterize,
+        grid,
+        mu_ptr=mu,
+        logvar_ptr=logvar,
+        seed_ptr=seed,
+        z_ptr=z,
+        kl_ptr=partials if with_kl else z,
+        ACC_DTYPE=start.tl_dtype(acc_dtype),
+        HAS_KL=with_kl,
+        **sizes,
+    )
+    if with_kl and parts > 1:
+        sums.sum_partials(partials, kl)
+    return z, kl
+
+
+def reparameterize_backward(dz, dkl, mu, logvar, seed):
+    """The gradients of mu and logvar; dz or dkl is None where nothing flows back."""
+    mu, logvar = mu.contiguous(), logvar.contiguous()
+    dmu, dlogvar = torch.empty_like(mu), torch.empty_like(logvar)
+    grid, sizes = _sampling_grid(mu)
+    start.kernel(
+        kernels.reparameterize_backward,
+        grid,
+        dz_ptr=mu if dz is None else dz.contiguous(),
+        dkl_ptr=mu if dkl is None else dkl.contiguous(),
+        mu_ptr=mu,
+        logvar_ptr=logvar,
+        seed_ptr=seed,
+        dmu_ptr=dmu,
+        dlogvar_ptr=dlogvar,
+        ACC_DTYPE=start.tl_dtype(start.acc_dtype(mu.dtype)),
+        HAS_DZ=dz is not None,
+        HAS_DKL=dkl is not None,
+        **sizes,
+    )
+    return dmu, dlogvar
+
+
+def _sampling_grid(mu):
+    """Grid and sizes for sampling, mu seen as a matrix of its first dimension and the rest."""
+    rows = mu.shape[0] if mu.dim() else 1
+    columns = mu.numel() // rows
+    quarter = tiles.ceil_div(columns, 4)
+    block_q = min(256, tiles.power_of_two(quarter))
+    block_n = min(256 // block_q, tiles.power_of_two(rows))
+    row_tiles, column_tiles = tiles.ceil_div(rows, block_n), tiles.ceil_div(quarter, block_q)
+    # A row is cut where there are too few of them to fill a GPU, and at the grid's limit.
+    parts = min(column_tiles, max(1, 8 * passes.BUSY_PROGRAMS // row_tiles))
+    tiles_per_part = tiles.ceil_div(column_tiles, parts)
+    sizes = dict(
+        N=rows, D=columns, quarter=quarter, tiles_per_part=tiles_per_part,
+        BLOCK_N=block_n, BLOCK_Q=block_q,
+    )  # fmt: skip
+    return (row_tiles, tiles.ceil_div(column_tiles, tiles_per_part)), sizes

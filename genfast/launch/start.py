@@ -1,0 +1,70 @@
+"""The only file that starts a kernel: the device guard, the interpreter, dtypes.
+
+Everything else in this package prepares: layouts, allocation, descriptors, grids.
+"""
+
+import contextlib
+
+import torch
+
+from genfast.backend import INTERPRETING, triton
+
+if triton is not None:
+    from triton.tools.tensor_descriptor import TensorDescriptor
+
+
+def kernel(kernel, grid, **arguments):
+    """Start a kernel on the device its tensors are on (Triton starts on the current device).
+
+    Returns what Triton compiled; None where it interprets.
+    """
+    if INTERPRETING:
+        return _interpret(kernel, grid, arguments)
+    device = next(a.device for a in arguments.values() if isinstance(a, torch.Tensor))
+    guard = torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
+    with guard:
+        return kernel[grid](**arguments)
+
+
+def _interpret(kernel, grid, arguments):
+    # The interpreter multiplies the raw bits of bfloat16 and truncates where a GPU rounds. So half
+    # precision travels as float32 copies, and PyTorch rounds what the kernel stored.
+    copies = {}
+
+    def widen(a):
+        if isinstance(a, TensorDescriptor):
+            return TensorDescriptor(widen(a.base), a.shape, a.strides, a.block_shape)
+        if not isinstance(a, torch.Tensor) or a.element_size() != 2:
+            return a
+        return copies.setdefault(a.data_ptr(), (a, a.float()))[1]
+
+    kernel[grid](**{name: widen(a) for name, a in arguments.items()})
+    for half, wide in copies.values():
+        rounded = wide.to(half.dtype)
+        # What the kernel only read stays untouched: autograd counts every writing.
+        if not torch.equal(rounded.view(torch.int16), half.view(torch.int16)):
+            half.copy_(rounded)
+
+
+def architecture(tensor):
+    if INTERPRETING:
+        return "interpreter"
+    properties = torch.cuda.get_device_properties(tensor.device)
+    if torch.version.hip:
+        return properties.gcnArchName.split(":")[0]
+    return f"sm_{properties.major}{properties.minor}"
+
+
+def precision(tensor):
+    """How float32 products round: to TF32 where PyTorch's convolutions may use it."""
+    if tensor.dtype != torch.float32 or torch.version.hip:
+        return "ieee"
+    return "tf32" if torch.backends.cudnn.conv.fp32_precision == "tf32" else "ieee"
+
+
+def acc_dtype(dtype):
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def tl_dtype(dtype):
+    return getattr(triton.language, str(dtype).removeprefix("torch."))

@@ -20,49 +20,12 @@ from unittest import mock
 
 import torch
 import triton
-from triton.backends.compiler import GPUTarget
-from triton.backends.driver import DriverBase
 
 from benchmarks.gpu.problems import call, forced
+from benchmarks.model.driver import TARGETS, AbsentDriver
 from genfast.geometry import ConvGeometry
 from genfast.launch import conv, losses, norm, sampling, start, tiles
 from genfast.launch.conv import Epilogue
-
-TARGETS = {
-    "sm_80": GPUTarget("cuda", 80, 32),
-    "sm_90": GPUTarget("cuda", 90, 32),
-    "sm_100": GPUTarget("cuda", 100, 32),
-    "gfx942": GPUTarget("hip", "gfx942", 64),
-}
-
-
-class AbsentDriver(DriverBase):
-    """Says which GPU to compile for, and can start nothing."""
-
-    def __init__(self, architecture):
-        self.architecture = architecture
-
-    @classmethod
-    def is_active(cls):
-        return True
-
-    def get_current_target(self):
-        return TARGETS[self.architecture]
-
-    def get_current_device(self):
-        return self.architecture
-
-    def get_current_stream(self, device):
-        return 0
-
-    def get_active_torch_device(self):
-        raise NotImplementedError
-
-    def get_benchmarker(self):
-        raise NotImplementedError
-
-    def map_python_to_cpp_type(self, ty):
-        raise NotImplementedError
 
 
 def compile_cases(architecture):

@@ -336,7 +336,8 @@ def _load_window(
         # Beyond the kernel there are neighbours: an infinite one times a weight of 0 would be NaN.
         in_kernel = (k < KH * ROW) & (k % ROW < KW * 4)
         offset = (k // ROW * window_step * UNIT + k % ROW).to(tl.int64)
-        offset = tl.where(in_kernel, offset, 0)
+        # Whole pixels are in the kernel or not.
+        offset = tl.max_contiguous(tl.multiple_of(tl.where(in_kernel, offset, 0), 4), 4)
         window = tl.load(
             padded_ptr + corner[:, None] + offset[None, :], mask=in_kernel[None, :], other=0.0
         )

@@ -1,9 +1,9 @@
 """fprop and wgrad where the big side is an image: its padded copy, and what runs on that.
 
-    why = ends.refusal(geometry, c_small, c_big, images)     None: it fits
-    image = ends.padded(x, geometry)                         once an image
-    small, statistics = ends.fprop(image, weight, epilogue)
-    dweight = ends.wgrad(image, small)
+why = ends.refusal(geometry, c_small, c_big, images)     None: it fits
+image = ends.padded(x, geometry)                         once an image
+small, statistics = ends.fprop(image, weight, epilogue)
+dweight = ends.wgrad(image, small)
 """
 
 import math
@@ -67,15 +67,16 @@ class ImageConfig:
     statistics_registers: int | None = None
 
 
-# By architecture and whether matrix instructions multiply; elements of two bytes, then of four.
-_INTERPRETED = ImageConfig(32, 32, 32, 32, 1, 1, 1, 5)
+# Small enough that a test's few pixels and channels span several ragged tiles.
+_INTERPRETED = ImageConfig(32, 32, 64, 32, 1, 1, 1, 5)
+# Elements of two and of four bytes.
 _SHIPPED = {
     "sm_90": {
         2: ImageConfig(128, 128, 64, 64, 8, 3, 4, 396, 168),
         4: ImageConfig(64, 64, 64, 32, 4, 2, 3, 396),
     },
     "sm_80": {
-        2: ImageConfig(128, 128, 64, 64, 8, 2, 3, 216),
+        2: ImageConfig(128, 128, 64, 64, 8, 2, 3, 216, 168),
         4: ImageConfig(64, 64, 32, 32, 4, 2, 3, 216),
     },
     "gfx942": {
@@ -131,7 +132,8 @@ def padded(x, geometry, dtype=None, y=None, activation="identity", negative_slop
     """The padded copy of an image, or of the gradient at an image, in one pass.
 
     Args:
-        x: (N, C, H, W) of `geometry.big`, of 1 to 4 channels and any strides.
+        x: (N, C, H, W) of `geometry.big`, of 1 to 4 channels; contiguous or channels_last is read
+            as it is.
         geometry: a `ConvGeometry`.
         dtype: of the copy; that of x by default.
         y: like x, or None: act(u), where x is the gradient of y and the copy becomes that of u.
@@ -141,9 +143,10 @@ def padded(x, geometry, dtype=None, y=None, activation="identity", negative_slop
     """
     n, channels, height, width = x.shape
     size = padded_size(geometry)
+    x = _dense(x)
     if out is None:
         out = torch.empty((n, *size, CHANNELS), dtype=dtype or x.dtype, device=x.device)
-    other = x if y is None else y
+    other = x if y is None else _dense(y)
     pixels = out.numel() // CHANNELS
     width_magic, width_shift = _magic(size[1])
     height_magic, height_shift = _magic(size[0])
@@ -364,6 +367,11 @@ def _magic(divisor):
     """What `kernels.ends._quotient` multiplies and shifts by to divide numbers below 2^30."""
     shift = (divisor - 1).bit_length()
     return -(-(1 << (30 + shift)) // divisor), shift
+
+
+def _dense(x):
+    dense = x.is_contiguous() or x.is_contiguous(memory_format=torch.channels_last)
+    return x if dense else x.contiguous()
 
 
 def _strides(name, x):

@@ -9,7 +9,7 @@ without a mask. Runs are widened to ROW elements, a power of two:
     fprop_image   out[pixel, cs] = sum over k of weight[cs, k] * window[pixel, k]
     wgrad_image   out[cs, k] = sum over pixels of small[pixel, cs] * window[pixel, k]
 
-where k = ky * ROW + kx * 4 + cb. In fprop channels are the rows of the product and pixels its
+where k = (ky * KW + kx) * 4 + cb. In fprop channels are the rows of the product and pixels its
 columns: sums over pixels then stay within few threads.
 
 The padded image's width is even, and its addresses are counted in units of UNIT elements, so that a
@@ -158,7 +158,6 @@ def fprop_image(
     KH: tl.constexpr,
     KW: tl.constexpr,
     STRIDE_W: tl.constexpr,
-    ROW: tl.constexpr,
     UNIT: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     HAS_NORM: tl.constexpr,
@@ -173,19 +172,19 @@ def fprop_image(
 ):
     """out[pixel, cs] = epilogue(sum over k of weight[cs, k] * window[pixel, k]).
 
-    M = C_small, N = pixels, K = KH * ROW. `pixels` are one group's, of which a tile holds no two.
-    A program computes `tiles_per_program` tiles in a row, the first `one_more` programs one more:
-    one weight serves them, and the next window is on its way while this one is multiplied. Grid:
-    (tiles of C_small, programs).
+    M = C_small, N = pixels, K = KH * KW * 4. `pixels` are one group's: no tile holds two groups. A
+    program computes `tiles_per_program` tiles in a row, the first `one_more` programs one more: one
+    weight serves them, and the next window is on its way while this one is multiplied. Grid: (tiles
+    of C_small, programs).
     """
     C_small = eighths * 8
-    STEPS: tl.constexpr = (KH * ROW + BLOCK_K - 1) // BLOCK_K
+    STEPS: tl.constexpr = (KH * KW * 4 + BLOCK_K - 1) // BLOCK_K
     cs = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     program = tl.program_id(1)
     first = program * tiles_per_program + tl.minimum(program, one_more)
     last = first + tiles_per_program + (program < one_more).to(tl.int32)
     if STEPS == 1:
-        weight = _load_weight(weight_ptr, cs, 0, C_small, C_BIG, KH, KW, ROW, BLOCK_K)
+        weight = _load_weight(weight_ptr, cs, 0, C_small, C_BIG, KH, KW, BLOCK_K)
     for tile in range(first, last):
         group = tile // tiles_per_group
         p0 = (tile - group * tiles_per_group) * BLOCK_N
@@ -199,14 +198,12 @@ def fprop_image(
         )  # fmt: skip
         acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=ACC_DTYPE)
         if STEPS == 1:
-            window = _load_window(padded_ptr, corner, 0, window_step, KH, KW, ROW, UNIT, BLOCK_K)
+            window = _load_window(padded_ptr, corner, 0, window_step, KH, KW, UNIT, BLOCK_K)
             acc = _dot(weight, window.T, acc, PRECISION)
         else:
             for k0 in range(0, STEPS * BLOCK_K, BLOCK_K):
-                window = _load_window(
-                    padded_ptr, corner, k0, window_step, KH, KW, ROW, UNIT, BLOCK_K
-                )
-                weight = _load_weight(weight_ptr, cs, k0, C_small, C_BIG, KH, KW, ROW, BLOCK_K)
+                window = _load_window(padded_ptr, corner, k0, window_step, KH, KW, UNIT, BLOCK_K)
+                weight = _load_weight(weight_ptr, cs, k0, C_small, C_BIG, KH, KW, BLOCK_K)
                 acc = _dot(weight, window.T, acc, PRECISION)
         acc = _epilogue(
             acc, count, tile, cs, C_small, bias_ptr, vectors_ptr, count_ptr, mean_ptr, m2_ptr,
@@ -240,7 +237,6 @@ def wgrad_image(
     KH: tl.constexpr,
     KW: tl.constexpr,
     STRIDE_W: tl.constexpr,
-    ROW: tl.constexpr,
     UNIT: tl.constexpr,
     HAS_Y: tl.constexpr,
     ACTIVATION: tl.constexpr,
@@ -252,9 +248,9 @@ def wgrad_image(
 ):
     """out[split, cs, ky, kx, cb] = sum over the split's pixels of small * window.
 
-    M = C_small, N = KH * ROW, K = pixels. With HAS_Y, small is the gradient of y = act(u), and is
-    taken times act'(u). `sum_partials` adds the splits in a fixed order. Grid: (tiles of C_small,
-    tiles of KH * ROW, splits).
+    M = C_small, N = KH * KW * 4, K = pixels. With HAS_Y, small is the gradient of y = act(u), and
+    is taken times act'(u). `sum_partials` adds the splits in a fixed order. Grid: (tiles of
+    C_small, tiles of KH * KW * 4, splits).
     """
     C_small = eighths * 8
     cs = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -270,7 +266,7 @@ def wgrad_image(
             pixel, image_step, row_step,
             width_magic, width_shift, height_magic, height_shift, STRIDE_W, UNIT,
         )  # fmt: skip
-        window = _load_window(padded_ptr, corner, k0, window_step, KH, KW, ROW, UNIT, BLOCK_N)
+        window = _load_window(padded_ptr, corner, k0, window_step, KH, KW, UNIT, BLOCK_N)
         offset = pixel.to(tl.int64)[:, None] * C_small + channel[None, :]
         inside = (p < pixels)[:, None]
         small = tl.load(small_ptr + offset, mask=inside, other=0.0)
@@ -282,8 +278,8 @@ def wgrad_image(
         acc = _dot(small.T, window, acc, PRECISION)
 
     k = k0 + tl.arange(0, BLOCK_N)
-    in_kernel = (k < KH * ROW) & (k % ROW < KW * 4) & (k % 4 < C_BIG)
-    column = (k // ROW * KW + k % ROW // 4) * C_BIG + k % 4
+    in_kernel = (k < KH * KW * 4) & (k % 4 < C_BIG)
+    column = k // 4 * C_BIG + k % 4
     row = split.to(tl.int64) * C_small + cs
     tl.store(
         out_ptr + row[:, None] * (KH * KW * C_BIG) + column[None, :],
@@ -324,18 +320,16 @@ def _corner(
 
 @triton.jit
 def _load_window(
-    padded_ptr, corner, k0, window_step, KH: tl.constexpr, KW: tl.constexpr, ROW: tl.constexpr,
-    UNIT: tl.constexpr, BLOCK_K: tl.constexpr,
+    padded_ptr, corner, k0, window_step, KH: tl.constexpr, KW: tl.constexpr, UNIT: tl.constexpr,
+    BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """window[pixel, k0 and on]: runs of ROW elements, `window_step` units from one to the next."""
+    """window[pixel, k0 and on]: runs of KW * 4 elements, `window_step` units apart; then zeros."""
     k = k0 + tl.arange(0, BLOCK_K)
-    if (KH * ROW % BLOCK_K == 0) & (KW * 4 == ROW):
-        offset = (k // ROW * window_step * UNIT + k % ROW).to(tl.int64)
+    offset = (k // (KW * 4) * window_step * UNIT + k % (KW * 4)).to(tl.int64)
+    if KH * KW * 4 % BLOCK_K == 0:
         window = tl.load(padded_ptr + corner[:, None] + offset[None, :])
     else:
-        # Beyond the kernel there are neighbours: an infinite one times a weight of 0 would be NaN.
-        in_kernel = (k < KH * ROW) & (k % ROW < KW * 4)
-        offset = (k // ROW * window_step * UNIT + k % ROW).to(tl.int64)
+        in_kernel = k < KH * KW * 4
         # Whole pixels are in the kernel or not.
         offset = tl.max_contiguous(tl.multiple_of(tl.where(in_kernel, offset, 0), 4), 4)
         window = tl.load(
@@ -347,12 +341,12 @@ def _load_window(
 @triton.jit
 def _load_weight(
     weight_ptr, cs, k0, C_small, C_BIG: tl.constexpr, KH: tl.constexpr, KW: tl.constexpr,
-    ROW: tl.constexpr, BLOCK_K: tl.constexpr,
+    BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """weight[cs, k0 and on], zeros where k is no tap or no channel."""
     k = k0 + tl.arange(0, BLOCK_K)
-    in_kernel = (k < KH * ROW) & (k % ROW < KW * 4) & (k % 4 < C_BIG)
-    column = (k // ROW * KW + k % ROW // 4) * C_BIG + k % 4
+    in_kernel = (k < KH * KW * 4) & (k % 4 < C_BIG)
+    column = k // 4 * C_BIG + k % 4
     inside = (cs < C_small)[:, None] & in_kernel[None, :]
     offset = cs[:, None] * (KH * KW * C_BIG) + column[None, :]
     return tl.load(weight_ptr + tl.where(inside, offset, 0), mask=inside, other=0.0)
@@ -376,8 +370,9 @@ def _epilogue(
     """
     BLOCK_N: tl.constexpr = acc.shape[1]
     in_c = cs < C_small
+    channel = tl.where(in_c, cs, 0)
     if HAS_BIAS:
-        bias = tl.load(bias_ptr + cs, mask=in_c, other=0.0)
+        bias = tl.load(bias_ptr + channel, mask=in_c, other=0.0)
         acc += bias.to(acc.dtype)[:, None]
     if HAS_STATISTICS:
         acc = acc.to(OUT_DTYPE).to(acc.dtype)
@@ -397,8 +392,8 @@ def _epilogue(
         # Every program of a tile stores the same count, so no one needs to be chosen.
         tl.store(count_ptr + tile, count.to(acc.dtype))
     if HAS_NORM:
-        mean = tl.load(vectors_ptr + MEAN * C_small + cs, mask=in_c, other=0.0)
-        scale = tl.load(vectors_ptr + SCALE * C_small + cs, mask=in_c, other=0.0)
-        shift = tl.load(vectors_ptr + SHIFT * C_small + cs, mask=in_c, other=0.0)
+        mean = tl.load(vectors_ptr + MEAN * C_small + channel, mask=in_c, other=0.0)
+        scale = tl.load(vectors_ptr + SCALE * C_small + channel, mask=in_c, other=0.0)
+        shift = tl.load(vectors_ptr + SHIFT * C_small + channel, mask=in_c, other=0.0)
         acc = (acc - mean[:, None]) * scale[:, None] + shift[:, None]
     return activate(acc, negative_slope, ACTIVATION)

@@ -22,7 +22,6 @@ if triton is not None:
 CHANNELS = 4
 # Pixels are divided by sizes through multiplications that are exact below this.
 _PIXEL_LIMIT = 2**30
-_WIDEST_KERNEL = 16
 # Of `pad_image`: four pixels a thread.
 _PAD_BLOCK = 512
 
@@ -101,10 +100,10 @@ def refusal(geometry, c_small, c_big, images):
         return f"expected 1 to {CHANNELS} channels on the big side, got {c_big}"
     if c_small < 8 or c_small % 8:
         return f"expected a multiple of 8 channels on the small side, got {c_small}"
+    if images < 1:
+        return f"expected at least one image, got {images}"
     if geometry.is_product:
         return "expected windows that move over the image, got a kernel as large as the image"
-    if geometry.kernel_size[1] > _WIDEST_KERNEL:
-        return f"expected a kernel of at most {_WIDEST_KERNEL} columns, got {geometry.kernel_size}"
     pixels = images * max(math.prod(geometry.small), math.prod(padded_size(geometry)))
     if pixels >= _PIXEL_LIMIT:
         return f"expected fewer than {_PIXEL_LIMIT} pixels, got {pixels}"
@@ -194,7 +193,6 @@ def fprop(image, weight, epilogue):
     n, c_small, groups = data.shape[0], weight.shape[0], max(epilogue.groups, 1)
     result = memory.channels_last((n, *geometry.small, c_small), data)
     config = _config(data)
-    row = _row(geometry)
     block_m = _channel_block(config, c_small)
     pixels = n // groups * math.prod(geometry.small)
     tiles_per_group = tiles.ceil_div(pixels, config.pixels)
@@ -236,7 +234,7 @@ def fprop(image, weight, epilogue):
         **_arithmetic(data),
         BLOCK_M=block_m,
         BLOCK_N=config.pixels,
-        BLOCK_K=_element_block(config, geometry.kernel_size[0] * row),
+        BLOCK_K=_element_block(config, _elements(geometry)),
         num_warps=_warps(config, block_m),
         num_stages=config.fprop_stages,
         **limit,
@@ -259,7 +257,7 @@ def wgrad(image, small, y=None, activation="identity", negative_slope=0.0):
     c_small = small.shape[3]
     dweight = memory.channels_last((c_small, *geometry.kernel_size, c_big), data)
     config = _config(data)
-    elements = geometry.kernel_size[0] * _row(geometry)
+    elements = _elements(geometry)
     block_m = _channel_block(config, c_small)
     block_n = _element_block(config, elements)
     pixels = data.shape[0] * math.prod(geometry.small)
@@ -331,9 +329,9 @@ def _warps(config, block_m):
     return max(min(4, config.num_warps), config.num_warps * block_m // config.channels)
 
 
-def _row(geometry):
-    """Elements of a run of a window: the kernel's columns, made a power of two, in 4 channels."""
-    return CHANNELS * tiles.power_of_two(geometry.kernel_size[1])
+def _elements(geometry):
+    """Of a window."""
+    return geometry.taps * CHANNELS
 
 
 def _windows(image):
@@ -358,7 +356,6 @@ def _windows(image):
         KH=kernel_h,
         KW=kernel_w,
         STRIDE_W=stride_w,
-        ROW=_row(geometry),
         UNIT=unit,
     )
 

@@ -4,7 +4,7 @@ With 3 channels nothing is aligned and every element must be addressed, and mask
 big side is first written as padded[N, Hp, Wp, 4]: the missing channels are zeros, and so is a
 border as wide as the convolution's padding (wider at the bottom and the right, where windows reach
 further). Small's pixel (n, y, x) then meets KH runs of KW * 4 consecutive elements, its window,
-without a mask. Runs are widened to ROW elements, a power of two:
+without a mask:
 
     fprop_image   out[pixel, cs] = sum over k of weight[cs, k] * window[pixel, k]
     wgrad_image   out[cs, k] = sum over pixels of small[pixel, cs] * window[pixel, k]

@@ -91,6 +91,8 @@ _IEEE = ImageConfig(32, 64, 32, 32, 4, 2, 2, 396)
 def refusal(geometry, c_small, c_big, images):
     """Why these kernels do not take a convolution; None if they do.
 
+    In float64 they run interpreted only.
+
     Args:
         geometry: a `ConvGeometry`.
         c_small, c_big: channels.

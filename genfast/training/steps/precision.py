@@ -1,11 +1,12 @@
 """What the networks compute in. Weights, optimizers and losses stay in float32."""
 
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 
 import torch
 
 from genfast import cpu
 from genfast.training.steps import half_weights, updates
+from genfast.training.steps.rounding import products_in
 
 PRECISIONS = ("auto", "fp32", "tf32", "bf16", "fp16")
 _AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
@@ -87,7 +88,10 @@ class Precision:
         return "; ".join(f"the {name}: {why}" for name, why in reasons.items() if why) or None
 
     def products(self):
-        """Within, products of float32 round as the precision says: around a whole step."""
+        """Within, products of float32 round as the precision says: around a whole step.
+
+        PyTorch's settings of that, old and new, can be read within and are put back afterwards.
+        """
         if self.name not in ("fp32", "tf32"):
             return ExitStack()
         return self._rounding("tf32" if self.name == "tf32" else "ieee")
@@ -96,20 +100,8 @@ class Precision:
         """Within, products of float32 are in float32 whatever the precision is."""
         return self._rounding("ieee")
 
-    @contextmanager
     def _rounding(self, wanted):
-        if self._device.type != "cuda":
-            yield
-            return
-        settings = (torch.backends.cudnn.conv, torch.backends.cuda.matmul)
-        before = [s.fp32_precision for s in settings]
-        try:
-            for s in settings:
-                s.fp32_precision = wanted
-            yield
-        finally:
-            for s, value in zip(settings, before, strict=True):
-                s.fp32_precision = value
+        return products_in(wanted) if self._device.type == "cuda" else ExitStack()
 
     def weights(self):
         """Within, the networks hold half-precision copies of weights, if the precision is half."""

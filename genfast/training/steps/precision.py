@@ -53,6 +53,7 @@ class Precision:
     Attributes:
         name: the precision, resolved.
         scalers: for "fp16" a `torch.amp.GradScaler` for each optimizer, by its name; else empty.
+        half_weights: the `HalfWeights` of each network by its name; empty if there are none.
     """
 
     def __init__(self, precision, device, networks, optimizers, weights_reused=True):
@@ -63,7 +64,7 @@ class Precision:
         self.scalers = {name: torch.amp.GradScaler(device.type) for name in scaled}
         self._ones = {}
         self._networks = networks
-        self._half_weights = {}
+        self.half_weights = {}
         self._why_no_half_weights = None
         if self.name not in _AUTOCAST:
             self._why_no_half_weights = f"{self.name} converts no weights"
@@ -75,7 +76,7 @@ class Precision:
             self._why_no_half_weights = "the networks share parameters"
         else:
             dtype = _AUTOCAST[self.name]
-            self._half_weights = {
+            self.half_weights = {
                 name: half_weights.HalfWeights(network, dtype) for name, network in networks.items()
             }
 
@@ -105,7 +106,7 @@ class Precision:
 
     def weights(self):
         """Within, the networks hold half-precision copies of weights, if the precision is half."""
-        return half_weights.in_use(*self._half_weights.values())
+        return half_weights.in_use(*self.half_weights.values())
 
     def autocast(self):
         """Around forward passes."""
@@ -124,8 +125,8 @@ class Precision:
                 self._ones[loss.dtype] = torch.ones_like(loss, requires_grad=False)
             one = self._ones[loss.dtype]
         loss.backward(one)
-        if optimizer in self._half_weights:
-            self._half_weights[optimizer].hand_over_gradients()
+        if optimizer in self.half_weights:
+            self.half_weights[optimizer].hand_over_gradients()
 
     def update(self, optimizer):
         """Step the optimizer of that name."""
@@ -138,8 +139,8 @@ class Precision:
 
     def refresh(self, network):
         """Within `weights`, let the network of that name use its weights as an update left them."""
-        if network in self._half_weights:
-            half_weights.refresh(self._half_weights[network])
+        if network in self.half_weights:
+            half_weights.refresh(self.half_weights[network])
 
 
 def _share_parameters(networks):

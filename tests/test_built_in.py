@@ -14,7 +14,7 @@ CPU = torch.device("cpu")
 
 
 class Recorder:
-    """Replays by running again."""
+    """Records by running, and replays without Python, as a graph does: here by nothing."""
 
     device = CPU
 
@@ -26,7 +26,8 @@ class Recorder:
 
     def record(self, function):
         self.recorded += 1
-        return function
+        function()
+        return lambda: None
 
 
 class Own(nn.Module):

@@ -6,7 +6,7 @@ import torch
 
 from genfast import cpu
 from genfast.training.steps import half_weights, updates
-from genfast.training.steps.rounding import products_in
+from genfast.training.steps.product_settings import products_in
 
 PRECISIONS = ("auto", "fp32", "tf32", "bf16", "fp16")
 _AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}

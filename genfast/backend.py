@@ -42,9 +42,10 @@ def selected_backend():
 class use_backend(AbstractContextManager):
     """Choose the backend: `use_backend("reference")` from now on, or `with use_backend(...):`.
 
-    "auto" takes Triton on CUDA and ROCm tensors, PyTorch on CPU tensors, and Triton on CPU tensors
-    when TRITON_INTERPRET=1. "triton" raises where Triton cannot run and says why. "reference"
-    always takes PyTorch. Leaving the `with` block restores the backend chosen before.
+    "auto" takes Triton on CUDA and ROCm tensors (NVIDIA GPUs older than Ampere take PyTorch),
+    PyTorch on CPU tensors, and Triton on CPU tensors when TRITON_INTERPRET=1. "triton" raises where
+    Triton cannot run and says why. "reference" always takes PyTorch. Leaving the `with` block
+    restores the backend chosen before.
 
     The choice is a process-wide setting, like `torch.backends`.
     """

@@ -74,7 +74,8 @@ def collected(*options):
 def test_both_parts_of_the_suite_are_the_suite():
     """Tests that need a GPU's memory for themselves run apart, in one process; none is left out."""
     assert tests.SUITE[-1] == "tests"
-    some = ("tests/test_gpu.py", "tests/test_stored_values.py")  # To collect all of them takes a minute.
+    # Two files stand for all, which take a minute to collect.
+    some = ("tests/test_gpu.py", "tests/test_stored_values.py")
     beside, alone = (collected(*part, *some) for part in tests.PARTS)
     assert sorted(beside + alone) == sorted(collected(*some))
     assert not set(beside) & set(alone)

@@ -201,6 +201,7 @@ def _conv(direction, source, weight, geometry, epilogue):
         HAS_NORM=epilogue.vectors is not None,
         HAS_STATISTICS=statistics is not None,
         ACTIVATION=epilogue.activation,
+        STORED_DTYPE=start.tl_dtype(result.dtype),
         **_arithmetic(source),
         DESCRIPTORS=boxed,
         **_tile(config, box),

@@ -38,6 +38,7 @@ def compile_cases(architecture):
         facts = {
             "kernel": kernel.__name__,
             "dtype": _dtype(arguments),
+            "precision": arguments.get("PRECISION", ""),
             "loader": "descriptors" if arguments.get("DESCRIPTORS") else "pointers",
             "tile": [arguments[k] for k in ("BLOCK_M", "BLOCK_N", "BLOCK_K") if k in arguments],
             "warps": compiled.metadata.num_warps,
@@ -49,36 +50,50 @@ def compile_cases(architecture):
         mock.patch.object(start, "kernel", record),
         mock.patch.object(start, "architecture", lambda tensor: architecture),
     ):
-        for config, case in _cases(architecture):
+        for precision, config, case in _cases(architecture):
             before = set(started)
-            with forced(config) if config else contextlib.nullcontext():
+            with _rounding(precision), forced(config) if config else contextlib.nullcontext():
                 case()
             yield from (started[key] for key in started if key not in before)
 
 
+def _rounding(precision):
+    """Within, products of float32 round so, whatever PyTorch's settings."""
+
+    def chosen(tensor):
+        return precision if tensor.dtype == torch.float32 else "ieee"
+
+    return mock.patch.object(start, "precision", chosen)
+
+
 def _cases(architecture):
-    """(configuration or None for the one that is chosen, what to call)."""
+    """(precision, configuration or None for the one that is chosen, what to call)."""
     k4s2 = ConvGeometry((16, 16), (8, 8), (4, 4), (2, 2), (1, 1))
     whole = ConvGeometry((4, 4), (1, 1), (4, 4), (1, 1), (0, 0))
     k3s2_odd = ConvGeometry((15, 15), (8, 8), (3, 3), (2, 2), (1, 1))
-    for dtype in (torch.bfloat16, torch.float32):
-        for config in tiles.shipped(architecture, dtype.itemsize):
-            yield config, lambda d=dtype: _convolutions(k4s2, d, 256, 128)
-        yield None, lambda d=dtype: _around(d)
-    widest, *_ = tiles.shipped(architecture, torch.bfloat16.itemsize)
-    if widest.descriptors:
-        with_pointers = dataclasses.replace(widest, descriptors=False)
-        yield with_pointers, lambda: _convolutions(k4s2, torch.bfloat16, 256, 128)
-    for config in tiles.shipped(architecture, torch.bfloat16.itemsize, scattered=True):
-        yield config, lambda: _convolutions(k3s2_odd, torch.bfloat16, 40, 24)
+    for precision in tiles.precisions(architecture):
+        dtype = torch.bfloat16 if precision == "half" else torch.float32
+        aligned = tiles.shipped(architecture, precision)
+        for config in aligned:
+            yield precision, config, lambda d=dtype: _convolutions(k4s2, d, 256, 128)
+        # What runs where geometry or alignment forbid descriptors.
+        if aligned[0].descriptors and precision != "tf32":
+            pointers = dataclasses.replace(aligned[0], descriptors=False)
+            yield precision, pointers, lambda d=dtype: _convolutions(k4s2, d, 256, 128)
+        for config in tiles.shipped(architecture, precision, scattered=True):
+            yield precision, config, lambda d=dtype: _convolutions(k3s2_odd, d, 40, 24)
+    half, *_, ieee = tiles.precisions(architecture)
+    yield half, None, lambda: _around(torch.bfloat16)
+    yield ieee, tiles.shipped(architecture, ieee)[0], lambda: _around(torch.float32)
     # The ends of the networks. Triton makes an argument of 1 a constant, so sizes of 1 are kernels
     # of their own.
-    yield None, lambda: _convolutions(k4s2, torch.bfloat16, 128, 3)
-    yield None, lambda: _convolutions(whole, torch.bfloat16, 1, 64)
-    yield None, lambda: _convolutions(whole, torch.bfloat16, 112, 64, batch=1)
+    yield half, None, lambda: _convolutions(k4s2, torch.bfloat16, 128, 3)
+    yield half, None, lambda: _convolutions(whole, torch.bfloat16, 1, 64)
+    yield half, None, lambda: _convolutions(whole, torch.bfloat16, 112, 64, batch=1)
+    yield ieee, None, lambda: _convolutions(k4s2, torch.float32, 128, 3)
     # float16 differs from bfloat16 in the name of an instruction.
-    yield None, lambda: _convolutions(k4s2, torch.float16, 256, 128)
-    yield None, lambda: _convolutions(k3s2_odd, torch.float16, 40, 24)
+    yield half, None, lambda: _convolutions(k4s2, torch.float16, 256, 128)
+    yield half, None, lambda: _convolutions(k3s2_odd, torch.float16, 40, 24)
     yield from _tuned_cases(architecture)
 
 
@@ -87,11 +102,11 @@ def _tuned_cases(architecture):
     found = {}
     for where, problem, config in tiles.read_tuned():
         if where == architecture and not config.library:
-            found.setdefault((problem.operation, problem.scattered, config), problem)
-    for (_, _, config), problem in found.items():
+            key = problem.operation, problem.precision, problem.scattered, config
+            found.setdefault(key, problem)
+    for (_, precision, _, config), problem in found.items():
         small = dataclasses.replace(problem, images=min(problem.images, 64))
-        dtype = {2: torch.bfloat16, 4: torch.float32}[problem.itemsize]
-        yield config, lambda p=small, d=dtype: call(p, d, "cpu")()
+        yield precision, config, lambda p=small: call(p, "cpu")()
 
 
 def _image(channels, size, dtype, batch=64):
@@ -194,7 +209,8 @@ def main():
 def _row(facts):
     tile = "x".join(map(str, facts["tile"]))
     return (
-        f"{facts['kernel']:32} {facts['dtype']:9} {facts['loader']:11} {tile:11} "
+        f"{facts['kernel']:32} {facts['dtype']:9} {facts['precision']:5} {facts['loader']:11} "
+        f"{tile:11} "
         f"{facts['warps']} warps {facts['registers']:4} registers {facts['spills']:4} spills "
         f"{facts['shared']:7} B shared {facts['matrix']:4} matrix {facts['tma']:3} TMA"
     )

@@ -7,12 +7,15 @@ import copy
 
 import pytest
 import torch
+from cases import Case, Geometry
+from oracle import assert_block, largest_error
 from same_training import SEED, assert_same_bits, train
 from torch import nn
 
 import genfast
 from genfast import functional
 from genfast.functional import reparameterize_with_kl
+from genfast.launch import start, tiles
 from genfast.models import VAE, DCGANDiscriminator, DCGANGenerator
 from genfast.training import GANStep, VAEStep
 
@@ -236,3 +239,30 @@ def test_inside_torch_compile():
     with genfast.use_backend("auto"):
         y = torch.compile(model)(x)
     torch.testing.assert_close(y, expected, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("rounding", ["tf32", "ieee"])
+def test_float32_rounds_as_the_setting_says(rounding, transposed, monkeypatch):
+    """By the library and by every tile: held to eager PyTorch's error under the same setting."""
+    if torch.version.hip or torch.cuda.get_device_capability() < (8, 0):
+        pytest.skip("needs TF32: an NVIDIA GPU from Ampere on")
+    monkeypatch.setattr(torch.backends.cudnn.conv, "fp32_precision", rounding)
+    last = "channels_last"
+    layouts = dict(layout=last, weight_layout=last, dy_layout=last)
+    geometry = Geometry(4, 2, 1, big=(16, 16), small=(8, 8))
+    case = Case(transposed, geometry, (128, 128), batch=16, **layouts)
+    architecture = start.architecture(torch.empty(1, device=CUDA))
+    x = torch.randn(16, 128, 8, 8, device=CUDA).to(memory_format=torch.channels_last)
+    weight = torch.randn(128, 128, 4, 4, device=CUDA)
+    convolve = nn.functional.conv_transpose2d if transposed else nn.functional.conv2d
+    block = functional.conv_transpose_block if transposed else functional.conv_block
+    exact = convolve(x.double(), weight.double(), None, 2, 1)
+    for config in (tiles.LIBRARY, *tiles.shipped(architecture, rounding)):
+        monkeypatch.setattr(tiles, "gemm_config", lambda *_, config=config: config)
+        assert_block(case, CUDA)
+        y = block(x, weight, None, 2, 1)
+        error = (largest_error(y, exact) / exact.abs().max()).item()
+        # TF32 keeps 10 bits below the first one: two factors that are cut off so err by 2^-9 at
+        # most. Float32 errs by its own roundings of 2^-24, of which one sum has some.
+        assert error < 2**-9 and (error > 2**-14) == (rounding == "tf32"), config

@@ -232,7 +232,7 @@ def _config(operation, operand, geometry, c_small, c_big, statistics=False):
         geometry, c_big = _FLAT, c_big * geometry.taps
     problem = tiles.Problem(
         operation=operation,
-        itemsize=operand.element_size(),
+        precision="half" if operand.element_size() == 2 else start.precision(operand),
         statistics=statistics,
         c_small=c_small,
         c_big=c_big,

@@ -1,10 +1,13 @@
 """Sums over parts, in an order that depends on the shape alone."""
 
 from genfast.backend import triton
-from genfast.launch import start, tiles
+from genfast.launch import passes, start, tiles
 
 if triton is not None:
     from genfast.kernels import sums as kernels
+
+# So many sums fill a GPU with tiles that are wide; fewer are cut finer, with more parts at a time.
+_MANY = 2**16
 
 
 def sum_partials(partials, out):
@@ -15,16 +18,24 @@ def sum_partials(partials, out):
         out: of any dtype and shape with that many elements, dense.
     """
     *groups, parts, length = partials.shape
-    # Many columns fill the GPU; a few are summed by few programs, each with many parts at a time.
-    block_p = min(64 if length >= 64 else 1024, tiles.power_of_two(parts))
-    block = min(max(64, min(1024, 4096 // block_p)), max(tiles.power_of_two(length), 1))
+    block_p, block = _tile(length)
+    rows, row_length = (1, length) if groups else passes.rows(out)
     start.kernel(
         kernels.sum_partials,
         (tiles.ceil_div(length, block), *groups),
         partials_ptr=partials,
         out_ptr=out,
-        length=length,
+        rows=rows,
+        row_length=row_length,
         parts=parts,
         BLOCK_P=block_p,
         BLOCK=block,
     )
+
+
+def _tile(length):
+    """Parts and sums of a tile. The number of parts, which a batch changes, has no say."""
+    if length >= _MANY:
+        return 8, 512
+    block = min(64, tiles.power_of_two(length))
+    return min(1024, 4096 // block), block

@@ -19,11 +19,17 @@ _WORDS = {
     "memory": "moving memory",
     "latency": "waiting for memory",
 }
-_MOST_BARS = 26
+_MOST_BARS = 22
 
 
 def draw(costs, eager, gpu, title, path):
-    """Draw a step into a PNG.
+    """Write `figure` of these arguments into a PNG."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure(costs, eager, gpu, title).savefig(path, dpi=130)
+
+
+def figure(costs, eager, gpu, title):
+    """A matplotlib figure of a step.
 
     Args:
         costs: a list of `cost.Cost`. Products of one kernel and layer are one bar; so are all other
@@ -31,11 +37,10 @@ def draw(costs, eager, gpu, title, path):
         eager: those of PyTorch's own step, for the title; or None.
         gpu: the `cost.GPU`.
         title: what was predicted.
-        path: of the PNG.
     """
     bars = _bars(costs)
-    figure = Figure(figsize=(11, 2.0 + 0.29 * len(bars)), layout="constrained")
-    axes = figure.subplots()
+    drawn = Figure(figsize=(11, 2.0 + 0.29 * len(bars)), layout="constrained")
+    axes = drawn.subplots()
     for i, bar in enumerate(bars):
         axes.barh(i, bar["us"], color=_COLOURS[bar["bound"]], height=0.72)
         axes.plot([bar["floor"]] * 2, [i - 0.42, i + 0.42], color="black", linewidth=2)
@@ -56,19 +61,19 @@ def draw(costs, eager, gpu, title, path):
     (floor,) = axes.plot([], [], color="black", linewidth=2)
     axes.legend(
         [*handles, floor],
-        [*(f"most of it {_WORDS[term]}" for term in used), "floor: the card's datasheet"],
+        [*(f"bound by {_WORDS[term]}" for term in used), "no kernel can do better"],
         loc="center right",
     )
     axes.spines[["top", "right"]].set_visible(False)
-    figure.savefig(path, dpi=130)
+    return drawn
 
 
 def _sums(costs, eager, gpu):
     sums = totals(costs, gpu)
-    text = f"{NOTE}: genfast {sums.predicted:.2f} ms in {len(costs)} launches"
+    text = f"genfast {sums.predicted:.2f} ms in {len(costs)} launches"
     if eager:
         text += f", PyTorch eager {totals(eager, gpu).predicted:.2f} ms in {len(eager)}"
-    return text + f"; the products alone at the datasheet's rate {sums.arithmetic:.2f} ms"
+    return f"{text} ({NOTE})\nits products alone at the datasheet's rate: {sums.arithmetic:.2f} ms"
 
 
 def _bars(costs):

@@ -9,13 +9,17 @@ from benchmarks.model.machine_code import read
 from benchmarks.model.recording import Recorder, record
 
 
-@functools.cache
 def recorded(model, batch_size, architecture, way="genfast"):
     """A step's `Recording` and the machine code in it, {`compiled`: `Code`}; made once a process.
 
     Args:
         model, batch_size, architecture, way: as for `recording.record`.
     """
+    return _recorded(model, batch_size, architecture, way)
+
+
+@functools.cache
+def _recorded(model, batch_size, architecture, way):
     recording = record(model, batch_size, architecture, way)
     return recording, _codes(recording.code)
 

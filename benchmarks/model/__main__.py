@@ -1,7 +1,7 @@
 """What a training step would cost on a GPU that is not here: python -m benchmarks.model.
 
 Each kernel of a real step is compiled for the card, and its machine code, its grid and its tensors
-are put into the model of DESIGN 2.6. It is a model, not a measurement: no speed follows from it.
+are put into a model of the card (cost.py). It is a model, not a measurement, and proves no speed.
 """
 
 import argparse
@@ -12,7 +12,7 @@ from benchmarks.model.cost import GPUS
 from benchmarks.model.picture import draw
 from benchmarks.model.prediction import predict
 from benchmarks.model.recording import MODELS
-from benchmarks.model.report import table, write_csv
+from benchmarks.model.report import summary, table, write_csv
 
 RESULTS = Path(__file__).parents[1] / "results"
 
@@ -22,6 +22,7 @@ def main():
     args = _parser().parse_args()
     gpu = GPUS[args.gpu]
     costs = predict(args.model, args.batch, args.gpu)
+    eager = None
     title = f"one step of {args.model}, batch {args.batch}, bf16, {gpu.name}"
     if args.only:
         names = {cost.launch.name for cost in costs}
@@ -29,7 +30,11 @@ def main():
             sys.exit(f"expected kernels among {', '.join(sorted(names))}, got {args.only}")
         costs = [cost for cost in costs if cost.launch.name in args.only]
         title += f", only {' '.join(args.only)}"
+    else:
+        eager = predict(args.model, args.batch, args.gpu, "eager")
     print(table(costs, gpu, title))
+    if eager:
+        print(summary(eager, gpu, "PyTorch, eager in one CUDA graph"))
     stem = RESULTS / f"model_{args.model}_batch{args.batch}_{args.gpu}"
     if args.csv is not None:
         path = args.csv or stem.with_suffix(".csv")
@@ -37,7 +42,7 @@ def main():
         print(path)
     if args.plot is not None:
         path = args.plot or stem.with_suffix(".png")
-        draw(costs, gpu, title, path)
+        draw(costs, eager, gpu, title, path)
         print(path)
 
 

@@ -63,7 +63,8 @@ TERMS = ("issue", "tensor", "memory", "latency")
 class Cost:
     """One launch. Times are in microseconds.
 
-    launch: the `recording.Launch`. about: its shape in words.
+    launch: the `recording.Launch`.
+    layer, about: what it works on, in words; `layer` alone says it whatever the batch.
     code: its `machine_code.Code`; None for PyTorch's operation, of which all up to `issue` is 0.
     shared: bytes of shared memory of a program.
     resident: programs that fit a multiprocessor at once.
@@ -76,6 +77,7 @@ class Cost:
     """
 
     launch: object
+    layer: str
     about: str
     code: object
     shared: int
@@ -94,6 +96,11 @@ class Cost:
     def bound(self):
         """The name of the largest term."""
         return max(TERMS, key=lambda term: getattr(self, term))
+
+    @property
+    def shape(self):
+        """On what it works, in words."""
+        return f"{self.layer} {self.about}".strip()
 
     @property
     def predicted(self):
@@ -130,6 +137,7 @@ def kernel_cost(launch, code, warps, shared, gpu):
     microseconds = 1 / (gpu.clock * 1e3)
     return Cost(
         launch=launch,
+        layer=kernel.layer(arguments),
         about=kernel.about(arguments),
         code=code,
         shared=shared,
@@ -151,6 +159,7 @@ def library_cost(launch, gpu):
     arithmetic, memory = arithmetic_us(launch.flops, gpu), memory_us(launch.bytes, gpu)
     return Cost(
         launch=launch,
+        layer="",
         about="PyTorch",
         code=None,
         shared=0,

@@ -18,11 +18,13 @@ class Formula:
         the one whose source holds the loop, which may be a helper in another file of kernels/.
         A mean where programs differ.
     flops: of the mathematical product, without padding; None if it is none.
-    about: a few words on the shape, for tables.
+    layer: of a product, which layer it belongs to, whatever the batch.
+    about: a few words on all other shapes.
     """
 
     passes: Callable = lambda a: {}
     flops: Callable = lambda a: 0
+    layer: Callable = lambda a: ""
     about: Callable = lambda a: ""
 
 
@@ -72,12 +74,16 @@ def _conv_flops(images):
     return flops
 
 
-def _conv_about(images):
-    def about(a):
-        small = f"{a.C_small}@{a.H_small}x{a.W_small}"
-        return f"{small} {a.C_big}@{a.H_big}x{a.W_big} x{images(a)}"
+def _small_to_big(a):
+    return f"{a.C_small}->{a.C_big} ch {a.H_small}x{a.W_small}->{a.H_big}x{a.W_big}"
 
-    return about
+
+def _big_to_small(a):
+    return f"{a.C_big}->{a.C_small} ch {a.H_big}x{a.W_big}->{a.H_small}x{a.W_small}"
+
+
+def _about_images(images):
+    return lambda a: f"n {images(a)}"
 
 
 def _rows_about(a):
@@ -89,12 +95,13 @@ def _all_images(a):
 
 
 FORMULAS = {
-    "fprop": Formula(_fprop_passes, _conv_flops(_images), _conv_about(_images)),
-    "dgrad": Formula(_dgrad_passes, _conv_flops(_images), _conv_about(_images)),
+    "fprop": Formula(_fprop_passes, _conv_flops(_images), _big_to_small, _about_images(_images)),
+    "dgrad": Formula(_dgrad_passes, _conv_flops(_images), _small_to_big, _about_images(_images)),
     "wgrad": Formula(
         lambda a: {"wgrad.step": a.tiles_per_split},
         _conv_flops(_all_images),
-        _conv_about(_all_images),
+        _big_to_small,
+        _about_images(_all_images),
     ),
     "sum_partials": Formula(
         lambda a: {"sum_partials.first": _ceil(a.parts, a.BLOCK_P)},

@@ -1,5 +1,7 @@
 """What the model says of a step, as a picture: a bar for each kind of launch, its floor marked."""
 
+from collections import Counter
+
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
@@ -17,67 +19,85 @@ _WORDS = {
     "memory": "moving memory",
     "latency": "waiting for memory",
 }
-_MOST_BARS = 24
+_MOST_BARS = 22
 
 
-def draw(costs, gpu, title, path):
-    """Draw a list of `cost.Cost` into a PNG: the launches of one kernel and shape are one bar."""
+def draw(costs, eager, gpu, title, path):
+    """Write `figure` of these arguments into a PNG."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure(costs, eager, gpu, title).savefig(path, dpi=130)
+
+
+def figure(costs, eager, gpu, title):
+    """A matplotlib figure of a step.
+
+    Args:
+        costs: a list of `cost.Cost`. Products of one kernel and layer are one bar; so are all other
+            launches of one kernel.
+        eager: those of PyTorch's own step, for the title; or None.
+        gpu: the `cost.GPU`.
+        title: what was predicted.
+    """
     bars = _bars(costs)
-    figure = Figure(figsize=(11, 1.6 + 0.3 * len(bars)), layout="constrained")
-    axes = figure.subplots()
+    drawn = Figure(figsize=(11, 2.0 + 0.29 * len(bars)), layout="constrained")
+    axes = drawn.subplots()
     for i, bar in enumerate(bars):
-        axes.barh(i, bar["us"], color=_COLOURS.get(bar["bound"], "#cccccc"), height=0.72)
+        axes.barh(i, bar["us"], color=_COLOURS[bar["bound"]], height=0.72)
         axes.plot([bar["floor"]] * 2, [i - 0.42, i + 0.42], color="black", linewidth=2)
+        label = f"{bar['us']:,.0f}"
+        if bar["floor"] >= 1:
+            label += f"  ({bar['us'] / bar['floor']:.1f}x floor)"
         axes.annotate(
-            f"{bar['us']:.0f}", (max(bar["us"], bar["floor"]), i), (5, 0),
-            textcoords="offset points", va="center", size=8,
+            label, (max(bar["us"], bar["floor"]), i), (5, 0), textcoords="offset points",
+            va="center", size=8,
         )  # fmt: skip
     axes.set_yticks(range(len(bars)), [bar["label"] for bar in bars], fontsize=8)
-    axes.invert_yaxis()
+    axes.set_ylim(len(bars) - 0.4, -0.6)
+    axes.set_xlim(0, 1.18 * max(bar["us"] for bar in bars))
     axes.set_xlabel(f"microseconds of a step, all launches of a bar together ({NOTE})")
-    sums = totals(costs, gpu)
-    axes.set_title(
-        f"{title}\n{NOTE}: {sums.predicted:.2f} ms in {len(costs)} launches; its products at the "
-        f"datasheet's rate {sums.arithmetic:.2f} ms",
-        fontsize=10,
-    )
+    axes.set_title(f"{title}\n{_sums(costs, eager, gpu)}", fontsize=10)
     used = [term for term in _COLOURS if any(bar["bound"] == term for bar in bars)]
     handles = [Patch(color=_COLOURS[term]) for term in used]
     (floor,) = axes.plot([], [], color="black", linewidth=2)
     axes.legend(
         [*handles, floor],
-        [*(f"most time: {_WORDS[term]}" for term in used), "floor of the hardware"],
-        loc="lower right",
+        [*(f"bound by {_WORDS[term]}" for term in used), "no kernel can do better"],
+        loc="center right",
     )
     axes.spines[["top", "right"]].set_visible(False)
-    figure.savefig(path, dpi=130)
+    return drawn
+
+
+def _sums(costs, eager, gpu):
+    sums = totals(costs, gpu)
+    text = f"genfast {sums.predicted:.2f} ms in {len(costs)} launches"
+    if eager:
+        text += f", PyTorch eager {totals(eager, gpu).predicted:.2f} ms in {len(eager)}"
+    return f"{text} ({NOTE})\nits products alone at the datasheet's rate: {sums.arithmetic:.2f} ms"
 
 
 def _bars(costs):
-    """Label, microseconds, floor and bound of each bar, the longest first."""
+    """Label, microseconds, floor and bound of each bar, the longest first and the rest as one."""
     groups = {}
     for cost in costs:
-        groups.setdefault((cost.launch.name, cost.about), []).append(cost)
-    bars = [
-        {
-            "launches": len(group),
-            "label": f"{name}  {about}" + (f"  ({len(group)}x)" if len(group) > 1 else ""),
-            "us": sum(cost.predicted for cost in group),
-            "floor": sum(cost.floor for cost in group),
-            "bound": max(group, key=lambda cost: cost.predicted).bound,
-        }
-        for (name, about), group in groups.items()
-    ]
+        who = "PyTorch " if cost.code is None else ""
+        groups.setdefault(f"{who}{cost.launch.name} {cost.layer}".strip(), []).append(cost)
+    bars = [_bar(label, group) for label, group in groups.items()]
     bars.sort(key=lambda bar: -bar["us"])
     shown, rest = bars[:_MOST_BARS], bars[_MOST_BARS:]
     if rest:
-        launches = sum(bar["launches"] for bar in rest)
-        shown.append(
-            {
-                "label": f"all else  ({launches} launches)",
-                "us": sum(bar["us"] for bar in rest),
-                "floor": sum(bar["floor"] for bar in rest),
-                "bound": None,
-            }
-        )
+        shown.append(_bar("all else", [cost for bar in rest for cost in bar["costs"]]))
     return shown
+
+
+def _bar(label, costs):
+    by_bound = Counter()
+    for cost in costs:
+        by_bound[cost.bound] += cost.predicted
+    return {
+        "label": f"{label}  ({len(costs)}x)" if len(costs) > 1 else label,
+        "us": sum(cost.predicted for cost in costs),
+        "floor": sum(cost.floor for cost in costs),
+        "bound": by_bound.most_common(1)[0][0],
+        "costs": costs,
+    }

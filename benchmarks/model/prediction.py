@@ -9,27 +9,35 @@ from benchmarks.model.machine_code import read
 from benchmarks.model.recording import Recorder, record
 
 
-@functools.cache
-def recorded(model, batch_size, architecture):
+def recorded(model, batch_size, architecture, way="genfast"):
     """A step's `Recording` and the machine code in it, {`compiled`: `Code`}; made once a process.
 
     Args:
-        model, batch_size, architecture: as for `recording.record`.
+        model, batch_size, architecture, way: as for `recording.record`.
     """
-    recording = record(model, batch_size, architecture)
+    return _recorded(model, batch_size, architecture, way)
+
+
+@functools.cache
+def _recorded(model, batch_size, architecture, way):
+    recording = record(model, batch_size, architecture, way)
     return recording, _codes(recording.code)
 
 
-def predict(model, batch_size, gpu):
+def predict(model, batch_size, gpu, way="genfast"):
     """The `cost.Cost` of each launch of one training step in bf16, in order.
 
     Args:
         model: "dcgan" or "conv-vae".
         batch_size: images of a step.
         gpu: a key of `cost.GPUS`.
+        way: "genfast", or "eager": PyTorch alone with autocast, fused Adam and channels_last, its
+            kernels started as closely as a CUDA graph starts them. A library's product is assumed
+            to take `cost.LIBRARY_OVERHEAD` of its time at the datasheet's rate, and all else to
+            move each of its tensors once.
     """
     card = GPUS[gpu]
-    recording, codes = recorded(model, batch_size, card.architecture)
+    recording, codes = recorded(model, batch_size, card.architecture, way)
     return [_cost(launch, recording.code, codes, card) for launch in recording.launches]
 
 

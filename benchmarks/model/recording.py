@@ -23,6 +23,7 @@ from unittest import mock
 
 ROOT = Path(__file__).parents[2]
 MODELS = ("dcgan", "conv-vae")
+WAYS = ("genfast", "eager")
 _LAUNCHES = "launches.json"
 
 
@@ -77,13 +78,14 @@ class Recording:
     code: dict[str, Compiled]
 
 
-def record(model, batch_size, architecture):
+def record(model, batch_size, architecture, way="genfast"):
     """The `Recording` of one step in bf16.
 
     Args:
         model: one of `MODELS`, at 64 x 64 pixels.
         batch_size: images of a step.
         architecture: a key of `driver.TARGETS` of NVIDIA's.
+        way: "genfast", or "eager" for the step of `recipes.Recipe` that PyTorch runs alone.
 
     Raises:
         RuntimeError: the step failed; the message ends in what the process wrote.
@@ -94,7 +96,7 @@ def record(model, batch_size, architecture):
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         command = [sys.executable, "-m", "benchmarks.model.recording", model, str(batch_size)]
-        command += [architecture, str(folder)]
+        command += [architecture, way, str(folder)]
         done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
         if done.returncode != 0:
             raise RuntimeError(f"expected to record a step of {model}, got:\n{done.stderr[-3000:]}")
@@ -115,8 +117,8 @@ def _read(folder):
     return Recording(launches, code)
 
 
-def _record_here(model, batch_size, architecture, folder):
-    """As `record`, into files of a folder, in a process that does not interpret."""
+def _record_genfast(model, batch_size, architecture):
+    """Launches and code of genfast's step, in a process that does not interpret."""
     import torch
 
     from benchmarks.workloads import Workload
@@ -149,8 +151,36 @@ def _record_here(model, batch_size, architecture, folder):
         launches.clear()
         with _operations(launches):
             step(images)
+    return launches, recorder.code
+
+
+def _record_eager(model, batch_size):
+    """Launches of PyTorch's own step, on tensors without memory: nothing there needs an address."""
+    import torch
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    from benchmarks import recipes
+    from benchmarks.workloads import Workload
+
+    launches = []
+    workload = Workload(model, batch_size, 64, torch.device("cpu"))
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(mock.patch.object(recipes, "half_is_fast", lambda device: True))
+        # It would put memory into another format, of which there is none; bytes are the same.
+        stack.enter_context(mock.patch.object(torch.nn.Module, "to", lambda self, *a, **k: self))
+        stack.enter_context(FakeTensorMode())
+        recipe = recipes.Recipe(amp=True, frozen=not workload.is_vae)
+        step = recipe.build(workload)
+        images = torch.zeros(batch_size, *workload.image_shape)
+        step(images)  # Makes the optimizers' states.
+        with _operations(launches):
+            step(images)
+    return launches
+
+
+def _write(folder, launches, compiled_by_key):
     code = {}
-    for key, compiled in recorder.code.items():
+    for key, compiled in compiled_by_key.items():
         (folder / f"{key}.cubin").write_bytes(compiled.cubin)
         (folder / f"{key}.ttgir").write_text(compiled.ttgir, encoding="utf-8")
         code[key] = dict(name=compiled.name, warps=compiled.warps, shared=compiled.shared)
@@ -212,7 +242,7 @@ def _launch(name, grid, arguments, compiled):
 # Beside views: operations that take memory without writing to it, and the profiler's marks.
 _START_NOTHING = (
     "_record_function_enter_new", "_record_function_exit", "detach", "empty", "empty_like",
-    "empty_strided", "new_empty", "new_empty_strided",
+    "empty_strided", "new_empty", "new_empty_strided", "device",
 )  # fmt: skip
 # They write the tensor they are called on without reading it.
 _OVERWRITE = ("copy_", "fill_", "zero_", "normal_", "_foreach_copy_", "_foreach_zero_")
@@ -260,7 +290,7 @@ def _distinct_bytes(values):
     import torch
 
     tensors = [v for v in values if isinstance(v, torch.Tensor)]
-    return sum({(t.data_ptr(), t.nbytes): t.nbytes for t in tensors}.values())
+    return sum({(t.untyped_storage()._cdata, t.nbytes): t.nbytes for t in tensors}.values())
 
 
 def main():
@@ -269,9 +299,14 @@ def main():
     parser.add_argument("model", choices=MODELS)
     parser.add_argument("batch_size", type=int)
     parser.add_argument("architecture")
+    parser.add_argument("way", choices=WAYS)
     parser.add_argument("folder", type=Path)
-    arguments = parser.parse_args()
-    _record_here(**vars(arguments))
+    args = parser.parse_args()
+    if args.way == "eager":
+        _write(args.folder, _record_eager(args.model, args.batch_size), {})
+    else:
+        recorded = _record_genfast(args.model, args.batch_size, args.architecture)
+        _write(args.folder, *recorded)
 
 
 if __name__ == "__main__":

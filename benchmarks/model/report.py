@@ -39,7 +39,7 @@ def row(index, cost):
     return {
         "launch": index,
         "kernel": launch.name,
-        "shape": cost.about,
+        "shape": cost.shape,
         "grid": "x".join(map(str, launch.grid)),
         "programs_per_multiprocessor": cost.resident,
         "waves": cost.waves,
@@ -84,7 +84,7 @@ def write_csv(costs, path):
 # Column, width, and how to write it; times in microseconds.
 _COLUMNS = (
     ("kernel", 24, lambda r: r["kernel"][:24]),
-    ("shape", 34, lambda r: r["shape"][:34]),
+    ("shape", 36, lambda r: r["shape"][:36]),
     ("grid", 11, lambda r: r["grid"]),
     ("per SM", 6, lambda r: r["programs_per_multiprocessor"] or ""),
     ("waves", 5, lambda r: r["waves"] or ""),
@@ -104,18 +104,22 @@ _LEFT = ("kernel", "shape", "by")
 
 
 def table(costs, gpu, title):
-    """The launches and their sum as text."""
+    """The launches of one step, or some of them, and their sum as text."""
     lines = [f"{title}: {NOTE}", _line(name for name, _, _ in _COLUMNS)]
     for index, cost in enumerate(costs):
         facts = row(index, cost)
         lines.append(_line(write(facts) for _, _, write in _COLUMNS))
+    return "\n".join([*lines, summary(costs, gpu, "genfast")])
+
+
+def summary(costs, gpu, who):
+    """A line: the sum of a step by whoever runs it, and by what it is bound."""
     sums = totals(costs, gpu)
     shares = ", ".join(f"{bound} {ms:.3f}" for bound, ms in sorted(sums.by_bound.items()))
-    lines.append(
-        f"{len(costs)} launches, {sums.predicted:.3f} ms ({NOTE}), of which bound by {shares}; "
-        f"products at the datasheet's rate: {sums.arithmetic:.3f} ms"
+    return (
+        f"{who}: {sums.predicted:.3f} ms in {len(costs)} launches ({NOTE}), bound by {shares}; "
+        f"its products at the datasheet's rate: {sums.arithmetic:.3f} ms"
     )
-    return "\n".join(lines)
 
 
 def _line(values):

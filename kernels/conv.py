@@ -24,6 +24,7 @@ import triton.language as tl
 
 from .activation import activate
 from .norm import MEAN, SCALE, SHIFT
+from .rounding import rounded
 
 # Of a tile's statistics. On sm_90 a tile of 128 x 128 takes 213 registers with all columns at once,
 # 127 so: then two programs share a multiprocessor.
@@ -60,6 +61,7 @@ def fprop(
     HAS_NORM: tl.constexpr,
     HAS_STATISTICS: tl.constexpr,
     ACTIVATION: tl.constexpr,
+    STORED_DTYPE: tl.constexpr,
     ACC_DTYPE: tl.constexpr,
     PRECISION: tl.constexpr,
     DESCRIPTORS: tl.constexpr,
@@ -120,7 +122,7 @@ def fprop(
     acc = _epilogue(
         acc, exists, tile, cs, C_small, channels, bias_ptr, vectors_ptr,
         count_ptr, mean_ptr, m2_ptr, negative_slope, HAS_BIAS, HAS_NORM, HAS_STATISTICS, ACTIVATION,
-        OUT_DTYPE,
+        STORED_DTYPE,
     )  # fmt: skip
     if DESCRIPTORS:
         box = acc.to(OUT_DTYPE).reshape(BOX_N, BOX_H, BOX_W, BLOCK_N)
@@ -164,6 +166,7 @@ def dgrad(
     HAS_NORM: tl.constexpr,
     HAS_STATISTICS: tl.constexpr,
     ACTIVATION: tl.constexpr,
+    STORED_DTYPE: tl.constexpr,
     ACC_DTYPE: tl.constexpr,
     PRECISION: tl.constexpr,
     DESCRIPTORS: tl.constexpr,
@@ -235,7 +238,7 @@ def dgrad(
     acc = _epilogue(
         acc, exists, part, cb, C_big, channels, bias_ptr, vectors_ptr,
         count_ptr, mean_ptr, m2_ptr, negative_slope, HAS_BIAS, HAS_NORM, HAS_STATISTICS, ACTIVATION,
-        OUT_DTYPE,
+        STORED_DTYPE,
     )  # fmt: skip
     if DESCRIPTORS:
         box = acc.to(OUT_DTYPE).reshape(BOX_N, BOX_H, 1, BOX_W, BLOCK_N)
@@ -358,9 +361,12 @@ def _pixels(
         y0 = 0
         x0 = 0
         pixel = tl.cast(tile, tl.int64) * BLOCK + row
-        n = first + pixel // (H * W)
-        y = (pixel // W % H).to(tl.int32)
-        x = (pixel % W).to(tl.int32)
+        # A phase of a map of 1 pixel may have none: then none exists, whatever its division gives.
+        rows = tl.maximum(H, 1)
+        columns = tl.maximum(W, 1)
+        n = first + pixel // (rows * columns)
+        y = (pixel // columns % rows).to(tl.int32)
+        x = (pixel % columns).to(tl.int32)
     return n, y, x, (n < first + N) & (y < H) & (x < W), n0, y0, x0
 
 
@@ -465,7 +471,7 @@ def _epilogue(
     acc, exists, tile, column, columns, channels, bias_ptr, vectors_ptr,
     count_ptr, mean_ptr, m2_ptr, negative_slope,
     HAS_BIAS: tl.constexpr, HAS_NORM: tl.constexpr, HAS_STATISTICS: tl.constexpr,
-    ACTIVATION: tl.constexpr, OUT_DTYPE: tl.constexpr,
+    ACTIVATION: tl.constexpr, STORED_DTYPE: tl.constexpr,
 ):  # fmt: skip
     """Bias, this tile's batch statistics, normalisation by known statistics, activation.
 
@@ -477,7 +483,7 @@ def _epilogue(
         acc += tl.load(bias_ptr + channel).to(acc.dtype)[None, :]
     if HAS_STATISTICS:
         # In place of the accumulator: both together would not fit into the registers.
-        acc = acc.to(OUT_DTYPE).to(acc.dtype)
+        acc = rounded(acc, STORED_DTYPE)
         count = tl.sum(exists.to(acc.dtype), axis=0)
         _store_statistics(acc, exists, count, tile, column, columns, mean_ptr, m2_ptr)
         # Every column's program stores the same count, so no one needs to be chosen.

@@ -201,6 +201,7 @@ def _conv(direction, source, weight, geometry, epilogue):
         HAS_NORM=epilogue.vectors is not None,
         HAS_STATISTICS=statistics is not None,
         ACTIVATION=epilogue.activation,
+        STORED_DTYPE=start.tl_dtype(result.dtype),
         **_arithmetic(source),
         DESCRIPTORS=boxed,
         **_tile(config, box),
@@ -231,7 +232,7 @@ def _config(operation, operand, geometry, c_small, c_big, statistics=False):
         geometry, c_big = _FLAT, c_big * geometry.taps
     problem = tiles.Problem(
         operation=operation,
-        itemsize=operand.element_size(),
+        precision="half" if operand.element_size() == 2 else start.precision(operand),
         statistics=statistics,
         c_small=c_small,
         c_big=c_big,

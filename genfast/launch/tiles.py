@@ -22,8 +22,8 @@ class GemmConfig:
     descriptors: load and store through tensor descriptors where geometry and alignment allow.
     programs: about how many programs should share wgrad's long reduction. The H200 has 132
         multiprocessors.
-    library: leave the product to PyTorch's own convolution, where that was faster; what surrounds
-        it stays ours. The other fields then mean nothing.
+    library: leave the product to PyTorch's own convolution, where that was or must be faster; what
+        surrounds it stays ours. The other fields then mean nothing.
     """
 
     block_m: int
@@ -36,12 +36,16 @@ class GemmConfig:
     library: bool = False
 
 
+LIBRARY = GemmConfig(0, 0, 0, 0, 0, False, library=True)
+
+
 @dataclass(frozen=True)
 class Problem:
     """One product, in the terms that decide which tile is fast.
 
     operation: "fprop", "dgrad" or "wgrad".
-    itemsize: bytes of an operand's element.
+    precision: "half", or how a product of float32 rounds: "tf32" or "ieee". Float64, which only
+        the interpreter takes, counts as "ieee".
     statistics: whether it emits batch statistics.
     c_small, c_big, small, big, kernel_size, stride: the convolution's channels and sizes (height,
         width), as in kernels/conv.py.
@@ -49,7 +53,7 @@ class Problem:
     """
 
     operation: str
-    itemsize: int
+    precision: str
     statistics: bool
     c_small: int
     c_big: int
@@ -58,6 +62,11 @@ class Problem:
     kernel_size: tuple[int, int]
     stride: tuple[int, int]
     images: int
+
+    @property
+    def itemsize(self):
+        """Bytes of an operand's element."""
+        return 2 if self.precision == "half" else 4
 
     @property
     def rows(self):
@@ -89,45 +98,49 @@ class Problem:
 # Small enough that a test's few pixels and channels span several ragged tiles.
 _INTERPRETED = (GemmConfig(64, 32, 32, 1, 1, True),)
 
-# Two-byte and four-byte elements, widest tile first. The Hopper figures are from compiling (no
-# spills, wgmma, TMA, and at most 128 registers for the widest, so that two programs share a
-# multiprocessor), not yet from timing. Ampere-class shared memory (99 KiB on sm_86) bounds the
-# pointer tiles' stages; a gfx942 compute unit has 64 KiB.
+# By precision, widest tile first. The Hopper figures are from compiling (no spills, wgmma, TMA, and
+# at most 128 registers for the widest, so that two programs share a multiprocessor), not yet from
+# timing. Ampere-class shared memory (99 KiB on sm_86) bounds the pointer tiles' stages; a gfx942
+# compute unit has 64 KiB.
+# NVIDIA's tensor cores multiply no float32 unrounded. Their "ieee" tile is the widest without
+# spills: 128x64x32 has 255 registers and 300 bytes, and 64x32x32 with 4 warps 296 in wgrad.
 _SHIPPED = {
     "sm_90": {
-        2: (
+        "half": (
             GemmConfig(128, 128, 64, 8, 4, True),
             GemmConfig(128, 64, 64, 4, 4, True),
             GemmConfig(64, 32, 64, 4, 4, True),
             GemmConfig(64, 16, 64, 4, 4, True),
         ),
-        4: (
+        "tf32": (
             GemmConfig(128, 64, 32, 8, 3, True),
             GemmConfig(64, 32, 32, 4, 3, True),
             GemmConfig(64, 16, 32, 4, 3, True),
         ),
+        "ieee": (GemmConfig(64, 32, 32, 8, 3, True),),
     },
     "sm_80": {
-        2: (
+        "half": (
             GemmConfig(128, 128, 32, 8, 4, False),
             GemmConfig(128, 64, 32, 4, 4, False),
             GemmConfig(64, 32, 32, 4, 4, False),
             GemmConfig(64, 16, 32, 4, 4, False),
         ),
-        4: (
+        "tf32": (
             GemmConfig(64, 64, 32, 4, 3, False),
             GemmConfig(64, 32, 32, 4, 3, False),
             GemmConfig(64, 16, 32, 4, 3, False),
         ),
+        "ieee": (GemmConfig(64, 32, 32, 8, 3, False),),
     },
     "gfx942": {
-        2: (
+        "half": (
             GemmConfig(128, 128, 32, 8, 2, False),
             GemmConfig(128, 64, 32, 4, 2, False),
             GemmConfig(64, 32, 32, 4, 2, False),
             GemmConfig(64, 16, 32, 4, 2, False),
         ),
-        4: (
+        "ieee": (
             GemmConfig(64, 64, 32, 4, 2, False),
             GemmConfig(64, 32, 32, 4, 2, False),
             GemmConfig(64, 16, 32, 4, 2, False),
@@ -141,21 +154,38 @@ _SCATTERED = (
     GemmConfig(64, 32, 32, 8, 2, False),
     GemmConfig(64, 16, 32, 4, 2, False),
 )
+# The same without tensor cores: a deeper tile spills.
+_SCATTERED_IEEE = (
+    GemmConfig(64, 32, 16, 4, 2, False),
+    GemmConfig(64, 16, 16, 4, 2, False),
+)
 # Data-centre Blackwell starts from Hopper's tiles.
 _SHIPPED["sm_100"] = _SHIPPED["sm_90"]
 
 
-def shipped(architecture, itemsize, scattered=False):
-    """The configurations of an architecture for elements of `itemsize` bytes, widest tile first."""
+def precisions(architecture):
+    """What the `precision` of a product can be on an architecture."""
+    return tuple(_family(architecture))
+
+
+def shipped(architecture, precision, scattered=False):
+    """The configurations of an architecture for a `Problem`'s precision, widest tile first."""
     if architecture == "interpreter":
         return _INTERPRETED
     if scattered:
-        return _SCATTERED
+        return _SCATTERED_IEEE if _without_matrix_units(architecture, precision) else _SCATTERED
+    return _family(architecture)[precision]
+
+
+def _family(architecture):
     if architecture in _SHIPPED:
-        return _SHIPPED[architecture][itemsize]
+        return _SHIPPED[architecture]
     # Consumer Blackwell, Ada and older have Ampere's shared memory; other AMD chips CDNA3's.
-    family = "gfx942" if architecture.startswith("gfx") else "sm_80"
-    return _SHIPPED[family][itemsize]
+    return _SHIPPED["gfx942" if architecture.startswith("gfx") else "sm_80"]
+
+
+def _without_matrix_units(architecture, precision):
+    return precision == "ieee" and architecture.startswith("sm_")
 
 
 @functools.cache
@@ -163,7 +193,8 @@ def gemm_config(architecture, problem):
     """The configuration for a `Problem`.
 
     The one that was fastest for it, or for the batch nearest in size, where it was timed;
-    otherwise no wider than its columns and rows need.
+    otherwise the library's where no matrix unit helps, else no wider than its columns and rows
+    need. Unaligned channels are at the ends of networks, where memory decides and not arithmetic.
 
     Args:
         architecture: "sm_90", "gfx942" and so on, or "interpreter".
@@ -173,7 +204,9 @@ def gemm_config(architecture, problem):
     if timed:
         images = min(timed, key=lambda n: abs(math.log(n / problem.images)))
         return timed[images]
-    candidates = shipped(architecture, problem.itemsize, problem.scattered)
+    if _without_matrix_units(architecture, problem.precision) and not problem.scattered:
+        return LIBRARY
+    candidates = shipped(architecture, problem.precision, problem.scattered)
     for config in candidates:
         fits_columns = config.block_n <= max(problem.columns, 16)
         if fits_columns and config.block_m <= max(problem.rows, 64):

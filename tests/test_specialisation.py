@@ -93,7 +93,7 @@ def images(batch, channels, size):
 
 
 def norms(batch):
-    z = images(batch, 64, 16)
+    z = images(batch, 64, 15)  # an odd number of rows an image
     vectors = norm.batch_statistics(norm.statistics_of(z, 1), None, None, 1e-5)
     norm.normalize_activate(z, vectors, "relu", 0.0)
     for training in (False, True):
@@ -102,7 +102,7 @@ def norms(batch):
 
 
 def activations(batch):
-    y = images(batch, 3, 32)
+    y = images(batch, 3, 31)
     norm.activation_backward(y, y, "tanh", 0.0)
 
 

@@ -39,7 +39,7 @@ def reparameterize(mu, logvar, seed, *, with_kl):
         **sizes,
     )
     if with_kl and parts > 1:
-        sums.sum_partials(partials, kl)
+        sums.sum_partials(partials, kl, of_batch=True)
     return z, kl
 
 

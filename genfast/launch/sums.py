@@ -10,16 +10,18 @@ if triton is not None:
 _MANY = 2**16
 
 
-def sum_partials(partials, out):
+def sum_partials(partials, out, *, of_batch=False):
     """out = partials.sum(-2).
 
     Args:
         partials: (parts, length) or (groups, parts, length), dense.
         out: of any dtype and shape with that many elements, dense.
+        of_batch: out has a row for each image. Any number of those is one kernel; any other length
+            and parts of any number are one kernel a length.
     """
     *groups, parts, length = partials.shape
-    block_p, block = _tile(length)
-    rows, row_length = (1, length) if groups else passes.rows(out)
+    rows, row_length = passes.rows(out) if of_batch else (1, length)
+    block_p, block = (64, 64) if of_batch else _tile(length)
     start.kernel(
         kernels.sum_partials,
         (tiles.ceil_div(length, block), *groups),

@@ -39,8 +39,8 @@ def compile_cases(architecture, few=False):
 
     Args:
         architecture: a key of `TARGETS`.
-        few: whether each kernel, and each shipped tile, once in bfloat16 is enough, and a tile for
-            each precision of float32.
+        few: whether each kernel, and each shipped tile, once in bfloat16 is enough, and the widest
+            tile for each precision of float32.
     """
     triton.runtime.driver.set_active(AbsentDriver(architecture))
     started = {}
@@ -97,8 +97,8 @@ def _cases(architecture, few):
                 if few and precision != half and (tile or shipped is scattered):
                     continue
                 operations = OPERATIONS
-                if few and (precision, tile) != (half, 0):
-                    # In turn: dgrad first, whose registers are the scarcest.
+                if few and precision != "ieee" and (precision, tile) != (half, 0):
+                    # Each tile once, in turns. Without tensor cores registers are scarce.
                     operations = (OPERATIONS[(tile + 1) % 3],)
                 arguments = geometry, dtype, *channels
                 yield precision, config, partial(_convolutions, *arguments, operations=operations)

@@ -121,7 +121,6 @@ _SHIPPED = {
     "sm_90": {
         "half": (
             GemmConfig(128, 128, 64, 8, 3, True),
-            GemmConfig(64, 256, 64, 8, 3, True),
             GemmConfig(64, 128, 64, 4, 4, True),
             GemmConfig(128, 64, 64, 4, 4, True),
             GemmConfig(64, 64, 64, 4, 4, True),

@@ -305,12 +305,13 @@ def _config(data):
     architecture = start.architecture(data)
     if architecture == "interpreter":
         return _INTERPRETED
-    if data.element_size() == 4 and start.precision(data) == "ieee":
+    amd = architecture.startswith("gfx")  # whose matrix instructions take float32 as it is
+    if data.element_size() == 4 and start.precision(data) == "ieee" and not amd:
         return _IEEE
     family = architecture
     if architecture not in _SHIPPED:
         # Consumer Blackwell, Ada and older have Ampere's shared memory; other AMD chips CDNA3's.
-        family = "gfx942" if architecture.startswith("gfx") else "sm_80"
+        family = "gfx942" if amd else "sm_80"
     return _SHIPPED[family][data.element_size()]
 
 

@@ -59,6 +59,7 @@ def to_image(
     Y_ACTIVATION: tl.constexpr,
     ACC_DTYPE: tl.constexpr,
     PRECISION: tl.constexpr,
+    CHUNKED: tl.constexpr,
     BLOCK_KH: tl.constexpr,
     BLOCK_KW: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -85,15 +86,13 @@ def to_image(
     x0 = tile_x * tile_w + first_x
 
     cs = tl.arange(0, BLOCK_C)
-    weight = _load_weight(weight_ptr, cs, C_small, C_BIG, KH, KW, BLOCK_KH, BLOCK_KW)
-
+    if not CHUNKED:
+        weight = _load_weight(weight_ptr, cs, C_small, C_BIG, KH, KW, BLOCK_KH, BLOCK_KW)
     p = tl.arange(0, BLOCK_P)
     n = n0 + p // BLOCK_W
     x = x0 + p % BLOCK_W
     exists = (n < N) & (x >= 0) & (x < W_small)
     pixel = n * H_small * W_small + x
-    # Channels that small does not have are masked, and point at others that it has.
-    cs_offset = cs - (cs >= C_small).to(tl.int32) * C_small
 
     source, meets = _source(
         tile_x * tile_w, x0, C_BIG, KW, STRIDE_W, PAD_W, BLOCK_N, BLOCK_W, BLOCK_E
@@ -113,14 +112,22 @@ def to_image(
     for step in range(first - WARM_UP, first + steps_per_segment):
         row_exists = exists & (step >= 0) & (step < H_small)
         row = pixel + tl.cast(step, tl.int64) * W_small
-        offset = tl.where(row_exists, row * C_small, 0)[:, None] + cs_offset[None, :]
-        inside = row_exists[:, None] & (cs < C_small)[None, :]
-        a = tl.load(small_ptr + offset, mask=inside, other=0.0)
-        if Y_ACTIVATION != "identity":
-            y = tl.load(y_ptr + offset, mask=inside, other=0.0).to(ACC_DTYPE)
-            du = activation_backward(a.to(ACC_DTYPE), y, y_slope, Y_ACTIVATION)
-            a = du.to(small_ptr.dtype.element_ty)
-        acc = tl.dot(a, weight, input_precision=PRECISION, out_dtype=ACC_DTYPE)
+        pixel_offset = tl.where(row_exists, row * C_small, 0)
+        if CHUNKED:
+            acc = tl.zeros((BLOCK_P, BLOCK_KH * BLOCK_KW * CHANNELS), ACC_DTYPE)
+            for c0 in range(0, C_small, BLOCK_C):
+                a = _load_small(
+                    small_ptr, y_ptr, pixel_offset, row_exists, c0 + cs, C_small, y_slope,
+                    Y_ACTIVATION, ACC_DTYPE,
+                )  # fmt: skip
+                b = _load_weight(weight_ptr, c0 + cs, C_small, C_BIG, KH, KW, BLOCK_KH, BLOCK_KW)
+                acc = tl.dot(a, b, acc, input_precision=PRECISION, out_dtype=ACC_DTYPE)
+        else:
+            a = _load_small(
+                small_ptr, y_ptr, pixel_offset, row_exists, cs, C_small, y_slope,
+                Y_ACTIVATION, ACC_DTYPE,
+            )  # fmt: skip
+            acc = tl.dot(a, weight, input_precision=PRECISION, out_dtype=ACC_DTYPE)
 
         rows = _split_rows(acc.reshape(BLOCK_P, BLOCK_KW // 2, BLOCK_KH, CHANNELS, 2))
         sums = ()
@@ -128,7 +135,7 @@ def to_image(
             sums = sums + ((rows[ky] + carry[ky] if ky < CARRIED else rows[ky]),)
         for ky in tl.static_range(STRIDE_H):
             Y = step * STRIDE_H - PAD_H + ky
-            if (step >= first) & (Y >= 0) & (Y < H_big):
+            if (step >= first) & (Y >= 0) & (H_big > Y):
                 # In this order the threads of a warp write, and gather, neighbouring addresses.
                 products = sums[ky].permute(1, 3, 0, 2).reshape(BLOCK_KW * BLOCK_P * CHANNELS)
                 terms = tl.gather(products, source, 0).reshape(TERMS, BLOCK_N, BLOCK_E)
@@ -138,6 +145,24 @@ def to_image(
                 out = activate(out, negative_slope, ACTIVATION).to(out_ptr.dtype.element_ty)
                 tl.store(out_ptr + tl.cast(Y, tl.int64) * W_big * C_BIG, out, mask=stored)
         carry = sums[STRIDE_H:]
+
+
+@triton.jit
+def _load_small(
+    small_ptr, y_ptr, pixel_offset, exists, cs, C_small, y_slope,
+    Y_ACTIVATION: tl.constexpr, ACC_DTYPE: tl.constexpr,
+):  # fmt: skip
+    """[BLOCK_P, BLOCK_C]: channels cs of small, or of the gradient of y's input."""
+    # Channels that small does not have are masked, and point at others that it has. After a
+    # remainder Triton still knows which are neighbours, and joins their loads.
+    offset = pixel_offset[:, None] + (cs % C_small)[None, :]
+    inside = exists[:, None] & (cs < C_small)[None, :]
+    values = tl.load(small_ptr + offset, mask=inside, other=0.0)
+    if Y_ACTIVATION != "identity":
+        y = tl.load(y_ptr + offset, mask=inside, other=0.0).to(ACC_DTYPE)
+        du = activation_backward(values.to(ACC_DTYPE), y, y_slope, Y_ACTIVATION)
+        values = du.to(small_ptr.dtype.element_ty)
+    return values
 
 
 @triton.jit

@@ -10,18 +10,17 @@ if triton is not None:
 _PROLOGUE = 1.2
 
 
-def fits(geometry, c_small, c_big, dtype, epilogue):
+def fits(geometry, c_small, c_big, epilogue):
     """Whether `dgrad` takes this problem; see `why_not`."""
-    return why_not(geometry, c_small, c_big, dtype, epilogue) is None
+    return why_not(geometry, c_small, c_big, epilogue) is None
 
 
-def why_not(geometry, c_small, c_big, dtype, epilogue):
+def why_not(geometry, c_small, c_big, epilogue):
     """A sentence saying why `dgrad` does not take this problem; None if it does.
 
     Args:
         geometry: a `ConvGeometry`.
         c_small, c_big: the channels of its sides, c_big being the image's.
-        dtype: of the operands.
         epilogue: an `Epilogue`.
     """
     if not 1 <= c_big <= 4:
@@ -33,15 +32,10 @@ def why_not(geometry, c_small, c_big, dtype, epilogue):
     for kernel, stride in zip(geometry.kernel_size, geometry.stride, strict=True):
         if not max(stride, 2) <= kernel <= 8:
             return f"kernels are 2 to 8 wide and no narrower than their stride, not {kernel}"
-    # Of float64 only the interpreter runs any.
-    if tiles.power_of_two(c_small) * min(dtype.itemsize, 4) > 512:
-        return f"a pixel's {c_small} channels do not fit into 512 bytes"
     return None
 
 
-def dgrad(
-    small, weight, geometry, epilogue, y=None, y_activation="identity", y_negative_slope=0.0
-):
+def dgrad(small, weight, geometry, epilogue, y=None, y_activation="identity", y_negative_slope=0.0):
     """As `conv.dgrad`, where `fits`.
 
     Args:
@@ -124,41 +118,57 @@ def _segments(groups, steps, warm_up):
         programs = max(tiles.ceil_div(groups * segments, multiprocessors), 2)
         return programs * (_PROLOGUE + warm_up + tiles.ceil_div(steps, segments))
 
-    return min(range(1, steps + 1), key=time)
+    # A segment first reads warm_up rows of its neighbour: no more of these than of its own.
+    return min(range(1, steps // max(warm_up, 1) + 1), key=time, default=1)
 
 
 def _tile(architecture, precision, small, geometry, c_big):
-    """The tile's constants, and how tiles cover a row."""
+    """The tile's constants, and how tiles cover a row.
+
+    64 pixels and 64 columns are one wgmma of a warp group. What is chosen here fits the registers
+    and the shared memory of each architecture; tests/test_to_image.py compiles the extremes.
+    """
     _, _, w_small, c_small = small.shape
+    itemsize = small.element_size()
     kh, kw = map(tiles.power_of_two, geometry.kernel_size)
     hopper = architecture in ("sm_90", "sm_100")
-    block_c = max(tiles.power_of_two(c_small), 16)
-    pixel_bytes = block_c * small.element_size()
-    columns = 4 * kh * kw
-    num_warps = 8 if columns > 64 else 4
-    pixels = 64
+    # What multiplies without tensor cores holds its operands in registers.
+    scalar = itemsize >= 4 and precision == "ieee"
+    large = kh * kw > 16
+    # whole: the bytes of a pixel up to which its channels are one chunk. Then the weight is loaded
+    # once for all steps.
     if INTERPRETING:
-        pixels = 16  # Small enough that a test's few pixels span several ragged tiles.
-    elif not hopper and pixel_bytes > 256:
-        pixels = 32
-    widths = [pixels] if columns > 64 or INTERPRETING or not hopper else [pixels, 2 * pixels]
+        pixels, whole, chunk = 16, 128, 32  # A test's few pixels and channels span several tiles.
+    elif scalar:
+        pixels, whole, chunk = 16 if large else 64, 64, 16
+    elif hopper:
+        pixels, whole, chunk = 64, 256 if large else 512, (64 if large else 128) // itemsize
+    else:  # sm_86 has 99 KiB of shared memory, gfx942 64.
+        pixels, whole, chunk = 32 if large else 64, 128 if large else 256, 128 // itemsize
+    block_c = max(tiles.power_of_two(c_small), 16)
+    if block_c * itemsize > whole:
+        block_c = chunk
+    num_warps = 8 if large or block_c * itemsize > 256 else 4
+
+    # A wider tile wastes less on the neighbours of a row that is a little longer than a tile.
+    wide = hopper and not large and not scalar and block_c * itemsize <= 128
+    widths = (pixels, 2 * pixels) if wide else (pixels,)
     covers = [(width, *_cover(width, w_small, geometry)) for width in widths]
     block_w, tiles_w, tile_w, first_x = min(covers, key=lambda cover: cover[0] * cover[1])
     block_w = min(block_w, tiles.power_of_two(w_small))
-    if block_w > pixels:
-        num_warps = 8
     return dict(
         tiles_w=tiles_w,
         tile_w=tile_w,
         first_x=first_x,
+        CHUNKED=c_small > block_c,
         BLOCK_KH=kh,
         BLOCK_KW=kw,
         BLOCK_N=max(pixels // block_w, 1),
         BLOCK_W=block_w,
         BLOCK_C=block_c,
         BLOCK_E=tiles.power_of_two(tile_w * geometry.stride[1] * c_big),
-        num_warps=num_warps,
-        num_stages=3 if pixel_bytes <= 256 else 2,
+        num_warps=8 if block_w > pixels else num_warps,
+        num_stages=3 if block_c * itemsize <= 256 and (hopper or not large) else 2,
     )
 
 

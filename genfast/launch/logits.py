@@ -1,0 +1,150 @@
+"""The products of a kernel that covers the whole map and leaves few channels, as dot products."""
+
+import torch
+
+from genfast.backend import INTERPRETING, triton
+from genfast.launch import memory, passes, start, sums, tiles
+
+if triton is not None:
+    from genfast.kernels import logits as kernels
+
+# What wgrad reads at a time: rows and columns, of which a line of memory's cache is the least.
+_ROWS, _COLUMNS = (8, 16) if INTERPRETING else (256, 64)
+# Steps of wgrad that take as long as starting a kernel that adds up partial sums.
+_STEPS_OF_A_LAUNCH = 6
+
+
+def fits(geometry, c_small, epilogue):
+    """Whether `fprop`, `dgrad` and `wgrad` take this problem; see `why_not`."""
+    return why_not(geometry, c_small, epilogue) is None
+
+
+def why_not(geometry, c_small, epilogue):
+    """A sentence saying why the products here do not take this problem; None if they do.
+
+    Args:
+        geometry: a `ConvGeometry`.
+        c_small: the channels of its small side.
+        epilogue: an `Epilogue`.
+    """
+    if not geometry.is_product:
+        return "the kernel does not cover the whole map"
+    if not 1 <= c_small <= 4:
+        return f"logits have 1 to 4 channels, these have {c_small}"
+    if epilogue.groups or epilogue.vectors is not None:
+        return "logits are not normalised"
+    return None
+
+
+def fprop(big, weight, geometry, epilogue):
+    """As `conv.fprop`, where `fits`: (N, C_small, 1, 1), channels_last."""
+    big, weight = memory.nhwc(big), memory.nhwc(weight)
+    c_small = weight.shape[0]
+    result = memory.channels_last((big.shape[0], *geometry.small, c_small), big)
+    k = geometry.taps * big.shape[3]
+    start.kernel(
+        kernels.logits_fprop,
+        (big.shape[0],),
+        big_ptr=big,
+        weight_ptr=weight,
+        bias_ptr=memory.dense(epilogue.bias, result),
+        out_ptr=memory.nhwc(result),
+        K=k,
+        C_SMALL=c_small,
+        **_epilogue(epilogue),
+        **_accumulator(big),
+        BLOCK_K=_block(k, 64 if INTERPRETING else 4096),
+    )
+    return result
+
+
+def dgrad(small, weight, geometry, epilogue):
+    """As `conv.dgrad`, where `fits`: (N, C_big, *geometry.big), channels_last."""
+    small, weight = memory.nhwc(small), memory.nhwc(weight)
+    n, _, _, c_small = small.shape
+    c_big = weight.shape[3]
+    result = memory.channels_last((n, *geometry.big, c_big), small)
+    k = geometry.taps * c_big
+    block_k = _block(k, 64 if INTERPRETING else 1024)
+    # A program reads its columns of the weight once for all of its rows.
+    tiles_k = tiles.ceil_div(k, block_k)
+    block_n = 2 if INTERPRETING else 4
+    start.kernel(
+        kernels.logits_dgrad,
+        (tiles.ceil_div(n, block_n) * tiles_k,),
+        small_ptr=small,
+        weight_ptr=weight,
+        bias_ptr=memory.dense(epilogue.bias, result),
+        out_ptr=memory.nhwc(result),
+        N=n,
+        K=k,
+        C_big=c_big,
+        tiles_k=tiles_k,
+        C_SMALL=c_small,
+        **_epilogue(epilogue),
+        **_accumulator(small),
+        BLOCK_N=block_n,
+        BLOCK_K=block_k,
+    )
+    return result
+
+
+def wgrad(big, small, geometry):
+    """As `conv.wgrad`, where `fits`: (C_small, C_big, kh, kw), channels_last."""
+    big, small = memory.nhwc(big), memory.nhwc(small)
+    n, _, _, c_small = small.shape
+    c_big = big.shape[3]
+    dweight = memory.channels_last((c_small, *geometry.kernel_size, c_big), big)
+    k = geometry.taps * c_big
+    block_k = _block(k, _COLUMNS)
+    tiles_k = tiles.ceil_div(k, block_k)
+    splits = _splits(tiles.ceil_div(n, _ROWS), tiles_k)
+    rows_per_split = tiles.ceil_div(tiles.ceil_div(n, _ROWS), splits) * _ROWS
+    splits = tiles.ceil_div(n, rows_per_split)
+    target = dweight
+    if splits > 1:
+        dtype = start.acc_dtype(big.dtype)
+        target = torch.empty((splits, dweight.numel()), dtype=dtype, device=big.device)
+    start.kernel(
+        kernels.logits_wgrad,
+        (tiles_k, splits),
+        big_ptr=big,
+        small_ptr=small,
+        out_ptr=target,
+        N=n,
+        K=k,
+        rows_per_split=rows_per_split,
+        C_SMALL=c_small,
+        **_accumulator(big),
+        REPEATS=4 if INTERPRETING else 8,
+        BLOCK_N=_ROWS // (4 if INTERPRETING else 8),
+        BLOCK_K=block_k,
+        num_warps=8,
+    )
+    if splits > 1:
+        sums.sum_partials(target, dweight)
+    return dweight
+
+
+def _splits(steps, tiles_k):
+    """In how many parts to cut wgrad's steps: more than one only where that pays for their sum."""
+    multiprocessors = passes.BUSY_PROGRAMS // 2
+    splits = min(max(multiprocessors // tiles_k, 1), steps)
+    saved = steps - tiles.ceil_div(steps, splits)
+    return splits if saved > _STEPS_OF_A_LAUNCH else 1
+
+
+def _block(k, largest):
+    return min(tiles.power_of_two(k), largest)
+
+
+def _epilogue(epilogue):
+    return dict(
+        negative_slope=epilogue.negative_slope,
+        HAS_BIAS=epilogue.bias is not None,
+        ACTIVATION=epilogue.activation,
+    )
+
+
+def _accumulator(tensor):
+    return dict(ACC_DTYPE=start.tl_dtype(start.acc_dtype(tensor.dtype)))

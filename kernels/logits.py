@@ -1,0 +1,132 @@
+"""fprop, dgrad and wgrad of a kernel that covers the whole map and leaves few channels: logits.
+
+`DCGANDiscriminator` ends so: 4 x 4 pixels of 512 channels become one number. As matrix products
+these would have one column; they are dot products, and bound by memory. An image is a row of `big`,
+[N, K], K being all of its elements, and the weight is [C_SMALL, K].
+
+Addresses are 64-bit: an activation may hold more than 2^31 elements.
+"""
+
+import triton
+import triton.language as tl
+
+from .activation import activate
+
+
+@triton.jit
+def logits_fprop(
+    big_ptr,
+    weight_ptr,
+    bias_ptr,
+    out_ptr,
+    K,
+    negative_slope,
+    C_SMALL: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+    ACC_DTYPE: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """out[n, cs] = act(sum over k of big[n, k] * weight[cs, k] + bias[cs]). Grid: (N,)."""
+    n = tl.program_id(0).to(tl.int64)
+    big_ptr += n * K
+    acc = (tl.zeros((BLOCK_K,), ACC_DTYPE),) * C_SMALL
+    for k0 in range(0, K, BLOCK_K):
+        k = k0 + tl.arange(0, BLOCK_K)
+        big = tl.load(big_ptr + k % K, mask=k < K, other=0.0).to(ACC_DTYPE)
+        sums = ()
+        for cs in tl.static_range(C_SMALL):
+            weight = tl.load(weight_ptr + cs * K + k % K, mask=k < K, other=0.0)
+            sums = sums + (acc[cs] + big * weight.to(ACC_DTYPE),)
+        acc = sums
+    for cs in tl.static_range(C_SMALL):
+        logit = tl.sum(acc[cs], axis=0)
+        if HAS_BIAS:
+            logit += tl.load(bias_ptr + cs).to(ACC_DTYPE)
+        logit = activate(logit, negative_slope, ACTIVATION)
+        tl.store(out_ptr + n * C_SMALL + cs, logit.to(out_ptr.dtype.element_ty))
+
+
+@triton.jit(do_not_specialize=["N", "tiles_k"])
+def logits_dgrad(
+    small_ptr,
+    weight_ptr,
+    bias_ptr,
+    out_ptr,
+    N,
+    K,
+    C_big,
+    tiles_k,
+    negative_slope,
+    C_SMALL: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+    ACC_DTYPE: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """out[n, k] = act(sum over cs of small[n, cs] * weight[cs, k] + bias[k % C_big]).
+
+    Grid: (tiles of N * tiles of K).
+    """
+    n = (tl.program_id(0) // tiles_k).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
+    k = tl.program_id(0) % tiles_k * BLOCK_K + tl.arange(0, BLOCK_K)
+    row = tl.where(n < N, n, 0)
+    acc = tl.zeros((BLOCK_N, BLOCK_K), ACC_DTYPE)
+    for cs in tl.static_range(C_SMALL):
+        small = tl.load(small_ptr + row * C_SMALL + cs, mask=n < N, other=0.0).to(ACC_DTYPE)
+        weight = tl.load(weight_ptr + cs * K + k % K, mask=k < K, other=0.0).to(ACC_DTYPE)
+        acc += small[:, None] * weight[None, :]
+    if HAS_BIAS:
+        acc += tl.load(bias_ptr + k % C_big).to(ACC_DTYPE)[None, :]
+    acc = activate(acc, negative_slope, ACTIVATION)
+    tl.store(
+        out_ptr + n[:, None] * K + k[None, :],
+        acc.to(out_ptr.dtype.element_ty),
+        mask=(n < N)[:, None] & (k < K)[None, :],
+    )
+
+
+@triton.jit(do_not_specialize=["N", "rows_per_split"])
+def logits_wgrad(
+    big_ptr,
+    small_ptr,
+    out_ptr,
+    N,
+    K,
+    rows_per_split,
+    C_SMALL: tl.constexpr,
+    ACC_DTYPE: tl.constexpr,
+    REPEATS: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """out[split, cs, k] = sum over the split's n of small[n, cs] * big[n, k].
+
+    REPEATS * BLOCK_N rows are on their way at a time; those that differ by BLOCK_N belong to one
+    thread, which adds them first. Grid: (tiles of K, splits).
+    """
+    ROWS: tl.constexpr = REPEATS * BLOCK_N
+    k = tl.program_id(0) * BLOCK_K + tl.arange(0, BLOCK_K)
+    split = tl.program_id(1).to(tl.int64)
+    first = split * rows_per_split
+    last = tl.minimum(first + rows_per_split, N)
+    acc = (tl.zeros((BLOCK_N, BLOCK_K), ACC_DTYPE),) * C_SMALL
+    for step in range(0, tl.cdiv(rows_per_split, ROWS)):
+        n = first + step * ROWS + tl.arange(0, ROWS)
+        row = tl.where(n < last, n, 0)
+        big = tl.load(
+            big_ptr + row[:, None] * K + (k % K)[None, :],
+            mask=(n < last)[:, None] & (k < K)[None, :],
+            other=0.0,
+        ).to(ACC_DTYPE)
+        sums = ()
+        for cs in tl.static_range(C_SMALL):
+            small = tl.load(small_ptr + row * C_SMALL + cs, mask=n < last, other=0.0)
+            products = big * small.to(ACC_DTYPE)[:, None]
+            added = tl.sum(products.reshape(REPEATS, BLOCK_N, BLOCK_K), axis=0)
+            sums = sums + (acc[cs] + added,)
+        acc = sums
+    for cs in tl.static_range(C_SMALL):
+        total = tl.sum(acc[cs], axis=0).to(out_ptr.dtype.element_ty)
+        tl.store(out_ptr + (split * C_SMALL + cs) * K + k, total, mask=k < K)

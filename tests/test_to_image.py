@@ -1,0 +1,232 @@
+"""dgrad to an image of few channels, by the rule of `oracle`, and what it compiles to."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from cases import DTYPES, LAYOUTS, pairwise
+from oracle import DRAWS, assert_close
+
+from genfast import reference
+from genfast.geometry import ConvGeometry
+from genfast.launch import to_image
+from genfast.launch.conv import Epilogue
+
+HERE = Path(__file__).parent
+SLOPE = 0.3
+ACTIVATIONS = ("identity", "relu", "leaky_relu", "tanh", "sigmoid")
+
+# Kernel, stride, padding, output padding and the size of small. Some rows are longer than the
+# interpreter's tile of 16 pixels, some tiles have several images, some rows are of a single pixel.
+GEOMETRIES = (
+    ((4, 4), (2, 2), (1, 1), (0, 0), (4, 3)),
+    ((4, 4), (2, 2), (1, 1), (0, 0), (2, 18)),
+    ((3, 3), (1, 1), (1, 1), (0, 0), (3, 6)),
+    ((3, 3), (1, 1), (1, 1), (0, 0), (2, 33)),
+    ((7, 7), (1, 1), (3, 3), (0, 0), (4, 5)),
+    ((7, 7), (1, 1), (3, 3), (0, 0), (1, 17)),
+    ((3, 3), (2, 2), (1, 1), (1, 1), (3, 5)),
+    ((5, 5), (2, 2), (2, 2), (1, 0), (2, 18)),
+    ((2, 2), (2, 2), (0, 0), (0, 0), (2, 17)),
+    ((2, 2), (1, 1), (2, 2), (0, 0), (4, 5)),  # more padding than kernel
+    ((3, 4), (2, 1), (0, 2), (1, 0), (2, 17)),
+    ((5, 5), (3, 3), (1, 1), (2, 2), (2, 3)),
+    ((4, 4), (1, 1), (0, 0), (0, 0), (2, 1)),
+)
+CASES = pairwise(
+    dict(
+        geometry=GEOMETRIES,
+        c_big=(1, 2, 3, 4),
+        c_small=(3, 16, 40),  # 40 are more than the interpreter's chunk of channels
+        batch=(1, 3),
+        dtype=DTYPES,
+        # The image's, and that of small.
+        activations=tuple(zip(ACTIVATIONS, (*ACTIVATIONS[1:], "identity"), strict=True)),
+        bias=(False, True),
+        layout=("contiguous", "channels_last", "sliced"),
+    )
+)
+
+
+def case_id(case):
+    kernel, stride, _, _, size = case["geometry"]
+    dtype = str(case["dtype"]).removeprefix("torch.")
+    rest = [v for k, v in case.items() if k not in ("geometry", "dtype")]
+    return "-".join(map(str, (f"k{kernel[0]}s{stride[0]}w{size[1]}", dtype, *rest)))
+
+
+def tensors_of(case, device):
+    """small, weight, bias and the y of which small is the gradient; None what the case lacks."""
+    kernel, *_, size = case["geometry"]
+    shape = case["batch"], case["c_small"], *size
+    gain = (case["c_small"] * kernel[0] * kernel[1]) ** -0.5
+    values = dict(
+        small=torch.randn(shape),
+        weight=gain * torch.randn(case["c_small"], case["c_big"], *kernel),
+        bias=torch.randn(case["c_big"]) if case["bias"] else None,
+        y=None,
+    )
+    if case["activations"][1] != "identity":
+        values["y"] = reference.activate(torch.randn(shape), case["activations"][1], SLOPE)
+    return {k: None if v is None else v.to(device, case["dtype"]) for k, v in values.items()}
+
+
+def expected(case, tensors, dtype):
+    """The formula in a dtype, with PyTorch."""
+    t = {name: None if v is None else v.to(dtype) for name, v in tensors.items()}
+    _, stride, padding, output_padding, _ = case["geometry"]
+    small = t["small"]
+    if t["y"] is not None:
+        small = derivative(small, t["y"], case["activations"][1])
+    u = F.conv_transpose2d(small, t["weight"], t["bias"], stride, padding, output_padding)
+    return {"output": reference.activate(u, case["activations"][0], SLOPE)}
+
+
+def derivative(dy, y, activation):
+    if activation in ("relu", "leaky_relu"):
+        return torch.where(y > 0, dy, dy * (SLOPE if activation == "leaky_relu" else 0))
+    return dy * (1 - y * y) if activation == "tanh" else dy * (1 - y) * y
+
+
+def geometry_of(case):
+    kernel, stride, padding, output_padding, size = case["geometry"]
+    return ConvGeometry.conv_transpose(size, kernel, stride, padding, output_padding)
+
+
+@pytest.mark.kernels
+@pytest.mark.parametrize("case", CASES, ids=case_id)
+def test_to_image(case, device):
+    geometry = geometry_of(case)
+    tensors = tensors_of(case, device)
+    narrow = torch.float32 if case["dtype"] == torch.float64 else case["dtype"]
+
+    def sample(some):
+        some = {k: None if v is None else v.to(narrow) for k, v in some.items()}
+        return expected(case, some, narrow), expected(case, some, torch.float64)
+
+    activation, y_activation = case["activations"]
+    epilogue = Epilogue(bias=tensors["bias"], activation=activation, negative_slope=SLOPE)
+    assert to_image.fits(geometry, case["c_small"], case["c_big"], epilogue)
+    layout = LAYOUTS[case["layout"]]
+    y = tensors["y"]
+    output = to_image.dgrad(
+        layout(tensors["small"]),
+        layout(tensors["weight"]),
+        geometry,
+        epilogue,
+        y=None if y is None else layout(y),
+        y_activation=y_activation,
+        y_negative_slope=SLOPE,
+    )
+    assert output.is_contiguous(memory_format=torch.channels_last)
+    samples = [sample(tensors)] + [sample(tensors_of(case, device)) for _ in range(DRAWS - 1)]
+    oracle = expected(case, tensors, torch.float64)
+    assert_close({"output": output}, oracle, samples)
+
+
+@pytest.mark.kernels
+@pytest.mark.parametrize("geometry", GEOMETRIES[:6], ids=str)
+def test_borders(geometry, device):
+    """Every pixel of small reaches the elements that it touches, one by one, and no other."""
+    case = dict(geometry=geometry)
+    kernel, stride, padding, _, (height, width) = geometry
+    weight = torch.arange(1.0, 2 * kernel[0] * kernel[1] + 1).view(1, 2, *kernel).to(device)
+    for y, x in ((0, 0), (0, width - 1), (height - 1, 0), (height - 1, width // 2)):
+        small = torch.zeros(2, 1, height, width, device=device)
+        small[1, 0, y, x] = 1
+        image = to_image.dgrad(small, weight, geometry_of(case), Epilogue())
+        assert torch.equal(image, F.conv_transpose2d(small, weight, None, stride, padding))
+
+
+@pytest.mark.kernels
+def test_nan_stays_where_it_is_read(device):
+    """What a tile holds beside the pixels that an element meets does not reach it."""
+    case = dict(geometry=GEOMETRIES[0])
+    small = torch.randn(3, 5, 4, 3, device=device)
+    weight = torch.randn(5, 3, 4, 4, device=device)
+    small[1, 2, 0, 1] = float("nan")
+    image = to_image.dgrad(small, weight, geometry_of(case), Epilogue())
+    touched = torch.zeros(3, 3, 8, 6, dtype=torch.bool, device=device)
+    touched[1, :, 0:3, 1:5] = True
+    assert torch.equal(image.isnan(), touched)
+
+
+@pytest.mark.kernels
+def test_segments_of_a_column_agree(device, monkeypatch):
+    small, weight = torch.randn(2, 3, 9, 5, device=device), torch.randn(3, 3, 3, 3, device=device)
+    geometry = ConvGeometry.conv_transpose((9, 5), (3, 3), (1, 1), (1, 1), (0, 0))
+    images = []
+    for segments in (1, 3, 9):
+        monkeypatch.setattr(to_image, "_segments", lambda *_, n=segments: n)
+        images.append(to_image.dgrad(small, weight, geometry, Epilogue()))
+    assert torch.equal(images[0], images[1])
+    assert torch.equal(images[0], images[2])
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (dict(c_big=5), "1 to 4 channels"),
+        (dict(kernel=9), "2 to 8 wide"),
+        (dict(kernel=1), "2 to 8 wide"),
+        (dict(kernel=2, stride=3), "2 to 8 wide"),
+        (dict(size=1, padding=0, kernel=4), "matrix product"),
+        (dict(epilogue=Epilogue(groups=1)), "not normalised"),
+        (dict(epilogue=Epilogue(vectors=torch.ones(1, 5, 3))), "not normalised"),
+    ],
+    ids=str,
+)
+def test_what_is_declined(change, reason):
+    p = dict(c_big=3, kernel=4, stride=1, padding=1, size=8, epilogue=Epilogue()) | change
+    sizes = [(p[name],) * 2 for name in ("size", "kernel", "stride", "padding")]
+    geometry = ConvGeometry.conv_transpose(*sizes, (0, 0))
+    problem = geometry, 64, p["c_big"], p["epilogue"]
+    assert reason in to_image.why_not(*problem)
+    assert not to_image.fits(*problem)
+
+
+def compile_for(architecture):
+    """The facts of each kernel by the name of its case, from where nothing is interpreted."""
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    environment["PYTHONPATH"] = str(HERE.parent)
+    command = [sys.executable, str(HERE / "ahead_of_time_outputs.py"), architecture]
+    result = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr[-2000:]
+    return json.loads(result.stdout)
+
+
+# What a step of a tile of 64 pixels took when this was written, and a tenth: at 550 instructions
+# the issue of a DCGAN's last layer takes as long as its memory.
+INSTRUCTIONS_OF_A_STEP = {"generator": 600, "discriminator": 540, "k3": 400, "k7": 280}
+
+
+def test_compiles_well_for_hopper():
+    facts = compile_for("sm_90")
+    for name, f in facts.items():
+        # A few bytes of stack cost nothing beside the products of float32.
+        assert f["spills"] <= (24 if "32" in name else 0), (name, f)
+        assert f["shared"] <= 227 * 1024, (name, f)
+    for name, most in INSTRUCTIONS_OF_A_STEP.items():
+        f = facts[name]
+        assert f["wgmma"] > 0, (name, f)
+        assert f["loop"] <= most, (name, f)
+        # All of small arrives in vectors, and while other steps compute.
+        assert f["asynchronous vectors"] > 0 and f["narrow loads in loop"] == 0, (name, f)
+    for name in ("logit fprop", "logit wgrad"):
+        assert facts[name]["vector loads"] >= 8, facts[name]
+        assert facts[name]["loop"] <= 370, facts[name]
+    assert facts["logit dgrad"]["vector stores"] >= 4, facts["logit dgrad"]
+    # With this many, as many programs share a multiprocessor as the model of `_segments` assumes.
+    assert facts["generator"]["registers"] <= 128 >= facts["discriminator"]["registers"]
+
+
+@pytest.mark.parametrize(("architecture", "shared"), [("sm_80", 99), ("gfx942", 64)])
+def test_compiles_for_other_gpus(architecture, shared):
+    facts = compile_for(architecture)
+    assert max(f["shared"] for f in facts.values()) <= shared * 1024, facts
+    assert max(f["spills"] for f in facts.values()) <= 24, facts

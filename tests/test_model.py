@@ -160,6 +160,7 @@ def test_layout_changes_count_only_inside_loops():
         ("h100", 129, 8, 0, 1),
         ("h100", 168, 4, 0, 3),  # 5376 registers a warp: 12 warps
         ("h100", 32, 1, 0, 32),  # blocks
+        ("h100", 81, 4, 0, 5),  # as 88 registers: six would fit if each were counted
         ("h100", 64, 4, 113 * 1024, 2),
         ("h100", 64, 4, 114 * 1024, 1),  # with the reserved kilobyte
         ("a100", 255, 8, 0, 1),
@@ -202,8 +203,11 @@ def test_matrix_instructions_compute_every_tile_once():
         block = arguments.BLOCK_M * arguments.BLOCK_N * arguments.BLOCK_K
         (steps,) = times.values()
         assert executed == block * steps, (launch, code.regions)
-        # No tile is left out, and padding is what it is: RGB in 16 columns, 16 taps of it as 64.
-        assert launch.programs * executed >= formula.flops(arguments) // 2
+        whole, needed = launch.programs * executed, formula.flops(arguments) // 2
+        if launch.name != "wgrad" and arguments.C_small % 64 == arguments.C_big % 64 == 0:
+            assert whole == needed, launch
+        else:  # The last split of a wgrad has fewer tiles; 3 or 100 channels fill a part of one.
+            assert whole >= needed, launch
         seen.add(launch.name)
     assert seen == {"fprop", "dgrad", "wgrad"}
 

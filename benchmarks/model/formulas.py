@@ -62,8 +62,9 @@ def _dgrad_passes(a):
 
 def _images(a):
     """Of fprop and dgrad, of all groups; N counts one group's."""
-    columns = a.C_big if "small" in a.tensors else a.C_small
-    return a.N * (a.grid[0] // (_ceil(columns, a.BLOCK_N) * a.tiles_per_group))
+    to_big = "small" in a.tensors
+    rows, phases = (a.C_big, a.STRIDE_H * a.STRIDE_W) if to_big else (a.C_small, 1)
+    return a.N * (a.grid[0] // (_ceil(rows, a.BLOCK_M) * phases * a.tiles_per_group))
 
 
 def _conv_flops(images):
@@ -105,7 +106,7 @@ FORMULAS = {
     ),
     "sum_partials": Formula(
         lambda a: {"sum_partials.first": _ceil(a.parts, a.BLOCK_P)},
-        about=lambda a: f"{a.parts} parts of {a.length}, {a.grid[1]} groups",
+        about=lambda a: f"{a.parts} parts of {a.rows * a.row_length}, {a.grid[1]} groups",
     ),
     "tile_statistics": Formula(
         lambda a: {"tile_statistics.step": a.tiles_per_part}, about=_rows_about
@@ -127,10 +128,13 @@ FORMULAS = {
     ),
     # Only the first program of a tile of channels adds up the other groups.
     "norm_backward": Formula(
-        lambda a: {"norm_backward.other": (a.groups - 1) / (a.grid[0] * a.grid[2])},
+        lambda a: {
+            "norm_backward.other": a.groups / (a.grid[0] * a.grid[2]),
+            "_sums_of_parts.first": _ceil(a.parts, a.BLOCK_P),
+        },
         about=_rows_about,
     ),
-    "activation_backward_from_output": Formula(about=lambda a: f"{a.length} elements"),
+    "activation_backward_from_output": Formula(about=lambda a: f"{a.rows * a.row_length} elements"),
     "reparameterize": Formula(
         lambda a: {"reparameterize.step": a.tiles_per_part}, about=lambda a: f"{a.N} x {a.D}"
     ),
@@ -139,7 +143,7 @@ FORMULAS = {
         about=lambda a: f"{a.N} x {a.D}",
     ),
     "logistic_loss": Formula(
-        lambda a: {"logistic_loss.step": a.tiles_per_part}, about=lambda a: f"{a.length} logits"
+        lambda a: {"logistic_loss.step": a.tiles_per_part}, about=lambda a: f"{a.rows * a.row_length} logits"
     ),
-    "logistic_loss_backward": Formula(about=lambda a: f"{a.length} logits"),
+    "logistic_loss_backward": Formula(about=lambda a: f"{a.rows * a.row_length} logits"),
 }

@@ -29,12 +29,20 @@ H100 = GPUS["h100"]
 
 # Milliseconds that the model may predict for one step: (model, batch, card) to the most.
 STEPS = {
-    ("dcgan", 128, "h100"): 2.1,
+    ("dcgan", 128, "h100"): 2.9,
 }
 # Kernels of a DCGAN-64 at batch 128 on an H100 that keep to the rule for their kind.
 KERNELS = {
     ("wgrad", "8192->1 ch 1x1->1x1"): "end",
-    ("wgrad", "8192->100 ch 1x1->1x1"): "end",
+    **{
+        (kernel, f"{big}->{small} ch {2 * n}x{2 * n}->{n}x{n}"): "large"
+        for kernel in ("fprop", "wgrad")
+        for big, small, n in ((64, 128, 16), (128, 256, 8), (256, 512, 4))
+    },
+    **{
+        ("dgrad", f"{small}->{big} ch {n}x{n}->{2 * n}x{2 * n}"): "large"
+        for big, small, n in ((64, 128, 16), (128, 256, 8), (256, 512, 4))
+    },
 }
 # Of microseconds predicted: to RGB, to a logit or from a latent no more than half above what moving
 # the tensors takes, or 5; a large product no more than 1.6 times its own time.
@@ -160,6 +168,7 @@ def test_layout_changes_count_only_inside_loops():
         ("h100", 129, 8, 0, 1),
         ("h100", 168, 4, 0, 3),  # 5376 registers a warp: 12 warps
         ("h100", 32, 1, 0, 32),  # blocks
+        ("h100", 81, 4, 0, 5),  # as 88 registers: six would fit if each were counted
         ("h100", 64, 4, 113 * 1024, 2),
         ("h100", 64, 4, 114 * 1024, 1),  # with the reserved kilobyte
         ("a100", 255, 8, 0, 1),
@@ -195,15 +204,18 @@ def test_matrix_instructions_compute_every_tile_once():
         times = formula.passes(arguments)
         compiled, code = recording.code[launch.compiled], codes[launch.compiled]
         executed = sum(
-            count * compiled.warps // 4 * multiply_adds(opcode) * run
+            count * multiply_adds(opcode, compiled.warps) * run
             for region, run in zip(code.regions, passes(code, times, launch.name), strict=True)
             for opcode, count in region.multiplications.items()
         )
         block = arguments.BLOCK_M * arguments.BLOCK_N * arguments.BLOCK_K
         (steps,) = times.values()
         assert executed == block * steps, (launch, code.regions)
-        # No tile is left out, and padding is what it is: RGB in 16 columns, 16 taps of it as 64.
-        assert launch.programs * executed >= formula.flops(arguments) // 2
+        whole, needed = launch.programs * executed, formula.flops(arguments) // 2
+        if launch.name != "wgrad" and arguments.C_small % 64 == arguments.C_big % 64 == 0:
+            assert whole == needed, launch
+        else:  # The last split of a wgrad has fewer tiles; 3 or 100 channels fill a part of one.
+            assert whole >= needed, launch
         seen.add(launch.name)
     assert seen == {"fprop", "dgrad", "wgrad"}
 
@@ -211,11 +223,13 @@ def test_matrix_instructions_compute_every_tile_once():
 def test_loops_of_a_compiled_kernel_are_those_of_its_source():
     _, codes = recorded("dcgan", 128, "sm_90")
     launch = _launch("batch_statistics")
-    straight, *loops = codes[launch.compiled].regions
-    # Two passes over the parts, one after the other, for one group: no loop over groups is left.
-    assert sorted(loop.source for loop in loops) == ["_combine.start"] * 2
-    assert len({loop.line for loop in loops}) == 2
-    assert all(loop.loads == "waiting" for loop in loops)
+    straight, groups, *parts = codes[launch.compiled].regions
+    # For each group two passes over its parts, one after the other.
+    assert groups.source == "batch_statistics.group" and groups.parent == 0
+    assert [loop.source for loop in parts] == ["_combine.start"] * 2
+    assert [loop.parent for loop in parts] == [1, 1]
+    assert len({loop.line for loop in parts}) == 2
+    assert all(loop.loads == "waiting" for loop in parts)
     assert straight.count("EXIT") and not straight.count("NOP")
 
 

@@ -50,6 +50,9 @@ REACHED_BANDWIDTH = 0.9
 # A product's ramps and address arithmetic, assumed; and what waiting inside a K step costs.
 TENSOR_OVERHEAD = 1.15
 WAITING_OVERHEAD = 1.5
+# What a warp's own instructions reach of a warpgroup's rate on an H100: Luo et al. (2024,
+# arXiv:2402.13499) measured 63 %.
+SYNCHRONOUS_ON_HOPPER = 0.63
 # From a load to its value, out of an H100's memory or far L2: microbenchmarks say 500 to 700.
 MEMORY_LATENCY_CYCLES = 600
 LAUNCH_US = 1.5  # Between two kernels of one CUDA graph, with the ramp of the second.
@@ -227,16 +230,23 @@ def passes(code, times, name):
 
 def _tensor_cycles(region, warps, gpu):
     """Cycles that the tensor cores of a multiprocessor need for one pass of one program."""
-    macs = 0
+    slowed = 0.0
     for opcode, count in region.multiplications.items():
-        # A warpgroup of four warps computes an HGMMA together, a warp an HMMA alone.
-        sharing = 4 if "GMMA" in opcode else 1
-        macs += count * warps / sharing * multiply_adds(opcode) / rate(opcode)
+        reached = SYNCHRONOUS_ON_HOPPER if "sm_90:HMMA" in f"{gpu.architecture}:{opcode}" else 1.0
+        slowed += count * multiply_adds(opcode, warps) / rate(opcode) / reached
     waiting = WAITING_OVERHEAD if region.waits_inside else 1.0
-    return macs / gpu.macs * TENSOR_OVERHEAD * waiting
+    return slowed / gpu.macs * TENSOR_OVERHEAD * waiting
 
 
-def multiply_adds(opcode):
+def multiply_adds(opcode, warps):
+    """Of one matrix instruction in all warps of a program.
+
+    A warpgroup of four warps computes an HGMMA together, a warp an HMMA alone.
+    """
+    return _shape(opcode) * warps // (4 if "GMMA" in opcode else 1)
+
+
+def _shape(opcode):
     """Of one matrix instruction: of HGMMA.64x128x16 64 * 128 * 16, of HMMA.16816 16 * 8 * 16."""
     if wide := re.search(r"\.(\d+)x(\d+)x(\d+)", opcode):
         return math.prod(map(int, wide.groups()))

@@ -143,7 +143,8 @@ FORMULAS = {
         about=lambda a: f"{a.N} x {a.D}",
     ),
     "logistic_loss": Formula(
-        lambda a: {"logistic_loss.step": a.tiles_per_part}, about=lambda a: f"{a.rows * a.row_length} logits"
+        lambda a: {"logistic_loss.step": a.tiles_per_part},
+        about=lambda a: f"{a.rows * a.row_length} logits",
     ),
     "logistic_loss_backward": Formula(about=lambda a: f"{a.rows * a.row_length} logits"),
 }

@@ -16,7 +16,7 @@ from oracle import DRAWS, assert_close, assert_stable_statistics
 from genfast import reference
 from genfast.backend import INTERPRETING
 from genfast.geometry import ConvGeometry
-from genfast.launch import ends, norm, start
+from genfast.launch import from_image, norm, start
 from genfast.launch.conv import PLAIN, Epilogue
 
 kernels = pytest.mark.kernels
@@ -129,17 +129,17 @@ def test_products(case, device):
 
 def _ours(case, tensors):
     activation = dict(activation=case.activation, negative_slope=0.2)
-    assert ends.refusal(case.conv, case.c_small, case.c_big, case.batch) is None
-    image = ends.padded(tensors["x"], case.conv, case.dtype)
+    assert from_image.why_not(case.conv, case.c_small, case.c_big, case.batch) is None
+    image = from_image.padded(tensors["x"], case.conv, case.dtype)
     epilogue = Epilogue(bias=tensors["bias"], vectors=tensors["vectors"], **activation)
-    small, statistics = ends.fprop(image, tensors["weight"], epilogue)
+    small, statistics = from_image.fprop(image, tensors["weight"], epilogue)
     assert statistics is None
     assert small.is_contiguous(memory_format=torch.channels_last)
     return {
         "output": small,
-        "gradient of weight": ends.wgrad(image, tensors["dy"]),
-        "gradient of weight, from y": ends.wgrad(image, tensors["dy"], tensors["y"], **activation),
-        "gradient of u": _unpad(ends.padded(
+        "gradient of weight": from_image.wgrad(image, tensors["dy"]),
+        "gradient of weight, from y": from_image.wgrad(image, tensors["dy"], tensors["y"], **activation),
+        "gradient of u": _unpad(from_image.padded(
             tensors["dy"][:, :3], _around(case), y=tensors["y"][:, :3], **activation
         )),
     }  # fmt: skip
@@ -204,9 +204,9 @@ def test_padded_images_hold_the_image_and_zeros(geometry, channels, layout, devi
     kernel, stride, padding, size = geometry
     conv = ConvGeometry.conv(size, kernel, stride, padding)
     x = LAYOUTS[layout](torch.randn(3, channels, *size, device=device))
-    height, width = ends.padded_size(conv)
+    height, width = from_image.padded_size(conv)
     whole = torch.full((5, height, width, 4), float("nan"), dtype=torch.float16, device=device)
-    image = ends.padded(x, conv, out=whole[1:4])
+    image = from_image.padded(x, conv, out=whole[1:4])
     bottom, right = height - size[0] - padding[0], width - size[1] - padding[1]
     assert min(bottom, right) >= 0
     borders = (0, 4 - channels, padding[1], right, padding[0], bottom)
@@ -220,11 +220,11 @@ def test_padded_images_hold_the_image_and_zeros(geometry, channels, layout, devi
 def test_nothing_outside_is_read(geometry, device):
     case = Case(geometry)
     x, weight, dy, *_ = case.tensors(device).values()
-    data = _amid_nan(ends.padded(x, case.conv).data)
-    image = ends.Padded(data, case.conv, case.c_big)
+    data = _amid_nan(from_image.padded(x, case.conv).data)
+    image = from_image.Padded(data, case.conv, case.c_big)
     dy = _amid_nan(dy.permute(0, 2, 3, 1).contiguous()).permute(0, 3, 1, 2)
-    assert ends.fprop(image, weight, PLAIN)[0].isfinite().all()
-    assert ends.wgrad(image, dy).isfinite().all()
+    assert from_image.fprop(image, weight, PLAIN)[0].isfinite().all()
+    assert from_image.wgrad(image, dy).isfinite().all()
 
 
 def _amid_nan(t):
@@ -270,7 +270,7 @@ def test_an_infinite_pixel_reaches_only_the_windows_that_contain_it(geometry, de
     case = Case(geometry)
     x, weight, *_ = case.tensors(device).values()
     x[1, 0, 2, 2] = float("inf")
-    ours, _ = ends.fprop(ends.padded(x, case.conv), weight, PLAIN)
+    ours, _ = from_image.fprop(from_image.padded(x, case.conv), weight, PLAIN)
     plain = F.conv2d(x, weight, None, case.conv.stride, case.conv.padding)
     assert torch.equal(ours.isfinite(), plain.isfinite())
 
@@ -283,8 +283,8 @@ def test_statistics_are_of_what_is_stored(groups, dtype, device):
     x = (torch.randn(6, 3, 10, 14) + 1).to(device, dtype)
     weight = (0.1 * torch.randn(40, 3, 4, 4) + 0.4).to(device, dtype)
     bias = torch.randn(40).to(device, dtype)
-    image = ends.padded(x, conv)
-    z, statistics = ends.fprop(image, weight, Epilogue(bias=bias, groups=groups))
+    image = from_image.padded(x, conv)
+    z, statistics = from_image.fprop(image, weight, Epilogue(bias=bias, groups=groups))
     assert statistics.groups == groups
     pixels = 6 // groups * 35
     assert statistics.count.view(groups, -1).sum(1).tolist() == groups * [pixels]
@@ -307,21 +307,21 @@ def test_statistics_are_of_what_is_stored(groups, dtype, device):
     ],
 )
 def test_what_does_not_fit_is_refused_with_a_reason(changed, sentence):
-    def refusal(kernel=(4, 4), size=(32, 32), c_small=64, c_big=3, images=4):
+    def why_not(kernel=(4, 4), size=(32, 32), c_small=64, c_big=3, images=4):
         conv = ConvGeometry.conv(size, kernel, (1, 1), (0, 0))
-        assert ends.fits(conv, c_small, c_big, images) == (
-            ends.refusal(conv, c_small, c_big, images) is None
+        assert from_image.fits(conv, c_small, c_big, images) == (
+            from_image.why_not(conv, c_small, c_big, images) is None
         )
-        return ends.refusal(conv, c_small, c_big, images)
+        return from_image.why_not(conv, c_small, c_big, images)
 
-    assert refusal() is None
-    assert sentence in refusal(**changed)
+    assert why_not() is None
+    assert sentence in why_not(**changed)
 
 
 def test_multiplications_divide_exactly():
     divisors = [*range(1, 300), *(2**k + d for k in range(9, 30) for d in (-1, 0, 1))]
     for divisor in divisors:
-        magic, shift = ends._magic(divisor)
+        magic, shift = from_image._magic(divisor)
         assert magic < 2**31
         last = (2**30 - 1) // divisor * divisor
         for n in (0, divisor - 1, divisor, last - 1, last, 2**30 - 1):
@@ -369,7 +369,7 @@ def _compile(architecture, *options):
     here = Path(__file__).parent
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     environment["PYTHONPATH"] = str(here.parent)
-    script = str(here / "ends_ahead_of_time.py")
+    script = str(here / "from_image_ahead_of_time.py")
     command = [sys.executable, script, architecture, "--json", *options]
     result = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr[-2000:]

@@ -163,7 +163,7 @@ def fprop_image(
     HAS_NORM: tl.constexpr,
     HAS_STATISTICS: tl.constexpr,
     ACTIVATION: tl.constexpr,
-    OUT_DTYPE: tl.constexpr,
+    STORED_DTYPE: tl.constexpr,
     ACC_DTYPE: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -207,11 +207,11 @@ def fprop_image(
                 acc = _dot(weight, window.T, acc, PRECISION)
         acc = _epilogue(
             acc, count, tile, cs, C_small, bias_ptr, vectors_ptr, count_ptr, mean_ptr, m2_ptr,
-            negative_slope, HAS_BIAS, HAS_NORM, HAS_STATISTICS, ACTIVATION, OUT_DTYPE,
+            negative_slope, HAS_BIAS, HAS_NORM, HAS_STATISTICS, ACTIVATION, STORED_DTYPE,
         )  # fmt: skip
         tl.store(
             out_ptr + pixel.to(tl.int64) * C_small + column[:, None] * C_small + cs[None, :],
-            acc.to(OUT_DTYPE).T,
+            acc.to(STORED_DTYPE).T,
             mask=(column < count)[:, None] & (cs < C_small)[None, :],
         )
 
@@ -361,7 +361,7 @@ def _dot(a, b, acc, PRECISION: tl.constexpr):
 def _epilogue(
     acc, count, tile, cs, C_small, bias_ptr, vectors_ptr, count_ptr, mean_ptr, m2_ptr,
     negative_slope, HAS_BIAS: tl.constexpr, HAS_NORM: tl.constexpr, HAS_STATISTICS: tl.constexpr,
-    ACTIVATION: tl.constexpr, OUT_DTYPE: tl.constexpr,
+    ACTIVATION: tl.constexpr, STORED_DTYPE: tl.constexpr,
 ):  # fmt: skip
     """Bias, this tile's batch statistics, normalisation by known ones, activation: rows are cs.
 
@@ -375,7 +375,7 @@ def _epilogue(
         bias = tl.load(bias_ptr + channel, mask=in_c, other=0.0)
         acc += bias.to(acc.dtype)[:, None]
     if HAS_STATISTICS:
-        acc = acc.to(OUT_DTYPE).to(acc.dtype)
+        acc = acc.to(STORED_DTYPE).to(acc.dtype)
         # Only a group's last tile has columns to leave out, and that costs more than the sums.
         if count == BLOCK_N:
             mean = tl.sum(acc, axis=1) / BLOCK_N

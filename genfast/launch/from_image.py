@@ -1,9 +1,9 @@
 """fprop and wgrad where the big side is an image: its padded copy, and what runs on that.
 
-why = ends.refusal(geometry, c_small, c_big, images)     None: it fits
-image = ends.padded(x, geometry)                         once an image
-small, statistics = ends.fprop(image, weight, epilogue)
-dweight = ends.wgrad(image, small)
+why = from_image.why_not(geometry, c_small, c_big, images)     None: it fits
+image = from_image.padded(x, geometry)                         once an image
+small, statistics = from_image.fprop(image, weight, epilogue)
+dweight = from_image.wgrad(image, small)
 """
 
 import math
@@ -16,7 +16,7 @@ from genfast.geometry import ConvGeometry
 from genfast.launch import memory, norm, start, sums, tiles
 
 if triton is not None:
-    from genfast.kernels import ends as kernels
+    from genfast.kernels import from_image as kernels
 
 # The channels of a padded image.
 CHANNELS = 4
@@ -88,7 +88,7 @@ _SHIPPED["sm_100"] = _SHIPPED["sm_90"]
 _IEEE = ImageConfig(32, 64, 32, 32, 4, 2, 2, 396)
 
 
-def refusal(geometry, c_small, c_big, images):
+def why_not(geometry, c_small, c_big, images):
     """Why these kernels do not take a convolution; None if they do.
 
     In float64 they run interpreted only.
@@ -113,8 +113,8 @@ def refusal(geometry, c_small, c_big, images):
 
 
 def fits(geometry, c_small, c_big, images):
-    """Whether these kernels take a convolution: see `refusal`."""
-    return refusal(geometry, c_small, c_big, images) is None
+    """Whether these kernels take a convolution: see `why_not`."""
+    return why_not(geometry, c_small, c_big, images) is None
 
 
 def padded_size(geometry):
@@ -232,7 +232,7 @@ def fprop(image, weight, epilogue):
         HAS_NORM=epilogue.vectors is not None,
         HAS_STATISTICS=statistics is not None,
         ACTIVATION=epilogue.activation,
-        OUT_DTYPE=start.tl_dtype(data.dtype),
+        STORED_DTYPE=start.tl_dtype(data.dtype),
         **_arithmetic(data),
         BLOCK_M=block_m,
         BLOCK_N=config.pixels,
@@ -338,7 +338,7 @@ def _elements(geometry):
 
 
 def _windows(image):
-    """Where windows begin, for `kernels.ends`: steps are in units that all of them divide by."""
+    """Where windows begin, for `kernels.from_image`: steps are in units that all of them divide by."""
     geometry = image.geometry
     _, height, width, _ = image.data.shape
     kernel_h, kernel_w = geometry.kernel_size
@@ -364,7 +364,7 @@ def _windows(image):
 
 
 def _magic(divisor):
-    """What `kernels.ends._quotient` multiplies and shifts by to divide numbers below 2^30."""
+    """What `kernels.from_image._quotient` multiplies and shifts by to divide numbers below 2^30."""
     shift = (divisor - 1).bit_length()
     return -(-(1 << (30 + shift)) // divisor), shift
 

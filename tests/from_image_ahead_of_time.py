@@ -1,9 +1,9 @@
-"""Compile the kernels of `genfast.launch.ends` for a GPU that is not here, and read machine code.
+"""Compile the kernels of `genfast.launch.from_image` for a GPU that is not here, and read machine code.
 
-    python tests/ends_ahead_of_time.py sm_90            every kernel of a DCGAN-64's ends, a table
-    python tests/ends_ahead_of_time.py sm_90 --json     one JSON object a kernel, for the tests
+    python tests/from_image_ahead_of_time.py sm_90            every kernel of a DCGAN-64's ends, a table
+    python tests/from_image_ahead_of_time.py sm_90 --json     one JSON object a kernel, for the tests
 
-They are started as `genfast.launch.ends` starts them, with starting replaced by compiling. Nothing
+They are started as `genfast.launch.from_image` starts them, with starting replaced by compiling. Nothing
 executes, so the tensors' values mean nothing. Not for TRITON_INTERPRET=1.
 """
 
@@ -19,7 +19,7 @@ import triton
 
 from benchmarks.model.driver import TARGETS, AbsentDriver
 from genfast.geometry import ConvGeometry
-from genfast.launch import ends, start
+from genfast.launch import from_image, start
 from genfast.launch.conv import Epilogue
 
 K4S2 = ConvGeometry.conv((64, 64), (4, 4), (2, 2), (1, 1))
@@ -37,16 +37,16 @@ def cases(dtype, full):
     yield "statistics", lambda: _fprop(K4S2, dtype, 64, Epilogue(groups=2))
     yield "plain", lambda: _wgrad(K4S2, dtype, 64)
     yield "leaky relu", lambda: _wgrad(K4S2, dtype, 64, y=True, **leaky)
-    yield "plain", lambda: ends.padded(_image(3, K4S2.big, torch.float32), K4S2, dtype)
+    yield "plain", lambda: from_image.padded(_image(3, K4S2.big, torch.float32), K4S2, dtype)
     yield "stride 1", lambda: _fprop(K4S1, dtype, 64, Epilogue())
     # The last batch of an epoch, and images of another size: nothing new to compile.
     yield "leaky relu", lambda: _fprop(OTHER, dtype, 64, Epilogue(**leaky), batch=97)
     yield "plain", lambda: _wgrad(OTHER, dtype, 64, batch=1)
-    yield "plain", lambda: ends.padded(_image(3, OTHER.big, torch.float32, 97), OTHER, dtype)
+    yield "plain", lambda: from_image.padded(_image(3, OTHER.big, torch.float32, 97), OTHER, dtype)
     if not full:
         return
     image = _image(3, K4S2.big, dtype)
-    yield "tanh", lambda: ends.padded(image, K4S2, y=image, activation="tanh")
+    yield "tanh", lambda: from_image.padded(image, K4S2, y=image, activation="tanh")
     bias, vectors = torch.empty(64, dtype=dtype), torch.empty(1, 5, 64)
     every = Epilogue(bias=bias, vectors=vectors, activation="tanh")
     yield "bias, norm, tanh", lambda: _fprop(K4S2, dtype, 64, every)
@@ -65,19 +65,19 @@ def _image(channels, size, dtype, batch=64):
 
 
 def _padded(geometry, dtype, batch):
-    data = torch.empty((batch, *ends.padded_size(geometry), ends.CHANNELS), dtype=dtype)
-    return ends.Padded(data, geometry, 3)
+    data = torch.empty((batch, *from_image.padded_size(geometry), from_image.CHANNELS), dtype=dtype)
+    return from_image.Padded(data, geometry, 3)
 
 
 def _fprop(geometry, dtype, c_small, epilogue, batch=64):
     weight = torch.empty(c_small, 3, *geometry.kernel_size, dtype=dtype)
-    ends.fprop(_padded(geometry, dtype, batch), weight, epilogue)
+    from_image.fprop(_padded(geometry, dtype, batch), weight, epilogue)
 
 
 def _wgrad(geometry, dtype, c_small, batch=64, y=False, **activation):
     small = _image(c_small, geometry.small, dtype, batch)
     other = torch.empty_like(small) if y else None
-    ends.wgrad(_padded(geometry, dtype, batch), small, other, **activation)
+    from_image.wgrad(_padded(geometry, dtype, batch), small, other, **activation)
 
 
 def compile_cases(architecture, dtype, full):
@@ -86,7 +86,7 @@ def compile_cases(architecture, dtype, full):
     compiled = []
 
     def record(kernel, grid, **arguments):
-        if kernel.__module__.endswith("ends"):
+        if kernel.__module__.endswith("from_image"):
             compiled.append((kernel.__name__, kernel.warmup(**arguments, grid=grid), arguments))
 
     with (

@@ -12,6 +12,8 @@ from torch.autograd import Function
 from genfast import reference
 from genfast.launch import conv, losses, norm, sampling
 from genfast.launch.conv import Epilogue
+from genfast.launch.from_image import Padded
+from genfast.launch.operand import Operand, operand
 
 
 def block(
@@ -131,10 +133,12 @@ class _ConvActivation(Function):
     @staticmethod
     def forward(ctx, x, weight, bias, geometry, transposed, activation, negative_slope, inplace):
         epilogue = Epilogue(bias=bias, activation=activation, negative_slope=negative_slope)
-        y, _ = _convolve(x, weight, geometry, transposed, epilogue)
+        source = Operand(x)
+        y, _ = _convolve(source, weight, geometry, transposed, epilogue)
         changeable = activation == "leaky_relu" and not inplace
         saved = None if activation == "identity" or changeable else y
-        ctx.save_for_backward(x, weight, saved, bias if changeable else None)
+        image = _kept_image(ctx, source)
+        ctx.save_for_backward(x, weight, saved, bias if changeable else None, image)
         ctx.changeable = None
         if changeable and any(ctx.needs_input_grad):
             ctx.changeable = y.detach(), y._version
@@ -145,7 +149,7 @@ class _ConvActivation(Function):
     @staticmethod
     def _output(ctx):
         """The output as it was made; None if the activation has no need of it."""
-        x, weight, y, bias = ctx.saved_tensors
+        x, weight, y, bias, _ = ctx.saved_tensors
         if y is not None or ctx.activation == "identity":
             return y
         # Let go, as backward lets go of what was saved; a second backward computes it again.
@@ -160,15 +164,24 @@ class _ConvActivation(Function):
 
     @staticmethod
     def backward(ctx, dy):
-        x, weight, *_ = ctx.saved_tensors
+        x, weight, *_, image = ctx.saved_tensors
         y = _ConvActivation._output(ctx)
-        du = dy
-        if y is not None:
-            du = _ActivationGradient.apply(dy, y, ctx.activation, ctx.negative_slope)
+        if torch.is_grad_enabled():
+            du = dy
+            if y is not None:
+                du = _ActivationGradient.apply(dy, y, ctx.activation, ctx.negative_slope)
+            source = x
+        else:
+            du = Operand(dy)
+            if y is not None:
+                du = Operand(dy, y, ctx.activation, ctx.negative_slope)
+            source = _source(ctx, x, image)
         dx, dw = _convolution_backward(
-            du, x, weight, ctx.geometry, ctx.transposed, ctx.needs_input_grad
+            du, source, weight, ctx.geometry, ctx.transposed, ctx.needs_input_grad
         )
-        dbias = du.sum((0, 2, 3)) if ctx.needs_input_grad[2] else None
+        dbias = None
+        if ctx.needs_input_grad[2]:
+            dbias = operand(du).tensor().sum((0, 2, 3))
         return dx, dw, dbias, *[None] * 5
 
 
@@ -187,12 +200,14 @@ class _ConvNormActivation(Function):
         negative_slope, groups, running,
     ):  # fmt: skip
         epilogue = Epilogue(bias=bias, groups=groups if fixed is None else 0)
-        z, statistics = _convolve(x, weight, geometry, transposed, epilogue)
+        source = Operand(x)
+        z, statistics = _convolve(source, weight, geometry, transposed, epilogue)
         vectors = fixed
         if fixed is None:
             vectors = _batch_statistics(statistics, gamma, beta, eps, running)
         y = norm.normalize_activate(z, vectors, activation, negative_slope)
-        ctx.save_for_backward(x, weight, bias, gamma, beta, z, vectors)
+        image = _kept_image(ctx, source)
+        ctx.save_for_backward(x, weight, bias, gamma, beta, z, vectors, image)
         ctx.geometry, ctx.transposed, ctx.eps = geometry, transposed, eps
         ctx.training = fixed is None
         ctx.activation, ctx.negative_slope = activation, negative_slope
@@ -202,7 +217,7 @@ class _ConvNormActivation(Function):
     def backward(ctx, dy):
         if torch.is_grad_enabled():
             return _ConvNormActivation._differentiable_backward(ctx, dy)
-        x, weight, bias, gamma, beta, z, vectors = ctx.saved_tensors
+        x, weight, bias, gamma, beta, z, vectors, image = ctx.saved_tensors
         need_x, need_w, need_bias, need_gamma, need_beta = ctx.needs_input_grad[:5]
         dz, sums = norm.norm_backward(
             dy,
@@ -213,8 +228,9 @@ class _ConvNormActivation(Function):
             activation=ctx.activation,
             negative_slope=ctx.negative_slope,
         )
+        source = _source(ctx, x, image)
         dx, dw = _convolution_backward(
-            dz, x, weight, ctx.geometry, ctx.transposed, (need_x, need_w)
+            dz, source, weight, ctx.geometry, ctx.transposed, (need_x, need_w)
         )
         dbias = None
         if need_bias:
@@ -226,7 +242,7 @@ class _ConvNormActivation(Function):
 
     @staticmethod
     def _differentiable_backward(ctx, dy):
-        *inputs, _, vectors = ctx.saved_tensors
+        *inputs, _, vectors, _ = ctx.saved_tensors
         # Aliases: the gradient stops at them, also where one input was computed from another.
         inputs = [t if t is None else t.view_as(t) for t in inputs]
         x, weight, bias, gamma, beta = inputs
@@ -300,14 +316,36 @@ def _convolve(x, weight, geometry, transposed, epilogue=conv.PLAIN):
 
 
 def _convolution_backward(dz, x, weight, geometry, transposed, needs_input_grad):
-    """dx and dweight of a convolution, each None if not needed; differentiable themselves."""
+    """dx and dweight of a convolution, each None if not needed.
+
+    Differentiable themselves where gradients are enabled; elsewhere dz and x may be `Operand`s.
+    """
+    differentiable = torch.is_grad_enabled()
     dx = dw = None
     if needs_input_grad[0]:
-        dx = _Convolution.apply(dz, weight, geometry, not transposed)
+        if differentiable:
+            dx = _Convolution.apply(dz, weight, geometry, not transposed)
+        else:
+            dx, _ = _convolve(dz, weight, geometry, not transposed)
     if needs_input_grad[1]:
         big, small = (dz, x) if transposed else (x, dz)
-        dw = _WeightGradient.apply(big, small, geometry)
+        wgrad = _WeightGradient.apply if differentiable else conv.wgrad
+        dw = wgrad(big, small, geometry)
     return dx, dw
+
+
+def _kept_image(ctx, source):
+    """The padded copy that a forward made of its input, if the weight's gradient will read it."""
+    if source.image is None or not ctx.needs_input_grad[1]:
+        return None
+    return source.image.data
+
+
+def _source(ctx, x, image):
+    """The `Operand` of a forward's input, with the padded copy that was kept of it, if any."""
+    if image is None:
+        return Operand(x)
+    return Operand(x, image=Padded(image, ctx.geometry, x.shape[1]))
 
 
 def _batch_statistics(statistics, gamma, beta, eps, running):

@@ -20,8 +20,8 @@ even stride.
 import triton
 import triton.language as tl
 
-from .activation import activate, activation_backward
-from .norm import MEAN, SCALE, SHIFT
+from .activation import activation_backward
+from .epilogue import epilogue
 
 # What only counts must not compile a kernel anew, neither for a last batch that is smaller nor for
 # another size of image. Channels decide about vector loads.
@@ -205,9 +205,10 @@ def fprop_image(
                 window = _load_window(padded_ptr, corner, k0, window_step, KH, KW, UNIT, BLOCK_K)
                 weight = _load_weight(weight_ptr, cs, k0, C_small, C_BIG, KH, KW, BLOCK_K)
                 acc = _dot(weight, window.T, acc, PRECISION)
-        acc = _epilogue(
-            acc, count, tile, cs, C_small, bias_ptr, vectors_ptr, count_ptr, mean_ptr, m2_ptr,
-            negative_slope, HAS_BIAS, HAS_NORM, HAS_STATISTICS, ACTIVATION, STORED_DTYPE,
+        acc = epilogue(
+            acc, column < count, count, tile, cs, C_small, C_small, bias_ptr, vectors_ptr,
+            count_ptr, mean_ptr, m2_ptr, negative_slope,
+            HAS_BIAS, HAS_NORM, HAS_STATISTICS, ACTIVATION, STORED_DTYPE,
         )  # fmt: skip
         tl.store(
             out_ptr + pixel.to(tl.int64) * C_small + column[:, None] * C_small + cs[None, :],
@@ -355,45 +356,3 @@ def _load_weight(
 @triton.jit
 def _dot(a, b, acc, PRECISION: tl.constexpr):
     return tl.dot(a, b, acc, input_precision=PRECISION, out_dtype=acc.dtype)
-
-
-@triton.jit
-def _epilogue(
-    acc, count, tile, cs, C_small, bias_ptr, vectors_ptr, count_ptr, mean_ptr, m2_ptr,
-    negative_slope, HAS_BIAS: tl.constexpr, HAS_NORM: tl.constexpr, HAS_STATISTICS: tl.constexpr,
-    ACTIVATION: tl.constexpr, STORED_DTYPE: tl.constexpr,
-):  # fmt: skip
-    """Bias, this tile's batch statistics, normalisation by known ones, activation: rows are cs.
-
-    The statistics, count[tile], mean[tile, cs] and m2[tile, cs] (the sum of squared deviations from
-    that mean), are of the values as they are stored, since those get normalised.
-    """
-    BLOCK_N: tl.constexpr = acc.shape[1]
-    in_c = cs < C_small
-    channel = tl.where(in_c, cs, 0)
-    if HAS_BIAS:
-        bias = tl.load(bias_ptr + channel, mask=in_c, other=0.0)
-        acc += bias.to(acc.dtype)[:, None]
-    if HAS_STATISTICS:
-        acc = acc.to(STORED_DTYPE).to(acc.dtype)
-        # Only a group's last tile has columns to leave out, and that costs more than the sums.
-        if count == BLOCK_N:
-            mean = tl.sum(acc, axis=1) / BLOCK_N
-            deviation = acc - mean[:, None]
-            m2 = tl.sum(deviation * deviation, axis=1)
-        else:
-            exists = tl.arange(0, BLOCK_N) < count
-            mean = tl.sum(tl.where(exists[None, :], acc, 0.0), axis=1) / count
-            deviation = tl.where(exists[None, :], acc - mean[:, None], 0.0)
-            m2 = tl.sum(deviation * deviation, axis=1)
-        offset = tl.cast(tile, tl.int64) * C_small + cs
-        tl.store(mean_ptr + offset, mean, mask=in_c)
-        tl.store(m2_ptr + offset, m2, mask=in_c)
-        # Every program of a tile stores the same count, so no one needs to be chosen.
-        tl.store(count_ptr + tile, count.to(acc.dtype))
-    if HAS_NORM:
-        mean = tl.load(vectors_ptr + MEAN * C_small + channel, mask=in_c, other=0.0)
-        scale = tl.load(vectors_ptr + SCALE * C_small + channel, mask=in_c, other=0.0)
-        shift = tl.load(vectors_ptr + SHIFT * C_small + channel, mask=in_c, other=0.0)
-        acc = (acc - mean[:, None]) * scale[:, None] + shift[:, None]
-    return activate(acc, negative_slope, ACTIVATION)

@@ -1,10 +1,10 @@
-"""Compile the kernels of `genfast.launch.from_image` for a GPU that is not here, and read machine code.
+"""Compile the kernels of `from_image` for a GPU that is not here, and read the machine code.
 
-    python tests/from_image_ahead_of_time.py sm_90            every kernel of a DCGAN-64's ends, a table
-    python tests/from_image_ahead_of_time.py sm_90 --json     one JSON object a kernel, for the tests
+    python tests/from_image_ahead_of_time.py sm_90           every kernel of a DCGAN-64, a table
+    python tests/from_image_ahead_of_time.py sm_90 --json    one JSON object a kernel
 
-They are started as `genfast.launch.from_image` starts them, with starting replaced by compiling. Nothing
-executes, so the tensors' values mean nothing. Not for TRITON_INTERPRET=1.
+They are started as `genfast.launch.from_image` starts them, with starting replaced by compiling.
+Nothing executes, so the tensors' values mean nothing. Not for TRITON_INTERPRET=1.
 """
 
 import argparse

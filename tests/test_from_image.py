@@ -138,7 +138,9 @@ def _ours(case, tensors):
     return {
         "output": small,
         "gradient of weight": from_image.wgrad(image, tensors["dy"]),
-        "gradient of weight, from y": from_image.wgrad(image, tensors["dy"], tensors["y"], **activation),
+        "gradient of weight, from y": from_image.wgrad(
+            image, tensors["dy"], tensors["y"], **activation
+        ),
         "gradient of u": _unpad(from_image.padded(
             tensors["dy"][:, :3], _around(case), y=tensors["y"][:, :3], **activation
         )),

@@ -1,4 +1,4 @@
-"""The products of a kernel that covers the whole map and leaves few channels, by `oracle`'s rule."""
+"""Products of a kernel that covers the whole map and leaves few channels, by `oracle`'s rule."""
 
 from dataclasses import replace
 

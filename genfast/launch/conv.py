@@ -8,7 +8,8 @@ import torch
 from genfast import library, reference
 from genfast.backend import triton
 from genfast.geometry import ConvGeometry
-from genfast.launch import memory, norm, start, sums, tiles
+from genfast.launch import from_image, logits, memory, norm, start, sums, tiles, to_image
+from genfast.launch.operand import operand
 
 if triton is not None:
     from genfast.kernels import conv as kernels
@@ -42,7 +43,7 @@ def fprop(big, weight, geometry, epilogue=PLAIN):
     """`conv2d`, or the input gradient of `conv_transpose2d`.
 
     Args:
-        big: (N, C_big, H, W) of `geometry.big`.
+        big: (N, C_big, H, W) of `geometry.big`, or an `Operand` of such.
         weight: (C_small, C_big, kh, kw).
         geometry: a `ConvGeometry`.
         epilogue: an `Epilogue` over C_small channels.
@@ -50,7 +51,13 @@ def fprop(big, weight, geometry, epilogue=PLAIN):
     Returns:
         (N, C_small, Ho, Wo) of `geometry.small`, channels_last; its `TileStatistics` or None.
     """
-    return _conv("fprop", big, weight, geometry, epilogue)
+    big = operand(big)
+    c_small, c_big = weight.shape[:2]
+    if logits.fits(geometry, c_small, epilogue):
+        return logits.fprop(big.tensor(), weight, geometry, epilogue), None
+    if from_image.fits(geometry, c_small, c_big, big.value.shape[0]):
+        return from_image.fprop(big.padded(geometry), weight, epilogue)
+    return _conv("fprop", big.tensor(), weight, geometry, epilogue)
 
 
 def dgrad(small, weight, geometry, epilogue=PLAIN):
@@ -59,11 +66,35 @@ def dgrad(small, weight, geometry, epilogue=PLAIN):
     As `fprop` with the sides swapped: (N, C_small, ...) of `geometry.small` in,
     (N, C_big, ...) of `geometry.big` out, the epilogue over C_big channels.
     """
-    return _conv("dgrad", small, weight, geometry, epilogue)
+    small = operand(small)
+    c_small, c_big = weight.shape[:2]
+    if logits.fits(geometry, c_small, epilogue):
+        return logits.dgrad(small.tensor(), weight, geometry, epilogue), None
+    if to_image.fits(geometry, c_small, c_big, epilogue):
+        made_by = dict(y_activation=small.activation, y_negative_slope=small.negative_slope)
+        result = to_image.dgrad(small.value, weight, geometry, epilogue, y=small.y, **made_by)
+        return result, None
+    return _conv("dgrad", small.tensor(), weight, geometry, epilogue)
 
 
 def wgrad(big, small, geometry):
-    """The weight gradient of `conv2d` and `conv_transpose2d`: (C_small, C_big, kh, kw)."""
+    """The weight gradient of `conv2d` and `conv_transpose2d`: (C_small, C_big, kh, kw).
+
+    Args:
+        big: (N, C_big, H, W) of `geometry.big`, or an `Operand` of such.
+        small: (N, C_small, Ho, Wo) of `geometry.small`, likewise.
+        geometry: a `ConvGeometry`.
+    """
+    big, small = operand(big), operand(small)
+    c_small, c_big = small.value.shape[1], big.value.shape[1]
+    if logits.fits(geometry, c_small, PLAIN):
+        return logits.wgrad(big.tensor(), small.tensor(), geometry)
+    if from_image.fits(geometry, c_small, c_big, big.value.shape[0]):
+        return from_image.wgrad(big.padded(geometry), small.value, **small.derivative)
+    return _wgrad(big.tensor(), small.tensor(), geometry)
+
+
+def _wgrad(big, small, geometry):
     config, splits = _config("wgrad", big, geometry, small.shape[1], big.shape[1])
     if config.library:
         return library.wgrad(big, small, geometry)
@@ -240,13 +271,13 @@ def _through_library(direction, source, weight, geometry, epilogue):
     return z, statistics
 
 
-def _config(operation, operand, geometry, c_small, c_big, statistics=False):
+def _config(operation, tensor, geometry, c_small, c_big, statistics=False):
     """The `GemmConfig` of a product and, for wgrad, in how many parts to cut its reduction."""
     if geometry.is_product:
         geometry, c_big = _FLAT, c_big * geometry.taps
     problem = tiles.Problem(
         operation=operation,
-        precision="half" if operand.element_size() == 2 else start.precision(operand),
+        precision="half" if tensor.element_size() == 2 else start.precision(tensor),
         statistics=statistics,
         c_small=c_small,
         c_big=c_big,
@@ -254,9 +285,9 @@ def _config(operation, operand, geometry, c_small, c_big, statistics=False):
         big=geometry.big,
         kernel_size=geometry.kernel_size,
         stride=geometry.stride,
-        images=operand.shape[0],
+        images=tensor.shape[0],
     )
-    architecture = start.architecture(operand)
+    architecture = start.architecture(tensor)
     config = tiles.gemm_config(architecture, problem)
     if operation != "wgrad" or config.library:
         return config, 1

@@ -52,7 +52,6 @@ class ImageConfig:
     num_warps: for a tile of `channels`.
     fprop_stages, wgrad_stages: tiles on their way from memory.
     programs: about how many share the pixels.
-    statistics_registers: the most that a thread may use in fprop with statistics, or None.
     """
 
     channels: int
@@ -63,7 +62,6 @@ class ImageConfig:
     fprop_stages: int
     wgrad_stages: int
     programs: int
-    statistics_registers: int | None = None
 
 
 # Small enough that a test's few pixels and channels span several ragged tiles.
@@ -71,11 +69,11 @@ _INTERPRETED = ImageConfig(32, 32, 64, 32, 1, 1, 1, 5)
 # Elements of two and of four bytes.
 _SHIPPED = {
     "sm_90": {
-        2: ImageConfig(128, 128, 64, 64, 8, 3, 4, 396, 168),
+        2: ImageConfig(128, 128, 64, 64, 8, 3, 4, 396),
         4: ImageConfig(64, 64, 64, 32, 4, 2, 3, 396),
     },
     "sm_80": {
-        2: ImageConfig(128, 128, 64, 64, 8, 2, 3, 216, 168),
+        2: ImageConfig(128, 128, 64, 64, 8, 2, 3, 216),
         4: ImageConfig(64, 64, 32, 32, 4, 2, 3, 216),
     },
     "gfx942": {
@@ -207,9 +205,6 @@ def fprop(image, weight, epilogue):
         mean, m2 = torch.empty((2, count, c_small), dtype=acc_dtype, device=data.device)
         counts = torch.empty(count, dtype=acc_dtype, device=data.device)
         statistics = norm.TileStatistics(counts, mean, m2, 1, groups)
-    limit = {}
-    if epilogue.groups and config.statistics_registers:
-        limit = dict(maxnreg=config.statistics_registers)
     start.kernel(
         kernels.fprop_image,
         (channel_tiles, programs),
@@ -239,7 +234,6 @@ def fprop(image, weight, epilogue):
         BLOCK_K=_element_block(config, _elements(geometry)),
         num_warps=_warps(config, block_m),
         num_stages=config.fprop_stages,
-        **limit,
     )
     return result, statistics
 
@@ -338,7 +332,7 @@ def _elements(geometry):
 
 
 def _windows(image):
-    """Where windows begin, for `kernels.from_image`: steps are in units that all of them divide by."""
+    """Where windows begin, for the kernels: steps are in units that all of them divide by."""
     geometry = image.geometry
     _, height, width, _ = image.data.shape
     kernel_h, kernel_w = geometry.kernel_size

@@ -20,8 +20,9 @@ even stride.
 import triton
 import triton.language as tl
 
-from .activation import activate, activation_backward
-from .norm import MEAN, SCALE, SHIFT
+from .activation import activation_backward
+from .conv import _dot, _epilogue
+from .loading import in_bounds, run_in_bounds
 
 # What only counts must not compile a kernel anew, neither for a last batch that is smaller nor for
 # another size of image. Channels decide about vector loads.
@@ -82,10 +83,9 @@ def pad_image(
     Y = row - n * Hp - pad_h
     X = pixel - row * Wp - pad_w
     inside = (pixel < pixels) & (Y >= 0) & (Y < H) & (X >= 0) & (X < W)
-    # Masked lanes get the address of the first element, not one outside.
-    n = tl.where(inside, n, 0).to(tl.int64)
-    Y = tl.where(inside, Y, 0).to(tl.int64)
-    X = tl.where(inside, X, 0).to(tl.int64)
+    n = in_bounds(n, inside).to(tl.int64)
+    Y = in_bounds(Y, inside).to(tl.int64)
+    X = in_bounds(X, inside).to(tl.int64)
     x_ptr += n * stride_xn + Y * stride_xh + X * stride_xw
     y_ptr += n * stride_yn + Y * stride_yh + X * stride_yw
 
@@ -163,7 +163,7 @@ def fprop_image(
     HAS_NORM: tl.constexpr,
     HAS_STATISTICS: tl.constexpr,
     ACTIVATION: tl.constexpr,
-    OUT_DTYPE: tl.constexpr,
+    STORED_DTYPE: tl.constexpr,
     ACC_DTYPE: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -182,10 +182,11 @@ def fprop_image(
     cs = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     program = tl.program_id(1)
     first = program * tiles_per_program + tl.minimum(program, one_more)
-    last = first + tiles_per_program + (program < one_more).to(tl.int32)
+    tiles = tiles_per_program + (program < one_more).to(tl.int32)
     if STEPS == 1:
         weight = _load_weight(weight_ptr, cs, 0, C_small, C_BIG, KH, KW, BLOCK_K)
-    for tile in range(first, last):
+    for step in range(0, tiles):
+        tile = first + step
         group = tile // tiles_per_group
         p0 = (tile - group * tiles_per_group) * BLOCK_N
         count = tl.minimum(pixels - p0, BLOCK_N)
@@ -206,12 +207,13 @@ def fprop_image(
                 weight = _load_weight(weight_ptr, cs, k0, C_small, C_BIG, KH, KW, BLOCK_K)
                 acc = _dot(weight, window.T, acc, PRECISION)
         acc = _epilogue(
-            acc, count, tile, cs, C_small, bias_ptr, vectors_ptr, count_ptr, mean_ptr, m2_ptr,
-            negative_slope, HAS_BIAS, HAS_NORM, HAS_STATISTICS, ACTIVATION, OUT_DTYPE,
+            acc, column < count, count, tile, cs, C_small, C_small, bias_ptr, vectors_ptr,
+            count_ptr, mean_ptr, m2_ptr, negative_slope, HAS_BIAS, HAS_NORM, HAS_STATISTICS,
+            ACTIVATION, STORED_DTYPE,
         )  # fmt: skip
         tl.store(
             out_ptr + pixel.to(tl.int64) * C_small + column[:, None] * C_small + cs[None, :],
-            acc.to(OUT_DTYPE).T,
+            acc.to(out_ptr.dtype.element_ty).T,
             mask=(column < count)[:, None] & (cs < C_small)[None, :],
         )
 
@@ -257,7 +259,7 @@ def wgrad_image(
     k0 = tl.program_id(1) * BLOCK_N
     split = tl.program_id(2)
     # Channels beyond the end read the first ones; their rows are not stored.
-    channel = tl.max_contiguous(tl.multiple_of(tl.where(cs < C_small, cs, 0), 8), 8)
+    channel = run_in_bounds(cs, cs < C_small)
     acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=ACC_DTYPE)
     for step in range(0, tiles_per_split):
         p = (split * tiles_per_split + step) * BLOCK_K + tl.arange(0, BLOCK_K)
@@ -349,51 +351,4 @@ def _load_weight(
     column = k // 4 * C_BIG + k % 4
     inside = (cs < C_small)[:, None] & in_kernel[None, :]
     offset = cs[:, None] * (KH * KW * C_BIG) + column[None, :]
-    return tl.load(weight_ptr + tl.where(inside, offset, 0), mask=inside, other=0.0)
-
-
-@triton.jit
-def _dot(a, b, acc, PRECISION: tl.constexpr):
-    return tl.dot(a, b, acc, input_precision=PRECISION, out_dtype=acc.dtype)
-
-
-@triton.jit
-def _epilogue(
-    acc, count, tile, cs, C_small, bias_ptr, vectors_ptr, count_ptr, mean_ptr, m2_ptr,
-    negative_slope, HAS_BIAS: tl.constexpr, HAS_NORM: tl.constexpr, HAS_STATISTICS: tl.constexpr,
-    ACTIVATION: tl.constexpr, OUT_DTYPE: tl.constexpr,
-):  # fmt: skip
-    """Bias, this tile's batch statistics, normalisation by known ones, activation: rows are cs.
-
-    The statistics, count[tile], mean[tile, cs] and m2[tile, cs] (the sum of squared deviations from
-    that mean), are of the values as they are stored, since those get normalised.
-    """
-    BLOCK_N: tl.constexpr = acc.shape[1]
-    in_c = cs < C_small
-    channel = tl.where(in_c, cs, 0)
-    if HAS_BIAS:
-        bias = tl.load(bias_ptr + channel, mask=in_c, other=0.0)
-        acc += bias.to(acc.dtype)[:, None]
-    if HAS_STATISTICS:
-        acc = acc.to(OUT_DTYPE).to(acc.dtype)
-        # Only a group's last tile has columns to leave out, and that costs more than the sums.
-        if count == BLOCK_N:
-            mean = tl.sum(acc, axis=1) / BLOCK_N
-            deviation = acc - mean[:, None]
-            m2 = tl.sum(deviation * deviation, axis=1)
-        else:
-            exists = tl.arange(0, BLOCK_N) < count
-            mean = tl.sum(tl.where(exists[None, :], acc, 0.0), axis=1) / count
-            deviation = tl.where(exists[None, :], acc - mean[:, None], 0.0)
-            m2 = tl.sum(deviation * deviation, axis=1)
-        offset = tl.cast(tile, tl.int64) * C_small + cs
-        tl.store(mean_ptr + offset, mean, mask=in_c)
-        tl.store(m2_ptr + offset, m2, mask=in_c)
-        # Every program of a tile stores the same count, so no one needs to be chosen.
-        tl.store(count_ptr + tile, count.to(acc.dtype))
-    if HAS_NORM:
-        mean = tl.load(vectors_ptr + MEAN * C_small + channel, mask=in_c, other=0.0)
-        scale = tl.load(vectors_ptr + SCALE * C_small + channel, mask=in_c, other=0.0)
-        shift = tl.load(vectors_ptr + SHIFT * C_small + channel, mask=in_c, other=0.0)
-        acc = (acc - mean[:, None]) * scale[:, None] + shift[:, None]
-    return activate(acc, negative_slope, ACTIVATION)
+    return tl.load(weight_ptr + in_bounds(offset, inside), mask=inside, other=0.0)

@@ -232,7 +232,7 @@ def fprop(image, weight, epilogue):
         HAS_NORM=epilogue.vectors is not None,
         HAS_STATISTICS=statistics is not None,
         ACTIVATION=epilogue.activation,
-        OUT_DTYPE=start.tl_dtype(data.dtype),
+        STORED_DTYPE=start.tl_dtype(data.dtype),
         **_arithmetic(data),
         BLOCK_M=block_m,
         BLOCK_N=config.pixels,

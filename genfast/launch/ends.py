@@ -47,45 +47,45 @@ class ImageConfig:
 
     channels: at most so many of the small side in a tile; half as many take half the warps.
     pixels: of a tile of fprop.
+    statistics_pixels: of one with statistics, which take registers of their own.
     elements: at most so many of the windows in a step of fprop, and in a tile of wgrad.
     reduced: pixels of a step of wgrad.
     num_warps: for a tile of `channels`.
     fprop_stages, wgrad_stages: tiles on their way from memory.
     programs: about how many share the pixels.
-    statistics_registers: the most that a thread may use in fprop with statistics, or None.
     """
 
     channels: int
     pixels: int
+    statistics_pixels: int
     elements: int
     reduced: int
     num_warps: int
     fprop_stages: int
     wgrad_stages: int
     programs: int
-    statistics_registers: int | None = None
 
 
 # Small enough that a test's few pixels and channels span several ragged tiles.
-_INTERPRETED = ImageConfig(32, 32, 64, 32, 1, 1, 1, 5)
+_INTERPRETED = ImageConfig(32, 32, 32, 64, 32, 1, 1, 1, 5)
 # Elements of two and of four bytes.
 _SHIPPED = {
     "sm_90": {
-        2: ImageConfig(128, 128, 64, 64, 8, 3, 4, 396, 168),
-        4: ImageConfig(64, 64, 64, 32, 4, 2, 3, 396),
+        2: ImageConfig(128, 128, 64, 64, 64, 8, 3, 4, 396),
+        4: ImageConfig(64, 64, 64, 64, 32, 4, 2, 3, 396),
     },
     "sm_80": {
-        2: ImageConfig(128, 128, 64, 64, 8, 2, 3, 216, 168),
-        4: ImageConfig(64, 64, 32, 32, 4, 2, 3, 216),
+        2: ImageConfig(128, 128, 64, 64, 64, 8, 2, 3, 216),
+        4: ImageConfig(64, 64, 64, 32, 32, 4, 2, 3, 216),
     },
     "gfx942": {
-        2: ImageConfig(128, 128, 64, 64, 8, 1, 2, 608),
-        4: ImageConfig(64, 64, 32, 32, 4, 1, 2, 608),
+        2: ImageConfig(128, 128, 64, 64, 64, 8, 1, 2, 608),
+        4: ImageConfig(64, 64, 64, 32, 32, 4, 1, 2, 608),
     },
 }
 _SHIPPED["sm_100"] = _SHIPPED["sm_90"]
 # Without matrix instructions: what more would not fit into the registers.
-_IEEE = ImageConfig(32, 64, 32, 32, 4, 2, 2, 396)
+_IEEE = ImageConfig(32, 64, 64, 32, 32, 4, 2, 2, 396)
 
 
 def refusal(geometry, c_small, c_big, images):
@@ -197,7 +197,8 @@ def fprop(image, weight, epilogue):
     config = _config(data)
     block_m = _channel_block(config, c_small)
     pixels = n // groups * math.prod(geometry.small)
-    tiles_per_group = tiles.ceil_div(pixels, config.pixels)
+    block_n = config.statistics_pixels if epilogue.groups else config.pixels
+    tiles_per_group = tiles.ceil_div(pixels, block_n)
     count = groups * tiles_per_group
     channel_tiles = tiles.ceil_div(c_small, block_m)
     programs = min(count, tiles.ceil_div(config.programs, channel_tiles))
@@ -207,9 +208,6 @@ def fprop(image, weight, epilogue):
         mean, m2 = torch.empty((2, count, c_small), dtype=acc_dtype, device=data.device)
         counts = torch.empty(count, dtype=acc_dtype, device=data.device)
         statistics = norm.TileStatistics(counts, mean, m2, 1, groups)
-    limit = {}
-    if epilogue.groups and config.statistics_registers:
-        limit = dict(maxnreg=config.statistics_registers)
     start.kernel(
         kernels.fprop_image,
         (channel_tiles, programs),
@@ -235,11 +233,10 @@ def fprop(image, weight, epilogue):
         STORED_DTYPE=start.tl_dtype(data.dtype),
         **_arithmetic(data),
         BLOCK_M=block_m,
-        BLOCK_N=config.pixels,
+        BLOCK_N=block_n,
         BLOCK_K=_element_block(config, _elements(geometry)),
         num_warps=_warps(config, block_m),
         num_stages=config.fprop_stages,
-        **limit,
     )
     return result, statistics
 

@@ -27,8 +27,8 @@ Addresses are 64-bit: an activation may hold more than 2^31 elements.
 import triton
 import triton.language as tl
 
-from .epilogue import epilogue
 from .loading import in_bounds, run_in_bounds
+from .product import dot, epilogue
 
 # Arguments that only count: another value of them is no other kernel.
 _COUNTS = ["N", "H_big", "W_big", "H_small", "W_small", "tiles_per_group"]
@@ -108,7 +108,7 @@ def fprop(
                 big, n, y, x, exists, k, H_big, W_big, C_big,
                 KW, STRIDE_H, STRIDE_W, PAD_H, PAD_W, TAPS,
             )  # fmt: skip
-            acc = _dot(a, b.T, acc, PRECISION)
+            acc = dot(a, b.T, acc, PRECISION)
     else:
         # Taps are the inner part of the loop: their pixels overlap, so they meet in the cache.
         for step in range(0, tl.cdiv(C_big, BLOCK_K) * TAPS):
@@ -122,7 +122,7 @@ def fprop(
                 big, n, y, x, exists, n0, y0, x0, tap // KW, tap % KW, cb0, H_big, W_big, C_big,
                 STRIDE_H, STRIDE_W, PAD_H, PAD_W, DESCRIPTORS, BLOCK_N, BLOCK_K,
             )  # fmt: skip
-            acc = _dot(a, b.T, acc, PRECISION)
+            acc = dot(a, b.T, acc, PRECISION)
 
     row = cs0 + tl.arange(0, BLOCK_M)
     acc = epilogue(
@@ -237,7 +237,7 @@ def dgrad(
             small, n, y, x, exists & in_kernel, n0, y0, x0, dy, dx, cs0,
             H_small, W_small, C_small, DESCRIPTORS, BLOCK_N, BLOCK_K,
         )  # fmt: skip
-        acc = _dot(a, b.T, acc, PRECISION)
+        acc = dot(a, b.T, acc, PRECISION)
 
     # A group's statistics lie together: its phases, and their tiles.
     part = (group * PHASES + phase) * tiles_per_group + tile
@@ -322,7 +322,7 @@ def wgrad(
                 big, n, y, x, exists, n0, y0, x0, tap // KW, tap % KW, cb0, H_big, W_big, C_big,
                 STRIDE_H, STRIDE_W, PAD_H, PAD_W, DESCRIPTORS, BLOCK_K, BLOCK_N,
             )  # fmt: skip
-        acc = _dot(a, b, acc, PRECISION)
+        acc = dot(a, b, acc, PRECISION)
 
     column = cb if PACKED else tap * C_big + cb
     row = split.to(tl.int64) * C_small + cs
@@ -508,8 +508,3 @@ def _load_weight(
             mask = in_cs[:, None] & in_cb[None, :]
         values = tl.load(weight + offset, mask=mask, other=0.0)
     return values
-
-
-@triton.jit
-def _dot(a, b, acc, PRECISION: tl.constexpr):
-    return tl.dot(a, b, acc, input_precision=PRECISION, out_dtype=acc.dtype)

@@ -21,7 +21,8 @@ import triton
 import triton.language as tl
 
 from .activation import activation_backward
-from .epilogue import epilogue
+from .loading import in_bounds, run_in_bounds
+from .product import dot, epilogue
 
 # What only counts must not compile a kernel anew, neither for a last batch that is smaller nor for
 # another size of image. Channels decide about vector loads.
@@ -82,10 +83,9 @@ def pad_image(
     Y = row - n * Hp - pad_h
     X = pixel - row * Wp - pad_w
     inside = (pixel < pixels) & (Y >= 0) & (Y < H) & (X >= 0) & (X < W)
-    # Masked lanes get the address of the first element, not one outside.
-    n = tl.where(inside, n, 0).to(tl.int64)
-    Y = tl.where(inside, Y, 0).to(tl.int64)
-    X = tl.where(inside, X, 0).to(tl.int64)
+    n = in_bounds(n, inside).to(tl.int64)
+    Y = in_bounds(Y, inside).to(tl.int64)
+    X = in_bounds(X, inside).to(tl.int64)
     x_ptr += n * stride_xn + Y * stride_xh + X * stride_xw
     y_ptr += n * stride_yn + Y * stride_yh + X * stride_yw
 
@@ -182,10 +182,11 @@ def fprop_image(
     cs = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     program = tl.program_id(1)
     first = program * tiles_per_program + tl.minimum(program, one_more)
-    last = first + tiles_per_program + (program < one_more).to(tl.int32)
+    tiles = tiles_per_program + (program < one_more).to(tl.int32)
     if STEPS == 1:
         weight = _load_weight(weight_ptr, cs, 0, C_small, C_BIG, KH, KW, BLOCK_K)
-    for tile in range(first, last):
+    for step in range(0, tiles):
+        tile = first + step
         group = tile // tiles_per_group
         p0 = (tile - group * tiles_per_group) * BLOCK_N
         count = tl.minimum(pixels - p0, BLOCK_N)
@@ -199,20 +200,20 @@ def fprop_image(
         acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=ACC_DTYPE)
         if STEPS == 1:
             window = _load_window(padded_ptr, corner, 0, window_step, KH, KW, UNIT, BLOCK_K)
-            acc = _dot(weight, window.T, acc, PRECISION)
+            acc = dot(weight, window.T, acc, PRECISION)
         else:
             for k0 in range(0, STEPS * BLOCK_K, BLOCK_K):
                 window = _load_window(padded_ptr, corner, k0, window_step, KH, KW, UNIT, BLOCK_K)
                 weight = _load_weight(weight_ptr, cs, k0, C_small, C_BIG, KH, KW, BLOCK_K)
-                acc = _dot(weight, window.T, acc, PRECISION)
+                acc = dot(weight, window.T, acc, PRECISION)
         acc = epilogue(
             acc, column < count, count, tile, cs, C_small, C_small, bias_ptr, vectors_ptr,
-            count_ptr, mean_ptr, m2_ptr, negative_slope,
-            HAS_BIAS, HAS_NORM, HAS_STATISTICS, ACTIVATION, STORED_DTYPE,
+            count_ptr, mean_ptr, m2_ptr, negative_slope, HAS_BIAS, HAS_NORM, HAS_STATISTICS,
+            ACTIVATION, STORED_DTYPE,
         )  # fmt: skip
         tl.store(
             out_ptr + pixel.to(tl.int64) * C_small + column[:, None] * C_small + cs[None, :],
-            acc.to(STORED_DTYPE).T,
+            acc.to(out_ptr.dtype.element_ty).T,
             mask=(column < count)[:, None] & (cs < C_small)[None, :],
         )
 
@@ -258,7 +259,7 @@ def wgrad_image(
     k0 = tl.program_id(1) * BLOCK_N
     split = tl.program_id(2)
     # Channels beyond the end read the first ones; their rows are not stored.
-    channel = tl.max_contiguous(tl.multiple_of(tl.where(cs < C_small, cs, 0), 8), 8)
+    channel = run_in_bounds(cs, cs < C_small)
     acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=ACC_DTYPE)
     for step in range(0, tiles_per_split):
         p = (split * tiles_per_split + step) * BLOCK_K + tl.arange(0, BLOCK_K)
@@ -276,7 +277,7 @@ def wgrad_image(
             small = activation_backward(
                 small.to(ACC_DTYPE), y.to(ACC_DTYPE), negative_slope, ACTIVATION
             ).to(small.dtype)
-        acc = _dot(small.T, window, acc, PRECISION)
+        acc = dot(small.T, window, acc, PRECISION)
 
     k = k0 + tl.arange(0, BLOCK_N)
     in_kernel = (k < KH * KW * 4) & (k % 4 < C_BIG)
@@ -350,9 +351,4 @@ def _load_weight(
     column = k // 4 * C_BIG + k % 4
     inside = (cs < C_small)[:, None] & in_kernel[None, :]
     offset = cs[:, None] * (KH * KW * C_BIG) + column[None, :]
-    return tl.load(weight_ptr + tl.where(inside, offset, 0), mask=inside, other=0.0)
-
-
-@triton.jit
-def _dot(a, b, acc, PRECISION: tl.constexpr):
-    return tl.dot(a, b, acc, input_precision=PRECISION, out_dtype=acc.dtype)
+    return tl.load(weight_ptr + in_bounds(offset, inside), mask=inside, other=0.0)

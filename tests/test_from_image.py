@@ -330,11 +330,11 @@ def test_multiplications_divide_exactly():
             assert (4 * n * magic >> 32) >> shift == n // divisor
 
 
-# Instructions of the longest loop, for each tile: of 128 pixels in fprop, of 64 in wgrad. The
-# statistics' loop includes what only a group's last, ragged tile executes.
+# Instructions of the longest loop, for each tile: of 128 pixels in fprop, of 64 with statistics and
+# in wgrad. The statistics' loop includes what only a group's last, ragged tile executes.
 LOOPS = {
     ("fprop_image", "leaky relu"): 620,
-    ("fprop_image", "statistics"): 1300,
+    ("fprop_image", "statistics"): 750,
     ("fprop_image", "stride 1"): 480,
     ("wgrad_image", "plain"): 200,
     ("wgrad_image", "leaky relu"): 450,
@@ -357,7 +357,7 @@ def test_hopper_instructions(dtype):
         assert f["loop"] <= LOOPS[f["kernel"], f["case"]], f
         assert f["registers"] <= 168, f  # three programs of 128 threads
         if f["kernel"] == "fprop_image":
-            assert f["stores"]["16"] == 8, f
+            assert f["stores"]["16"] == f["tile"][1] // 16, f
     # A batch or an image of another size compiles nothing anew.
     hashes = {(f["kernel"], f["case"]): {f["hash"]} for f in facts}
     for f in facts:

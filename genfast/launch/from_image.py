@@ -47,6 +47,7 @@ class ImageConfig:
 
     channels: at most so many of the small side in a tile; half as many take half the warps.
     pixels: of a tile of fprop.
+    statistics_pixels: of one with statistics, which take registers of their own.
     elements: at most so many of the windows in a step of fprop, and in a tile of wgrad.
     reduced: pixels of a step of wgrad.
     num_warps: for a tile of `channels`.
@@ -56,6 +57,7 @@ class ImageConfig:
 
     channels: int
     pixels: int
+    statistics_pixels: int
     elements: int
     reduced: int
     num_warps: int
@@ -65,25 +67,25 @@ class ImageConfig:
 
 
 # Small enough that a test's few pixels and channels span several ragged tiles.
-_INTERPRETED = ImageConfig(32, 32, 64, 32, 1, 1, 1, 5)
+_INTERPRETED = ImageConfig(32, 32, 32, 64, 32, 1, 1, 1, 5)
 # Elements of two and of four bytes.
 _SHIPPED = {
     "sm_90": {
-        2: ImageConfig(128, 128, 64, 64, 8, 3, 4, 396),
-        4: ImageConfig(64, 64, 64, 32, 4, 2, 3, 396),
+        2: ImageConfig(128, 128, 64, 64, 64, 8, 3, 4, 396),
+        4: ImageConfig(64, 64, 64, 64, 32, 4, 2, 3, 396),
     },
     "sm_80": {
-        2: ImageConfig(128, 128, 64, 64, 8, 2, 3, 216),
-        4: ImageConfig(64, 64, 32, 32, 4, 2, 3, 216),
+        2: ImageConfig(128, 128, 64, 64, 64, 8, 2, 3, 216),
+        4: ImageConfig(64, 64, 64, 32, 32, 4, 2, 3, 216),
     },
     "gfx942": {
-        2: ImageConfig(128, 128, 64, 64, 8, 1, 2, 608),
-        4: ImageConfig(64, 64, 32, 32, 4, 1, 2, 608),
+        2: ImageConfig(128, 128, 64, 64, 64, 8, 1, 2, 608),
+        4: ImageConfig(64, 64, 64, 32, 32, 4, 1, 2, 608),
     },
 }
 _SHIPPED["sm_100"] = _SHIPPED["sm_90"]
 # Without matrix instructions: what more would not fit into the registers.
-_IEEE = ImageConfig(32, 64, 32, 32, 4, 2, 2, 396)
+_IEEE = ImageConfig(32, 64, 64, 32, 32, 4, 2, 2, 396)
 
 
 def why_not(geometry, c_small, c_big, images):
@@ -195,7 +197,8 @@ def fprop(image, weight, epilogue):
     config = _config(data)
     block_m = _channel_block(config, c_small)
     pixels = n // groups * math.prod(geometry.small)
-    tiles_per_group = tiles.ceil_div(pixels, config.pixels)
+    block_n = config.statistics_pixels if epilogue.groups else config.pixels
+    tiles_per_group = tiles.ceil_div(pixels, block_n)
     count = groups * tiles_per_group
     channel_tiles = tiles.ceil_div(c_small, block_m)
     programs = min(count, tiles.ceil_div(config.programs, channel_tiles))
@@ -230,7 +233,7 @@ def fprop(image, weight, epilogue):
         STORED_DTYPE=start.tl_dtype(data.dtype),
         **_arithmetic(data),
         BLOCK_M=block_m,
-        BLOCK_N=config.pixels,
+        BLOCK_N=block_n,
         BLOCK_K=_element_block(config, _elements(geometry)),
         num_warps=_warps(config, block_m),
         num_stages=config.fprop_stages,

@@ -21,7 +21,8 @@ each multiplication would wait for the one before.
 The batch is one or more groups of N images, each with batch statistics of its own: a discriminator
 judges real and generated images in one pass. N counts the images of one group.
 
-Addresses are 64-bit: an activation may hold more than 2^31 elements.
+Addresses are 64-bit: an activation may hold more than 2^31 elements. Pixels are fewer than 2^30, so
+their numbers are divided in 32 bits: a 64-bit division is a function of 80 instructions.
 """
 
 import triton
@@ -304,7 +305,7 @@ def wgrad(
     cs = cs0 + tl.arange(0, BLOCK_M)
     cb = cb0 + tl.arange(0, BLOCK_N)
 
-    pixels = tl.cast(N, tl.int64) * H_small * W_small
+    pixels = N * H_small * W_small
     acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=ACC_DTYPE)
     for step in range(0, tiles_per_split):
         tile = split * tiles_per_split + step
@@ -370,15 +371,11 @@ def _pixels(
         # A phase of a map of 1 pixel may have none: then none exists, whatever its division gives.
         rows = tl.maximum(H, 1)
         columns = tl.maximum(W, 1)
-        # The first pixel needs 64 bits; from there on 32 do, whose divisions are far cheaper.
-        start = tl.cast(tile, tl.int64) * BLOCK
-        n_start = start // (rows * columns)
-        pixel = (start - n_start * (rows * columns)).to(tl.int32) + lane
-        n = first + n_start + pixel // (rows * columns)
+        pixel = tile * BLOCK + lane
+        n = (first + pixel // (rows * columns)).to(tl.int64)
         y = pixel // columns % rows
         x = pixel % columns
-        remaining = tl.cast(N, tl.int64) * H * W - start
-        count = tl.minimum(BLOCK, tl.maximum(remaining, 0)).to(tl.int32)
+        count = tl.minimum(BLOCK, tl.maximum(N * H * W - tile * BLOCK, 0))
     return n, y, x, (n < first + N) & (y < H) & (x < W), count, n0, y0, x0
 
 
@@ -468,9 +465,9 @@ def _load_small_transposed(
         # A box of whole rows is a run of pixels, and small has no padding.
         values = small.load([tile * PIXELS, c0]).T
     else:
-        pixel = tl.cast(tile, tl.int64) * PIXELS + tl.arange(0, PIXELS)
+        pixel = tile * PIXELS + tl.arange(0, PIXELS)
         c = c0 + tl.arange(0, CHANNELS)
-        row = in_bounds(pixel, pixel < pixels) * C
+        row = in_bounds(pixel, pixel < pixels).to(tl.int64) * C
         values = tl.load(
             small + run_in_bounds(c, c < C)[:, None] + row[None, :],
             mask=(c < C)[:, None] & (pixel < pixels)[None, :],

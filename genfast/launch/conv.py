@@ -36,6 +36,8 @@ class Epilogue:
 PLAIN = Epilogue()
 # The least K of a matrix unit's step in half precision.
 _LEAST_DEPTH = 16
+# The kernels divide numbers of pixels in 32 bits, a tile beyond the last one too.
+_PIXEL_LIMIT = 2**30
 _FLAT = ConvGeometry((1, 1), (1, 1), (1, 1), (1, 1), (0, 0))
 
 
@@ -289,6 +291,8 @@ def _config(operation, tensor, geometry, c_small, c_big, statistics=False):
     )
     architecture = start.architecture(tensor)
     config = tiles.gemm_config(architecture, problem)
+    if problem.images * max(map(math.prod, (geometry.small, geometry.big))) >= _PIXEL_LIMIT:
+        config = tiles.LIBRARY
     if operation != "wgrad" or config.library:
         return config, 1
     return config, config.splits or tiles.splits(architecture, problem, config)

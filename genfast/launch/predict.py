@@ -111,6 +111,8 @@ def _shape(config, problem):
         pixels = problem.images * math.prod(problem.small)
         rows = _ceil_div(problem.c_small, config.block_m)
         columns = problem.taps * _ceil_div(problem.c_big, config.block_n)
+        if problem.c_big < 16:  # Taps and channels are one axis of columns.
+            columns = _ceil_div(problem.taps * problem.c_big, config.block_n)
         return _ceil_div(pixels, k), rows * columns
     taps, phases, depth = problem.taps, 1, problem.c_big
     if problem.operation == "dgrad":

@@ -22,8 +22,8 @@ SLOPE, Y_SLOPE = 0.3, 0.2
 ACTIVATIONS = ("identity", "relu", "leaky_relu", "tanh", "sigmoid")
 
 # Kernel, stride, padding, output padding and the size of small. Some rows are longer than the
-# interpreter's tile of 16 pixels, some tiles have several images, which lie side by side in it where
-# a row is a power of two long.
+# interpreter's tile of 16 pixels; some tiles have several images, side by side where a row is a
+# power of two long.
 GEOMETRIES = (
     ((4, 4), (2, 2), (1, 1), (0, 0), (4, 4)),
     ((4, 4), (2, 2), (1, 1), (0, 0), (2, 18)),
@@ -138,9 +138,10 @@ def test_borders(geometry, device):
     kernel, stride, padding, _, (height, width) = geometry
     weight = torch.arange(1.0, 2 * kernel[0] * kernel[1] + 1).view(1, 2, *kernel).to(device)
     middle = width // 2
-    for y, x in ((0, 0), (0, middle - 1), (height - 1, middle), (height - 1, width - 1)):
+    bottom, right = height - 1, width - 1
+    for n, y, x in ((1, 0, 0), (0, 0, middle - 1), (1, bottom, middle), (0, bottom, right)):
         small = torch.zeros(2, 1, height, width, device=device)
-        small[1, 0, y, x] = 1
+        small[n, 0, y, x] = 1
         image = to_image.dgrad(small, weight, geometry_of(case), Epilogue())
         assert torch.equal(image, F.conv_transpose2d(small, weight, None, stride, padding))
 

@@ -6,6 +6,8 @@ VENV := .venv
 PIP := $(VENV)/bin/python -m pip --disable-pip-version-check
 VERSIONS := 3.13 3.12 3.11 3.10
 CANDIDATES := python3 $(VERSIONS:%=python%) python
+# The oldest that setup.py allows. It compiles the kernels too, for tests/test_ahead_of_time.py.
+OLDEST_TRITON := 3.6
 VERSION := import platform; print(platform.python_version())
 
 .PHONY: help demo test benchmark planted-bugs lint clean
@@ -22,7 +24,7 @@ demo: $(VENV)/.installed-train
 	$(VENV)/bin/python -m genfast demo $(ARGS)
 
 # One thread a worker: the tests are many and small, and the workers fill the cores.
-test: $(VENV)/.installed-test
+test: $(VENV)/.installed-test $(VENV)/.installed-triton
 	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n auto --maxprocesses 8 --dist worksteal -p no:benchmark $(ARGS)
 
 benchmark: $(VENV)/.installed-benchmark
@@ -40,6 +42,17 @@ lint: $(VENV)/.installed-test
 clean:
 	rm -rf $(VENV) build *.egg-info .pytest_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# Beside the newest, which is what `import triton` finds; without the rest of an older PyTorch.
+$(VENV)/.installed-triton: $(VENV)/.made Makefile
+	@rm -rf $(VENV)/triton-$(OLDEST_TRITON)
+	@$(PIP) install --no-deps --target $(VENV)/triton-$(OLDEST_TRITON) \
+	    'triton==$(OLDEST_TRITON).0; sys_platform == "linux"' || { \
+	    echo "genfast: pip could not install Triton $(OLDEST_TRITON); its last lines above say why." \
+	        "Is the network reachable? Then run the same command again." >&2; \
+	    exit 1; \
+	}
+	@touch $@
 
 $(VENV)/.installed-%: $(VENV)/.made setup.py constraints.txt
 	@$(PIP) install --constraint constraints.txt --editable ".[$*]" || { \

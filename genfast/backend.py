@@ -1,7 +1,10 @@
 """Which implementation runs: the Triton kernels or plain PyTorch."""
 
+import functools
 import os
 from contextlib import AbstractContextManager
+
+import torch
 
 try:
     import triton
@@ -9,6 +12,9 @@ except ImportError:  # The package works through PyTorch where Triton is absent.
     triton = None
 
 BACKENDS = ("auto", "triton", "reference")
+
+# NVIDIA GPUs before Ampere (V100, T4, GTX) are not among those that Triton compiles for.
+_LEAST_CAPABILITY = (8, 0)
 
 # Triton settles this when a kernel is decorated, so later changes of the environment do not count.
 INTERPRETING = triton is not None and triton.knobs.runtime.interpret
@@ -36,9 +42,10 @@ def selected_backend():
 class use_backend(AbstractContextManager):
     """Choose the backend: `use_backend("reference")` from now on, or `with use_backend(...):`.
 
-    "auto" takes Triton on CUDA and ROCm tensors, PyTorch on CPU tensors, and Triton on CPU tensors
-    when TRITON_INTERPRET=1. "triton" raises where Triton cannot run and says why. "reference"
-    always takes PyTorch. Leaving the `with` block restores the backend chosen before.
+    "auto" takes Triton on CUDA and ROCm tensors (NVIDIA GPUs older than Ampere take PyTorch),
+    PyTorch on CPU tensors, and Triton on CPU tensors when TRITON_INTERPRET=1. "triton" raises where
+    Triton cannot run and says why. "reference" always takes PyTorch. Leaving the `with` block
+    restores the backend chosen before.
 
     The choice is a process-wide setting, like `torch.backends`.
     """
@@ -57,6 +64,24 @@ def why_device_cannot_run_triton(device):
     """A sentence saying why no kernel can start on this device; None if one can."""
     if triton is None:
         return "Triton is not installed"
-    if device.type == "cuda" or (INTERPRETING and device.type == "cpu"):
+    if INTERPRETING and device.type in ("cpu", "cuda"):
         return None
+    if device.type == "cuda":
+        if not torch.cuda.is_available():
+            return "PyTorch finds no GPU"
+        # Asked for each operation, so the answer for a GPU is kept; "cuda" is whichever is current.
+        index = torch.cuda.current_device() if device.index is None else device.index
+        return _why_too_old(index)
     return f"Triton has no {device.type} target (TRITON_INTERPRET=1 interprets kernels on the CPU)"
+
+
+@functools.cache
+def _why_too_old(index):
+    if torch.version.hip:  # Its capabilities are other numbers.
+        return None
+    capability = torch.cuda.get_device_capability(index)
+    if capability >= _LEAST_CAPABILITY:
+        return None
+    found = ".".join(map(str, capability))
+    least = ".".join(map(str, _LEAST_CAPABILITY))
+    return f"the kernels need an NVIDIA GPU of compute capability {least}, got one of {found}"

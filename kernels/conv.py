@@ -8,10 +8,15 @@ small[n, y, x] meets big[n, y * STRIDE_H - PAD_H + ky, x * STRIDE_W - PAD_W + kx
 
 `big`, `small`, `weight` and `out` are pointers to dense memory or, with DESCRIPTORS, tensor
 descriptors of it. Descriptors move boxes of BOX_N x BOX_H x BOX_W pixels and fill what lies outside
-with zeros, which is the padding. They see `small` as [N, H, W, C] and `weight` as
-[C_small, taps, C_big]; `big` they see as [N, H / STRIDE_H, STRIDE_H, W / STRIDE_W, STRIDE_W * C],
-where the pixels that one tap (fprop) or one phase (dgrad) touches are a box too. Pointers take any
-geometry, with masks.
+with zeros, which is the padding. They see `small` as [N, H, W, C];
+`big` they see as [N, H / STRIDE_H, STRIDE_H, W / STRIDE_W, STRIDE_W * C],
+where the pixels that one tap (fprop) or one phase (dgrad) touches are a box too. `weight` they see
+as a matrix [C_small, taps * C_big]. Pointers take any geometry, with masks.
+
+Channels are the rows of a product and pixels its columns: acc[channels, pixels]. Triton multiplies
+from shared memory what it loaded as a matrix, which a weight is, as either operand; a box of pixels
+that is reshaped to a matrix only as the second one. The first would pass through registers, and
+each multiplication would wait for the one before.
 
 The batch is one or more groups of N images, each with batch statistics of its own: a discriminator
 judges real and generated images in one pass. N counts the images of one group.
@@ -23,14 +28,19 @@ import triton
 import triton.language as tl
 
 from .activation import activate
+from .loading import in_bounds, run_in_bounds
 from .norm import MEAN, SCALE, SHIFT
+from .rounding import rounded
 
-# Of a tile's statistics. On sm_90 a tile of 128 x 128 takes 213 registers with all columns at once,
-# 127 so: then two programs share a multiprocessor.
-COLUMNS_AT_ONCE = tl.constexpr(32)
+# Columns of a ragged tile whose masks are in registers at a time: with those of 128 columns at once
+# a tile of 128 x 128 takes 173 registers on sm_90, with 32 it takes 124, and two programs share a
+# multiprocessor.
+MASKED_AT_ONCE = tl.constexpr(32)
+# Arguments that only count: another value of them is no other kernel.
+_COUNTS = ["N", "H_big", "W_big", "H_small", "W_small", "tiles_per_group"]
 
 
-@triton.jit
+@triton.jit(do_not_specialize=_COUNTS)
 def fprop(
     big,
     weight,
@@ -60,9 +70,11 @@ def fprop(
     HAS_NORM: tl.constexpr,
     HAS_STATISTICS: tl.constexpr,
     ACTIVATION: tl.constexpr,
+    STORED_DTYPE: tl.constexpr,
     ACC_DTYPE: tl.constexpr,
     PRECISION: tl.constexpr,
     DESCRIPTORS: tl.constexpr,
+    STORE_DESCRIPTOR: tl.constexpr,
     PACKED: tl.constexpr,
     BOX_N: tl.constexpr,
     BOX_H: tl.constexpr,
@@ -71,70 +83,71 @@ def fprop(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """out[n, y, x, cs] = act(sum over taps and cb of big * weight).
+    """out[n, y, x, cs] = act(sum over taps and cb of weight * big).
 
-    M = pixels of small, N = C_small, K = taps * C_big. PACKED makes (tap, cb) one reduction axis,
-    which wastes nothing when C_big is less than BLOCK_K: an image has 3 channels. Grid: (groups *
-    tiles_per_group * tiles of C_small).
+    M = C_small, N = pixels of small, K = taps * C_big. PACKED makes (tap, cb) one reduction axis,
+    which wastes nothing when C_big is less than BLOCK_K: an image has 3 channels. Grid: (tiles of
+    C_small * groups * tiles_per_group).
     """
-    OUT_DTYPE: tl.constexpr = out.dtype if DESCRIPTORS else out.dtype.element_ty
     TAPS: tl.constexpr = KH * KW
-    tiles_n = tl.cdiv(C_small, BLOCK_N)
-    tile = tl.program_id(0) // tiles_n
-    cs0 = tl.program_id(0) % tiles_n * BLOCK_N
-    cs = cs0 + tl.arange(0, BLOCK_N)
-    n, y, x, exists, n0, y0, x0 = _pixels(
+    tiles_m = tl.cdiv(C_small, BLOCK_M)
+    tile = tl.program_id(0) // tiles_m
+    cs0 = tl.program_id(0) % tiles_m * BLOCK_M
+    n, y, x, exists, count, n0, y0, x0 = _pixels(
         tile % tiles_per_group, tile // tiles_per_group * N, N, H_small, W_small,
-        BLOCK_M, BOX_N, BOX_H, BOX_W, DESCRIPTORS,
+        BLOCK_N, BOX_N, BOX_H, BOX_W, DESCRIPTORS,
     )  # fmt: skip
 
     acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=ACC_DTYPE)
     if PACKED:
+        cs = cs0 + tl.arange(0, BLOCK_M)
+        rows = in_bounds(cs, cs < C_small).to(tl.int64) * (TAPS * C_big)
         for k0 in range(0, TAPS * C_big, BLOCK_K):
             k = k0 + tl.arange(0, BLOCK_K)
-            a = _load_big_packed(
+            in_k = k < TAPS * C_big
+            a = tl.load(
+                weight + rows[:, None] + run_in_bounds(k, in_k)[None, :],
+                mask=(cs < C_small)[:, None] & in_k[None, :],
+                other=0.0,
+            )
+            b = _load_big_packed(
                 big, n, y, x, exists, k, H_big, W_big, C_big,
                 KW, STRIDE_H, STRIDE_W, PAD_H, PAD_W, TAPS,
             )  # fmt: skip
-            inside = (k < TAPS * C_big)[:, None] & (cs < C_small)[None, :]
-            b = tl.load(
-                weight + cs[None, :].to(tl.int64) * (TAPS * C_big) + k[:, None],
-                mask=inside,
-                other=0.0,
-            )
-            acc = _dot(a, b, acc, PRECISION)
+            acc = _dot(a, b.T, acc, PRECISION)
     else:
         # Taps are the inner part of the loop: their pixels overlap, so they meet in the cache.
         for step in range(0, tl.cdiv(C_big, BLOCK_K) * TAPS):
             tap = step % TAPS
             cb0 = step // TAPS * BLOCK_K
-            a = _load_big(
-                big, n, y, x, exists, n0, y0, x0, tap // KW, tap % KW, cb0, H_big, W_big, C_big,
-                STRIDE_H, STRIDE_W, PAD_H, PAD_W, DESCRIPTORS, BLOCK_M, BLOCK_K,
+            a = _load_weight(
+                weight, cs0, tap, cb0, C_small, C_big, True, TAPS, False, DESCRIPTORS,
+                BLOCK_M, BLOCK_K,
             )  # fmt: skip
-            b = _load_weight(
-                weight, cs0, tap, cb0, C_small, C_big, True, TAPS, DESCRIPTORS, BLOCK_N, BLOCK_K
-            )
+            b = _load_big(
+                big, n, y, x, exists, n0, y0, x0, tap // KW, tap % KW, cb0, H_big, W_big, C_big,
+                STRIDE_H, STRIDE_W, PAD_H, PAD_W, DESCRIPTORS, BLOCK_N, BLOCK_K,
+            )  # fmt: skip
             acc = _dot(a, b.T, acc, PRECISION)
 
+    row = cs0 + tl.arange(0, BLOCK_M)
     acc = _epilogue(
-        acc, exists, tile, cs, C_small, channels, bias_ptr, vectors_ptr,
+        acc, exists, count, tile, row, C_small, channels, bias_ptr, vectors_ptr,
         count_ptr, mean_ptr, m2_ptr, negative_slope, HAS_BIAS, HAS_NORM, HAS_STATISTICS, ACTIVATION,
-        OUT_DTYPE,
+        STORED_DTYPE,
     )  # fmt: skip
-    if DESCRIPTORS:
-        box = acc.to(OUT_DTYPE).reshape(BOX_N, BOX_H, BOX_W, BLOCK_N)
-        out.store([n0, y0, x0, cs0], box)
+    if STORE_DESCRIPTOR:
+        out.store([n0, y0, x0, cs0], acc.to(out.dtype).T.reshape(BOX_N, BOX_H, BOX_W, BLOCK_M))
     else:
         pixel = (n * H_small + y) * W_small + x
         tl.store(
-            out + pixel[:, None] * C_small + cs[None, :],
-            acc.to(OUT_DTYPE),
-            mask=exists[:, None] & (cs < C_small)[None, :],
+            out + pixel[None, :] * C_small + row[:, None],
+            acc.to(out.dtype.element_ty),
+            mask=(row < C_small)[:, None] & exists[None, :],
         )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=_COUNTS)
 def dgrad(
     small,
     weight,
@@ -164,9 +177,11 @@ def dgrad(
     HAS_NORM: tl.constexpr,
     HAS_STATISTICS: tl.constexpr,
     ACTIVATION: tl.constexpr,
+    STORED_DTYPE: tl.constexpr,
     ACC_DTYPE: tl.constexpr,
     PRECISION: tl.constexpr,
     DESCRIPTORS: tl.constexpr,
+    STORE_DESCRIPTOR: tl.constexpr,
     BOX_N: tl.constexpr,
     BOX_H: tl.constexpr,
     BOX_W: tl.constexpr,
@@ -174,36 +189,36 @@ def dgrad(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """out[n, Y, X, cb] = act(sum over taps and cs of small * weight).
+    """out[n, Y, X, cb] = act(sum over taps and cs of weight * small).
 
     The output splits into STRIDE_H * STRIDE_W phases, (Y, X) = (y * STRIDE_H + py, ...): within one
     phase the taps that meet a pixel are the same, every STRIDE-th of the kernel, so each phase is a
-    dense stride-1 convolution and nothing is multiplied by an inserted zero. M = pixels of a phase,
-    N = C_big. Grid: (groups * tiles_per_group * tiles of C_big, phases).
+    dense stride-1 convolution and nothing is multiplied by an inserted zero. M = C_big, N = pixels
+    of a phase, K = the phase's taps * C_small. Grid: (phases * tiles of C_big * groups *
+    tiles_per_group): the phases of a tile read the same pixels, so they run side by side.
     """
-    OUT_DTYPE: tl.constexpr = out.dtype if DESCRIPTORS else out.dtype.element_ty
     TAPS: tl.constexpr = KH * KW
+    PHASES: tl.constexpr = STRIDE_H * STRIDE_W
     # The taps of a phase; the last may lie beyond a kernel that the stride does not divide.
     PHASE_KH: tl.constexpr = (KH + STRIDE_H - 1) // STRIDE_H
     PHASE_KW: tl.constexpr = (KW + STRIDE_W - 1) // STRIDE_W
     PHASE_TAPS: tl.constexpr = PHASE_KH * PHASE_KW
 
-    phase = tl.program_id(1)
+    phase = tl.program_id(0) % PHASES
     py = phase // STRIDE_W
     px = phase % STRIDE_W
-    tiles_n = tl.cdiv(C_big, BLOCK_N)
-    tile = tl.program_id(0) // tiles_n
-    cb0 = tl.program_id(0) % tiles_n * BLOCK_N
-    cb = cb0 + tl.arange(0, BLOCK_N)
+    tiles_m = tl.cdiv(C_big, BLOCK_M)
+    tile = tl.program_id(0) // PHASES // tiles_m
+    cb0 = tl.program_id(0) // PHASES % tiles_m * BLOCK_M
     group = tile // tiles_per_group
     tile = tile % tiles_per_group
-    n, y, x, exists, n0, y0, x0 = _pixels(
+    n, y, x, exists, count, n0, y0, x0 = _pixels(
         tile,
         group * N,
         N,
         (H_big - py + STRIDE_H - 1) // STRIDE_H,
         (W_big - px + STRIDE_W - 1) // STRIDE_W,
-        BLOCK_M,
+        BLOCK_N,
         BOX_N,
         BOX_H,
         BOX_W,
@@ -220,36 +235,37 @@ def dgrad(
         # Both divisions are exact: the tap was chosen so.
         dy = (py + PAD_H - ky) // STRIDE_H
         dx = (px + PAD_W - kx) // STRIDE_W
-        a = _load_small(
+        a = _load_weight(
+            weight, cs0, ky * KW + kx, cb0, C_small, C_big, in_kernel, TAPS, True, DESCRIPTORS,
+            BLOCK_K, BLOCK_M,
+        )  # fmt: skip
+        b = _load_small(
             small, n, y, x, exists & in_kernel, n0, y0, x0, dy, dx, cs0,
-            H_small, W_small, C_small, DESCRIPTORS, BLOCK_M, BLOCK_K,
+            H_small, W_small, C_small, DESCRIPTORS, BLOCK_N, BLOCK_K,
         )  # fmt: skip
-        b = _load_weight(
-            weight, cs0, ky * KW + kx, cb0, C_small, C_big, in_kernel,
-            TAPS, DESCRIPTORS, BLOCK_K, BLOCK_N,
-        )  # fmt: skip
-        acc = _dot(a, b, acc, PRECISION)
+        acc = _dot(a, b.T, acc, PRECISION)
 
     # A group's statistics lie together: its phases, and their tiles.
-    part = (group * tl.num_programs(1) + phase) * tiles_per_group + tile
+    part = (group * PHASES + phase) * tiles_per_group + tile
+    row = cb0 + tl.arange(0, BLOCK_M)
     acc = _epilogue(
-        acc, exists, part, cb, C_big, channels, bias_ptr, vectors_ptr,
+        acc, exists, count, part, row, C_big, channels, bias_ptr, vectors_ptr,
         count_ptr, mean_ptr, m2_ptr, negative_slope, HAS_BIAS, HAS_NORM, HAS_STATISTICS, ACTIVATION,
-        OUT_DTYPE,
+        STORED_DTYPE,
     )  # fmt: skip
-    if DESCRIPTORS:
-        box = acc.to(OUT_DTYPE).reshape(BOX_N, BOX_H, 1, BOX_W, BLOCK_N)
+    if STORE_DESCRIPTOR:
+        box = acc.to(out.dtype).T.reshape(BOX_N, BOX_H, 1, BOX_W, BLOCK_M)
         out.store([n0, y0, py, x0, px * C_big + cb0], box)
     else:
         pixel = (n * H_big + y * STRIDE_H + py) * W_big + x * STRIDE_W + px
         tl.store(
-            out + pixel[:, None] * C_big + cb[None, :],
-            acc.to(OUT_DTYPE),
-            mask=exists[:, None] & (cb < C_big)[None, :],
+            out + pixel[None, :] * C_big + row[:, None],
+            acc.to(out.dtype.element_ty),
+            mask=(row < C_big)[:, None] & exists[None, :],
         )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=[*_COUNTS[:-1], "tiles_per_split"])
 def wgrad(
     big,
     small,
@@ -294,16 +310,14 @@ def wgrad(
     cs = cs0 + tl.arange(0, BLOCK_M)
     cb = cb0 + tl.arange(0, BLOCK_N)
 
+    pixels = tl.cast(N, tl.int64) * H_small * W_small
     acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=ACC_DTYPE)
     for step in range(0, tiles_per_split):
-        n, y, x, exists, n0, y0, x0 = _pixels(
-            split * tiles_per_split + step,
-            0, N, H_small, W_small, BLOCK_K, BOX_N, BOX_H, BOX_W, DESCRIPTORS,
+        tile = split * tiles_per_split + step
+        n, y, x, exists, count, n0, y0, x0 = _pixels(
+            tile, 0, N, H_small, W_small, BLOCK_K, BOX_N, BOX_H, BOX_W, DESCRIPTORS,
         )  # fmt: skip
-        a = _load_small(
-            small, n, y, x, exists, n0, y0, x0, 0, 0, cs0,
-            H_small, W_small, C_small, DESCRIPTORS, BLOCK_K, BLOCK_M,
-        )  # fmt: skip
+        a = _load_small_transposed(small, tile, pixels, cs0, C_small, DESCRIPTORS, BLOCK_K, BLOCK_M)
         if PACKED:
             b = _load_big_packed(
                 big, n, y, x, exists, cb, H_big, W_big, C_big,
@@ -314,7 +328,7 @@ def wgrad(
                 big, n, y, x, exists, n0, y0, x0, tap // KW, tap % KW, cb0, H_big, W_big, C_big,
                 STRIDE_H, STRIDE_W, PAD_H, PAD_W, DESCRIPTORS, BLOCK_K, BLOCK_N,
             )  # fmt: skip
-        acc = _dot(a.T, b, acc, PRECISION)
+        acc = _dot(a, b, acc, PRECISION)
 
     column = cb if PACKED else tap * C_big + cb
     row = split.to(tl.int64) * C_small + cs
@@ -338,39 +352,49 @@ def _pixels(
     BOX_W: tl.constexpr,
     BOXED: tl.constexpr,
 ):
-    """The BLOCK pixels of a tile: n, y, x, whether they exist, and the corner n0, y0, x0 of a box.
+    """The BLOCK pixels of a tile: n, y, x, whether they exist, how many do, a box's n0, y0, x0.
 
     Tiles cover the N images from `first` on, a group. A box is what a descriptor moves. Without
     one, pixels are taken in memory's order, which leaves no ragged edge inside an image.
     """
-    row = tl.arange(0, BLOCK)
+    lane = tl.arange(0, BLOCK)
     if BOXED:
         tiles_w = tl.cdiv(W, BOX_W)
         tiles_h = tl.cdiv(H, BOX_H)
         n0 = first + tile // (tiles_h * tiles_w) * BOX_N
         y0 = tile // tiles_w % tiles_h * BOX_H
         x0 = tile % tiles_w * BOX_W
-        n = (n0 + row // (BOX_H * BOX_W)).to(tl.int64)
-        y = y0 + row // BOX_W % BOX_H
-        x = x0 + row % BOX_W
+        n = (n0 + lane // (BOX_H * BOX_W)).to(tl.int64)
+        y = y0 + lane // BOX_W % BOX_H
+        x = x0 + lane % BOX_W
+        count = tl.minimum(BOX_N, first + N - n0)
+        count *= tl.minimum(BOX_H, H - y0) * tl.minimum(BOX_W, W - x0)
     else:
         n0 = 0
         y0 = 0
         x0 = 0
-        pixel = tl.cast(tile, tl.int64) * BLOCK + row
-        n = first + pixel // (H * W)
-        y = (pixel // W % H).to(tl.int32)
-        x = (pixel % W).to(tl.int32)
-    return n, y, x, (n < first + N) & (y < H) & (x < W), n0, y0, x0
+        # A phase of a map of 1 pixel may have none: then none exists, whatever its division gives.
+        rows = tl.maximum(H, 1)
+        columns = tl.maximum(W, 1)
+        # The first pixel needs 64 bits; from there on 32 do, whose divisions are far cheaper.
+        start = tl.cast(tile, tl.int64) * BLOCK
+        n_start = start // (rows * columns)
+        pixel = (start - n_start * (rows * columns)).to(tl.int32) + lane
+        n = first + n_start + pixel // (rows * columns)
+        y = pixel // columns % rows
+        x = pixel % columns
+        remaining = tl.cast(N, tl.int64) * H * W - start
+        count = tl.minimum(BLOCK, tl.maximum(remaining, 0)).to(tl.int32)
+    return n, y, x, (n < first + N) & (y < H) & (x < W), count, n0, y0, x0
 
 
 @triton.jit
 def _load_big(
     big, n, y, x, exists, n0, y0, x0, ky, kx, c0, H, W, C,
     STRIDE_H: tl.constexpr, STRIDE_W: tl.constexpr, PAD_H: tl.constexpr, PAD_W: tl.constexpr,
-    DESCRIPTORS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    DESCRIPTORS: tl.constexpr, PIXELS: tl.constexpr, CHANNELS: tl.constexpr,
 ):  # fmt: skip
-    """[ROWS, COLUMNS] of big: the pixels that meet small's (n, y, x) at a tap, channels c0 on."""
+    """[PIXELS, CHANNELS] of big: what meets small's (n, y, x) at a tap, channels c0 on."""
     if DESCRIPTORS:
         # Device division rounds towards zero; adding PAD strides first makes it a floor.
         shift_y = (ky - PAD_H + PAD_H * STRIDE_H) // STRIDE_H - PAD_H
@@ -378,15 +402,15 @@ def _load_big(
         parity_y = ky - PAD_H - shift_y * STRIDE_H
         parity_x = kx - PAD_W - shift_x * STRIDE_W
         box = big.load([n0, y0 + shift_y, parity_y, x0 + shift_x, parity_x * C + c0])
-        values = box.reshape(ROWS, COLUMNS)
+        values = box.reshape(PIXELS, CHANNELS)
     else:
-        c = c0 + tl.arange(0, COLUMNS)
+        c = c0 + tl.arange(0, CHANNELS)
         Y = y * STRIDE_H - PAD_H + ky
         X = x * STRIDE_W - PAD_W + kx
         inside = exists & (Y >= 0) & (Y < H) & (X >= 0) & (X < W)
-        pixel = (n * H + Y) * W + X
+        pixel = in_bounds((n * H + Y) * W + X, inside)
         values = tl.load(
-            big + pixel[:, None] * C + c[None, :],
+            big + pixel[:, None] * C + run_in_bounds(c, c < C)[None, :],
             mask=inside[:, None] & (c < C)[None, :],
             other=0.0,
         )
@@ -411,25 +435,26 @@ def _load_big_packed(
     # A row's part and a column's part: one 64-bit addition an element, which saves registers.
     row_offset = ((n * H + Y0) * W + X0) * C
     column_offset = (ky * W + kx) * C + k % C
-    return tl.load(big + row_offset[:, None] + column_offset[None, :], mask=inside, other=0.0)
+    offset = in_bounds(row_offset[:, None] + column_offset[None, :], inside)
+    return tl.load(big + offset, mask=inside, other=0.0)
 
 
 @triton.jit
 def _load_small(
     small, n, y, x, exists, n0, y0, x0, dy, dx, c0, H, W, C,
-    DESCRIPTORS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    DESCRIPTORS: tl.constexpr, PIXELS: tl.constexpr, CHANNELS: tl.constexpr,
 ):  # fmt: skip
-    """[ROWS, COLUMNS] of small: the pixels (n, y + dy, x + dx), channels c0 and on."""
+    """[PIXELS, CHANNELS] of small: the pixels (n, y + dy, x + dx), channels c0 and on."""
     if DESCRIPTORS:
-        values = small.load([n0, y0 + dy, x0 + dx, c0]).reshape(ROWS, COLUMNS)
+        values = small.load([n0, y0 + dy, x0 + dx, c0]).reshape(PIXELS, CHANNELS)
     else:
-        c = c0 + tl.arange(0, COLUMNS)
+        c = c0 + tl.arange(0, CHANNELS)
         Y = y + dy
         X = x + dx
         inside = exists & (Y >= 0) & (Y < H) & (X >= 0) & (X < W)
-        pixel = (n * H + Y) * W + X
+        pixel = in_bounds((n * H + Y) * W + X, inside)
         values = tl.load(
-            small + pixel[:, None] * C + c[None, :],
+            small + pixel[:, None] * C + run_in_bounds(c, c < C)[None, :],
             mask=inside[:, None] & (c < C)[None, :],
             other=0.0,
         )
@@ -437,21 +462,57 @@ def _load_small(
 
 
 @triton.jit
-def _load_weight(
-    weight, cs0, tap, cb0, C_small, C_big, in_kernel, TAPS: tl.constexpr,
-    DESCRIPTORS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+def _load_small_transposed(
+    small, tile, pixels, c0, C,
+    DESCRIPTORS: tl.constexpr, PIXELS: tl.constexpr, CHANNELS: tl.constexpr,
 ):  # fmt: skip
-    """[ROWS of C_small, COLUMNS of C_big] of one tap; zeros where the tap is not in the kernel."""
+    """[CHANNELS, PIXELS] of small: a run of its `pixels`, channels c0 and on.
+
+    As in `_load_weight`, pointers are transposed and not what they load.
+    """
     if DESCRIPTORS:
-        values = weight.load([cs0, tap, cb0]).reshape(ROWS, COLUMNS)
+        # A box of whole rows is a run of pixels, and small has no padding.
+        values = small.load([tile * PIXELS, c0]).T
     else:
-        cs = cs0 + tl.arange(0, ROWS)
-        cb = cb0 + tl.arange(0, COLUMNS)
+        pixel = tl.cast(tile, tl.int64) * PIXELS + tl.arange(0, PIXELS)
+        c = c0 + tl.arange(0, CHANNELS)
+        row = in_bounds(pixel, pixel < pixels) * C
         values = tl.load(
-            weight + (cs[:, None].to(tl.int64) * TAPS + tap) * C_big + cb[None, :],
-            mask=(cs < C_small)[:, None] & (cb < C_big)[None, :] & in_kernel,
+            small + run_in_bounds(c, c < C)[:, None] + row[None, :],
+            mask=(c < C)[:, None] & (pixel < pixels)[None, :],
             other=0.0,
         )
+    return values
+
+
+@triton.jit
+def _load_weight(
+    weight, cs0, tap, cb0, C_small, C_big, in_kernel,
+    TAPS: tl.constexpr, TRANSPOSED: tl.constexpr, DESCRIPTORS: tl.constexpr,
+    SMALL: tl.constexpr, BIG: tl.constexpr,
+):  # fmt: skip
+    """[SMALL, BIG] channels of one tap, or [BIG, SMALL]; zeros where the tap is not in the kernel.
+
+    Pointers are transposed, not what they load: only so are the loads pipelined on sm_80.
+    """
+    if DESCRIPTORS:
+        values = weight.load([cs0, tap * C_big + cb0])
+        if TRANSPOSED:
+            values = values.T
+    else:
+        cs = cs0 + tl.arange(0, SMALL)
+        cb = cb0 + tl.arange(0, BIG)
+        in_cs = (cs < C_small) & in_kernel
+        in_cb = cb < C_big
+        row = in_bounds(cs.to(tl.int64) * TAPS + tap, in_cs) * C_big
+        column = run_in_bounds(cb, in_cb)
+        if TRANSPOSED:
+            offset = column[:, None] + row[None, :]
+            mask = in_cb[:, None] & in_cs[None, :]
+        else:
+            offset = row[:, None] + column[None, :]
+            mask = in_cs[:, None] & in_cb[None, :]
+        values = tl.load(weight + offset, mask=mask, other=0.0)
     return values
 
 
@@ -462,51 +523,72 @@ def _dot(a, b, acc, PRECISION: tl.constexpr):
 
 @triton.jit
 def _epilogue(
-    acc, exists, tile, column, columns, channels, bias_ptr, vectors_ptr,
+    acc, exists, count, tile, row, rows, channels, bias_ptr, vectors_ptr,
     count_ptr, mean_ptr, m2_ptr, negative_slope,
     HAS_BIAS: tl.constexpr, HAS_NORM: tl.constexpr, HAS_STATISTICS: tl.constexpr,
-    ACTIVATION: tl.constexpr, OUT_DTYPE: tl.constexpr,
+    ACTIVATION: tl.constexpr, STORED_DTYPE: tl.constexpr,
 ):  # fmt: skip
     """Bias, this tile's batch statistics, normalisation by known statistics, activation.
 
-    The statistics, count[tile], mean[tile, column] and m2[tile, column] (the sum of squared
-    deviations from that mean), are of the values as they are stored, since those get normalised.
+    Rows of acc are channels, columns pixels: a thread holds many pixels of few channels, so what a
+    channel needs are a few registers, and its sums are additions within the thread. The statistics,
+    count[tile], mean[tile, row] and m2[tile, row] (the sum of squared deviations from that mean),
+    are of the values as they are stored, since those get normalised.
     """
-    channel = column % channels
+    channel = row % channels
     if HAS_BIAS:
-        acc += tl.load(bias_ptr + channel).to(acc.dtype)[None, :]
+        acc += tl.load(bias_ptr + channel).to(acc.dtype)[:, None]
     if HAS_STATISTICS:
-        # In place of the accumulator: both together would not fit into the registers.
-        acc = acc.to(OUT_DTYPE).to(acc.dtype)
-        count = tl.sum(exists.to(acc.dtype), axis=0)
-        _store_statistics(acc, exists, count, tile, column, columns, mean_ptr, m2_ptr)
-        # Every column's program stores the same count, so no one needs to be chosen.
-        tl.store(count_ptr + tile, count)
+        acc = rounded(acc, STORED_DTYPE)
+        if count == acc.shape[1]:
+            mean = tl.sum(acc, axis=1) / acc.shape[1]
+            deviation = acc - mean[:, None]
+            m2 = tl.sum(deviation * deviation, axis=1)
+        else:
+            mean = _sum_existing(acc, exists) / tl.maximum(count, 1).to(acc.dtype)
+            m2 = _sum_squared_deviations(acc, exists, mean)
+        offset = tile.to(tl.int64) * rows + row
+        tl.store(mean_ptr + offset, mean, mask=row < rows)
+        tl.store(m2_ptr + offset, m2, mask=row < rows)
+        # Every channel's program stores the same count, so no one needs to be chosen.
+        tl.store(count_ptr + tile, count.to(acc.dtype))
     if HAS_NORM:
         mean = tl.load(vectors_ptr + MEAN * channels + channel)
         scale = tl.load(vectors_ptr + SCALE * channels + channel)
         shift = tl.load(vectors_ptr + SHIFT * channels + channel)
-        acc = (acc - mean[None, :]) * scale[None, :] + shift[None, :]
+        acc = (acc - mean[:, None]) * scale[:, None] + shift[:, None]
     return activate(acc, negative_slope, ACTIVATION)
 
 
 @triton.jit
-def _store_statistics(acc, exists, count, tile, column, columns, mean_ptr, m2_ptr):
-    """mean[tile, column] and m2[tile, column] of the rows that exist.
-
-    A few columns at a time: each thread of a matrix product holds values of many columns, and their
-    means, sums and addresses together would take as many registers as the accumulator.
-    """
-    ROWS: tl.constexpr = acc.shape[0]
-    COLUMNS: tl.constexpr = acc.shape[1]
-    if COLUMNS > COLUMNS_AT_ONCE:
-        left, right = acc.reshape(ROWS, 2, COLUMNS // 2).permute(0, 2, 1).split()
-        left_column, right_column = column.reshape(2, COLUMNS // 2).permute(1, 0).split()
-        _store_statistics(left, exists, count, tile, left_column, columns, mean_ptr, m2_ptr)
-        _store_statistics(right, exists, count, tile, right_column, columns, mean_ptr, m2_ptr)
+def _sum_existing(acc, exists):
+    """The sum of each row's pixels that exist."""
+    if acc.shape[1] > MASKED_AT_ONCE:
+        left, right, left_exists, right_exists = _halves(acc, exists)
+        total = _sum_existing(left, left_exists) + _sum_existing(right, right_exists)
     else:
-        mean = tl.sum(tl.where(exists[:, None], acc, 0.0), axis=0) / tl.maximum(count, 1.0)
-        deviation = tl.where(exists[:, None], acc - mean[None, :], 0.0)
-        offset = tile.to(tl.int64) * columns + column
-        tl.store(mean_ptr + offset, mean, mask=column < columns)
-        tl.store(m2_ptr + offset, tl.sum(deviation * deviation, axis=0), mask=column < columns)
+        total = tl.sum(tl.where(exists[None, :], acc, 0.0), axis=1)
+    return total
+
+
+@triton.jit
+def _sum_squared_deviations(acc, exists, mean):
+    """The sum of the squared deviations from `mean` of each row's pixels that exist."""
+    if acc.shape[1] > MASKED_AT_ONCE:
+        left, right, left_exists, right_exists = _halves(acc, exists)
+        total = _sum_squared_deviations(left, left_exists, mean)
+        total += _sum_squared_deviations(right, right_exists, mean)
+    else:
+        deviation = tl.where(exists[None, :], acc - mean[:, None], 0.0)
+        total = tl.sum(deviation * deviation, axis=1)
+    return total
+
+
+@triton.jit
+def _halves(acc, exists):
+    ROWS: tl.constexpr = acc.shape[0]
+    HALF: tl.constexpr = acc.shape[1] // 2
+    left, right = acc.reshape(ROWS, 2, HALF).permute(0, 2, 1).split()
+    # Booleans cannot be split.
+    left_exists, right_exists = exists.to(tl.int32).reshape(2, HALF).permute(1, 0).split()
+    return left, right, left_exists != 0, right_exists != 0

@@ -1,19 +1,24 @@
 """Binary cross entropy of logits, summed in a fixed order: no atomics.
 
 loss = scale * sum over i of softplus(x[i]) - t[i] * x[i]. The targets t are a tensor (HAS_TARGETS)
-or labels: 1 for the first `ones` values, 0 for the others.
+or labels: 1 for the first `ones` values, 0 for the others. There are rows * row_length values; only
+the length of a row, which the batch does not change, decides about vector loads.
 """
 
 import triton
 import triton.language as tl
 
+from .loading import run_in_bounds
 
-@triton.jit(do_not_specialize=["ones"])  # One kernel for 0, 1 and other numbers of labels.
+
+# One kernel for 0, 1 and other numbers of labels, and for batches of any size.
+@triton.jit(do_not_specialize=["rows", "ones", "tiles_per_part"])
 def logistic_loss(
     logits_ptr,
     targets_ptr,
     out_ptr,
-    length,
+    rows,
+    row_length,
     ones,
     scale,
     tiles_per_part,
@@ -26,26 +31,29 @@ def logistic_loss(
     loss = tl.zeros((BLOCK,), dtype=ACC_DTYPE)
     for step in range(0, tiles_per_part):
         i = (part * tiles_per_part + step) * BLOCK + tl.arange(0, BLOCK)
-        x = tl.load(logits_ptr + i, mask=i < length, other=0.0).to(ACC_DTYPE)
+        exists = i < rows.to(tl.int64) * row_length
+        i = run_in_bounds(i, exists)
+        x = tl.load(logits_ptr + i, mask=exists, other=0.0).to(ACC_DTYPE)
         if HAS_TARGETS:
-            t = tl.load(targets_ptr + i, mask=i < length, other=0.0).to(ACC_DTYPE)
+            t = tl.load(targets_ptr + i, mask=exists, other=0.0).to(ACC_DTYPE)
             # max(x, 0) - t * x, without the difference of two large numbers.
             rest = tl.where(x > 0, x * (1.0 - t), -t * x)
         else:
             wrong = tl.where(i < ones, -x, x)
             rest = tl.where(wrong > 0, wrong, 0.0)
         # softplus(x) - max(x, 0), which also lets NaN through.
-        loss += tl.where(i < length, rest + _log1p(tl.exp(-tl.abs(x))), 0.0)
+        loss += tl.where(exists, rest + _log1p(tl.exp(-tl.abs(x))), 0.0)
     tl.store(out_ptr + part, scale * tl.sum(loss))
 
 
-@triton.jit(do_not_specialize=["ones"])
+@triton.jit(do_not_specialize=["rows", "ones"])
 def logistic_loss_backward(
     dloss_ptr,
     logits_ptr,
     targets_ptr,
     dlogits_ptr,
-    length,
+    rows,
+    row_length,
     ones,
     scale,
     ACC_DTYPE: tl.constexpr,
@@ -55,15 +63,17 @@ def logistic_loss_backward(
     """dlogits = (sigmoid(x) - t) * scale * dloss, with dloss one value. Grid: (tiles of BLOCK,)."""
     factor = scale * tl.load(dloss_ptr).to(ACC_DTYPE)
     i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    x = tl.load(logits_ptr + i, mask=i < length, other=0.0).to(ACC_DTYPE)
+    exists = i < rows.to(tl.int64) * row_length
+    i = run_in_bounds(i, exists)
+    x = tl.load(logits_ptr + i, mask=exists, other=0.0).to(ACC_DTYPE)
     if HAS_TARGETS:
-        t = tl.load(targets_ptr + i, mask=i < length, other=0.0).to(ACC_DTYPE)
+        t = tl.load(targets_ptr + i, mask=exists, other=0.0).to(ACC_DTYPE)
         dx = _sigmoid(x) - t
     else:
         # sigmoid(x) - 1 = -sigmoid(-x), whose digits stay where x is large.
         dx = tl.where(i < ones, -_sigmoid(-x), _sigmoid(x))
     dx *= factor
-    tl.store(dlogits_ptr + i, dx.to(dlogits_ptr.dtype.element_ty), mask=i < length)
+    tl.store(dlogits_ptr + i, dx.to(dlogits_ptr.dtype.element_ty), mask=exists)
 
 
 @triton.jit

@@ -4,12 +4,16 @@ Activations are seen as a matrix [rows, channels], rows being the N * H * W pixe
 or more groups of `rows` rows, each normalised by statistics of its own. What is known of a group's
 channels travels as vectors[group] [5, channels] in the accumulator's dtype, whose rows the
 constants below name.
+
+Numbers that change with the batch do not specialise a kernel: the last, smaller batch of an epoch
+would compile all of them anew. Only channels decide about vector loads.
 """
 
 import triton
 import triton.language as tl
 
 from .activation import activate, activation_backward
+from .loading import in_bounds, run_in_bounds
 
 MEAN = tl.constexpr(0)
 UNBIASED_VAR = tl.constexpr(1)
@@ -18,7 +22,7 @@ SCALE = tl.constexpr(3)  # gamma * rstd
 SHIFT = tl.constexpr(4)  # beta
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["parts", "chunk"])
 def combine_statistics(
     count_ptr,
     mean_ptr,
@@ -39,21 +43,21 @@ def combine_statistics(
     """
     chunk_id = tl.program_id(1)
     group = tl.program_id(2)
-    c = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
+    c, in_c = _channels(tl.program_id(0), channels, BLOCK_C)
     first = chunk_id * chunk
     count, mean, m2 = _combine(
         count_ptr, mean_ptr, m2_ptr, group * parts + first, group * parts + tl.minimum(
             first + chunk, parts
-        ), channels, parts_per_count, c, BLOCK_P, BLOCK_C,
+        ), channels, parts_per_count, c, in_c, BLOCK_P, BLOCK_C,
     )  # fmt: skip
     part = group * tl.num_programs(1) + chunk_id
     out = part.to(tl.int64) * channels + c
-    tl.store(out_mean_ptr + out, mean, mask=c < channels)
-    tl.store(out_m2_ptr + out, m2, mask=c < channels)
+    tl.store(out_mean_ptr + out, mean, mask=in_c)
+    tl.store(out_m2_ptr + out, m2, mask=in_c)
     tl.store(out_count_ptr + part, count)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows", "tiles_per_part"])
 def tile_statistics(
     z_ptr,
     count_ptr,
@@ -73,16 +77,15 @@ def tile_statistics(
     dtype: tl.constexpr = mean_ptr.dtype.element_ty
     part = tl.program_id(0)
     group = tl.program_id(2).to(tl.int64)
-    c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
+    c, in_c = _channels(tl.program_id(1), channels, BLOCK_C)
     count = tl.zeros((BLOCK_R,), dtype=dtype)
     mean = tl.zeros((BLOCK_R, BLOCK_C), dtype=dtype)
     m2 = tl.zeros((BLOCK_R, BLOCK_C), dtype=dtype)
     for step in range(0, tiles_per_part):
-        row = (part * tiles_per_part + step).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
-        exists = row < rows
-        inside = exists[:, None] & (c < channels)[None, :]
-        offset = (group * rows + row)[:, None] * channels + c[None, :]
-        z = tl.load(z_ptr + offset, mask=inside, other=0.0).to(dtype)
+        start, offset, exists, inside = _tile(
+            part * tiles_per_part + step, group, rows, channels, c, in_c, BLOCK_R
+        )
+        z = tl.load(z_ptr + start + offset, mask=inside, other=0.0).to(dtype)
         count += exists.to(dtype)
         deviation = tl.where(inside, z - mean, 0.0)
         mean += deviation / tl.maximum(count, 1.0)[:, None]
@@ -92,13 +95,13 @@ def tile_statistics(
     deviation = mean - centre[None, :]
     squares = m2 + count[:, None] * deviation * deviation
     out = group * tl.num_programs(0) + part
-    tl.store(mean_ptr + out * channels + c, centre, mask=c < channels)
-    tl.store(m2_ptr + out * channels + c, tl.sum(squares, axis=0), mask=c < channels)
+    tl.store(mean_ptr + out * channels + c, centre, mask=in_c)
+    tl.store(m2_ptr + out * channels + c, tl.sum(squares, axis=0), mask=in_c)
     # Every tile of channels stores the same count, so no one needs to be chosen.
     tl.store(count_ptr + out, total)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["groups", "parts"])
 def batch_statistics(
     count_ptr,
     mean_ptr,
@@ -127,8 +130,7 @@ def batch_statistics(
     Those move once for each group, in order, as if the groups were batches that came one after
     another, and the counter of batches by as many. Grid: (tiles of channels,).
     """
-    c = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
-    in_c = c < channels
+    c, in_c = _channels(tl.program_id(0), channels, BLOCK_C)
     dtype: tl.constexpr = mean_ptr.dtype.element_ty
     gamma = tl.full((BLOCK_C,), 1.0, dtype=dtype)
     beta = tl.zeros((BLOCK_C,), dtype=dtype)
@@ -144,7 +146,7 @@ def batch_statistics(
     for group in range(0, groups):
         count, mean, m2 = _combine(
             count_ptr, mean_ptr, m2_ptr, group * parts, (group + 1) * parts,
-            channels, parts_per_count, c, BLOCK_P, BLOCK_C,
+            channels, parts_per_count, c, in_c, BLOCK_P, BLOCK_C,
         )  # fmt: skip
         unbiased_var = m2 / (count - 1.0)
         rstd = 1.0 / tl.sqrt(m2 / count + eps)
@@ -169,10 +171,10 @@ def batch_statistics(
 
 @triton.jit
 def _combine(
-    count_ptr, mean_ptr, m2_ptr, first, last, channels, parts_per_count, c,
+    count_ptr, mean_ptr, m2_ptr, first, last, channels, parts_per_count, c, in_c,
     BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """Count, and mean and M2 of channels c, over parts `first` to before `last`.
+    """Count, and mean and M2 of `_channels` c, over parts `first` to before `last`.
 
     With counts n_i, means m_i and M2_i: mean = sum n_i m_i / sum n_i and M2 = sum M2_i +
     sum n_i (m_i - mean)^2 (Chan, Golub and LeVeque, 1983). Two passes over few numbers, which
@@ -180,14 +182,15 @@ def _combine(
     count.
     """
     dtype: tl.constexpr = mean_ptr.dtype.element_ty
-    in_c = c < channels
     total = tl.zeros((BLOCK_P,), dtype=dtype)
     weighted = tl.zeros((BLOCK_P, BLOCK_C), dtype=dtype)
     for start in range(first, last, BLOCK_P):
         p = start + tl.arange(0, BLOCK_P)
-        inside = (p < last)[:, None] & in_c[None, :]
+        exists = p < last
+        inside = exists[:, None] & in_c[None, :]
+        p = in_bounds(p, exists)
         offset = p[:, None].to(tl.int64) * channels + c[None, :]
-        n = tl.load(count_ptr + p // parts_per_count, mask=p < last, other=0.0)
+        n = tl.load(count_ptr + p // parts_per_count, mask=exists, other=0.0)
         total += n
         weighted += n[:, None] * tl.load(mean_ptr + offset, mask=inside, other=0.0)
     count = tl.sum(total, axis=0)
@@ -196,16 +199,18 @@ def _combine(
     squares = tl.zeros((BLOCK_P, BLOCK_C), dtype=dtype)
     for start in range(first, last, BLOCK_P):
         p = start + tl.arange(0, BLOCK_P)
-        inside = (p < last)[:, None] & in_c[None, :]
+        exists = p < last
+        inside = exists[:, None] & in_c[None, :]
+        p = in_bounds(p, exists)
         offset = p[:, None].to(tl.int64) * channels + c[None, :]
-        n = tl.load(count_ptr + p // parts_per_count, mask=p < last, other=0.0)
+        n = tl.load(count_ptr + p // parts_per_count, mask=exists, other=0.0)
         deviation = tl.load(mean_ptr + offset, mask=inside, other=0.0) - mean[None, :]
         squares += tl.load(m2_ptr + offset, mask=inside, other=0.0)
         squares += n[:, None] * deviation * deviation
     return count, mean, tl.sum(squares, axis=0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def normalize_activate(
     z_ptr,
     vectors_ptr,
@@ -221,13 +226,16 @@ def normalize_activate(
 
     The mean is subtracted first: folding it into the shift loses the digits that mean and z share.
     """
-    c, offset, inside, vectors_ptr = _tile(rows, channels, vectors_ptr, BLOCK_R, BLOCK_C)
-    u, _ = _normalize(z_ptr, vectors_ptr, channels, c, offset, inside)
+    group = tl.program_id(2)
+    vectors_ptr += group * 5 * channels
+    c, in_c = _channels(tl.program_id(1), channels, BLOCK_C)
+    start, offset, _, inside = _tile(tl.program_id(0), group, rows, channels, c, in_c, BLOCK_R)
+    u, _ = _normalize(z_ptr + start, vectors_ptr, channels, c, in_c, offset, inside)
     y = activate(u, negative_slope, ACTIVATION)
-    tl.store(y_ptr + offset, y.to(y_ptr.dtype.element_ty), mask=inside)
+    tl.store(y_ptr + start + offset, y.to(y_ptr.dtype.element_ty), mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows", "tiles_per_part"])
 def norm_backward_reduce(
     dy_ptr,
     z_ptr,
@@ -249,26 +257,27 @@ def norm_backward_reduce(
     part = tl.program_id(0)
     group = tl.program_id(2)
     vectors_ptr += group * 5 * channels
-    c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
+    c, in_c = _channels(tl.program_id(1), channels, BLOCK_C)
     dtype: tl.constexpr = vectors_ptr.dtype.element_ty
     sum_g = tl.zeros((BLOCK_R, BLOCK_C), dtype=dtype)
     sum_g_xhat = tl.zeros((BLOCK_R, BLOCK_C), dtype=dtype)
     for step in range(0, tiles_per_part):
-        row = (part * tiles_per_part + step).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
-        inside = (row < rows)[:, None] & (c < channels)[None, :]
-        offset = (group.to(tl.int64) * rows + row)[:, None] * channels + c[None, :]
-        g, xhat = _gradient_at_norm(
-            dy_ptr, z_ptr, vectors_ptr, channels, c, offset, inside, negative_slope, ACTIVATION
+        start, offset, _, inside = _tile(
+            part * tiles_per_part + step, group, rows, channels, c, in_c, BLOCK_R
         )
+        g, xhat = _gradient_at_norm(
+            dy_ptr + start, z_ptr + start, vectors_ptr, channels, c, in_c, offset, inside,
+            negative_slope, ACTIVATION,
+        )  # fmt: skip
         sum_g += tl.where(inside, g, 0.0)
         sum_g_xhat += tl.where(inside, g * xhat, 0.0)
     part += group * tl.num_programs(0)
     out = partials_ptr + part.to(tl.int64) * 2 * channels + c
-    tl.store(out, tl.sum(sum_g, axis=0), mask=c < channels)
-    tl.store(out + channels, tl.sum(sum_g_xhat, axis=0), mask=c < channels)
+    tl.store(out, tl.sum(sum_g, axis=0), mask=in_c)
+    tl.store(out + channels, tl.sum(sum_g_xhat, axis=0), mask=in_c)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows", "parts", "groups"])
 def norm_backward(
     dy_ptr,
     z_ptr,
@@ -289,73 +298,105 @@ def norm_backward(
 ):
     """dz = scale * (g - dbeta / rows - xhat * dgamma / rows); scale * g where statistics are fixed.
 
-    sums[group] is [parts, 2, channels]: parts, at most BLOCK_P of them, of the group's dbeta and
-    dgamma. The first program of a tile of channels also writes their total over groups, [2,
-    channels]. Grid: (tiles of a group's rows, tiles of channels, groups).
+    sums[group] is [parts, 2, channels]: parts, few of them, of the group's dbeta and dgamma. The
+    first program of a tile of channels also writes their total over groups, [2, channels]. Grid:
+    (tiles of a group's rows, tiles of channels, groups).
     """
-    c, offset, inside, vectors_ptr = _tile(rows, channels, vectors_ptr, BLOCK_R, BLOCK_C)
-    in_c = c < channels
+    dtype: tl.constexpr = vectors_ptr.dtype.element_ty
     group = tl.program_id(2)
+    vectors_ptr += group * 5 * channels
+    c, in_c = _channels(tl.program_id(1), channels, BLOCK_C)
+    start, offset, _, inside = _tile(tl.program_id(0), group, rows, channels, c, in_c, BLOCK_R)
     if (tl.program_id(0) == 0) & (group == 0):
-        for row in tl.static_range(2):
-            total = _sum_of_parts(sums_ptr, 0, row, parts, channels, c, BLOCK_P)
-            for other in range(1, groups):
-                total += _sum_of_parts(sums_ptr, other, row, parts, channels, c, BLOCK_P)
-            tl.store(total_ptr + row * channels + c, total, mask=in_c)
+        total_g = tl.zeros((BLOCK_C,), dtype=dtype)
+        total_g_xhat = tl.zeros((BLOCK_C,), dtype=dtype)
+        for other in range(0, groups):
+            sum_g, sum_g_xhat = _sums_of_parts(sums_ptr, other, parts, channels, c, in_c, BLOCK_P)
+            total_g += sum_g
+            total_g_xhat += sum_g_xhat
+        tl.store(total_ptr + c, total_g, mask=in_c)
+        tl.store(total_ptr + channels + c, total_g_xhat, mask=in_c)
     g, xhat = _gradient_at_norm(
-        dy_ptr, z_ptr, vectors_ptr, channels, c, offset, inside, negative_slope, ACTIVATION
-    )
+        dy_ptr + start, z_ptr + start, vectors_ptr, channels, c, in_c, offset, inside,
+        negative_slope, ACTIVATION,
+    )  # fmt: skip
     if TRAINING:
-        mean_g = _sum_of_parts(sums_ptr, group, 0, parts, channels, c, BLOCK_P) / rows
-        mean_g_xhat = _sum_of_parts(sums_ptr, group, 1, parts, channels, c, BLOCK_P) / rows
-        g = g - mean_g[None, :] - xhat * mean_g_xhat[None, :]
+        sum_g, sum_g_xhat = _sums_of_parts(sums_ptr, group, parts, channels, c, in_c, BLOCK_P)
+        g = g - (sum_g / rows)[None, :] - xhat * (sum_g_xhat / rows)[None, :]
     scale = tl.load(vectors_ptr + SCALE * channels + c, mask=in_c, other=0.0)
-    tl.store(dz_ptr + offset, (g * scale[None, :]).to(dz_ptr.dtype.element_ty), mask=inside)
+    dz = (g * scale[None, :]).to(dz_ptr.dtype.element_ty)
+    tl.store(dz_ptr + start + offset, dz, mask=inside)
 
 
 @triton.jit
-def _sum_of_parts(sums_ptr, group, row, parts, channels, c, BLOCK_P: tl.constexpr):
-    """The sum over p of sums[group, p, row, c], always in the same order."""
-    p = tl.arange(0, BLOCK_P)
-    offset = ((group * parts + p) * 2 + row)[:, None] * channels + c[None, :]
-    inside = (p < parts)[:, None] & (c < channels)[None, :]
-    return tl.sum(tl.load(sums_ptr + offset, mask=inside, other=0.0), axis=0)
+def _sums_of_parts(sums_ptr, group, parts, channels, c, in_c, BLOCK_P: tl.constexpr):
+    """The sums over p of sums[group, p, 0, c] and of sums[group, p, 1, c], in a fixed order."""
+    dtype: tl.constexpr = sums_ptr.dtype.element_ty
+    sums_ptr += group * parts * 2 * channels
+    sum_0 = tl.zeros((BLOCK_P, c.shape[0]), dtype=dtype)
+    sum_1 = tl.zeros((BLOCK_P, c.shape[0]), dtype=dtype)
+    for first in range(0, parts, BLOCK_P):
+        p = first + tl.arange(0, BLOCK_P)
+        exists = p < parts
+        inside = exists[:, None] & in_c[None, :]
+        offset = (in_bounds(p, exists) * 2 * channels)[:, None] + c[None, :]
+        sum_0 += tl.load(sums_ptr + offset, mask=inside, other=0.0)
+        sum_1 += tl.load(sums_ptr + channels + offset, mask=inside, other=0.0)
+    return tl.sum(sum_0, axis=0), tl.sum(sum_1, axis=0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def activation_backward_from_output(
     dy_ptr,
     y_ptr,
     du_ptr,
-    length,
+    rows,
+    row_length,
     negative_slope,
     ACC_DTYPE: tl.constexpr,
     ACTIVATION: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """du = dy * act'(u) elementwise, for blocks without batch norm. Grid: (tiles of length)."""
+    """du = dy * act'(u) elementwise, for blocks without batch norm.
+
+    A row is whatever is contiguous in one image. Grid: (tiles of rows * row_length,).
+    """
     i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    dy = tl.load(dy_ptr + i, mask=i < length, other=0.0).to(ACC_DTYPE)
-    y = tl.load(y_ptr + i, mask=i < length, other=0.0).to(ACC_DTYPE)
+    exists = i < rows.to(tl.int64) * row_length
+    i = run_in_bounds(i, exists)
+    dy = tl.load(dy_ptr + i, mask=exists, other=0.0).to(ACC_DTYPE)
+    y = tl.load(y_ptr + i, mask=exists, other=0.0).to(ACC_DTYPE)
     du = activation_backward(dy, y, negative_slope, ACTIVATION)
-    tl.store(du_ptr + i, du.to(du_ptr.dtype.element_ty), mask=i < length)
+    tl.store(du_ptr + i, du.to(du_ptr.dtype.element_ty), mask=exists)
 
 
 @triton.jit
-def _tile(rows, channels, vectors_ptr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr):
-    """This program's channels, its elements' offsets, whether they exist, its group's vectors."""
-    group = tl.program_id(2)
-    row = tl.program_id(0).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
-    c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
-    inside = (row < rows)[:, None] & (c < channels)[None, :]
-    offset = (group.to(tl.int64) * rows + row)[:, None] * channels + c[None, :]
-    return c, offset, inside, vectors_ptr + group * 5 * channels
+def _channels(tile, channels, BLOCK_C: tl.constexpr):
+    """A tile's channels, 0 for those that do not exist, and whether they exist."""
+    c = tile * BLOCK_C + tl.arange(0, BLOCK_C)
+    exists = c < channels
+    return run_in_bounds(c, exists), exists
 
 
 @triton.jit
-def _normalize(z_ptr, vectors_ptr, channels, c, offset, inside):
+def _tile(tile, group, rows, channels, c, in_c, BLOCK_R: tl.constexpr):
+    """A tile of a group's rows and `_channels` c: where it starts, its elements' offsets from
+    there, which rows exist and which elements do.
+
+    The start is one 64-bit number, of a tile beyond the last row that of the first; the offsets are
+    32-bit, which halves the work on addresses.
+    """
+    first = tl.cast(tile, tl.int64) * BLOCK_R
+    row = tl.arange(0, BLOCK_R)
+    exists = row < tl.minimum(tl.maximum(rows - first, 0), BLOCK_R).to(tl.int32)
+    offset = (in_bounds(row, exists) * channels)[:, None] + c[None, :]
+    start = (tl.cast(group, tl.int64) * rows + in_bounds(first, first < rows)) * channels
+    return start, offset, exists, exists[:, None] & in_c[None, :]
+
+
+@triton.jit
+def _normalize(z_ptr, vectors_ptr, channels, c, in_c, offset, inside):
     """u = (z - mean) * scale + shift, and z - mean."""
-    in_c = c < channels
     mean = tl.load(vectors_ptr + MEAN * channels + c, mask=in_c, other=0.0)
     scale = tl.load(vectors_ptr + SCALE * channels + c, mask=in_c, other=0.0)
     shift = tl.load(vectors_ptr + SHIFT * channels + c, mask=in_c, other=0.0)
@@ -366,12 +407,12 @@ def _normalize(z_ptr, vectors_ptr, channels, c, offset, inside):
 
 @triton.jit
 def _gradient_at_norm(
-    dy_ptr, z_ptr, vectors_ptr, channels, c, offset, inside, negative_slope,
+    dy_ptr, z_ptr, vectors_ptr, channels, c, in_c, offset, inside, negative_slope,
     ACTIVATION: tl.constexpr,
 ):  # fmt: skip
     """g = dy * act'(u), the gradient at the norm's output, and xhat; both recomputed from z."""
-    u, centred = _normalize(z_ptr, vectors_ptr, channels, c, offset, inside)
+    u, centred = _normalize(z_ptr, vectors_ptr, channels, c, in_c, offset, inside)
     dy = tl.load(dy_ptr + offset, mask=inside, other=0.0).to(u.dtype)
     y = activate(u, negative_slope, ACTIVATION)
-    rstd = tl.load(vectors_ptr + RSTD * channels + c, mask=c < channels, other=0.0)
+    rstd = tl.load(vectors_ptr + RSTD * channels + c, mask=in_c, other=0.0)
     return activation_backward(dy, y, negative_slope, ACTIVATION), centred * rstd[None, :]

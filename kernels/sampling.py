@@ -8,8 +8,11 @@ tiles, and a thread's four values are one vector in memory.
 import triton
 import triton.language as tl
 
+from .loading import in_bounds, run_in_bounds
 
-@triton.jit
+
+# D alone decides about vector loads; a smaller batch is the same kernel.
+@triton.jit(do_not_specialize=["N", "quarter", "tiles_per_part"])
 def reparameterize(
     mu_ptr,
     logvar_ptr,
@@ -49,7 +52,7 @@ def reparameterize(
         tl.store(out, 0.5 * tl.sum(kl, axis=1), mask=n < N)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N", "quarter", "tiles_per_part"])
 def reparameterize_backward(
     dz_ptr,
     dkl_ptr,
@@ -76,7 +79,8 @@ def reparameterize_backward(
     part = tl.program_id(1)
     n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     if HAS_DKL:
-        dkl = tl.load(dkl_ptr + n, mask=n < N, other=0.0).to(ACC_DTYPE)[:, None]
+        dkl = tl.load(dkl_ptr + in_bounds(n, n < N), mask=n < N, other=0.0)
+        dkl = dkl.to(ACC_DTYPE)[:, None]
     for step in range(0, tiles_per_part):
         i0 = (part * tiles_per_part + step) * BLOCK_Q
         offset, inside = _columns(n, i0, N, D, BLOCK_Q)
@@ -138,7 +142,9 @@ def _horner(x, a, b, c, d):
 def _columns(n, i0, N, D, BLOCK_Q: tl.constexpr):
     """Offsets of the rows n and the columns from 4 * i0 on, and whether they exist."""
     d = 4 * i0 + tl.arange(0, 4 * BLOCK_Q)
-    return n[:, None].to(tl.int64) * D + d[None, :], (n < N)[:, None] & (d < D)[None, :]
+    in_n, in_d = n < N, d < D
+    offset = in_bounds(n, in_n)[:, None].to(tl.int64) * D + run_in_bounds(d, in_d)[None, :]
+    return offset, in_n[:, None] & in_d[None, :]
 
 
 @triton.jit

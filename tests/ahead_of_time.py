@@ -2,10 +2,12 @@
 
     python tests/ahead_of_time.py sm_90            a table
     python tests/ahead_of_time.py sm_90 --json     one JSON object a kernel, for the tests
+    python tests/ahead_of_time.py sm_89 --few      each kernel and each shipped tile at least once
 
 The kernels are those that `genfast.launch` would start for the cases below: it runs as it is, with
 the starting replaced by compiling and the architecture by the one asked for. Nothing executes, so
-the tensors' values mean nothing. Not for TRITON_INTERPRET=1.
+the tensors' values mean nothing. Not for TRITON_INTERPRET=1. With another Triton first on
+PYTHONPATH, it is that one which compiles.
 """
 
 import argparse
@@ -15,6 +17,7 @@ import json
 import re
 import subprocess
 import tempfile
+from functools import partial
 from pathlib import Path
 from unittest import mock
 
@@ -27,17 +30,28 @@ from genfast.geometry import ConvGeometry
 from genfast.launch import conv, losses, norm, sampling, start, tiles
 from genfast.launch.conv import Epilogue
 
+OPERATIONS = ("fprop", "dgrad", "wgrad")
+ACTIVATIONS = ("relu", "leaky_relu", "tanh", "sigmoid", "identity")
 
-def compile_cases(architecture):
-    """Compile what the cases start; yield a dictionary of facts for each distinct kernel."""
+
+def compile_cases(architecture, few=False):
+    """Compile what the cases start; yield a dictionary of facts for each distinct kernel.
+
+    Args:
+        architecture: a key of `TARGETS`.
+        few: whether each kernel, and each shipped tile, once in bfloat16 is enough, and the widest
+            tile for each precision of float32.
+    """
     triton.runtime.driver.set_active(AbsentDriver(architecture))
     started = {}
 
     def record(kernel, grid, **arguments):
         compiled = kernel.warmup(**arguments, grid=grid)
         facts = {
+            "triton": triton.__version__,
             "kernel": kernel.__name__,
             "dtype": _dtype(arguments),
+            "precision": arguments.get("PRECISION", ""),
             "loader": "descriptors" if arguments.get("DESCRIPTORS") else "pointers",
             "tile": [arguments[k] for k in ("BLOCK_M", "BLOCK_N", "BLOCK_K") if k in arguments],
             "warps": compiled.metadata.num_warps,
@@ -49,36 +63,63 @@ def compile_cases(architecture):
         mock.patch.object(start, "kernel", record),
         mock.patch.object(start, "architecture", lambda tensor: architecture),
     ):
-        for config, case in _cases(architecture):
+        for precision, config, case in _cases(architecture, few):
             before = set(started)
-            with forced(config) if config else contextlib.nullcontext():
+            with _rounding(precision), forced(config) if config else contextlib.nullcontext():
                 case()
             yield from (started[key] for key in started if key not in before)
 
 
-def _cases(architecture):
-    """(configuration or None for the one that is chosen, what to call)."""
+def _rounding(precision):
+    """Within, products of float32 round so, whatever PyTorch's settings."""
+
+    def chosen(tensor):
+        return precision if tensor.dtype == torch.float32 else "ieee"
+
+    return mock.patch.object(start, "precision", chosen)
+
+
+def _cases(architecture, few):
+    """(precision, configuration or None for the one that is chosen, what to call)."""
     k4s2 = ConvGeometry((16, 16), (8, 8), (4, 4), (2, 2), (1, 1))
     whole = ConvGeometry((4, 4), (1, 1), (4, 4), (1, 1), (0, 0))
     k3s2_odd = ConvGeometry((15, 15), (8, 8), (3, 3), (2, 2), (1, 1))
-    for dtype in (torch.bfloat16, torch.float32):
-        for config in tiles.shipped(architecture, dtype.itemsize):
-            yield config, lambda d=dtype: _convolutions(k4s2, d, 256, 128)
-        yield None, lambda d=dtype: _around(d)
-    widest, *_ = tiles.shipped(architecture, torch.bfloat16.itemsize)
-    if widest.descriptors:
-        with_pointers = dataclasses.replace(widest, descriptors=False)
-        yield with_pointers, lambda: _convolutions(k4s2, torch.bfloat16, 256, 128)
-    for config in tiles.shipped(architecture, torch.bfloat16.itemsize, scattered=True):
-        yield config, lambda: _convolutions(k3s2_odd, torch.bfloat16, 40, 24)
+    half, *_, ieee = tiles.precisions(architecture)
+    for precision in tiles.precisions(architecture):
+        dtype = torch.bfloat16 if precision == half else torch.float32
+        aligned = tiles.shipped(architecture, precision)
+        scattered = tiles.shipped(architecture, precision, scattered=True)
+        for shipped, geometry, channels in (
+            (aligned, k4s2, (256, 128)),
+            (scattered, k3s2_odd, (40, 24)),
+        ):
+            for tile, config in enumerate(shipped):
+                if few and precision != half and (tile or shipped is scattered):
+                    continue
+                operations = OPERATIONS
+                if few and precision != "ieee" and (precision, tile) != (half, 0):
+                    # Each tile once, in turns. Without tensor cores registers are scarce.
+                    operations = (OPERATIONS[(tile + 1) % 3],)
+                arguments = geometry, dtype, *channels
+                yield precision, config, partial(_convolutions, *arguments, operations=operations)
+        # What runs where geometry or alignment forbid descriptors.
+        if aligned[0].descriptors and precision != "tf32" and not few:
+            pointers = dataclasses.replace(aligned[0], descriptors=False)
+            yield precision, pointers, partial(_convolutions, k4s2, dtype, 256, 128)
+    if few:
+        yield half, None, partial(_around, torch.bfloat16, ("leaky_relu",))
+        return
+    yield half, None, partial(_around, torch.bfloat16, ACTIVATIONS)
+    yield ieee, tiles.shipped(architecture, ieee)[0], partial(_around, torch.float32, ("relu",))
     # The ends of the networks. Triton makes an argument of 1 a constant, so sizes of 1 are kernels
     # of their own.
-    yield None, lambda: _convolutions(k4s2, torch.bfloat16, 128, 3)
-    yield None, lambda: _convolutions(whole, torch.bfloat16, 1, 64)
-    yield None, lambda: _convolutions(whole, torch.bfloat16, 112, 64, batch=1)
+    yield half, None, partial(_convolutions, k4s2, torch.bfloat16, 128, 3)
+    yield half, None, partial(_convolutions, whole, torch.bfloat16, 1, 64)
+    yield half, None, partial(_convolutions, whole, torch.bfloat16, 112, 64, batch=1)
+    yield ieee, None, partial(_convolutions, k4s2, torch.float32, 128, 3)
     # float16 differs from bfloat16 in the name of an instruction.
-    yield None, lambda: _convolutions(k4s2, torch.float16, 256, 128)
-    yield None, lambda: _convolutions(k3s2_odd, torch.float16, 40, 24)
+    yield half, None, partial(_convolutions, k4s2, torch.float16, 256, 128)
+    yield half, None, partial(_convolutions, k3s2_odd, torch.float16, 40, 24)
     yield from _tuned_cases(architecture)
 
 
@@ -87,28 +128,31 @@ def _tuned_cases(architecture):
     found = {}
     for where, problem, config in tiles.read_tuned():
         if where == architecture and not config.library:
-            found.setdefault((problem.operation, problem.scattered, config), problem)
-    for (_, _, config), problem in found.items():
+            key = problem.operation, problem.precision, problem.scattered, config
+            found.setdefault(key, problem)
+    for (_, precision, _, config), problem in found.items():
         small = dataclasses.replace(problem, images=min(problem.images, 64))
-        dtype = {2: torch.bfloat16, 4: torch.float32}[problem.itemsize]
-        yield config, lambda p=small, d=dtype: call(p, d, "cpu")()
+        yield precision, config, lambda p=small: call(p, "cpu")()
 
 
 def _image(channels, size, dtype, batch=64):
     return torch.empty(batch, channels, *size, dtype=dtype).to(memory_format=torch.channels_last)
 
 
-def _convolutions(geometry, dtype, c_small, c_big, batch=64):
+def _convolutions(geometry, dtype, c_small, c_big, batch=64, operations=OPERATIONS):
     big = _image(c_big, geometry.big, dtype, batch)
     small = _image(c_small, geometry.small, dtype, batch)
     weight = torch.empty(c_small, c_big, *geometry.kernel_size, dtype=dtype)
     statistics = Epilogue(groups=2)
-    conv.fprop(big, weight, geometry, statistics)
-    conv.dgrad(small, weight, geometry, statistics)
-    conv.wgrad(big, small, geometry)
+    if "fprop" in operations:
+        conv.fprop(big, weight, geometry, statistics)
+    if "dgrad" in operations:
+        conv.dgrad(small, weight, geometry, statistics)
+    if "wgrad" in operations:
+        conv.wgrad(big, small, geometry)
 
 
-def _around(dtype):
+def _around(dtype, activations):
     """Batch norm, sampling and losses, and the epilogues of the generator's end and of eval."""
     geometry = ConvGeometry((16, 16), (8, 8), (4, 4), (2, 2), (1, 1))
     z = _image(64, geometry.big, dtype)
@@ -125,9 +169,7 @@ def _around(dtype):
     ), gamma, beta, 1e-5, *running)  # fmt: skip
     vectors = norm.batch_statistics(statistics, gamma, beta, 1e-5, *running)
     norm.statistics_of(z, groups=2)
-    # The others differ in a few instructions; each is compiled once.
-    every = ("relu", "leaky_relu", "tanh", "sigmoid", "identity")
-    for activation in every if dtype == torch.bfloat16 else every[:1]:
+    for activation in activations:
         options = dict(activation=activation, negative_slope=0.2)
         norm.normalize_activate(z, vectors, **options)
         norm.norm_backward(z, z, vectors, training=True, need_dz=True, **options)
@@ -184,17 +226,19 @@ def _number(pattern, text):
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("architecture", choices=TARGETS)
+    parser.add_argument("--few", action="store_true", help="not every case: see above")
     parser.add_argument("--json", action="store_true", help="one JSON object a line")
     arguments = parser.parse_args()
     with contextlib.suppress(BrokenPipeError):
-        for facts in compile_cases(arguments.architecture):
+        for facts in compile_cases(arguments.architecture, arguments.few):
             print(json.dumps(facts) if arguments.json else _row(facts), flush=True)
 
 
 def _row(facts):
     tile = "x".join(map(str, facts["tile"]))
     return (
-        f"{facts['kernel']:32} {facts['dtype']:9} {facts['loader']:11} {tile:11} "
+        f"{facts['kernel']:32} {facts['dtype']:9} {facts['precision']:5} {facts['loader']:11} "
+        f"{tile:11} "
         f"{facts['warps']} warps {facts['registers']:4} registers {facts['spills']:4} spills "
         f"{facts['shared']:7} B shared {facts['matrix']:4} matrix {facts['tma']:3} TMA"
     )

@@ -24,6 +24,10 @@ torch.set_num_threads(1)
 
 def pytest_configure(config):
     config.addinivalue_line("markers", "kernels: runs on the Triton kernels, and on nothing else")
+    config.addinivalue_line(
+        "markers",
+        "large_memory(gibibytes): needs so much free GPU memory that no other test may run beside",
+    )
 
 
 def pytest_report_header():

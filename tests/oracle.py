@@ -2,7 +2,9 @@
 
 The oracle is the formula in float64, given the same (rounded) inputs. A result passes when its
 largest error is at most twice that of eager PyTorch in the same dtype, three times for gradients,
-plus one rounding of its largest element. No tolerance grows with the number of elements.
+plus one rounding of its largest element. The norm of its errors is held to the same factors, plus
+one rounding of every element: a largest error is a rare one, and would let all others be as large.
+No tolerance grows with the number of elements.
 """
 
 import copy
@@ -50,14 +52,20 @@ def assert_close(ours, oracle, samples):
         dtype = samples[0][0][name].dtype
         assert result.dtype in (dtype, torch.float64), name
         rounding = torch.finfo(result.dtype).eps
-        eager_error = max(largest_error(eager[name], exact[name]) for eager, exact in samples)
-        eager_error *= rounding / torch.finfo(dtype).eps
         factor = GRADIENT_FACTOR if name.startswith("gradient") else VALUE_FACTOR
         factor += result.dtype == torch.float64  # there the oracle errs as much itself
-        allowed = factor * eager_error + rounding * largest_error(expected, 0 * expected)
-        error = largest_error(result, expected)
-        if not error <= allowed:  # NaN is no pass either
-            problems.append(f"{name}: error {error:.3g}, allowed {allowed:.3g}")
+        # Rounded to nearest, an element errs by at most half the spacing of its binade, which is
+        # at most |element| * eps / 2. That holds for each, so in norm it is norm * eps / 2.
+        for measure, error_of, one_rounding in (
+            ("error", largest_error, rounding * largest_error(expected, 0 * expected)),
+            ("norm of errors", norm_of_errors, rounding / 2 * norm_of_errors(expected, 0)),
+        ):
+            eager_error = max(error_of(eager[name], exact[name]) for eager, exact in samples)
+            eager_error *= rounding / torch.finfo(dtype).eps
+            allowed = factor * eager_error + one_rounding
+            error = error_of(result, expected)
+            if not error <= allowed:  # NaN is no pass either
+                problems.append(f"{name}: {measure} {error:.3g}, allowed {allowed:.3g}")
     assert not problems, "; ".join(problems)
 
 
@@ -86,6 +94,11 @@ def largest_error(result, expected):
     """The largest |result - expected|: NaN if there is one, 0 for empty tensors."""
     difference = result.double() - expected.double()
     return difference.abs().max().item() if difference.numel() else 0.0
+
+
+def norm_of_errors(result, expected):
+    """The 2-norm of result - expected, NaN if there is one."""
+    return torch.linalg.vector_norm(result.double() - expected).item()
 
 
 def assert_block(case, device, gradients=True):

@@ -84,16 +84,37 @@ BUGS = (
     Bug(
         "the last partial sum is dropped",
         "kernels/sums.py",
-        "inside = (p < parts)[:, None] & (i",
-        "inside = (p < tl.maximum(parts - 1, 1))[:, None] & (i",
+        "in_p = p < parts",
+        "in_p = p < tl.maximum(parts - 1, 1)",
         REDUCTIONS,
     ),
     Bug(
         "the last part of the gradient of a norm is dropped",
         "kernels/norm.py",
-        "inside = (p < parts)[:, None] & (c < channels)[None, :]\n    return",
-        "inside = (p < tl.maximum(parts - 1, 1))[:, None] & (c < channels)[None, :]\n    return",
+        "exists = p < parts",
+        "exists = p < tl.maximum(parts - 1, 1)",
         STRIDED,
+    ),
+    Bug(
+        "masked lanes address what lies beyond a tensor",
+        "kernels/loading.py",
+        "return tl.where(exists, index, 0)",
+        "return index",
+        "test_masked_lanes.py",
+    ),
+    Bug(
+        "masked lanes of a vector address what lies beyond a tensor",
+        "kernels/loading.py",
+        "tl.multiple_of(tl.where(exists, index, 0), ALIGNED)",
+        "tl.multiple_of(index, ALIGNED)",
+        "test_masked_lanes.py",
+    ),
+    Bug(
+        "a number of rows makes a kernel of its own",
+        "kernels/norm.py",
+        '@triton.jit(do_not_specialize=["rows"])\ndef normalize_activate(',
+        "@triton.jit\ndef normalize_activate(",
+        "test_specialisation.py",
     ),
     Bug(
         "padded rows count in the statistics",
@@ -103,6 +124,13 @@ BUGS = (
         STRIDED,
     ),
     Bug(
+        "the statistics are of values that are not rounded yet",
+        "kernels/conv.py",
+        "acc = rounded(acc, STORED_DTYPE)",
+        "acc += 0.0",
+        "test_stored_values.py::test_statistics_are_of_what_is_stored",
+    ),
+    Bug(
         "tiles' means are not compared when statistics combine",
         "kernels/norm.py",
         "squares += n[:, None] * deviation * deviation",
@@ -110,10 +138,10 @@ BUGS = (
         REDUCTIONS,
     ),
     Bug(
-        "all groups are normalised by the first one's statistics",
+        "the groups swap their statistics",
         "kernels/norm.py",
-        "return c, offset, inside, vectors_ptr + group * 5 * channels",
-        "return c, offset, inside, vectors_ptr",
+        "out = vectors_ptr + group * 5 * channels + c",
+        "out = vectors_ptr + (groups - 1 - group) * 5 * channels + c",
         "test_blocks.py::test_groups",
     ),
     Bug(
@@ -133,7 +161,7 @@ BUGS = (
     Bug(
         "the gradient keeps its mean",
         "kernels/norm.py",
-        "g = g - mean_g[None, :] - xhat",
+        "g = g - (sum_g / rows)[None, :] - xhat",
         "g = g - xhat",
         TILES,
     ),

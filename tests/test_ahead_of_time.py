@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -9,6 +10,8 @@ from pathlib import Path
 import pytest
 
 pytest.importorskip("triton", reason="compiles Triton kernels")
+
+from genfast.launch import tiles
 
 HERE = Path(__file__).parent
 GEMMS = ("fprop", "dgrad", "wgrad")
@@ -27,15 +30,36 @@ KERNELS = {
     "logistic_loss",
     "logistic_loss_backward",
 }
-# Bytes of shared memory a block can have: sm_86 and sm_89 have less than sm_80 and use its tiles.
-SHARED = {"sm_80": 99 * 1024, "sm_90": 227 * 1024, "sm_100": 227 * 1024, "gfx942": 64 * 1024}
+# Bytes of shared memory a block can have.
+KIB = 1024
+SHARED = {
+    "sm_80": 99 * KIB,  # 163 in truth, but consumer cards share the tiles.
+    "sm_86": 99 * KIB,
+    "sm_89": 99 * KIB,
+    "sm_90": 227 * KIB,
+    "sm_100": 227 * KIB,
+    "sm_120": 99 * KIB,
+    "gfx942": 64 * KIB,
+}
+# All cases, which take three times as long; the others get each kernel and each tile once.
+IN_FULL = ("sm_90", "gfx942")
+OLDEST = "3.6"
+OLDEST_TRITON = Path(sys.prefix) / f"triton-{OLDEST}"
+ON_OLDEST = ("sm_80", "sm_90")  # One for each way to load.
 
 
-def compile_for(architecture):
-    """The facts of each kernel, from a process where nothing is interpreted."""
+def compile_for(architecture, *options, triton=None):
+    """The facts of each kernel, from a process where nothing is interpreted.
+
+    Args:
+        architecture: a key of `SHARED`.
+        options: of tests/ahead_of_time.py.
+        triton: a folder that holds a Triton to compile with; None for the installed one.
+    """
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    environment["PYTHONPATH"] = str(HERE.parent)
-    command = [sys.executable, str(HERE / "ahead_of_time.py"), architecture, "--json"]
+    paths = [HERE.parent] if triton is None else [triton, HERE.parent]
+    environment["PYTHONPATH"] = os.pathsep.join(map(str, paths))
+    command = [sys.executable, str(HERE / "ahead_of_time.py"), architecture, "--json", *options]
     result = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr[-2000:]
     return [json.loads(line) for line in result.stdout.splitlines()]
@@ -43,23 +67,61 @@ def compile_for(architecture):
 
 @pytest.mark.parametrize("architecture", SHARED)
 def test_every_kernel_and_configuration_compiles(architecture):
-    facts = compile_for(architecture)
+    in_full = architecture in IN_FULL
+    facts = compile_for(architecture, *(() if in_full else ("--few",)))
+    check(facts, architecture)
+    if architecture == "sm_90":
+        check_every_loader(facts)
+
+
+@pytest.mark.parametrize("architecture", ON_OLDEST)
+def test_the_oldest_triton_compiles_them_too(architecture):
+    if not OLDEST_TRITON.exists():
+        pytest.skip(f"{OLDEST_TRITON} is absent: `make test` installs Triton {OLDEST} there")
+    facts = compile_for(architecture, "--few", triton=OLDEST_TRITON)
+    assert {f["triton"].rpartition(".")[0] for f in facts} == {OLDEST}
+    check(facts, architecture)
+
+
+def test_the_oldest_triton_is_the_oldest_allowed():
+    allowed = re.search(r"triton>=([\d.]+)", (HERE.parent / "setup.py").read_text()).group(1)
+    made = re.search(r"^OLDEST_TRITON := (.*)$", (HERE.parent / "Makefile").read_text(), re.M)
+    assert allowed == made.group(1) == OLDEST
+
+
+def check(facts, architecture):
     assert {f["kernel"] for f in facts} == KERNELS
     assert max(f["shared"] for f in facts) <= SHARED[architecture]
+    check_every_tile(facts, architecture)
     for f in facts:
         if f["kernel"] in GEMMS:
-            assert f["matrix"] > 0, f
+            # NVIDIA's tensor cores multiply no float32 unrounded.
+            assert (f["matrix"] > 0) == (architecture == "gfx942" or not is_ieee(f)), f
             # A few bytes of stack cost nothing beside the tile; on Hopper there are none at all.
             assert f["spills"] <= (0 if architecture == "sm_90" else 24), f
-    if architecture == "sm_90":
-        check_hopper_instructions(facts)
+            if architecture == "sm_90" and f["dtype"] != "float32":
+                assert f["wgmma"] > 0, f
+                assert (f["tma"] > 0) == (f["loader"] == "descriptors"), f
 
 
-def check_hopper_instructions(facts):
+def check_every_tile(facts, architecture):
+    """Each shipped tile was met in bfloat16, and float32 in each way that it rounds there."""
+    half, *wide = tiles.precisions(architecture)
+    met = [f for f in facts if f["kernel"] in GEMMS]
+    shipped = [*tiles.shipped(architecture, half), *tiles.shipped(architecture, half, True)]
+    assert {(c.block_m, c.block_n, c.block_k, c.num_warps) for c in shipped} <= {
+        (*f["tile"], f["warps"]) for f in met if f["dtype"] == "bfloat16"
+    }
+    assert {f["precision"] for f in met if f["dtype"] == "float32"} == set(wide)
+
+
+def is_ieee(facts):
+    return facts["dtype"] == "float32" and facts["precision"] == "ieee"
+
+
+def check_every_loader(facts):
+    """Where there are descriptors, each product is compiled with them and without."""
     half = [f for f in facts if f["kernel"] in GEMMS and f["dtype"] in ("bfloat16", "float16")]
-    for f in half:
-        assert f["wgmma"] > 0, f
-        assert (f["tma"] > 0) == (f["loader"] == "descriptors"), f
     assert {(f["kernel"], f["loader"]) for f in half} == {
         (kernel, loader) for kernel in GEMMS for loader in ("descriptors", "pointers")
     }

@@ -1,12 +1,15 @@
 """Every shipped tile computes the right numbers: a tile that compiles may still be wrong."""
 
 import dataclasses
+from dataclasses import replace
 
 import pytest
 import torch
 from cases import Case, Geometry
-from oracle import assert_block
+from oracle import assert_block, evaluate
 
+from benchmarks.gpu.problems import recorded
+from benchmarks.gpu.tuning import candidates
 from genfast.launch import start, tiles
 
 pytest.importorskip("triton", reason="the tiles are those of Triton kernels")
@@ -22,8 +25,9 @@ def shipped(scattered):
     """The shipped tiles, each once, with a dtype that it is shipped for."""
     found = {}
     for architecture in ARCHITECTURES:
-        for dtype in (torch.bfloat16, torch.float32):
-            for config in tiles.shipped(architecture, dtype.itemsize, scattered):
+        for precision in tiles.precisions(architecture):
+            dtype = torch.bfloat16 if precision == "half" else torch.float32
+            for config in tiles.shipped(architecture, precision, scattered):
                 # Warps and stages mean nothing to the interpreter; a GPU has one architecture.
                 tile = dataclasses.replace(config, num_warps=4, num_stages=2)
                 found.setdefault(tile, (config, dtype))
@@ -78,7 +82,7 @@ def test_tile_for_unaligned_channels(config, dtype, transposed, device, monkeypa
 def problem(images, **changes):
     """The second layer of a DCGAN-64's discriminator."""
     facts = dict(
-        operation="fprop", itemsize=2, statistics=True, c_small=128, c_big=64, small=(16, 16),
+        operation="fprop", precision="half", statistics=True, c_small=128, c_big=64, small=(16, 16),
         big=(32, 32), kernel_size=(4, 4), stride=(2, 2),
     )  # fmt: skip
     return tiles.Problem(**facts | changes, images=images)
@@ -109,7 +113,7 @@ def test_the_nearest_timed_batch_decides(table):
     "changes",
     [
         dict(operation="dgrad"),
-        dict(itemsize=4),
+        dict(precision="tf32"),
         dict(statistics=False),
         dict(c_small=256),
         dict(big=(33, 33)),
@@ -119,12 +123,54 @@ def test_the_nearest_timed_batch_decides(table):
 )
 def test_another_problem_is_chosen_by_size(table, changes):
     config = tiles.gemm_config("sm_90", problem(128, **changes))
-    assert config in tiles.shipped("sm_90", changes.get("itemsize", 2))
+    assert config in tiles.shipped("sm_90", changes.get("precision", "half"))
 
 
 def test_another_architecture_is_chosen_by_size(table):
     config = tiles.gemm_config("sm_80", problem(128))
-    assert config in tiles.shipped("sm_80", 2)
+    assert config in tiles.shipped("sm_80", "half")
+
+
+@pytest.mark.parametrize("operation", ("fprop", "dgrad", "wgrad"))
+@pytest.mark.parametrize("architecture", ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120"))
+def test_float32_without_tensor_cores_is_the_librarys(architecture, operation):
+    unrounded = problem(128, operation=operation, precision="ieee")
+    assert tiles.gemm_config(architecture, unrounded).library
+    tile, *others = tiles.shipped(architecture, "ieee")
+    assert (tile.block_m, tile.block_n, tile.block_k, others) == (64, 32, 32, [])
+    assert replace(tile, programs=264) in candidates(unrounded)
+    for precision in ("half", "tf32"):
+        rounded = problem(128, operation=operation, precision=precision)
+        assert not tiles.gemm_config(architecture, rounded).library
+    ends = problem(128, operation=operation, precision="ieee", c_big=3)
+    chosen = tiles.gemm_config(architecture, ends)
+    assert chosen in tiles.shipped(architecture, "ieee", scattered=True)
+
+
+def test_amd_multiplies_float32_itself():
+    for precision in tiles.precisions("gfx942"):
+        chosen = tiles.gemm_config("gfx942", problem(128, precision=precision))
+        assert chosen in tiles.shipped("gfx942", precision)
+
+
+@pytest.mark.kernels
+@pytest.mark.parametrize(
+    ("dtype", "setting", "precision"),
+    [
+        (torch.bfloat16, "tf32", "half"),
+        (torch.float16, "ieee", "half"),
+        (torch.float32, "tf32", "tf32"),
+        (torch.float32, "ieee", "ieee"),
+        (torch.float32, "none", "ieee"),
+    ],
+)
+def test_a_problem_knows_how_its_products_round(dtype, setting, precision, device, monkeypatch):
+    monkeypatch.setattr(torch.backends.cudnn.conv, "fp32_precision", setting)
+    case = Case(False, EVEN, (8, 8), 1, dtype)
+    with recorded() as problems:
+        evaluate(case.fused, case, case.tensors(device))
+    assert {p.precision for p in problems} == {precision}
+    assert {p.itemsize for p in problems} == {dtype.itemsize}
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)

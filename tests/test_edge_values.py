@@ -1,11 +1,12 @@
-"""NaN, infinities and exact zeros come out as PyTorch has them."""
+"""NaN, infinities, exact zeros and single pixels come out as PyTorch has them."""
 
 from dataclasses import replace
 
+import numpy
 import pytest
 import torch
 from cases import Case, Geometry
-from oracle import assert_close, evaluate
+from oracle import assert_block, assert_close, evaluate
 
 from genfast import functional
 from genfast.reference import ACTIVATIONS
@@ -30,7 +31,7 @@ def assert_specials(ours, eager, oracle):
     assert_close(finite[0], finite[2], [(finite[1], finite[2])])
 
 
-def assert_block(case, tensors, device):
+def assert_special_block(case, tensors, device):
     """Compare a block on these tensors, output and gradients."""
     y = evaluate(case.plain, case, tensors)["output"]
     dy = torch.randn_like(y)
@@ -55,7 +56,7 @@ def test_special_pixel(transposed, mode, value, activation, device):
     case = Case(transposed, GEOMETRY, mode=mode, activation=activation)
     tensors = case.tensors(device)
     tensors["x"][1, 2, 3, 2] = value
-    assert_block(case, tensors, device)
+    assert_special_block(case, tensors, device)
 
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)
@@ -69,7 +70,7 @@ def test_exact_zeros(mode, transposed, activation, device):
     if mode == "evaluation":
         tensors["running_mean"].zero_()
     assert not evaluate(case.fused, replace(case, activation="identity"), tensors)["output"].any()
-    assert_block(case, tensors, device)
+    assert_special_block(case, tensors, device)
 
 
 @pytest.mark.parametrize("activation", ["tanh", "sigmoid"])
@@ -88,3 +89,28 @@ def test_saturated_activations(activation, device):
         (dx,) = torch.autograd.grad(y.sum(), u)
         results.append({"output": y.detach(), "gradient of x": dx})
     assert_specials(*results)
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize(
+    "geometry",
+    [
+        Geometry(3, 2, 1, (1, 1), (1, 1)),
+        Geometry(1, 2, 0, (1, 3), (1, 2)),
+        Geometry(1, 2, 0, (3, 1), (2, 1)),
+        Geometry(5, 3, 2, (1, 2), (1, 1), output_padding=(0, 1)),
+    ],
+    ids=lambda g: f"{g}-{g.big[0]}x{g.big[1]}",
+)
+def test_phases_without_a_pixel(geometry, transposed, device):
+    """A GPU gives no meaning to a division by their height and width, which are 0."""
+    case = Case(transposed, geometry, channels=(2, 3), mode="plain", activation="identity")
+    with numpy.errstate(divide="raise"):
+        assert_block(case, device)
+
+
+@pytest.mark.parametrize("geometry", [Geometry(3, 2, 1, (1, 1), (1, 1))], ids=str)
+def test_statistics_beside_phases_without_a_pixel(geometry, device):
+    case = Case(True, geometry, channels=(2, 3), batch=6)
+    with numpy.errstate(divide="raise"):
+        assert_block(case, device)

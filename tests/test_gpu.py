@@ -7,11 +7,15 @@ import copy
 
 import pytest
 import torch
+from cases import Case, Geometry
+from oracle import assert_block, largest_error
+from same_training import SEED, assert_same_bits, train
 from torch import nn
 
 import genfast
 from genfast import functional
 from genfast.functional import reparameterize_with_kl
+from genfast.launch import start, tiles
 from genfast.models import VAE, DCGANDiscriminator, DCGANGenerator
 from genfast.training import GANStep, VAEStep
 
@@ -22,13 +26,16 @@ pytestmark = [
 CUDA = torch.device("cuda")
 # Of a captured step of a DCGAN-64, counted by the profiler.
 MOST_KERNELS = 120
-SEED = 3
 
 
 @pytest.fixture(autouse=True)
-def as_users_run():
+def as_users_run(request):
     """Deterministic algorithms fill empty tensors, which costs kernels, and cannot be captured."""
     torch.use_deterministic_algorithms(False)
+    needed = request.node.get_closest_marker("large_memory")
+    free, _ = torch.cuda.mem_get_info()
+    if needed and free < needed.args[0] * 2**30:
+        pytest.skip(f"needs {needed.args[0]} GiB of free GPU memory")
     yield
     torch.cuda.empty_cache()
 
@@ -38,19 +45,13 @@ def images(n, channels, size, dtype=torch.bfloat16):
     return x.permute(0, 3, 1, 2)
 
 
-def skip_without(gibibytes):
-    free, _ = torch.cuda.mem_get_info()
-    if free < gibibytes * 2**30:
-        pytest.skip(f"needs {gibibytes} GiB of free GPU memory")
-
-
 def assert_equal(ours, expected):
     torch.testing.assert_close(ours, expected, rtol=0, atol=0)
 
 
+@pytest.mark.large_memory(40)
 @pytest.mark.parametrize("norm", [False, True])
 def test_convolutions_beyond_2_to_the_31(norm):
-    skip_without(40)
     n = 33  # The big side has 33 * 64 * 1024 * 1024 > 2^31 values.
     weight = torch.randn(16, 64, 4, 4, device=CUDA, dtype=torch.bfloat16) / 32
     options = dict(norm=norm, activation="leaky_relu")
@@ -71,8 +72,8 @@ def test_convolutions_beyond_2_to_the_31(norm):
     assert_equal(dx[-1:], dx_last)
 
 
+@pytest.mark.large_memory(20)
 def test_weight_gradient_beyond_2_to_the_31():
-    skip_without(20)
     x, dy = images(33, 64, 1024), images(33, 16, 512)
     dy[:-1] = 0  # Only the last image counts.
     weight = torch.zeros(16, 64, 4, 4, device=CUDA, dtype=torch.bfloat16, requires_grad=True)
@@ -82,8 +83,8 @@ def test_weight_gradient_beyond_2_to_the_31():
     torch.testing.assert_close(dw, expected, rtol=2e-2, atol=2e-2 * expected.abs().max().item())
 
 
+@pytest.mark.large_memory(40)
 def test_batch_norm_beyond_2_to_the_31():
-    skip_without(40)
     x = images(33, 16, 512).requires_grad_()
     weight = torch.randn(16, 64, 4, 4, device=CUDA, dtype=torch.bfloat16) / 16
     y = functional.conv_transpose_block(x, weight, None, 2, 1, norm=True, activation="identity")
@@ -95,8 +96,8 @@ def test_batch_norm_beyond_2_to_the_31():
     assert dx.float().abs().max() < 0.1
 
 
+@pytest.mark.large_memory(40)
 def test_sampling_beyond_2_to_the_31():
-    skip_without(40)
     mu = torch.zeros(33, 2**26, device=CUDA, dtype=torch.bfloat16)
     z, kl = reparameterize_with_kl(mu, mu)
     assert not kl.any()
@@ -185,35 +186,22 @@ def vae_step(**options):
     return VAEStep(VAE().to(CUDA), **options)
 
 
-def run(step, shape, steps=6):
-    """Losses, and everything that training changed."""
-    torch.manual_seed(SEED)
-    x = torch.rand(shape, device=CUDA)
-    losses = [torch.stack(tuple(step(x))) for _ in range(steps)]
-    modules, optimizers = step.modules.values(), step.optimizers.values()
-    state = [t.clone() for m in modules for t in m.state_dict().values()]
-    for optimizer in optimizers:
-        state += [t.clone() for s in optimizer.state.values() for t in s.values()]
-    return torch.stack(losses), state, torch.randn(3, device=CUDA)
-
-
 @pytest.mark.parametrize("precision", ["bf16", "fp16", "fp32"])
 @pytest.mark.parametrize(
     ("make", "shape"), [(gan_step, (16, 3, 64, 64)), (vae_step, (32, 1, 28, 28))]
 )
-def test_the_captured_step_is_the_step(make, shape, precision):
-    """Warm-up leaves no trace; weights, statistics, moments and random numbers advance alike."""
-    captured = make(precision=precision, capture=True)
-    results = run(captured, shape)
-    assert captured.why_not_captured is None and captured._run.failure is None
-    expected = run(make(precision=precision, capture=False), shape)
-    assert results[0].isfinite().all()
-    # Graph and eager run the same kernels, but libraries may choose others while capturing.
-    torch.testing.assert_close(results[0], expected[0], rtol=2e-2, atol=2e-2)
-    for ours, theirs in zip(results[1], expected[1], strict=True):
-        if not ours.is_floating_point() or ours.dim() == 0:
-            assert_equal(ours, theirs)
-    assert_equal(results[2], expected[2])
+def test_the_captured_step_is_the_step(make, shape, precision, monkeypatch):
+    """Warm-up leaves no trace; weights, statistics, moments and random numbers advance alike.
+
+    To the bit: graph and eager run the same kernels. PyTorch's libraries are asked for algorithms
+    that give the same bits every time, and conftest.py for one workspace, by which they choose.
+    """
+    monkeypatch.setattr(torch.backends.cudnn, "deterministic", True)
+    step = make(precision=precision, capture=True)
+    results = train(step, shape)
+    assert step.why_not_captured is None and step._run.failure is None
+    assert results["losses"].isfinite().all()
+    assert_same_bits(results, train(make(precision=precision, capture=False), shape))
 
 
 def test_the_learning_rate_reaches_the_graph():
@@ -251,3 +239,30 @@ def test_inside_torch_compile():
     with genfast.use_backend("auto"):
         y = torch.compile(model)(x)
     torch.testing.assert_close(y, expected, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("rounding", ["tf32", "ieee"])
+def test_float32_rounds_as_the_setting_says(rounding, transposed, monkeypatch):
+    """By the library and by every tile: held to eager PyTorch's error under the same setting."""
+    if torch.version.hip or torch.cuda.get_device_capability() < (8, 0):
+        pytest.skip("needs TF32: an NVIDIA GPU from Ampere on")
+    monkeypatch.setattr(torch.backends.cudnn.conv, "fp32_precision", rounding)
+    last = "channels_last"
+    layouts = dict(layout=last, weight_layout=last, dy_layout=last)
+    geometry = Geometry(4, 2, 1, big=(16, 16), small=(8, 8))
+    case = Case(transposed, geometry, (128, 128), batch=16, **layouts)
+    architecture = start.architecture(torch.empty(1, device=CUDA))
+    x = torch.randn(16, 128, 8, 8, device=CUDA).to(memory_format=torch.channels_last)
+    weight = torch.randn(128, 128, 4, 4, device=CUDA)
+    convolve = nn.functional.conv_transpose2d if transposed else nn.functional.conv2d
+    block = functional.conv_transpose_block if transposed else functional.conv_block
+    exact = convolve(x.double(), weight.double(), None, 2, 1)
+    for config in (tiles.LIBRARY, *tiles.shipped(architecture, rounding)):
+        monkeypatch.setattr(tiles, "gemm_config", lambda *_, config=config: config)
+        assert_block(case, CUDA)
+        y = block(x, weight, None, 2, 1)
+        error = (largest_error(y, exact) / exact.abs().max()).item()
+        # TF32 keeps 10 bits below the first one: two factors that are cut off so err by 2^-9 at
+        # most. Float32 errs by its own roundings of 2^-24, of which one sum has some.
+        assert error < 2**-9 and (error > 2**-14) == (rounding == "tf32"), config

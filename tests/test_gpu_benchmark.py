@@ -1,6 +1,7 @@
 """The parts of `python -m benchmarks.gpu` that a machine without a GPU can try."""
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -12,7 +13,7 @@ import torch
 
 pytest.importorskip("triton", reason="it is about Triton kernels")
 
-from benchmarks.gpu import blocks, each_kernel, problems, profile, tuning
+from benchmarks.gpu import blocks, each_kernel, problems, profile, tests, tuning
 from benchmarks.gpu.stages import STAGES
 from benchmarks.gpu.table import Table
 from genfast import use_backend
@@ -60,6 +61,58 @@ def test_profile_adds_up():
     found = {row["kernel"]: (float(row["count"]), float(row["us"])) for row in rows}
     assert found == {"a": (1, 10), "b": (1, 9), "(gaps)": (0, 1), "(all)": (2, 20)}
     assert rows[0]["kernel"] == "(all)" and rows[0]["share"] == "1.0000"
+
+
+def collected(*options):
+    """The ids of the tests that pytest would run."""
+    command = [sys.executable, "-m", "pytest", "--collect-only", "-q", "-p", "no:cacheprovider"]
+    done = subprocess.run([*command, *options], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-2000:]
+    return [line for line in done.stdout.splitlines() if "::" in line]
+
+
+def test_both_parts_of_the_suite_are_the_suite():
+    """Tests that need a GPU's memory for themselves run apart, in one process; none is left out."""
+    assert tests.SUITE[-1] == "tests"
+    # Two files stand for all, which take a minute to collect.
+    some = ("tests/test_gpu.py", "tests/test_stored_values.py")
+    beside, alone = (collected(*part, *some) for part in tests.PARTS)
+    assert sorted(beside + alone) == sorted(collected(*some))
+    assert not set(beside) & set(alone)
+    assert {name.partition("[")[0] for name in alone} == {
+        f"tests/test_gpu.py::{name}"
+        for name in (
+            "test_convolutions_beyond_2_to_the_31",
+            "test_weight_gradient_beyond_2_to_the_31",
+            "test_batch_norm_beyond_2_to_the_31",
+            "test_sampling_beyond_2_to_the_31",
+        )
+    }
+    assert tests.PARTS[1][-2:] == ("-n", "0")
+
+
+def test_only_what_has_passed_is_not_run_again(tmp_path):
+    names = ("passes", "fails", "skips")
+    (tmp_path / "test_three.py").write_text(
+        "import pytest\n"
+        "def test_passes(): pass\n"
+        "def test_fails(): assert False\n"
+        "def test_skips(): pytest.skip('too little memory')\n"
+    )
+    passed = tmp_path / "passed.json"
+    passed.write_text(json.dumps({"passed": []}))
+    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-p"]
+    for workers, again in (("0", names), ("2", names[1:])):
+        done = subprocess.run(
+            [*command, "benchmarks.gpu.only_missing", "-v", "-n", workers, tmp_path],
+            cwd=tmp_path,
+            env=os.environ | {"GENFAST_PASSED": str(passed), "PYTHONPATH": str(ROOT)},
+            capture_output=True,
+            text=True,
+        )
+        ran = set(re.findall(r"test_three\.py::test_(\w+)", done.stdout))
+        assert ran == set(again), done.stdout
+        assert json.loads(passed.read_text())["passed"] == ["test_three.py::test_passes"]
 
 
 @interpreted
@@ -125,7 +178,7 @@ def test_each_kernel_runs(monkeypatch):
         for path in (ROOT / "kernels").glob("*.py")
         for name in re.findall(r"@triton\.jit.*\ndef ([a-z]\w+)\(", path.read_text())
     }
-    helpers = {"activate", "activation_backward"}
+    helpers = {"activate", "activation_backward", "rounded"}
     rounds_of_many, no_product = {"combine_statistics"}, {"tile_statistics"}
     assert started == kernels - helpers - rounds_of_many - no_product
 

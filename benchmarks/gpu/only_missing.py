@@ -27,7 +27,8 @@ class OnlyMissing:
             items[:] = [item for item in items if item.nodeid not in self._passed]
 
     def pytest_runtest_logreport(self, report):
-        if "PYTEST_XDIST_WORKER" in os.environ or report.when != "call" or report.failed:
+        # What was skipped, for want of memory say, is tried again.
+        if "PYTEST_XDIST_WORKER" in os.environ or report.when != "call" or not report.passed:
             return
         self._passed.add(report.nodeid)
         self._unwritten += 1

@@ -48,11 +48,32 @@ def forced(config):
         yield
 
 
-def call(problem, dtype, device):
+@contextmanager
+def rounding(problem):
+    """Within, products of float32 round as the problem's do, the library's too."""
+    settings = (torch.backends.cudnn.conv, torch.backends.cuda.matmul)
+    before = [s.fp32_precision for s in settings]
+    try:
+        for s in settings if problem.precision != "half" else ():
+            s.fp32_precision = problem.precision
+        yield
+    finally:
+        for s, value in zip(settings, before, strict=True):
+            s.fp32_precision = value
+
+
+def dtype_of(problem):
+    """A dtype of the problem's operands."""
+    return torch.bfloat16 if problem.precision == "half" else torch.float32
+
+
+def call(problem, device):
     """A function that runs the problem on random tensors of its own, by the chosen configuration.
 
-    It returns the product, and statistics where the problem has them.
+    It returns the product, and statistics where the problem has them. To be called within
+    `rounding`.
     """
+    dtype = dtype_of(problem)
     geometry = _geometry(problem)
     big = _image(problem.images, problem.c_big, problem.big, dtype, device)
     small = _image(problem.images, problem.c_small, problem.small, dtype, device)

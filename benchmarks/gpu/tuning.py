@@ -19,11 +19,11 @@ import torch
 from tqdm import tqdm
 
 from benchmarks.gpu.clock import deadline_of_arguments, microseconds
-from benchmarks.gpu.problems import bytes_and_flops, call, forced, of_training
+from benchmarks.gpu.problems import bytes_and_flops, call, forced, of_training, rounding
 from benchmarks.gpu.stages import MORE_TO_DO, RESULTS, fingerprint_of
 from benchmarks.gpu.table import Table
 from genfast.launch import start, tiles
-from genfast.launch.tiles import GemmConfig
+from genfast.launch.tiles import LIBRARY, GemmConfig
 
 WORKLOADS = (("dcgan", 128), ("dcgan", 1024), ("conv-vae", 128), ("conv-vae", 1024))
 COLUMNS = (
@@ -34,25 +34,24 @@ _MOST_ERROR = {2: 1e-2, 4: 2e-3}
 _CACHE_BYTES = 256 * 2**20  # Inputs rotate through more memory than any cache holds.
 _SHARED_BYTES = 220 * 2**10
 _CHUNK = 12  # Products that are compiled, and then timed with nobody else on the GPU.
-_DTYPES = {2: torch.bfloat16, 4: torch.float32}
 
 # block_m, block_n, block_k, warps, stages
 _DESCRIPTOR_TILES = (
     (128, 256, 64, 8, 3), (256, 128, 64, 8, 3), (128, 128, 64, 8, 4), (128, 128, 64, 4, 3),
     (128, 128, 128, 8, 2), (128, 64, 64, 4, 4), (64, 128, 64, 4, 4), (64, 64, 64, 4, 4),
-    (128, 32, 64, 4, 4), (64, 32, 64, 4, 4), (64, 16, 64, 4, 4),
+    (128, 32, 64, 4, 4), (64, 32, 64, 4, 4), (64, 16, 64, 4, 4), (64, 32, 32, 8, 3),
 )  # fmt: skip
 _POINTER_TILES = (
     (128, 128, 64, 8, 3), (128, 128, 32, 4, 4), (128, 64, 64, 4, 3), (64, 128, 64, 4, 3),
     (64, 64, 64, 4, 3), (64, 64, 32, 4, 4), (128, 32, 32, 4, 4), (64, 32, 64, 4, 3),
-    (128, 16, 64, 4, 3), (64, 16, 64, 4, 3),
+    (128, 16, 64, 4, 3), (64, 16, 64, 4, 3), (64, 32, 32, 8, 3),
 )  # fmt: skip
 _SCATTERED_TILES = (
     (64, 64, 32, 8, 2), (128, 32, 32, 8, 2), (64, 32, 32, 8, 2), (64, 32, 32, 4, 2),
     (128, 16, 32, 8, 2), (128, 16, 32, 4, 3), (64, 16, 32, 4, 2), (64, 16, 64, 4, 2),
+    (64, 32, 16, 4, 2), (64, 16, 16, 4, 2),
 )  # fmt: skip
 _PROGRAMS = (132, 264, 528)
-LIBRARY = GemmConfig(0, 0, 0, 0, 0, False, library=True)
 
 
 def candidates(problem):
@@ -118,10 +117,10 @@ def check(problem, config, device="cuda"):
     launch_small = replace(problem, images=min(problem.images, 256))
     try:
         torch.manual_seed(0)
-        function = call(launch_small, _DTYPES[problem.itemsize], device)
-        with forced(LIBRARY):
+        function = call(launch_small, device)
+        with rounding(problem), forced(LIBRARY):
             expected = _product(function()).float()
-        with forced(config), _compiled() as kernels:
+        with rounding(problem), forced(config), _compiled() as kernels:
             result = _product(function()).float()
         spills = max((kernel.n_spills for kernel in kernels), default=0)
         if spills:
@@ -156,12 +155,12 @@ def time_all(problem, errors, device):
     """
     moved, flops = bytes_and_flops(problem)
     copies = max(1, min(8, math.ceil(_CACHE_BYTES / moved)))
-    calls = [call(problem, _DTYPES[problem.itemsize], device) for _ in range(copies)]
+    calls = [call(problem, device) for _ in range(copies)]
     rows = []
     for config, error in zip(candidates(problem), errors, strict=True):
         us = float("inf")
         if not isinstance(error, str) and error <= _MOST_ERROR[problem.itemsize]:
-            with forced(config):
+            with rounding(problem), forced(config):
                 us = microseconds(calls)
         rows.append({"config": json.dumps(asdict(config)), "us": us, "error": error})
     best = min(rows, key=lambda row: row["us"])

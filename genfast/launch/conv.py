@@ -1,7 +1,7 @@
 """The three products of a convolution: fprop, dgrad and wgrad, with what rides on them."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -33,6 +33,8 @@ class Epilogue:
 
 
 PLAIN = Epilogue()
+# The least K of a matrix unit's step in half precision.
+_LEAST_DEPTH = 16
 _FLAT = ConvGeometry((1, 1), (1, 1), (1, 1), (1, 1), (0, 0))
 
 
@@ -62,7 +64,7 @@ def dgrad(small, weight, geometry, epilogue=PLAIN):
 
 def wgrad(big, small, geometry):
     """The weight gradient of `conv2d` and `conv_transpose2d`: (C_small, C_big, kh, kw)."""
-    config = _config("wgrad", big, geometry, small.shape[1], big.shape[1])
+    config, splits = _config("wgrad", big, geometry, small.shape[1], big.shape[1])
     if config.library:
         return library.wgrad(big, small, geometry)
     big, small = memory.nhwc(big), memory.nhwc(small)
@@ -71,8 +73,9 @@ def wgrad(big, small, geometry):
     n, h_small, w_small, c_small = small.shape
     _, h_big, w_big, c_big = big.shape
 
-    packed = c_big < config.block_n and geometry.taps > 1
-    # The reduction is over pixels: what a descriptor moves is a box of block_k of them.
+    packed = c_big < min(config.block_n, _LEAST_DEPTH) and geometry.taps > 1
+    # The reduction is over pixels: what a descriptor moves is a box of block_k of them, whole rows
+    # of images, so that in small it is a run of pixels.
     box = tiles.box(config.block_k, h_small, w_small)
     boxed = (
         config.descriptors
@@ -84,19 +87,21 @@ def wgrad(big, small, geometry):
     columns = geometry.taps * c_big if packed else c_big
     mn_tiles = tiles.ceil_div(c_small, config.block_m) * tiles.ceil_div(columns, config.block_n)
     taps = 1 if packed else geometry.taps
-    splits = min(tiles.ceil_div(config.programs, mn_tiles * taps), tiles.ceil_div(k_tiles, 4))
-    tiles_per_split = tiles.ceil_div(k_tiles, splits)
+    tiles_per_split = tiles.ceil_div(k_tiles, min(splits, k_tiles))
     splits = tiles.ceil_div(k_tiles, tiles_per_split)
 
     acc_dtype = start.acc_dtype(big.dtype)
     target = dweight
     if splits > 1:
         target = torch.empty((splits, dweight.numel()), dtype=acc_dtype, device=big.device)
+    if boxed:
+        big = _big_descriptor(big, geometry, box, config.block_n)
+        small = memory.descriptor(small.view(-1, c_small), [config.block_k, config.block_m])
     start.kernel(
         kernels.wgrad,
         (mn_tiles, taps, splits),
-        big=_big_descriptor(big, geometry, box, config.block_n) if boxed else big,
-        small=memory.descriptor(small, [*box, config.block_m]) if boxed else small,
+        big=big,
+        small=small,
         out_ptr=target,
         N=n,
         H_big=h_big,
@@ -109,7 +114,7 @@ def wgrad(big, small, geometry):
         KW=geometry.kernel_size[1],
         TAPS=geometry.taps,
         **_stride_and_padding(geometry),
-        **_arithmetic(big),
+        **_arithmetic(dweight),
         DESCRIPTORS=boxed,
         PACKED=packed,
         **_tile(config, box),
@@ -122,7 +127,7 @@ def wgrad(big, small, geometry):
 def _conv(direction, source, weight, geometry, epilogue):
     to_small = direction == "fprop"
     statistics = epilogue.groups > 0
-    config = _config(direction, source, geometry, *weight.shape[:2], statistics)
+    config, _ = _config(direction, source, geometry, *weight.shape[:2], statistics)
     if config.library:
         return _through_library(direction, source, weight, geometry, epilogue)
     source, weight = memory.nhwc(source), memory.nhwc(weight)
@@ -137,46 +142,52 @@ def _conv(direction, source, weight, geometry, epilogue):
     big, small = (source, out) if to_small else (out, source)
     big, small, geometry = _collapse(big, small, geometry)
     c_big = big.shape[3]
-    weight = weight.view(c_small, geometry.taps, c_big)
-    columns = c_small if to_small else c_big
+    weight = weight.view(c_small, geometry.taps * c_big)
+    rows = c_small if to_small else c_big
     phases = 1 if to_small else math.prod(geometry.stride)
     # Phase 0 has the most pixels; the descriptors' phases are all alike.
-    m_size = small.shape[1:3]
+    size = small.shape[1:3]
     if not to_small:
-        m_size = tuple(map(tiles.ceil_div, big.shape[1:3], geometry.stride))
+        size = tuple(map(tiles.ceil_div, big.shape[1:3], geometry.stride))
 
-    packed = to_small and c_big < config.block_k and geometry.taps > 1
-    box = tiles.box(config.block_m, *m_size)
-    block_big, block_small = (
-        (config.block_k, config.block_n) if to_small else (config.block_n, config.block_k)
-    )
+    packed = to_small and c_big < min(config.block_k, _LEAST_DEPTH) and geometry.taps > 1
+    if to_small:
+        # A descriptor's K step of the weight must not reach into the next tap.
+        divisor = c_big & -c_big
+        if _LEAST_DEPTH <= divisor < config.block_k:
+            config = replace(config, block_k=divisor)
+    box = tiles.box(config.block_n, *size)
     boxed = (
         config.descriptors
         and not packed
         and _descriptors_fit(geometry, big, small, weight)
-        # A pixel's neighbour follows it in the folded view of a strided side: no reach into it.
-        and (geometry.stride[1] == 1 or c_big % block_big == 0)
+        and (not to_small or c_big % config.block_k == 0)
         and (to_small or _stride_divides_kernel(geometry))
         and (groups == 1 or n // groups % box[0] == 0)  # A box has images of one group only.
     )
-    tiles_per_group = tiles.pixel_tiles(
-        (n // groups, *m_size), config.block_m, box if boxed else None
-    )
-    parts = groups * tiles_per_group
+    pixels = n // groups, *size
+    tiles_per_group = tiles.pixel_tiles(pixels, config.block_n, box if boxed else None)
+    parts = groups * tiles_per_group * phases
     statistics = None
     if epilogue.groups:
         acc_dtype = start.acc_dtype(source.dtype)
-        empty = torch.empty((2, parts * phases, columns), dtype=acc_dtype, device=source.device)
-        repeat = columns // channels
-        mean, m2 = empty.view(2, parts * phases * repeat, channels)
-        count = torch.empty(parts * phases, dtype=acc_dtype, device=source.device)
+        empty = torch.empty((2, parts, rows), dtype=acc_dtype, device=source.device)
+        repeat = rows // channels
+        mean, m2 = empty.view(2, parts * repeat, channels)
+        count = torch.empty(parts, dtype=acc_dtype, device=source.device)
         statistics = norm.TileStatistics(count, mean, m2, repeat, groups)
 
+    stored_boxed = boxed
     if boxed:
-        big = _big_descriptor(big, geometry, box, block_big)
+        block_big, block_small = (
+            (config.block_k, config.block_m) if to_small else (config.block_m, config.block_k)
+        )
+        # A pixel's neighbour follows it in the folded view of a strided side: no writing into it.
+        stored_boxed = to_small or geometry.stride[1] == 1 or c_big % config.block_m == 0
+        if to_small or stored_boxed:
+            big = _big_descriptor(big, geometry, box, block_big)
         small = memory.descriptor(small, [*box, block_small])
-        weight = memory.descriptor(weight, [block_small, 1, block_big])
-    tile_grid = (parts * tiles.ceil_div(columns, config.block_n), phases)
+        weight = memory.descriptor(weight, [block_small, block_big])
     shared = dict(
         weight=weight,
         bias_ptr=memory.dense(epilogue.bias, out),
@@ -201,14 +212,17 @@ def _conv(direction, source, weight, geometry, epilogue):
         HAS_NORM=epilogue.vectors is not None,
         HAS_STATISTICS=statistics is not None,
         ACTIVATION=epilogue.activation,
+        STORED_DTYPE=start.tl_dtype(result.dtype),
         **_arithmetic(source),
         DESCRIPTORS=boxed,
+        STORE_DESCRIPTOR=stored_boxed,
         **_tile(config, box),
     )
+    grid = (parts * tiles.ceil_div(rows, config.block_m),)
     if to_small:
-        start.kernel(kernels.fprop, tile_grid[:1], big=big, out=small, PACKED=packed, **shared)
+        start.kernel(kernels.fprop, grid, big=big, out=small, PACKED=packed, **shared)
     else:
-        start.kernel(kernels.dgrad, tile_grid, small=small, out=big, **shared)
+        start.kernel(kernels.dgrad, grid, small=small, out=big, **shared)
     return result, statistics
 
 
@@ -227,11 +241,12 @@ def _through_library(direction, source, weight, geometry, epilogue):
 
 
 def _config(operation, operand, geometry, c_small, c_big, statistics=False):
+    """The `GemmConfig` of a product and, for wgrad, in how many parts to cut its reduction."""
     if geometry.is_product:
         geometry, c_big = _FLAT, c_big * geometry.taps
     problem = tiles.Problem(
         operation=operation,
-        itemsize=operand.element_size(),
+        precision="half" if operand.element_size() == 2 else start.precision(operand),
         statistics=statistics,
         c_small=c_small,
         c_big=c_big,
@@ -241,7 +256,11 @@ def _config(operation, operand, geometry, c_small, c_big, statistics=False):
         stride=geometry.stride,
         images=operand.shape[0],
     )
-    return tiles.gemm_config(start.architecture(operand), problem)
+    architecture = start.architecture(operand)
+    config = tiles.gemm_config(architecture, problem)
+    if operation != "wgrad" or config.library:
+        return config, 1
+    return config, config.splits or tiles.splits(architecture, problem, config)
 
 
 def _collapse(big, small, geometry):

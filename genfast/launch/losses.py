@@ -58,10 +58,12 @@ def logistic_loss_backward(dloss, logits, targets, scale):
 
 def _logits_and_targets(logits, targets, scale):
     has_targets = isinstance(targets, torch.Tensor)
+    rows, row_length = passes.rows(logits)
     return dict(
         logits_ptr=logits,
         targets_ptr=targets if has_targets else logits,
-        length=logits.numel(),
+        rows=rows,
+        row_length=row_length,
         ones=0 if has_targets else targets,
         scale=float(scale),
         ACC_DTYPE=start.tl_dtype(start.acc_dtype(logits.dtype)),

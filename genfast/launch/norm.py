@@ -183,7 +183,7 @@ def norm_backward(dy, z, vectors, *, training, need_dz, activation, negative_slo
         parts=parts,
         groups=groups,
         TRAINING=training,
-        BLOCK_P=tiles.power_of_two(parts),
+        BLOCK_P=16,
         **common,
         **tile,
     )
@@ -194,13 +194,15 @@ def activation_backward(dy, y, activation, negative_slope):
     """dy * act'(u), computed from the output y = act(u): (N, C, H, W), channels_last."""
     dy, y = memory.nhwc(dy), memory.nhwc(y)
     du = memory.channels_last(y.shape, y)
+    rows, row_length = passes.rows(y)
     start.kernel(
         kernels.activation_backward_from_output,
         (tiles.ceil_div(y.numel(), 1024),),
         dy_ptr=dy,
         y_ptr=y,
         du_ptr=du,
-        length=y.numel(),
+        rows=rows,
+        row_length=row_length,
         negative_slope=negative_slope,
         ACC_DTYPE=start.tl_dtype(start.acc_dtype(y.dtype)),
         ACTIVATION=activation,

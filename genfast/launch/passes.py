@@ -23,3 +23,9 @@ def parts_of_pass(grid):
     """In how many parts a reduction over the tiles of `elementwise` keeps a GPU busy."""
     count, *others = grid
     return min(count, max(1, 2 * BUSY_PROGRAMS // math.prod(others)))
+
+
+def rows(x):
+    """A tensor as a matrix: its first dimension, which a batch can change, and what a row has."""
+    count = max(1, x.shape[0]) if x.dim() else 1
+    return count, x.numel() // count

@@ -39,7 +39,7 @@ def reparameterize(mu, logvar, seed, *, with_kl):
         **sizes,
     )
     if with_kl and parts > 1:
-        sums.sum_partials(partials, kl)
+        sums.sum_partials(partials, kl, of_batch=True)
     return z, kl
 
 
@@ -68,11 +68,10 @@ def reparameterize_backward(dz, dkl, mu, logvar, seed):
 
 def _sampling_grid(mu):
     """Grid and sizes for sampling, mu seen as a matrix of its first dimension and the rest."""
-    rows = mu.shape[0] if mu.dim() else 1
-    columns = mu.numel() // rows
+    rows, columns = passes.rows(mu)
     quarter = tiles.ceil_div(columns, 4)
     block_q = min(256, tiles.power_of_two(quarter))
-    block_n = min(256 // block_q, tiles.power_of_two(rows))
+    block_n = 256 // block_q  # Of a smaller batch too: a tile of its own would be a new kernel.
     row_tiles, column_tiles = tiles.ceil_div(rows, block_n), tiles.ceil_div(quarter, block_q)
     # A row is cut where there are too few of them to fill a GPU, and at the grid's limit.
     parts = min(column_tiles, max(1, 8 * passes.BUSY_PROGRAMS // row_tiles))

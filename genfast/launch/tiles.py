@@ -10,6 +10,8 @@ import math
 from dataclasses import dataclass, fields
 from pathlib import Path
 
+from genfast.launch import predict
+
 TUNED = Path(__file__).with_name("tuned.csv")
 
 
@@ -17,13 +19,12 @@ TUNED = Path(__file__).with_name("tuned.csv")
 class GemmConfig:
     """How one implicit matrix product is computed.
 
-    block_m, block_n, block_k: the tile in the product's own M, N and K.
+    block_m, block_n, block_k: the tile in the product's own M, N and K: see kernels/conv.py.
     num_warps, num_stages: of the compiled kernel.
     descriptors: load and store through tensor descriptors where geometry and alignment allow.
-    programs: about how many programs should share wgrad's long reduction. The H200 has 132
-        multiprocessors.
-    library: leave the product to PyTorch's own convolution, where that was faster; what surrounds
-        it stays ours. The other fields then mean nothing.
+    splits: in how many parts wgrad's long reduction is cut; 0 leaves it to `predict.splits`.
+    library: leave the product to PyTorch's own convolution, where that was or must be faster; what
+        surrounds it stays ours. The other fields then mean nothing.
     """
 
     block_m: int
@@ -32,8 +33,11 @@ class GemmConfig:
     num_warps: int
     num_stages: int
     descriptors: bool
-    programs: int = 264
+    splits: int = 0
     library: bool = False
+
+
+LIBRARY = GemmConfig(0, 0, 0, 0, 0, False, library=True)
 
 
 @dataclass(frozen=True)
@@ -41,7 +45,8 @@ class Problem:
     """One product, in the terms that decide which tile is fast.
 
     operation: "fprop", "dgrad" or "wgrad".
-    itemsize: bytes of an operand's element.
+    precision: "half", or how a product of float32 rounds: "tf32" or "ieee". Float64, which only
+        the interpreter takes, counts as "ieee".
     statistics: whether it emits batch statistics.
     c_small, c_big, small, big, kernel_size, stride: the convolution's channels and sizes (height,
         width), as in kernels/conv.py.
@@ -49,7 +54,7 @@ class Problem:
     """
 
     operation: str
-    itemsize: int
+    precision: str
     statistics: bool
     c_small: int
     c_big: int
@@ -60,19 +65,36 @@ class Problem:
     images: int
 
     @property
+    def itemsize(self):
+        """Bytes of an operand's element."""
+        return 2 if self.precision == "half" else 4
+
+    @property
+    def taps(self):
+        """How many weights a pair of channels has."""
+        return math.prod(self.kernel_size)
+
+    @property
     def rows(self):
-        """M: pixels, of one phase for dgrad; for wgrad channels."""
-        if self.operation == "wgrad":
-            return self.c_small
-        if self.operation == "fprop":
-            return self.images * math.prod(self.small)
-        phase = (-(-n // s) for n, s in zip(self.big, self.stride, strict=True))
-        return self.images * math.prod(phase)
+        """M: channels."""
+        return self.c_big if self.operation == "dgrad" else self.c_small
 
     @property
     def columns(self):
-        """N: channels."""
-        return self.c_small if self.operation == "fprop" else self.c_big
+        """N: pixels, of one phase for dgrad; for wgrad channels."""
+        if self.operation == "wgrad":
+            return self.c_big
+        size = self.small
+        if self.operation == "dgrad":
+            size = (-(-n // s) for n, s in zip(self.big, self.stride, strict=True))
+        return self.images * math.prod(size)
+
+    @property
+    def bytes(self):
+        """Of both operands and the result, each moved once."""
+        big = self.images * self.c_big * math.prod(self.big)
+        small = self.images * self.c_small * math.prod(self.small)
+        return self.itemsize * (big + small + self.c_small * self.c_big * self.taps)
 
     @property
     def scattered(self):
@@ -89,73 +111,96 @@ class Problem:
 # Small enough that a test's few pixels and channels span several ragged tiles.
 _INTERPRETED = (GemmConfig(64, 32, 32, 1, 1, True),)
 
-# Two-byte and four-byte elements, widest tile first. The Hopper figures are from compiling (no
-# spills, wgmma, TMA, and at most 128 registers for the widest, so that two programs share a
-# multiprocessor), not yet from timing. Ampere-class shared memory (99 KiB on sm_86) bounds the
-# pointer tiles' stages; a gfx942 compute unit has 64 KiB.
+# By precision. From compiling, not yet from timing: no spills, and on Hopper TMA, wgmma with both
+# operands in shared memory, and at most 128 registers where two programs share a multiprocessor.
+# Ampere-class shared memory (99 KiB on sm_86) bounds the pointer tiles' stages; a gfx942 compute
+# unit has 64 KiB.
+# NVIDIA's tensor cores multiply no float32 unrounded. Their "ieee" tile is the widest without
+# spills: 128x64x32 has 255 registers and 300 bytes, and 64x32x32 with 4 warps 296 in wgrad.
 _SHIPPED = {
     "sm_90": {
-        2: (
-            GemmConfig(128, 128, 64, 8, 4, True),
+        "half": (
+            GemmConfig(128, 128, 64, 8, 3, True),
+            GemmConfig(64, 128, 64, 4, 4, True),
             GemmConfig(128, 64, 64, 4, 4, True),
+            GemmConfig(64, 64, 64, 4, 4, True),
             GemmConfig(64, 32, 64, 4, 4, True),
-            GemmConfig(64, 16, 64, 4, 4, True),
         ),
-        4: (
+        "tf32": (
             GemmConfig(128, 64, 32, 8, 3, True),
+            GemmConfig(64, 64, 32, 4, 3, True),
             GemmConfig(64, 32, 32, 4, 3, True),
-            GemmConfig(64, 16, 32, 4, 3, True),
         ),
+        "ieee": (GemmConfig(64, 32, 32, 8, 3, True),),
     },
     "sm_80": {
-        2: (
+        "half": (
             GemmConfig(128, 128, 32, 8, 4, False),
+            GemmConfig(64, 128, 32, 4, 4, False),
             GemmConfig(128, 64, 32, 4, 4, False),
-            GemmConfig(64, 32, 32, 4, 4, False),
-            GemmConfig(64, 16, 32, 4, 4, False),
+            GemmConfig(64, 64, 32, 4, 4, False),
+            GemmConfig(32, 64, 32, 4, 4, False),
         ),
-        4: (
+        "tf32": (
             GemmConfig(64, 64, 32, 4, 3, False),
             GemmConfig(64, 32, 32, 4, 3, False),
-            GemmConfig(64, 16, 32, 4, 3, False),
+            GemmConfig(32, 64, 32, 4, 3, False),
         ),
+        "ieee": (GemmConfig(64, 32, 32, 8, 3, False),),
     },
     "gfx942": {
-        2: (
+        "half": (
             GemmConfig(128, 128, 32, 8, 2, False),
-            GemmConfig(128, 64, 32, 4, 2, False),
-            GemmConfig(64, 32, 32, 4, 2, False),
-            GemmConfig(64, 16, 32, 4, 2, False),
+            GemmConfig(64, 128, 32, 4, 2, False),
+            GemmConfig(64, 64, 32, 4, 2, False),
+            GemmConfig(32, 64, 32, 4, 2, False),
         ),
-        4: (
+        "ieee": (
             GemmConfig(64, 64, 32, 4, 2, False),
             GemmConfig(64, 32, 32, 4, 2, False),
-            GemmConfig(64, 16, 32, 4, 2, False),
+            GemmConfig(32, 64, 32, 4, 2, False),
         ),
     },
 }
 # Where channels are not a multiple of 16, every element is addressed, loaded and stored on its own:
-# small tiles and many warps, or the addresses alone fill the registers.
+# small tiles and many warps, or the addresses alone fill the registers. Ordered by rows.
 _SCATTERED = (
     GemmConfig(64, 64, 32, 8, 2, False),
-    GemmConfig(64, 32, 32, 8, 2, False),
-    GemmConfig(64, 16, 32, 4, 2, False),
+    GemmConfig(32, 64, 32, 8, 2, False),
+    GemmConfig(16, 64, 32, 4, 2, False),
+)
+# The same without tensor cores: a deeper tile spills.
+_SCATTERED_IEEE = (
+    GemmConfig(64, 32, 16, 4, 2, False),
+    GemmConfig(16, 64, 16, 4, 2, False),
 )
 # Data-centre Blackwell starts from Hopper's tiles.
 _SHIPPED["sm_100"] = _SHIPPED["sm_90"]
 
 
-def shipped(architecture, itemsize, scattered=False):
-    """The configurations of an architecture for elements of `itemsize` bytes, widest tile first."""
+def precisions(architecture):
+    """What the `precision` of a product can be on an architecture."""
+    return tuple(_family(architecture))
+
+
+def shipped(architecture, precision, scattered=False):
+    """The configurations of an architecture for a `Problem`'s precision."""
     if architecture == "interpreter":
         return _INTERPRETED
     if scattered:
-        return _SCATTERED
+        return _SCATTERED_IEEE if _without_matrix_units(architecture, precision) else _SCATTERED
+    return _family(architecture)[precision]
+
+
+def _family(architecture):
     if architecture in _SHIPPED:
-        return _SHIPPED[architecture][itemsize]
+        return _SHIPPED[architecture]
     # Consumer Blackwell, Ada and older have Ampere's shared memory; other AMD chips CDNA3's.
-    family = "gfx942" if architecture.startswith("gfx") else "sm_80"
-    return _SHIPPED[family][itemsize]
+    return _SHIPPED["gfx942" if architecture.startswith("gfx") else "sm_80"]
+
+
+def _without_matrix_units(architecture, precision):
+    return precision == "ieee" and architecture.startswith("sm_")
 
 
 @functools.cache
@@ -163,7 +208,8 @@ def gemm_config(architecture, problem):
     """The configuration for a `Problem`.
 
     The one that was fastest for it, or for the batch nearest in size, where it was timed;
-    otherwise no wider than its columns and rows need.
+    otherwise the library's where no matrix unit helps, else the one that is predicted to take least
+    time. Unaligned channels are at the ends of networks, where memory decides and not arithmetic.
 
     Args:
         architecture: "sm_90", "gfx942" and so on, or "interpreter".
@@ -173,12 +219,20 @@ def gemm_config(architecture, problem):
     if timed:
         images = min(timed, key=lambda n: abs(math.log(n / problem.images)))
         return timed[images]
-    candidates = shipped(architecture, problem.itemsize, problem.scattered)
-    for config in candidates:
-        fits_columns = config.block_n <= max(problem.columns, 16)
-        if fits_columns and config.block_m <= max(problem.rows, 64):
-            return config
-    return candidates[-1]
+    if _without_matrix_units(architecture, problem.precision) and not problem.scattered:
+        return LIBRARY
+    candidates = shipped(architecture, problem.precision, problem.scattered)
+    if problem.scattered:
+        fitting = (c for c in candidates if c.block_m < 2 * problem.rows)
+        return next(fitting, candidates[-1])
+    chip = predict.chip(architecture)
+    return min(candidates, key=lambda config: predict.cycles(config, problem, chip))
+
+
+@functools.cache
+def splits(architecture, problem, config):
+    """In how many parts a configuration cuts wgrad's reduction: see `predict.splits`."""
+    return predict.splits(config, problem, predict.chip(architecture))
 
 
 @functools.cache

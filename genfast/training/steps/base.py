@@ -53,6 +53,7 @@ class Step:
                 list(optimizers.values()),
                 list(self.scalers.values()),
                 CUDARecorder(self.device),
+                list(self._precision.half_weights.values()),
             )
 
     @property

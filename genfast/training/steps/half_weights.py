@@ -44,6 +44,16 @@ class HalfWeights:
         self._network, self._dtype = network, dtype
         self._copies, self._gradients = {}, {}  # By parameter.
 
+    def set_aside(self):
+        """Begin anew, without copies; returns a function that takes those of now back."""
+        before = self._copies, self._gradients
+        self._copies, self._gradients = {}, {}
+
+        def take_back():
+            self._copies, self._gradients = before
+
+        return take_back
+
     @contextmanager
     def _in_place(self):
         places = list(_places(self._network))

@@ -1,11 +1,12 @@
 """What the networks compute in. Weights, optimizers and losses stay in float32."""
 
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 
 import torch
 
 from genfast import cpu
 from genfast.training.steps import half_weights, updates
+from genfast.training.steps.product_settings import products_in
 
 PRECISIONS = ("auto", "fp32", "tf32", "bf16", "fp16")
 _AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
@@ -52,6 +53,7 @@ class Precision:
     Attributes:
         name: the precision, resolved.
         scalers: for "fp16" a `torch.amp.GradScaler` for each optimizer, by its name; else empty.
+        half_weights: the `HalfWeights` of each network by its name; empty if there are none.
     """
 
     def __init__(self, precision, device, networks, optimizers, weights_reused=True):
@@ -62,7 +64,7 @@ class Precision:
         self.scalers = {name: torch.amp.GradScaler(device.type) for name in scaled}
         self._ones = {}
         self._networks = networks
-        self._half_weights = {}
+        self.half_weights = {}
         self._why_no_half_weights = None
         if self.name not in _AUTOCAST:
             self._why_no_half_weights = f"{self.name} converts no weights"
@@ -74,7 +76,7 @@ class Precision:
             self._why_no_half_weights = "the networks share parameters"
         else:
             dtype = _AUTOCAST[self.name]
-            self._half_weights = {
+            self.half_weights = {
                 name: half_weights.HalfWeights(network, dtype) for name, network in networks.items()
             }
 
@@ -87,7 +89,10 @@ class Precision:
         return "; ".join(f"the {name}: {why}" for name, why in reasons.items() if why) or None
 
     def products(self):
-        """Within, products of float32 round as the precision says: around a whole step."""
+        """Within, products of float32 round as the precision says: around a whole step.
+
+        PyTorch's settings of that, old and new, can be read within and are put back afterwards.
+        """
         if self.name not in ("fp32", "tf32"):
             return ExitStack()
         return self._rounding("tf32" if self.name == "tf32" else "ieee")
@@ -96,24 +101,12 @@ class Precision:
         """Within, products of float32 are in float32 whatever the precision is."""
         return self._rounding("ieee")
 
-    @contextmanager
     def _rounding(self, wanted):
-        if self._device.type != "cuda":
-            yield
-            return
-        settings = (torch.backends.cudnn.conv, torch.backends.cuda.matmul)
-        before = [s.fp32_precision for s in settings]
-        try:
-            for s in settings:
-                s.fp32_precision = wanted
-            yield
-        finally:
-            for s, value in zip(settings, before, strict=True):
-                s.fp32_precision = value
+        return products_in(wanted) if self._device.type == "cuda" else ExitStack()
 
     def weights(self):
         """Within, the networks hold half-precision copies of weights, if the precision is half."""
-        return half_weights.in_use(*self._half_weights.values())
+        return half_weights.in_use(*self.half_weights.values())
 
     def autocast(self):
         """Around forward passes."""
@@ -132,8 +125,8 @@ class Precision:
                 self._ones[loss.dtype] = torch.ones_like(loss, requires_grad=False)
             one = self._ones[loss.dtype]
         loss.backward(one)
-        if optimizer in self._half_weights:
-            self._half_weights[optimizer].hand_over_gradients()
+        if optimizer in self.half_weights:
+            self.half_weights[optimizer].hand_over_gradients()
 
     def update(self, optimizer):
         """Step the optimizer of that name."""
@@ -146,8 +139,8 @@ class Precision:
 
     def refresh(self, network):
         """Within `weights`, let the network of that name use its weights as an update left them."""
-        if network in self._half_weights:
-            half_weights.refresh(self._half_weights[network])
+        if network in self.half_weights:
+            half_weights.refresh(self.half_weights[network])
 
 
 def _share_parameters(networks):

@@ -1,0 +1,150 @@
+"""What a kernel's arguments say: how often its loops run, and what product it computes.
+
+One entry of `FORMULAS` a kernel. Machine code holds loops but not how often they run.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from types import SimpleNamespace
+
+
+@dataclass(frozen=True)
+class Formula:
+    """Of one kernel; each function is given the launch's arguments as attributes.
+
+    Beside the arguments these are `grid`, padded to three axes, and `tensors`, shapes by name.
+
+    passes: how often each loop runs in one program, {"function.variable": times}; the function is
+        the one whose source holds the loop, which may be a helper in another file of kernels/.
+        A mean where programs differ.
+    flops: of the mathematical product, without padding; None if it is none.
+    layer: of a product, which layer it belongs to, whatever the batch.
+    about: a few words on all other shapes.
+    """
+
+    passes: Callable = lambda a: {}
+    flops: Callable = lambda a: 0
+    layer: Callable = lambda a: ""
+    about: Callable = lambda a: ""
+
+
+def formula(launch):
+    """The `Formula` of a `recording.Launch`, and the launch's arguments for its functions.
+
+    Raises:
+        LookupError: there is none for this kernel.
+    """
+    if launch.name not in FORMULAS:
+        raise LookupError(
+            "expected each kernel to have an entry in benchmarks/model/formulas.py that says how "
+            f"often its loops run, got the kernel {launch.name} without one"
+        )
+    grid = (*launch.grid, 1, 1, 1)[:3]
+    arguments = SimpleNamespace(**launch.arguments, grid=grid, tensors=launch.tensors)
+    return FORMULAS[launch.name], arguments
+
+
+def _ceil(a, b):
+    return -(-a // b)
+
+
+def _fprop_passes(a):
+    taps = a.KH * a.KW
+    if a.PACKED:
+        return {"fprop.k0": _ceil(taps * a.C_big, a.BLOCK_K)}
+    return {"fprop.step": _ceil(a.C_big, a.BLOCK_K) * taps}
+
+
+def _dgrad_passes(a):
+    taps = _ceil(a.KH, a.STRIDE_H) * _ceil(a.KW, a.STRIDE_W)
+    return {"dgrad.step": _ceil(a.C_small, a.BLOCK_K) * taps}
+
+
+def _images(a):
+    """Of fprop and dgrad, of all groups; N counts one group's."""
+    to_big = "small" in a.tensors
+    rows, phases = (a.C_big, a.STRIDE_H * a.STRIDE_W) if to_big else (a.C_small, 1)
+    return a.N * (a.grid[0] // (_ceil(rows, a.BLOCK_M) * phases * a.tiles_per_group))
+
+
+def _conv_flops(images):
+    def flops(a):
+        taps = a.TAPS if hasattr(a, "TAPS") else a.KH * a.KW
+        return 2 * images(a) * a.H_small * a.W_small * a.C_small * taps * a.C_big
+
+    return flops
+
+
+def _small_to_big(a):
+    return f"{a.C_small}->{a.C_big} ch {a.H_small}x{a.W_small}->{a.H_big}x{a.W_big}"
+
+
+def _big_to_small(a):
+    return f"{a.C_big}->{a.C_small} ch {a.H_big}x{a.W_big}->{a.H_small}x{a.W_small}"
+
+
+def _about_images(images):
+    return lambda a: f"n {images(a)}"
+
+
+def _rows_about(a):
+    return f"{a.channels} channels, {a.grid[2]} x {a.rows} rows"
+
+
+def _all_images(a):
+    return a.N
+
+
+FORMULAS = {
+    "fprop": Formula(_fprop_passes, _conv_flops(_images), _big_to_small, _about_images(_images)),
+    "dgrad": Formula(_dgrad_passes, _conv_flops(_images), _small_to_big, _about_images(_images)),
+    "wgrad": Formula(
+        lambda a: {"wgrad.step": a.tiles_per_split},
+        _conv_flops(_all_images),
+        _big_to_small,
+        _about_images(_all_images),
+    ),
+    "sum_partials": Formula(
+        lambda a: {"sum_partials.first": _ceil(a.parts, a.BLOCK_P)},
+        about=lambda a: f"{a.parts} parts of {a.rows * a.row_length}, {a.grid[1]} groups",
+    ),
+    "tile_statistics": Formula(
+        lambda a: {"tile_statistics.step": a.tiles_per_part}, about=_rows_about
+    ),
+    "combine_statistics": Formula(
+        lambda a: {"_combine.start": _ceil(min(a.chunk, a.parts), a.BLOCK_P)},
+        about=lambda a: f"{a.channels} channels, {a.grid[2]} x {a.parts} parts",
+    ),
+    "batch_statistics": Formula(
+        lambda a: {
+            "batch_statistics.group": a.groups,
+            "_combine.start": _ceil(a.parts, a.BLOCK_P),
+        },
+        about=lambda a: f"{a.channels} channels, {a.groups} x {a.parts} parts",
+    ),
+    "normalize_activate": Formula(about=_rows_about),
+    "norm_backward_reduce": Formula(
+        lambda a: {"norm_backward_reduce.step": a.tiles_per_part}, about=_rows_about
+    ),
+    # Only the first program of a tile of channels adds up the other groups.
+    "norm_backward": Formula(
+        lambda a: {
+            "norm_backward.other": a.groups / (a.grid[0] * a.grid[2]),
+            "_sums_of_parts.first": _ceil(a.parts, a.BLOCK_P),
+        },
+        about=_rows_about,
+    ),
+    "activation_backward_from_output": Formula(about=lambda a: f"{a.rows * a.row_length} elements"),
+    "reparameterize": Formula(
+        lambda a: {"reparameterize.step": a.tiles_per_part}, about=lambda a: f"{a.N} x {a.D}"
+    ),
+    "reparameterize_backward": Formula(
+        lambda a: {"reparameterize_backward.step": a.tiles_per_part},
+        about=lambda a: f"{a.N} x {a.D}",
+    ),
+    "logistic_loss": Formula(
+        lambda a: {"logistic_loss.step": a.tiles_per_part},
+        about=lambda a: f"{a.rows * a.row_length} logits",
+    ),
+    "logistic_loss_backward": Formula(about=lambda a: f"{a.rows * a.row_length} logits"),
+}

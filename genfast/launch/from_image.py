@@ -1,0 +1,386 @@
+"""fprop and wgrad where the big side is an image: its padded copy, and what runs on that.
+
+why = from_image.why_not(geometry, c_small, c_big, images)     None: it fits
+image = from_image.padded(x, geometry)                         once an image
+small, statistics = from_image.fprop(image, weight, epilogue)
+dweight = from_image.wgrad(image, small)
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+
+from genfast.backend import triton
+from genfast.geometry import ConvGeometry
+from genfast.launch import memory, norm, start, sums, tiles
+
+if triton is not None:
+    from genfast.kernels import from_image as kernels
+
+# The channels of a padded image.
+CHANNELS = 4
+# Pixels are divided by sizes through multiplications that are exact below this.
+_PIXEL_LIMIT = 2**30
+# Of `pad_image`: four pixels a thread.
+_PAD_BLOCK = 512
+
+
+@dataclass(frozen=True)
+class Padded:
+    """An image with 4 channels and a border of zeros, as the kernels here read it.
+
+    data: dense (N, Hp, Wp, 4): `geometry.padding` rows and columns of zeros, the image, and zeros
+        as far as any window reaches; Wp is even. Channels from c_big on are zeros.
+    geometry: of the convolution whose big side it is.
+    c_big: channels of the image itself.
+    """
+
+    data: torch.Tensor
+    geometry: ConvGeometry
+    c_big: int
+
+
+@dataclass(frozen=True)
+class ImageConfig:
+    """Tiles of the kernels, chosen by reading machine code: no spills, several programs resident.
+
+    channels: at most so many of the small side in a tile; half as many take half the warps.
+    pixels: of a tile of fprop.
+    elements: at most so many of the windows in a step of fprop, and in a tile of wgrad.
+    reduced: pixels of a step of wgrad.
+    num_warps: for a tile of `channels`.
+    fprop_stages, wgrad_stages: tiles on their way from memory.
+    programs: about how many share the pixels.
+    statistics_registers: the most that a thread may use in fprop with statistics, or None.
+    """
+
+    channels: int
+    pixels: int
+    elements: int
+    reduced: int
+    num_warps: int
+    fprop_stages: int
+    wgrad_stages: int
+    programs: int
+    statistics_registers: int | None = None
+
+
+# Small enough that a test's few pixels and channels span several ragged tiles.
+_INTERPRETED = ImageConfig(32, 32, 64, 32, 1, 1, 1, 5)
+# Elements of two and of four bytes.
+_SHIPPED = {
+    "sm_90": {
+        2: ImageConfig(128, 128, 64, 64, 8, 3, 4, 396, 168),
+        4: ImageConfig(64, 64, 64, 32, 4, 2, 3, 396),
+    },
+    "sm_80": {
+        2: ImageConfig(128, 128, 64, 64, 8, 2, 3, 216, 168),
+        4: ImageConfig(64, 64, 32, 32, 4, 2, 3, 216),
+    },
+    "gfx942": {
+        2: ImageConfig(128, 128, 64, 64, 8, 1, 2, 608),
+        4: ImageConfig(64, 64, 32, 32, 4, 1, 2, 608),
+    },
+}
+_SHIPPED["sm_100"] = _SHIPPED["sm_90"]
+# Without matrix instructions: what more would not fit into the registers.
+_IEEE = ImageConfig(32, 64, 32, 32, 4, 2, 2, 396)
+
+
+def why_not(geometry, c_small, c_big, images):
+    """Why these kernels do not take a convolution; None if they do.
+
+    In float64 they run interpreted only.
+
+    Args:
+        geometry: a `ConvGeometry`.
+        c_small, c_big: channels.
+        images: of the batch.
+    """
+    if not 1 <= c_big <= CHANNELS:
+        return f"expected 1 to {CHANNELS} channels on the big side, got {c_big}"
+    if c_small < 8 or c_small % 8:
+        return f"expected a multiple of 8 channels on the small side, got {c_small}"
+    if images < 1:
+        return f"expected at least one image, got {images}"
+    if geometry.is_product:
+        return "expected windows that move over the image, got a kernel as large as the image"
+    pixels = images * max(math.prod(geometry.small), math.prod(padded_size(geometry)))
+    if pixels >= _PIXEL_LIMIT:
+        return f"expected fewer than {_PIXEL_LIMIT} pixels, got {pixels}"
+    return None
+
+
+def fits(geometry, c_small, c_big, images):
+    """Whether these kernels take a convolution: see `why_not`."""
+    return why_not(geometry, c_small, c_big, images) is None
+
+
+def padded_size(geometry):
+    """(Hp, Wp): everything of the image and of the windows, the width made even."""
+    height, width = (
+        max(padding + big, (small - 1) * stride + kernel)
+        for big, small, kernel, stride, padding in zip(
+            geometry.big, geometry.small, geometry.kernel_size, geometry.stride, geometry.padding,
+            strict=True,
+        )
+    )  # fmt: skip
+    return height, width + width % 2
+
+
+def padded(x, geometry, dtype=None, y=None, activation="identity", negative_slope=0.0, out=None):
+    """The padded copy of an image, or of the gradient at an image, in one pass.
+
+    Args:
+        x: (N, C, H, W) of `geometry.big`, of 1 to 4 channels; contiguous or channels_last is read
+            as it is.
+        geometry: a `ConvGeometry`.
+        dtype: of the copy; that of x by default.
+        y: like x, or None: act(u), where x is the gradient of y and the copy becomes that of u.
+        activation, negative_slope: of y, as in `functional.conv_block`.
+        out: dense (N, Hp, Wp, 4) to write, a run of a larger batch for example, in place of a new
+            tensor; its dtype counts.
+    """
+    n, channels, height, width = x.shape
+    size = padded_size(geometry)
+    x = _dense(x)
+    if out is None:
+        out = torch.empty((n, *size, CHANNELS), dtype=dtype or x.dtype, device=x.device)
+    other = x if y is None else _dense(y)
+    pixels = out.numel() // CHANNELS
+    width_magic, width_shift = _magic(size[1])
+    height_magic, height_shift = _magic(size[0])
+    start.kernel(
+        kernels.pad_image,
+        (tiles.ceil_div(pixels, _PAD_BLOCK),),
+        x_ptr=x,
+        y_ptr=other,
+        padded_ptr=out,
+        pixels=pixels,
+        H=height,
+        W=width,
+        width_magic=width_magic,
+        width_shift=width_shift,
+        height_magic=height_magic,
+        height_shift=height_shift,
+        Hp=size[0],
+        Wp=size[1],
+        pad_h=geometry.padding[0],
+        pad_w=geometry.padding[1],
+        **_strides("x", x),
+        **_strides("y", other),
+        negative_slope=negative_slope,
+        C=channels,
+        HAS_Y=y is not None,
+        ACTIVATION=activation,
+        ACC_DTYPE=start.tl_dtype(start.acc_dtype(x.dtype)),
+        BLOCK=_PAD_BLOCK,
+    )
+    return Padded(out, geometry, channels)
+
+
+def fprop(image, weight, epilogue):
+    """`conv2d`, or the input gradient of `conv_transpose2d`.
+
+    Args:
+        image: a `Padded`.
+        weight: (C_small, C_big, kh, kw).
+        epilogue: a `launch.conv.Epilogue` over C_small channels.
+
+    Returns:
+        (N, C_small, Ho, Wo), channels_last; its `TileStatistics` or None.
+    """
+    data, geometry = image.data, image.geometry
+    n, c_small, groups = data.shape[0], weight.shape[0], max(epilogue.groups, 1)
+    result = memory.channels_last((n, *geometry.small, c_small), data)
+    config = _config(data)
+    block_m = _channel_block(config, c_small)
+    pixels = n // groups * math.prod(geometry.small)
+    tiles_per_group = tiles.ceil_div(pixels, config.pixels)
+    count = groups * tiles_per_group
+    channel_tiles = tiles.ceil_div(c_small, block_m)
+    programs = min(count, tiles.ceil_div(config.programs, channel_tiles))
+    statistics = None
+    if epilogue.groups:
+        acc_dtype = start.acc_dtype(data.dtype)
+        mean, m2 = torch.empty((2, count, c_small), dtype=acc_dtype, device=data.device)
+        counts = torch.empty(count, dtype=acc_dtype, device=data.device)
+        statistics = norm.TileStatistics(counts, mean, m2, 1, groups)
+    limit = {}
+    if epilogue.groups and config.statistics_registers:
+        limit = dict(maxnreg=config.statistics_registers)
+    start.kernel(
+        kernels.fprop_image,
+        (channel_tiles, programs),
+        padded_ptr=data,
+        weight_ptr=memory.nhwc(weight),
+        out_ptr=result,
+        bias_ptr=memory.dense(epilogue.bias, result),
+        vectors_ptr=result if epilogue.vectors is None else epilogue.vectors,
+        count_ptr=statistics.count if statistics else result,
+        mean_ptr=statistics.mean if statistics else result,
+        m2_ptr=statistics.m2 if statistics else result,
+        pixels=pixels,
+        eighths=c_small // 8,
+        tiles_per_group=tiles_per_group,
+        tiles_per_program=count // programs,
+        one_more=count % programs,
+        **_windows(image),
+        negative_slope=epilogue.negative_slope,
+        HAS_BIAS=epilogue.bias is not None,
+        HAS_NORM=epilogue.vectors is not None,
+        HAS_STATISTICS=statistics is not None,
+        ACTIVATION=epilogue.activation,
+        STORED_DTYPE=start.tl_dtype(data.dtype),
+        **_arithmetic(data),
+        BLOCK_M=block_m,
+        BLOCK_N=config.pixels,
+        BLOCK_K=_element_block(config, _elements(geometry)),
+        num_warps=_warps(config, block_m),
+        num_stages=config.fprop_stages,
+        **limit,
+    )
+    return result, statistics
+
+
+def wgrad(image, small, y=None, activation="identity", negative_slope=0.0):
+    """The weight gradient of `conv2d` and `conv_transpose2d`: (C_small, C_big, kh, kw).
+
+    Args:
+        image: a `Padded`.
+        small: (N, C_small, Ho, Wo) of `geometry.small`, in the image's dtype.
+        y: like small, or None: act(u), where small is the gradient of y, and that of u is meant.
+        activation, negative_slope: of y, as in `functional.conv_block`.
+    """
+    data, geometry, c_big = image.data, image.geometry, image.c_big
+    small = memory.nhwc(small)
+    y = small if y is None else memory.nhwc(y)
+    c_small = small.shape[3]
+    dweight = memory.channels_last((c_small, *geometry.kernel_size, c_big), data)
+    config = _config(data)
+    elements = _elements(geometry)
+    block_m = _channel_block(config, c_small)
+    block_n = _element_block(config, elements)
+    pixels = data.shape[0] * math.prod(geometry.small)
+    steps = tiles.ceil_div(pixels, config.reduced)
+    mn_tiles = tiles.ceil_div(c_small, block_m), tiles.ceil_div(elements, block_n)
+    # A split that is short pays more for its partial sums than it shares.
+    splits = min(
+        tiles.ceil_div(_wgrad_programs(config), math.prod(mn_tiles)), tiles.ceil_div(steps, 4)
+    )
+    tiles_per_split = tiles.ceil_div(steps, splits)
+    splits = tiles.ceil_div(steps, tiles_per_split)
+    target = dweight
+    if splits > 1:
+        shape = (splits, dweight.numel())
+        target = torch.empty(shape, dtype=start.acc_dtype(data.dtype), device=data.device)
+    start.kernel(
+        kernels.wgrad_image,
+        (*mn_tiles, splits),
+        padded_ptr=data,
+        small_ptr=small,
+        y_ptr=y,
+        out_ptr=target,
+        pixels=pixels,
+        eighths=c_small // 8,
+        tiles_per_split=tiles_per_split,
+        **_windows(image),
+        negative_slope=negative_slope,
+        HAS_Y=y is not small,
+        ACTIVATION=activation,
+        **_arithmetic(data),
+        BLOCK_M=block_m,
+        BLOCK_N=block_n,
+        BLOCK_K=config.reduced,
+        num_warps=_warps(config, block_m),
+        num_stages=config.wgrad_stages,
+    )
+    if splits > 1:
+        sums.sum_partials(target, dweight)
+    return dweight
+
+
+def _config(data):
+    architecture = start.architecture(data)
+    if architecture == "interpreter":
+        return _INTERPRETED
+    amd = architecture.startswith("gfx")  # whose matrix instructions take float32 as it is
+    if data.element_size() == 4 and start.precision(data) == "ieee" and not amd:
+        return _IEEE
+    family = architecture
+    if architecture not in _SHIPPED:
+        # Consumer Blackwell, Ada and older have Ampere's shared memory; other AMD chips CDNA3's.
+        family = "gfx942" if amd else "sm_80"
+    return _SHIPPED[family][data.element_size()]
+
+
+def _wgrad_programs(config):
+    """Fewer than fprop's: each of them writes partial sums."""
+    return max(1, config.programs * 2 // 3)
+
+
+def _channel_block(config, c_small):
+    return min(config.channels, max(16, tiles.power_of_two(c_small)))
+
+
+def _element_block(config, elements):
+    return min(config.elements, max(16, tiles.power_of_two(elements)))
+
+
+def _warps(config, block_m):
+    return max(min(4, config.num_warps), config.num_warps * block_m // config.channels)
+
+
+def _elements(geometry):
+    """Of a window."""
+    return geometry.taps * CHANNELS
+
+
+def _windows(image):
+    """Where windows begin, for `kernels.from_image`: steps are in units that all of them divide by."""
+    geometry = image.geometry
+    _, height, width, _ = image.data.shape
+    kernel_h, kernel_w = geometry.kernel_size
+    stride_h, stride_w = geometry.stride
+    small_h, small_w = geometry.small
+    unit = 2 * CHANNELS if stride_w % 2 == 0 else CHANNELS
+    width_magic, width_shift = _magic(small_w)
+    height_magic, height_shift = _magic(small_h)
+    return dict(
+        image_step=(height - small_h * stride_h) * width * CHANNELS // unit,
+        row_step=(stride_h * width - small_w * stride_w) * CHANNELS // unit,
+        window_step=width * CHANNELS // unit,
+        width_magic=width_magic,
+        width_shift=width_shift,
+        height_magic=height_magic,
+        height_shift=height_shift,
+        C_BIG=image.c_big,
+        KH=kernel_h,
+        KW=kernel_w,
+        STRIDE_W=stride_w,
+        UNIT=unit,
+    )
+
+
+def _magic(divisor):
+    """What `kernels.from_image._quotient` multiplies and shifts by to divide numbers below 2^30."""
+    shift = (divisor - 1).bit_length()
+    return -(-(1 << (30 + shift)) // divisor), shift
+
+
+def _dense(x):
+    dense = x.is_contiguous() or x.is_contiguous(memory_format=torch.channels_last)
+    return x if dense else x.contiguous()
+
+
+def _strides(name, x):
+    n, c, h, w = x.stride()
+    return {f"stride_{name}n": n, f"stride_{name}c": c, f"stride_{name}h": h, f"stride_{name}w": w}
+
+
+def _arithmetic(tensor):
+    return dict(
+        ACC_DTYPE=start.tl_dtype(start.acc_dtype(tensor.dtype)),
+        PRECISION=start.precision(tensor),
+    )

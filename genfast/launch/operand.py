@@ -1,0 +1,52 @@
+"""An operand of a product, in the forms that different kernels read it in, each made once."""
+
+from dataclasses import dataclass
+
+import torch
+
+from genfast.launch import from_image, norm
+
+
+@dataclass
+class Operand:
+    """An activation, or the gradient of one before its activation function.
+
+    value: (N, C, H, W).
+    y: None, or like `value`: y = act(u), where `value` is the gradient of y and the operand that
+        of u. Some kernels multiply by act'(u) as they read it; for others a pass does.
+    activation, negative_slope: of y, as in `functional.conv_block`.
+    image: the `from_image.Padded` copy, once something needed it, or one kept from before.
+    """
+
+    value: torch.Tensor
+    y: torch.Tensor | None = None
+    activation: str = "identity"
+    negative_slope: float = 0.0
+    image: from_image.Padded | None = None
+    _tensor: torch.Tensor | None = None
+
+    @property
+    def derivative(self):
+        """y and what made it, as arguments of the kernels that multiply by act'(u) themselves."""
+        return dict(y=self.y, activation=self.activation, negative_slope=self.negative_slope)
+
+    def tensor(self):
+        """(N, C, H, W), multiplied by act'(u)."""
+        if self.y is None:
+            return self.value
+        if self._tensor is None:
+            self._tensor = norm.activation_backward(
+                self.value, self.y, self.activation, self.negative_slope
+            )
+        return self._tensor
+
+    def padded(self, geometry):
+        """A `from_image.Padded`, multiplied by act'(u)."""
+        if self.image is None:
+            self.image = from_image.padded(self.value, geometry, **self.derivative)
+        return self.image
+
+
+def operand(value):
+    """An `Operand` of a tensor; one stays what it is."""
+    return value if isinstance(value, Operand) else Operand(value)

@@ -1,0 +1,399 @@
+"""fprop and wgrad where the big side is an image of 1 to 4 channels, kept padded to 4.
+
+With 3 channels nothing is aligned and every element must be addressed, and masked, alone. So the
+big side is first written as padded[N, Hp, Wp, 4]: the missing channels are zeros, and so is a
+border as wide as the convolution's padding (wider at the bottom and the right, where windows reach
+further). Small's pixel (n, y, x) then meets KH runs of KW * 4 consecutive elements, its window,
+without a mask:
+
+    fprop_image   out[pixel, cs] = sum over k of weight[cs, k] * window[pixel, k]
+    wgrad_image   out[cs, k] = sum over pixels of small[pixel, cs] * window[pixel, k]
+
+where k = (ky * KW + kx) * 4 + cb. In fprop channels are the rows of the product and pixels its
+columns: sums over pixels then stay within few threads.
+
+The padded image's width is even, and its addresses are counted in units of UNIT elements, so that a
+compiler can tell how well they are aligned whatever the width: 16 bytes for half precision and an
+even stride.
+"""
+
+import triton
+import triton.language as tl
+
+from .activation import activate, activation_backward
+from .norm import MEAN, SCALE, SHIFT
+
+# What only counts must not compile a kernel anew, neither for a last batch that is smaller nor for
+# another size of image. Channels decide about vector loads.
+_PAD_COUNTS = (
+    "pixels", "H", "W", "width_magic", "width_shift", "height_magic", "height_shift", "Hp", "Wp",
+    "pad_h", "pad_w", "stride_xn", "stride_xc", "stride_xh", "stride_xw", "stride_yn", "stride_yc",
+    "stride_yh", "stride_yw",
+)  # fmt: skip
+_FPROP_COUNTS = (
+    "pixels", "tiles_per_group", "tiles_per_program", "one_more", "image_step", "row_step",
+    "window_step", "width_magic", "width_shift", "height_magic", "height_shift",
+)  # fmt: skip
+_WGRAD_COUNTS = (
+    "pixels", "tiles_per_split", "image_step", "row_step", "window_step", "width_magic",
+    "width_shift", "height_magic", "height_shift",
+)  # fmt: skip
+
+
+@triton.jit(do_not_specialize=_PAD_COUNTS)
+def pad_image(
+    x_ptr,
+    y_ptr,
+    padded_ptr,
+    pixels,
+    H,
+    W,
+    width_magic,
+    width_shift,
+    height_magic,
+    height_shift,
+    Hp,
+    Wp,
+    pad_h,
+    pad_w,
+    stride_xn,
+    stride_xc,
+    stride_xh,
+    stride_xw,
+    stride_yn,
+    stride_yc,
+    stride_yh,
+    stride_yw,
+    negative_slope,
+    C: tl.constexpr,
+    HAS_Y: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+    ACC_DTYPE: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """padded[n, Y, X, c] = x[n, c, Y - pad_h, X - pad_w], times act'(u) with HAS_Y; else 0.
+
+    y = act(u) is what the layer put out and x the gradient of that, which becomes the gradient at
+    u. `pixels` are the padded image's. Grid: (tiles of pixels).
+    """
+    pixel = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    row = _quotient(pixel, width_magic, width_shift)
+    n = _quotient(row, height_magic, height_shift)
+    Y = row - n * Hp - pad_h
+    X = pixel - row * Wp - pad_w
+    inside = (pixel < pixels) & (Y >= 0) & (Y < H) & (X >= 0) & (X < W)
+    # Masked lanes get the address of the first element, not one outside.
+    n = tl.where(inside, n, 0).to(tl.int64)
+    Y = tl.where(inside, Y, 0).to(tl.int64)
+    X = tl.where(inside, X, 0).to(tl.int64)
+    x_ptr += n * stride_xn + Y * stride_xh + X * stride_xw
+    y_ptr += n * stride_yn + Y * stride_yh + X * stride_yw
+
+    c0 = _pad_channel(
+        x_ptr, y_ptr, 0, inside, stride_xc, stride_yc, negative_slope,
+        C, HAS_Y, ACTIVATION, ACC_DTYPE,
+    )  # fmt: skip
+    c1 = _pad_channel(
+        x_ptr, y_ptr, 1, inside, stride_xc, stride_yc, negative_slope,
+        C, HAS_Y, ACTIVATION, ACC_DTYPE,
+    )  # fmt: skip
+    c2 = _pad_channel(
+        x_ptr, y_ptr, 2, inside, stride_xc, stride_yc, negative_slope,
+        C, HAS_Y, ACTIVATION, ACC_DTYPE,
+    )  # fmt: skip
+    c3 = _pad_channel(
+        x_ptr, y_ptr, 3, inside, stride_xc, stride_yc, negative_slope,
+        C, HAS_Y, ACTIVATION, ACC_DTYPE,
+    )  # fmt: skip
+    # A thread has a pixel's four channels, so joining them moves nothing.
+    values = tl.join(tl.join(c0, c2), tl.join(c1, c3)).reshape(BLOCK, 4)
+    offset = pixel.to(tl.int64)[:, None] * 4 + tl.arange(0, 4)[None, :]
+    tl.store(
+        padded_ptr + offset,
+        values.to(padded_ptr.dtype.element_ty),
+        mask=(pixel < pixels)[:, None],
+    )
+
+
+@triton.jit
+def _pad_channel(
+    x_ptr, y_ptr, channel: tl.constexpr, inside, stride_xc, stride_yc, negative_slope,
+    C: tl.constexpr, HAS_Y: tl.constexpr, ACTIVATION: tl.constexpr, ACC_DTYPE: tl.constexpr,
+):  # fmt: skip
+    """A channel of the pixels, 0 where there is none."""
+    if channel >= C:
+        value = tl.zeros(inside.shape, dtype=ACC_DTYPE)
+    else:
+        value = tl.load(x_ptr + channel * stride_xc, mask=inside, other=0.0).to(ACC_DTYPE)
+        if HAS_Y:
+            y = tl.load(y_ptr + channel * stride_yc, mask=inside, other=0.0).to(ACC_DTYPE)
+            value = activation_backward(value, y, negative_slope, ACTIVATION)
+    return value
+
+
+@triton.jit(do_not_specialize=_FPROP_COUNTS)
+def fprop_image(
+    padded_ptr,
+    weight_ptr,
+    out_ptr,
+    bias_ptr,
+    vectors_ptr,
+    count_ptr,
+    mean_ptr,
+    m2_ptr,
+    pixels,
+    eighths,
+    tiles_per_group,
+    tiles_per_program,
+    one_more,
+    image_step,
+    row_step,
+    window_step,
+    width_magic,
+    width_shift,
+    height_magic,
+    height_shift,
+    negative_slope,
+    C_BIG: tl.constexpr,
+    KH: tl.constexpr,
+    KW: tl.constexpr,
+    STRIDE_W: tl.constexpr,
+    UNIT: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    HAS_NORM: tl.constexpr,
+    HAS_STATISTICS: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+    STORED_DTYPE: tl.constexpr,
+    ACC_DTYPE: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """out[pixel, cs] = epilogue(sum over k of weight[cs, k] * window[pixel, k]).
+
+    M = C_small, N = pixels, K = KH * KW * 4. `pixels` are one group's: no tile holds two groups. A
+    program computes `tiles_per_program` tiles in a row, the first `one_more` programs one more: one
+    weight serves them, and the next window is on its way while this one is multiplied. Grid: (tiles
+    of C_small, programs).
+    """
+    C_small = eighths * 8
+    STEPS: tl.constexpr = (KH * KW * 4 + BLOCK_K - 1) // BLOCK_K
+    cs = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    program = tl.program_id(1)
+    first = program * tiles_per_program + tl.minimum(program, one_more)
+    last = first + tiles_per_program + (program < one_more).to(tl.int32)
+    if STEPS == 1:
+        weight = _load_weight(weight_ptr, cs, 0, C_small, C_BIG, KH, KW, BLOCK_K)
+    for tile in range(first, last):
+        group = tile // tiles_per_group
+        p0 = (tile - group * tiles_per_group) * BLOCK_N
+        count = tl.minimum(pixels - p0, BLOCK_N)
+        column = tl.arange(0, BLOCK_N)
+        pixel = group * pixels + p0
+        # Columns beyond the group's end read what its last pixel reads.
+        corner = _corner(
+            pixel + tl.minimum(column, count - 1), image_step, row_step,
+            width_magic, width_shift, height_magic, height_shift, STRIDE_W, UNIT,
+        )  # fmt: skip
+        acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=ACC_DTYPE)
+        if STEPS == 1:
+            window = _load_window(padded_ptr, corner, 0, window_step, KH, KW, UNIT, BLOCK_K)
+            acc = _dot(weight, window.T, acc, PRECISION)
+        else:
+            for k0 in range(0, STEPS * BLOCK_K, BLOCK_K):
+                window = _load_window(padded_ptr, corner, k0, window_step, KH, KW, UNIT, BLOCK_K)
+                weight = _load_weight(weight_ptr, cs, k0, C_small, C_BIG, KH, KW, BLOCK_K)
+                acc = _dot(weight, window.T, acc, PRECISION)
+        acc = _epilogue(
+            acc, count, tile, cs, C_small, bias_ptr, vectors_ptr, count_ptr, mean_ptr, m2_ptr,
+            negative_slope, HAS_BIAS, HAS_NORM, HAS_STATISTICS, ACTIVATION, STORED_DTYPE,
+        )  # fmt: skip
+        tl.store(
+            out_ptr + pixel.to(tl.int64) * C_small + column[:, None] * C_small + cs[None, :],
+            acc.to(STORED_DTYPE).T,
+            mask=(column < count)[:, None] & (cs < C_small)[None, :],
+        )
+
+
+@triton.jit(do_not_specialize=_WGRAD_COUNTS)
+def wgrad_image(
+    padded_ptr,
+    small_ptr,
+    y_ptr,
+    out_ptr,
+    pixels,
+    eighths,
+    tiles_per_split,
+    image_step,
+    row_step,
+    window_step,
+    width_magic,
+    width_shift,
+    height_magic,
+    height_shift,
+    negative_slope,
+    C_BIG: tl.constexpr,
+    KH: tl.constexpr,
+    KW: tl.constexpr,
+    STRIDE_W: tl.constexpr,
+    UNIT: tl.constexpr,
+    HAS_Y: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+    ACC_DTYPE: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """out[split, cs, ky, kx, cb] = sum over the split's pixels of small * window.
+
+    M = C_small, N = KH * KW * 4, K = pixels. With HAS_Y, small is the gradient of y = act(u), and
+    is taken times act'(u). `sum_partials` adds the splits in a fixed order. Grid: (tiles of
+    C_small, tiles of KH * KW * 4, splits).
+    """
+    C_small = eighths * 8
+    cs = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    k0 = tl.program_id(1) * BLOCK_N
+    split = tl.program_id(2)
+    # Channels beyond the end read the first ones; their rows are not stored.
+    channel = tl.max_contiguous(tl.multiple_of(tl.where(cs < C_small, cs, 0), 8), 8)
+    acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=ACC_DTYPE)
+    for step in range(0, tiles_per_split):
+        p = (split * tiles_per_split + step) * BLOCK_K + tl.arange(0, BLOCK_K)
+        pixel = tl.minimum(p, pixels - 1)
+        corner = _corner(
+            pixel, image_step, row_step,
+            width_magic, width_shift, height_magic, height_shift, STRIDE_W, UNIT,
+        )  # fmt: skip
+        window = _load_window(padded_ptr, corner, k0, window_step, KH, KW, UNIT, BLOCK_N)
+        offset = pixel.to(tl.int64)[:, None] * C_small + channel[None, :]
+        inside = (p < pixels)[:, None]
+        small = tl.load(small_ptr + offset, mask=inside, other=0.0)
+        if HAS_Y:
+            y = tl.load(y_ptr + offset, mask=inside, other=0.0)
+            small = activation_backward(
+                small.to(ACC_DTYPE), y.to(ACC_DTYPE), negative_slope, ACTIVATION
+            ).to(small.dtype)
+        acc = _dot(small.T, window, acc, PRECISION)
+
+    k = k0 + tl.arange(0, BLOCK_N)
+    in_kernel = (k < KH * KW * 4) & (k % 4 < C_BIG)
+    column = k // 4 * C_BIG + k % 4
+    row = split.to(tl.int64) * C_small + cs
+    tl.store(
+        out_ptr + row[:, None] * (KH * KW * C_BIG) + column[None, :],
+        acc.to(out_ptr.dtype.element_ty),
+        mask=(cs < C_small)[:, None] & in_kernel[None, :],
+    )
+
+
+@triton.jit
+def _quotient(n, magic, shift):
+    """n // divisor by a multiplication: magic = ceil(2^(30 + shift) / divisor), 0 <= n < 2^30.
+
+    shift is the smallest with divisor <= 2^shift: magic exceeds the exact factor by less than
+    divisor / 2^(30 + shift), at most 2^-30, which n multiplies to less than one divisor-th.
+    """
+    return (tl.umulhi(n.to(tl.uint32) * 4, tl.cast(magic, tl.uint32)) >> shift).to(tl.int32)
+
+
+@triton.jit
+def _corner(
+    pixel, image_step, row_step, width_magic, width_shift, height_magic, height_shift,
+    STRIDE_W: tl.constexpr, UNIT: tl.constexpr,
+):  # fmt: skip
+    """Where the windows of small's pixels begin in the padded images, in elements.
+
+    pixel = (n * H + y) * W + x begins at pixel * STRIDE_W * 4, and in addition `row_step` units for
+    every row before it and `image_step` units for every image.
+    """
+    row = _quotient(pixel, width_magic, width_shift)
+    n = _quotient(row, height_magic, height_shift)
+    units = (
+        n.to(tl.int64) * image_step
+        + row.to(tl.int64) * row_step
+        + pixel.to(tl.int64) * (STRIDE_W * 4 // UNIT)
+    )
+    return units * UNIT
+
+
+@triton.jit
+def _load_window(
+    padded_ptr, corner, k0, window_step, KH: tl.constexpr, KW: tl.constexpr, UNIT: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """window[pixel, k0 and on]: runs of KW * 4 elements, `window_step` units apart; then zeros."""
+    k = k0 + tl.arange(0, BLOCK_K)
+    offset = (k // (KW * 4) * window_step * UNIT + k % (KW * 4)).to(tl.int64)
+    if KH * KW * 4 % BLOCK_K == 0:
+        window = tl.load(padded_ptr + corner[:, None] + offset[None, :])
+    else:
+        in_kernel = k < KH * KW * 4
+        # Whole pixels are in the kernel or not.
+        offset = tl.max_contiguous(tl.multiple_of(tl.where(in_kernel, offset, 0), 4), 4)
+        window = tl.load(
+            padded_ptr + corner[:, None] + offset[None, :], mask=in_kernel[None, :], other=0.0
+        )
+    return window
+
+
+@triton.jit
+def _load_weight(
+    weight_ptr, cs, k0, C_small, C_BIG: tl.constexpr, KH: tl.constexpr, KW: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """weight[cs, k0 and on], zeros where k is no tap or no channel."""
+    k = k0 + tl.arange(0, BLOCK_K)
+    in_kernel = (k < KH * KW * 4) & (k % 4 < C_BIG)
+    column = k // 4 * C_BIG + k % 4
+    inside = (cs < C_small)[:, None] & in_kernel[None, :]
+    offset = cs[:, None] * (KH * KW * C_BIG) + column[None, :]
+    return tl.load(weight_ptr + tl.where(inside, offset, 0), mask=inside, other=0.0)
+
+
+@triton.jit
+def _dot(a, b, acc, PRECISION: tl.constexpr):
+    return tl.dot(a, b, acc, input_precision=PRECISION, out_dtype=acc.dtype)
+
+
+@triton.jit
+def _epilogue(
+    acc, count, tile, cs, C_small, bias_ptr, vectors_ptr, count_ptr, mean_ptr, m2_ptr,
+    negative_slope, HAS_BIAS: tl.constexpr, HAS_NORM: tl.constexpr, HAS_STATISTICS: tl.constexpr,
+    ACTIVATION: tl.constexpr, STORED_DTYPE: tl.constexpr,
+):  # fmt: skip
+    """Bias, this tile's batch statistics, normalisation by known ones, activation: rows are cs.
+
+    The statistics, count[tile], mean[tile, cs] and m2[tile, cs] (the sum of squared deviations from
+    that mean), are of the values as they are stored, since those get normalised.
+    """
+    BLOCK_N: tl.constexpr = acc.shape[1]
+    in_c = cs < C_small
+    channel = tl.where(in_c, cs, 0)
+    if HAS_BIAS:
+        bias = tl.load(bias_ptr + channel, mask=in_c, other=0.0)
+        acc += bias.to(acc.dtype)[:, None]
+    if HAS_STATISTICS:
+        acc = acc.to(STORED_DTYPE).to(acc.dtype)
+        # Only a group's last tile has columns to leave out, and that costs more than the sums.
+        if count == BLOCK_N:
+            mean = tl.sum(acc, axis=1) / BLOCK_N
+            deviation = acc - mean[:, None]
+            m2 = tl.sum(deviation * deviation, axis=1)
+        else:
+            exists = tl.arange(0, BLOCK_N) < count
+            mean = tl.sum(tl.where(exists[None, :], acc, 0.0), axis=1) / count
+            deviation = tl.where(exists[None, :], acc - mean[:, None], 0.0)
+            m2 = tl.sum(deviation * deviation, axis=1)
+        offset = tl.cast(tile, tl.int64) * C_small + cs
+        tl.store(mean_ptr + offset, mean, mask=in_c)
+        tl.store(m2_ptr + offset, m2, mask=in_c)
+        # Every program of a tile stores the same count, so no one needs to be chosen.
+        tl.store(count_ptr + tile, count.to(acc.dtype))
+    if HAS_NORM:
+        mean = tl.load(vectors_ptr + MEAN * C_small + channel, mask=in_c, other=0.0)
+        scale = tl.load(vectors_ptr + SCALE * C_small + channel, mask=in_c, other=0.0)
+        shift = tl.load(vectors_ptr + SHIFT * C_small + channel, mask=in_c, other=0.0)
+        acc = (acc - mean[:, None]) * scale[:, None] + shift[:, None]
+    return activate(acc, negative_slope, ACTIVATION)

@@ -1,0 +1,213 @@
+"""Every lane of every load addresses an element of a tensor, masked or not.
+
+A mask alone does not keep an address from being read: see kernels/loading.py. The interpreter reads
+no masked lane, so here it is made to look at the addresses of all.
+"""
+
+import bisect
+
+import pytest
+import torch
+
+from genfast.backend import INTERPRETING, triton
+from genfast.geometry import ConvGeometry
+from genfast.launch import conv, losses, norm, passes, sampling, sums, tiles
+
+if triton is not None:
+    from triton.runtime import interpreter
+
+pytestmark = [
+    pytest.mark.kernels,
+    pytest.mark.skipif(not INTERPRETING, reason="looks at addresses in the interpreter"),
+]
+
+
+class Lanes:
+    """Checks the addresses of the loads of each started kernel; counts its masked-off lanes."""
+
+    def __init__(self):
+        self.masked = {}
+        self._kernel = None
+        self._starts, self._ends = [], []
+
+    def begin(self, kernel, arguments):
+        """The arguments are what the kernel gets: for half precision, copies in float32."""
+        self._kernel = kernel
+        self.masked.setdefault(kernel, 0)
+        spans = sorted(
+            (t.data_ptr(), t.data_ptr() + _elements(t) * t.element_size())
+            for t in arguments
+            if isinstance(t, torch.Tensor)
+        )
+        self._starts, self._ends = zip(*spans, strict=True)
+
+    def check(self, addresses, mask):
+        """All lanes of a load lie in one tensor: two may be neighbours in memory."""
+        self.masked[self._kernel] += int((~mask).sum())
+        low, high = int(addresses.min()), int(addresses.max())
+        # Of several arguments that begin there, such as stand-ins, the longest comes last.
+        i = bisect.bisect_right(self._starts, low) - 1
+        assert i >= 0 and high < self._ends[i], (
+            f"{self._kernel}: a lane lies outside of every tensor, or lanes of one load in two"
+        )
+
+
+def _elements(tensor):
+    return 1 + sum((n - 1) * s for n, s in zip(tensor.shape, tensor.stride(), strict=True))
+
+
+@pytest.fixture
+def lanes(monkeypatch):
+    found = Lanes()
+    call = interpreter.GridExecutor.__call__
+    load = interpreter.InterpreterBuilder.create_masked_load
+
+    def calling(executor, *args, **kwargs):
+        found.begin(executor.fn.__name__, [*args, *kwargs.values()])
+        return call(executor, *args, **kwargs)
+
+    def loading(builder, pointers, mask, *args):
+        found.check(pointers.data, mask.data)
+        return load(builder, pointers, mask, *args)
+
+    monkeypatch.setattr(interpreter.GridExecutor, "__call__", calling)
+    monkeypatch.setattr(interpreter.InterpreterBuilder, "create_masked_load", loading)
+    # More than one tile for each program, so that the last program has tiles beyond the end.
+    monkeypatch.setattr(passes, "BUSY_PROGRAMS", 1)
+    return found
+
+
+def image(batch, channels, size, dtype=torch.float32):
+    return torch.randn(batch, channels, *size).to(dtype).to(memory_format=torch.channels_last)
+
+
+def norm_forward(channels, batch, size, groups, dtype):
+    z = image(batch, channels, size, dtype)
+    statistics = norm.statistics_of(z, groups)
+    vector = torch.rand(channels)
+    running = torch.zeros(channels), torch.ones(channels), 0.1
+    counter = torch.zeros((), dtype=torch.int64)
+    vectors = norm.batch_statistics(statistics, vector, vector, 1e-5, *running, counter)
+    norm.normalize_activate(z, vectors, "relu", 0.0)
+    return z, vectors
+
+
+def norm_backward(channels, batch, size, groups, dtype, need_dz=True, training=True):
+    z, vectors = norm_forward(channels, batch, size, groups, dtype)
+    options = dict(activation="leaky_relu", negative_slope=0.2)
+    norm.norm_backward(z, z, vectors, training=training, need_dz=need_dz, **options)
+
+
+def many_parts(parts, channels, groups, repeat):
+    """Statistics in more parts than one program combines."""
+    count = torch.ones(groups * parts // repeat)
+    mean, m2 = torch.rand(2, groups * parts, channels)
+    norm.batch_statistics(norm.TileStatistics(count, mean, m2, repeat, groups), None, None, 1e-5)
+
+
+def reparameterized(shape, dtype, with_kl):
+    mu, logvar = torch.randn(2, *shape).to(dtype)
+    seed = torch.zeros(1, dtype=torch.int64)
+    z, kl = sampling.reparameterize(mu, logvar, seed, with_kl=with_kl)
+    sampling.reparameterize_backward(z, kl, mu, logvar, seed)
+
+
+def logistic(shape, labels, dtype):
+    logits = torch.randn(shape).to(dtype)
+    targets = torch.rand(shape).to(dtype) if labels is None else labels
+    losses.logistic_loss(logits, targets, 0.5)
+    losses.logistic_loss_backward(torch.ones(()), logits, targets, 0.5)
+
+
+def summed(groups, parts, out_shape, of_batch=False):
+    out = torch.empty(out_shape)
+    shape = (groups, parts, out.numel() // groups) if groups else (parts, out.numel())
+    sums.sum_partials(torch.rand(shape), out, of_batch=of_batch)
+
+
+HALF, FLOAT, DOUBLE = torch.bfloat16, torch.float32, torch.float64
+# The kernels that must meet masked lanes, and the call.
+NORM = {"tile_statistics", "batch_statistics", "normalize_activate"}
+BACKWARD = NORM | {"norm_backward_reduce", "norm_backward"}
+SAMPLING = {"reparameterize", "reparameterize_backward"}
+LOSS = {"logistic_loss", "logistic_loss_backward"}
+CASES = (
+    (NORM, norm_forward, (5, 3, (7, 9), 1, FLOAT)),
+    (NORM, norm_forward, (70, 4, (5, 7), 2, HALF)),
+    (BACKWARD, norm_backward, (5, 3, (7, 9), 1, FLOAT)),
+    (BACKWARD, norm_backward, (70, 6, (5, 7), 3, HALF)),
+    (BACKWARD, norm_backward, (3, 1, (1, 2), 1, DOUBLE)),
+    (BACKWARD, norm_backward, (24, 2, (9, 9), 2, FLOAT, True, False)),
+    (BACKWARD - {"norm_backward"}, norm_backward, (5, 3, (9, 9), 1, FLOAT, False)),
+    ({"combine_statistics", "batch_statistics"}, many_parts, (601, 3, 2, 1)),
+    ({"combine_statistics", "batch_statistics"}, many_parts, (1026, 40, 1, 3)),
+    ({"activation_backward_from_output"}, lambda y: norm.activation_backward(y, y, "tanh", 0.0),
+     (image(3, 5, (7, 9)),)),
+    ({"activation_backward_from_output"}, lambda y: norm.activation_backward(y, y, "relu", 0.0),
+     (image(1, 1, (1, 1), HALF),)),
+    (SAMPLING, reparameterized, ((5, 7), FLOAT, True)),
+    (SAMPLING, reparameterized, ((1, 1), HALF, True)),
+    (SAMPLING, reparameterized, ((300, 3), HALF, False)),
+    (SAMPLING, reparameterized, ((3, 1037), DOUBLE, True)),
+    (LOSS, logistic, ((5, 1), 3, FLOAT)),
+    (LOSS, logistic, ((1,), 1, HALF)),
+    (LOSS, logistic, ((7, 781), None, HALF)),
+    (LOSS, logistic, ((7, 781), 0, DOUBLE)),
+    ({"sum_partials"}, summed, (0, 3, (5, 7))),
+    ({"sum_partials"}, summed, (0, 70, (3, 50))),
+    ({"sum_partials"}, summed, (2, 67, (2, 2, 35))),
+    ({"sum_partials"}, summed, (0, 11, (3, 2**16 // 3 + 7))),
+    ({"sum_partials"}, summed, (0, 1030, ())),
+    ({"sum_partials"}, summed, (0, 3, (7,), True)),
+)  # fmt: skip
+
+
+def describe(value):
+    if callable(value) and not isinstance(value, torch.dtype):
+        return value.__name__.strip("<>")
+    return None if isinstance(value, tuple) else "-".join(sorted(value)[:1])
+
+
+@pytest.mark.parametrize(("kernels", "call", "arguments"), CASES, ids=describe)
+def test_masked_lanes_stay_inside(kernels, call, arguments, lanes):
+    call(*arguments)
+    assert kernels <= {name for name, masked in lanes.masked.items() if masked}
+
+
+def convolutions(geometry, c_small, c_big, batch, dtype, groups):
+    """The three products with statistics, by pointers."""
+    big = image(batch, c_big, geometry.big, dtype)
+    small = image(batch, c_small, geometry.small, dtype)
+    weight = torch.randn(c_small, c_big, *geometry.kernel_size).to(dtype)
+    conv.fprop(big, weight, geometry, conv.Epilogue(bias=torch.ones(c_small), groups=groups))
+    conv.dgrad(small, weight, geometry, conv.Epilogue(bias=torch.ones(c_big), groups=groups))
+    conv.wgrad(big, small, geometry)
+
+
+K4S2 = ConvGeometry((10, 6), (5, 3), (4, 4), (2, 2), (1, 1))
+ODD = ConvGeometry((9, 7), (5, 4), (3, 3), (2, 2), (1, 1))
+MIXED = ConvGeometry((7, 5), (3, 6), (3, 4), (2, 1), (0, 2))
+WITHOUT_TAPS = ConvGeometry((7, 6), (4, 3), (1, 1), (2, 2), (0, 0))
+WHOLE = ConvGeometry((4, 4), (1, 1), (4, 4), (1, 1), (0, 0))
+# Geometry, channels of small and of big, batch, dtype, groups.
+CONV_CASES = (
+    (K4S2, 40, 24, 4, FLOAT, 2),
+    (K4S2, 9, 3, 3, HALF, 1),  # packed
+    (ODD, 70, 5, 2, HALF, 2),
+    (ODD, 24, 40, 3, FLOAT, 1),
+    (MIXED, 3, 35, 2, FLOAT, 1),
+    (WITHOUT_TAPS, 5, 33, 1, HALF, 1),
+    (WHOLE, 1, 12, 5, HALF, 1),
+    (WHOLE, 12, 3, 1, FLOAT, 1),
+)
+# The products join when they keep the rule: put CONV_CASES here.
+ENABLED_CONV_CASES = ()
+
+
+@pytest.mark.parametrize("case", ENABLED_CONV_CASES, ids=str)
+def test_masked_lanes_of_the_products_stay_inside(case, lanes, monkeypatch):
+    tile = tiles.GemmConfig(32, 32, 32, num_warps=4, num_stages=2, descriptors=False, programs=4)
+    monkeypatch.setattr(tiles, "gemm_config", lambda *_: tile)
+    convolutions(*case)
+    products = {"fprop", "dgrad", "wgrad"}
+    assert products <= {name for name, masked in lanes.masked.items() if masked}

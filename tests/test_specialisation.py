@@ -1,0 +1,165 @@
+"""A batch of another size is the same kernels: the last one of an epoch compiles nothing.
+
+Triton compiles a kernel for each type, constant and divisibility of its arguments, and takes an
+integer of 1 for a constant. Those keys are made here as Triton makes them, for sm_90; nothing is
+compiled or started.
+"""
+
+from functools import partial
+
+import pytest
+import torch
+
+from genfast.launch import losses, norm, sampling, start, sums
+from genfast.models import DCGANDiscriminator, DCGANGenerator
+from genfast.training import GANStep
+
+pytest.importorskip("triton", reason="makes Triton's keys")
+pytestmark = pytest.mark.kernels
+
+# Their tiles follow the batch, and so far their sizes make kernels of their own.
+EXCLUDED = {"fprop", "dgrad", "wgrad"}
+
+
+class Keys:
+    """Collects (name, key) of the kernels that would be compiled."""
+
+    def __init__(self):
+        from triton.backends.compiler import GPUTarget
+        from triton.compiler.compiler import make_backend
+
+        self.found = {}
+        self._backend = make_backend(GPUTarget("cuda", 90, 32))
+        self._binders = {}
+
+    def add(self, kernel, grid, **arguments):
+        name = kernel.__name__
+        if name in EXCLUDED:
+            return
+        if name not in self._binders:
+            self._binders[name] = self._binder(kernel)
+        _, specialization, options = self._binders[name](**arguments)
+        self.found.setdefault((name, str(specialization), str(options)), arguments)
+
+    def _binder(self, kernel):
+        from triton.runtime.jit import JITFunction, create_function_from_signature
+
+        if not isinstance(kernel, JITFunction):  # Decorated for the interpreter.
+            kernel = JITFunction(kernel.fn, **kernel.kwargs)
+        return create_function_from_signature(kernel.signature, kernel.params, self._backend)
+
+
+@pytest.fixture
+def keys(monkeypatch):
+    collected = Keys()
+    monkeypatch.setattr(start, "architecture", lambda tensor: "sm_90")
+    monkeypatch.setattr(start, "kernel", collected.add)
+    # The tiles of a GPU, where those of the interpreter are smaller.
+    monkeypatch.setattr("genfast.launch.passes.INTERPRETING", False)
+    torch.use_deterministic_algorithms(False)  # Filling memory with NaN takes time here.
+    return collected
+
+
+def assert_no_new(keys, known):
+    new = {key: keys.found[key] for key in keys.found if key not in known}
+    numbers = [
+        (name, {k: v for k, v in arguments.items() if isinstance(v, int)})
+        for (name, *_), arguments in new.items()
+    ]
+    assert not new, f"{len(new)} new kernels: {numbers}"
+
+
+def test_steps_of_a_gan_on_smaller_and_larger_batches(keys):
+    step = GANStep(
+        DCGANGenerator(),
+        DCGANDiscriminator(),
+        precision="bf16",
+        capture=False,
+        output="logits",  # Nothing is computed, so there is nothing to check.
+    )
+    image = torch.zeros(1, 3, 64, 64).to(memory_format=torch.channels_last)
+    known = None
+    for batch_size in (128, 97, 61, 32, 1000):
+        step(image.expand(batch_size, 3, 64, 64))
+        if known is None:
+            known = set(keys.found)
+            assert len({name for name, *_ in known}) >= 7  # Each kind that a step starts.
+        assert_no_new(keys, known)
+
+
+def images(batch, channels, size):
+    empty = torch.empty(batch, channels, size, size, dtype=torch.bfloat16)
+    return empty.to(memory_format=torch.channels_last)
+
+
+def norms(batch):
+    z = images(batch, 64, 15)  # an odd number of rows an image
+    vectors = norm.batch_statistics(norm.statistics_of(z, 1), None, None, 1e-5)
+    norm.normalize_activate(z, vectors, "relu", 0.0)
+    for training in (False, True):
+        options = dict(training=training, need_dz=True, activation="relu", negative_slope=0.0)
+        norm.norm_backward(z, z, vectors, **options)
+
+
+def activations(batch):
+    y = images(batch, 3, 31)
+    norm.activation_backward(y, y, "tanh", 0.0)
+
+
+def chunks_of_statistics(batch):
+    parts = 601 * batch
+    mean, m2 = torch.empty(2, parts, 64)
+    statistics = norm.TileStatistics(torch.empty(parts), mean, m2, 1, 1)
+    norm.batch_statistics(statistics, None, None, 1e-5)
+
+
+def latents(batch, width):
+    mu = torch.empty(batch, width)
+    seed = torch.zeros(1, dtype=torch.int64)
+    _, kl = sampling.reparameterize(mu, mu, seed, with_kl=True)
+    sampling.reparameterize_backward(mu, kl, mu, mu, seed)
+
+
+def logits(batch):
+    reconstruction = torch.empty(batch, 784)
+    for targets in (batch, reconstruction):
+        losses.logistic_loss(reconstruction, targets, 1.0)
+        losses.logistic_loss_backward(torch.empty(()), reconstruction, targets, 1.0)
+
+
+def partial_sums(batch):
+    for length in (20, 1024, 2**17):
+        sums.sum_partials(torch.empty(batch, length), torch.empty(length))
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        norms,
+        activations,
+        chunks_of_statistics,
+        partial(latents, width=128),
+        partial(latents, width=100),
+        partial(latents, width=3),
+        partial(latents, width=1037),  # wide enough for two programs a row
+        logits,
+        partial_sums,
+    ],
+    ids=lambda call: getattr(call, "__name__", "latents"),
+)
+def test_any_batch_is_the_same_kernels(call, keys):
+    call(128)
+    known = set(keys.found)
+    assert known
+    for batch in (97, 16, 2, 1, 1000):
+        call(batch)
+    assert_no_new(keys, known)
+
+
+@pytest.mark.parametrize("channels", [50, 3, 1])
+def test_channels_that_allow_no_vectors_are_kernels_of_their_own(channels, keys):
+    """The keys tell what a kernel must know, so the tests above can fail."""
+    for count in (64, 48, channels):
+        z = images(2, count, 4)
+        norm.normalize_activate(z, torch.empty(1, 5, count), "relu", 0.0)
+    assert len(keys.found) == 2

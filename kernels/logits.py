@@ -87,14 +87,14 @@ def logits_dgrad(
     )
 
 
-@triton.jit(do_not_specialize=["N", "rows_per_split"])
+@triton.jit(do_not_specialize=["N", "steps_per_split"])
 def logits_wgrad(
     big_ptr,
     small_ptr,
     out_ptr,
     N,
     K,
-    rows_per_split,
+    steps_per_split,
     C_SMALL: tl.constexpr,
     ACC_DTYPE: tl.constexpr,
     REPEATS: tl.constexpr,
@@ -109,20 +109,18 @@ def logits_wgrad(
     ROWS: tl.constexpr = REPEATS * BLOCK_N
     k = tl.program_id(0) * BLOCK_K + tl.arange(0, BLOCK_K)
     split = tl.program_id(1).to(tl.int64)
-    first = split * rows_per_split
-    last = tl.minimum(first + rows_per_split, N)
     acc = (tl.zeros((BLOCK_N, BLOCK_K), ACC_DTYPE),) * C_SMALL
-    for step in range(0, tl.cdiv(rows_per_split, ROWS)):
-        n = first + step * ROWS + tl.arange(0, ROWS)
-        row = tl.where(n < last, n, 0)
+    for step in range(0, steps_per_split):
+        n = (split * steps_per_split + step) * ROWS + tl.arange(0, ROWS)
+        row = tl.where(n < N, n, 0)
         big = tl.load(
             big_ptr + row[:, None] * K + (k % K)[None, :],
-            mask=(n < last)[:, None] & (k < K)[None, :],
+            mask=(n < N)[:, None] & (k < K)[None, :],
             other=0.0,
         ).to(ACC_DTYPE)
         sums = ()
         for cs in tl.static_range(C_SMALL):
-            small = tl.load(small_ptr + row * C_SMALL + cs, mask=n < last, other=0.0)
+            small = tl.load(small_ptr + row * C_SMALL + cs, mask=n < N, other=0.0)
             products = big * small.to(ACC_DTYPE)[:, None]
             added = tl.sum(products.reshape(REPEATS, BLOCK_N, BLOCK_K), axis=0)
             sums = sums + (acc[cs] + added,)

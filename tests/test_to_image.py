@@ -18,13 +18,14 @@ from genfast.launch import to_image
 from genfast.launch.conv import Epilogue
 
 HERE = Path(__file__).parent
-SLOPE = 0.3
+SLOPE, Y_SLOPE = 0.3, 0.2
 ACTIVATIONS = ("identity", "relu", "leaky_relu", "tanh", "sigmoid")
 
 # Kernel, stride, padding, output padding and the size of small. Some rows are longer than the
-# interpreter's tile of 16 pixels, some tiles have several images, some rows are of a single pixel.
+# interpreter's tile of 16 pixels; some tiles have several images, side by side where a row is a
+# power of two long.
 GEOMETRIES = (
-    ((4, 4), (2, 2), (1, 1), (0, 0), (4, 3)),
+    ((4, 4), (2, 2), (1, 1), (0, 0), (4, 4)),
     ((4, 4), (2, 2), (1, 1), (0, 0), (2, 18)),
     ((3, 3), (1, 1), (1, 1), (0, 0), (3, 6)),
     ((3, 3), (1, 1), (1, 1), (0, 0), (2, 33)),
@@ -72,7 +73,7 @@ def tensors_of(case, device):
         y=None,
     )
     if case["activations"][1] != "identity":
-        values["y"] = reference.activate(torch.randn(shape), case["activations"][1], SLOPE)
+        values["y"] = reference.activate(torch.randn(shape), case["activations"][1], Y_SLOPE)
     return {k: None if v is None else v.to(device, case["dtype"]) for k, v in values.items()}
 
 
@@ -89,7 +90,7 @@ def expected(case, tensors, dtype):
 
 def derivative(dy, y, activation):
     if activation in ("relu", "leaky_relu"):
-        return torch.where(y > 0, dy, dy * (SLOPE if activation == "leaky_relu" else 0))
+        return torch.where(y > 0, dy, dy * (Y_SLOPE if activation == "leaky_relu" else 0))
     return dy * (1 - y * y) if activation == "tanh" else dy * (1 - y) * y
 
 
@@ -121,7 +122,7 @@ def test_to_image(case, device):
         epilogue,
         y=None if y is None else layout(y),
         y_activation=y_activation,
-        y_negative_slope=SLOPE,
+        y_negative_slope=Y_SLOPE,
     )
     assert output.is_contiguous(memory_format=torch.channels_last)
     samples = [sample(tensors)] + [sample(tensors_of(case, device)) for _ in range(DRAWS - 1)]
@@ -136,24 +137,29 @@ def test_borders(geometry, device):
     case = dict(geometry=geometry)
     kernel, stride, padding, _, (height, width) = geometry
     weight = torch.arange(1.0, 2 * kernel[0] * kernel[1] + 1).view(1, 2, *kernel).to(device)
-    for y, x in ((0, 0), (0, width - 1), (height - 1, 0), (height - 1, width // 2)):
+    middle = width // 2
+    bottom, right = height - 1, width - 1
+    for n, y, x in ((1, 0, 0), (0, 0, middle - 1), (1, bottom, middle), (0, bottom, right)):
         small = torch.zeros(2, 1, height, width, device=device)
-        small[1, 0, y, x] = 1
+        small[n, 0, y, x] = 1
         image = to_image.dgrad(small, weight, geometry_of(case), Epilogue())
         assert torch.equal(image, F.conv_transpose2d(small, weight, None, stride, padding))
 
 
 @pytest.mark.kernels
-def test_nan_stays_where_it_is_read(device):
+@pytest.mark.parametrize("geometry", GEOMETRIES[:6], ids=str)
+def test_nan_stays_where_it_is_read(geometry, device):
     """What a tile holds beside the pixels that an element meets does not reach it."""
-    case = dict(geometry=GEOMETRIES[0])
-    small = torch.randn(3, 5, 4, 3, device=device)
-    weight = torch.randn(5, 3, 4, 4, device=device)
-    small[1, 2, 0, 1] = float("nan")
-    image = to_image.dgrad(small, weight, geometry_of(case), Epilogue())
-    touched = torch.zeros(3, 3, 8, 6, dtype=torch.bool, device=device)
-    touched[1, :, 0:3, 1:5] = True
-    assert torch.equal(image.isnan(), touched)
+    case = dict(geometry=geometry)
+    kernel, stride, padding, _, size = geometry
+    for x in (0, size[1] - 1):
+        small = torch.randn(3, 5, *size, device=device)
+        small[1, 2, 0, x] = float("nan")
+        weight = torch.randn(5, 3, *kernel, device=device)
+        image = to_image.dgrad(small, weight, geometry_of(case), Epilogue())
+        ones = torch.ones_like(weight)
+        touched = F.conv_transpose2d(small.isnan().float(), ones, None, stride, padding)
+        assert torch.equal(image.isnan(), touched > 0)
 
 
 @pytest.mark.kernels

@@ -8,8 +8,9 @@ from genfast.launch import memory, passes, start, sums, tiles
 if triton is not None:
     from genfast.kernels import logits as kernels
 
-# What wgrad reads at a time: rows and columns, of which a line of memory's cache is the least.
-_ROWS, _COLUMNS = (8, 16) if INTERPRETING else (256, 64)
+# What wgrad reads at a time: rows, of which a thread has some, and columns, which of 2 bytes are a
+# line of the cache.
+_ROWS, _REPEATS, _COLUMNS = (8, 4, 16) if INTERPRETING else (256, 8, 64)
 # Steps of wgrad that take as long as starting a kernel that adds up partial sums.
 _STEPS_OF_A_LAUNCH = 6
 
@@ -98,9 +99,9 @@ def wgrad(big, small, geometry):
     k = geometry.taps * c_big
     block_k = _block(k, _COLUMNS)
     tiles_k = tiles.ceil_div(k, block_k)
-    splits = _splits(tiles.ceil_div(n, _ROWS), tiles_k)
-    rows_per_split = tiles.ceil_div(tiles.ceil_div(n, _ROWS), splits) * _ROWS
-    splits = tiles.ceil_div(n, rows_per_split)
+    steps = tiles.ceil_div(n, _ROWS)
+    steps_per_split = tiles.ceil_div(steps, _splits(steps, tiles_k))
+    splits = tiles.ceil_div(steps, steps_per_split)
     target = dweight
     if splits > 1:
         dtype = start.acc_dtype(big.dtype)
@@ -113,11 +114,11 @@ def wgrad(big, small, geometry):
         out_ptr=target,
         N=n,
         K=k,
-        rows_per_split=rows_per_split,
+        steps_per_split=steps_per_split,
         C_SMALL=c_small,
         **_accumulator(big),
-        REPEATS=4 if INTERPRETING else 8,
-        BLOCK_N=_ROWS // (4 if INTERPRETING else 8),
+        REPEATS=_REPEATS,
+        BLOCK_N=_ROWS // _REPEATS,
         BLOCK_K=block_k,
         num_warps=8,
     )

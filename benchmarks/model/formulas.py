@@ -95,6 +95,19 @@ def _all_images(a):
     return a.N
 
 
+def _about_padded(a):
+    n, height, width, _ = a.tensors["padded_ptr"]
+    return f"n {n}, padded {height}x{width}"
+
+
+def _tiles_of_image(a):
+    return a.tiles_per_program * a.grid[1] + a.one_more
+
+
+def _flops_of_image(a, pixels):
+    return 2 * pixels * 8 * a.eighths * a.KH * a.KW * a.C_BIG
+
+
 FORMULAS = {
     "fprop": Formula(_fprop_passes, _conv_flops(_images), _big_to_small, _about_images(_images)),
     "dgrad": Formula(_dgrad_passes, _conv_flops(_images), _small_to_big, _about_images(_images)),
@@ -103,6 +116,49 @@ FORMULAS = {
         _conv_flops(_all_images),
         _big_to_small,
         _about_images(_all_images),
+    ),
+    "pad_image": Formula(about=_about_padded),
+    "fprop_image": Formula(
+        lambda a: {
+            "fprop_image.step": _tiles_of_image(a) / a.grid[1],
+            "fprop_image.k0": _ceil(a.KH * a.KW * 4, a.BLOCK_K),
+        },
+        lambda a: _flops_of_image(a, a.pixels * _tiles_of_image(a) / a.tiles_per_group),
+        lambda a: f"{a.C_BIG}->{8 * a.eighths} ch image",
+        _about_padded,
+    ),
+    "wgrad_image": Formula(
+        lambda a: {"wgrad_image.step": a.tiles_per_split},
+        lambda a: _flops_of_image(a, a.pixels),
+        lambda a: f"{a.C_BIG}->{8 * a.eighths} ch image",
+        _about_padded,
+    ),
+    "to_image": Formula(
+        lambda a: {
+            "to_image.step": a.steps_per_segment + _ceil(a.KH - a.STRIDE_H, a.STRIDE_H),
+            "to_image.c0": _ceil(a.C_small, a.BLOCK_C),
+        },
+        lambda a: 2 * a.N * a.H_small * a.W_small * a.C_small * a.KH * a.KW * a.C_BIG,
+        lambda a: f"{a.C_small}->{a.C_BIG} ch {a.H_small}x{a.W_small}->{a.H_big}x{a.W_big}",
+        lambda a: f"n {a.N}",
+    ),
+    "logits_fprop": Formula(
+        lambda a: {"logits_fprop.k0": _ceil(a.K, a.BLOCK_K)},
+        lambda a: 2 * a.grid[0] * a.K * a.C_SMALL,
+        lambda a: f"{a.K}->{a.C_SMALL} ch logits",
+        lambda a: f"n {a.grid[0]}",
+    ),
+    "logits_dgrad": Formula(
+        lambda a: {},
+        lambda a: 2 * a.N * a.K * a.C_SMALL,
+        lambda a: f"{a.C_SMALL}->{a.K} ch logits",
+        lambda a: f"n {a.N}",
+    ),
+    "logits_wgrad": Formula(
+        lambda a: {"logits_wgrad.step": a.steps_per_split},
+        lambda a: 2 * a.N * a.K * a.C_SMALL,
+        lambda a: f"{a.K}->{a.C_SMALL} ch logits",
+        lambda a: f"n {a.N}",
     ),
     "sum_partials": Formula(
         lambda a: {"sum_partials.first": _ceil(a.parts, a.BLOCK_P)},

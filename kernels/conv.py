@@ -19,7 +19,9 @@ that is reshaped to a matrix only as the second one. The first would pass throug
 each multiplication would wait for the one before.
 
 The batch is one or more groups of N images, each with batch statistics of its own: a discriminator
-judges real and generated images in one pass. N counts the images of one group.
+judges real and generated images in one pass. N counts the images of one group. A box at a group's
+end may hold images of the next one: they count in no statistics here, and are stored as the next
+group's own boxes store them, the same bits once more.
 
 Addresses are 64-bit: an activation may hold more than 2^31 elements. Pixels are fewer than 2^30, so
 their numbers are divided in 32 bits: a 64-bit division is a function of 80 instructions.

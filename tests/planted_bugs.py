@@ -36,6 +36,7 @@ TILES = "test_blocks.py::test_ragged_tiles"
 LOADERS = "test_blocks.py::test_ragged_tiles_with_either_loader"
 REDUCTIONS = "test_blocks.py::test_few_programs_share_long_reductions"
 SAMPLING = "test_sampling.py"
+FROM_IMAGE = "test_from_image.py::test_products"
 LOSSES = "test_losses.py"
 
 BUGS = (
@@ -73,6 +74,48 @@ BUGS = (
         "parity_x * C + c0]",
         "c0]",
         LOADERS,
+    ),
+    Bug(
+        "a descriptor's weight loses its tap",
+        "kernels/conv.py",
+        "weight.load([cs0, tap * C_big + cb0])",
+        "weight.load([cs0, cb0])",
+        LOADERS,
+    ),
+    Bug(
+        "each run of pixels is the first",
+        "kernels/conv.py",
+        "small.load([tile * PIXELS, c0])",
+        "small.load([0, c0])",
+        LOADERS,
+    ),
+    Bug(
+        "tiles of an image that are shared unevenly overlap",
+        "kernels/from_image.py",
+        "first = program * tiles_per_program + tl.minimum(program, one_more)",
+        "first = program * tiles_per_program",
+        FROM_IMAGE,
+    ),
+    Bug(
+        "the last pixel of an image counts again",
+        "kernels/from_image.py",
+        "inside = (p < pixels)[:, None]",
+        "inside = (p >= 0)[:, None]",
+        FROM_IMAGE,
+    ),
+    Bug(
+        "rows of an image lose the taps of the row before",
+        "kernels/to_image.py",
+        "rows[ky] + carry[ky] if ky < CARRIED else rows[ky]",
+        "rows[ky]",
+        "test_to_image.py::test_borders",
+    ),
+    Bug(
+        "splits of a logit's weight gradient overlap",
+        "kernels/logits.py",
+        "n = (split * steps_per_split + step) * ROWS",
+        "n = (split + step) * ROWS",
+        "test_logits.py::test_split_weight_gradient",
     ),
     Bug(
         "packed taps lose their column",
@@ -118,14 +161,14 @@ BUGS = (
     ),
     Bug(
         "padded rows count in the statistics",
-        "kernels/conv.py",
-        "count = tl.sum(exists.to(acc.dtype), axis=0)",
-        "count = tl.sum(tl.where(exists, 1.0, 1.0).to(acc.dtype), axis=0)",
+        "kernels/product.py",
+        "total = tl.sum(tl.where(exists[None, :], acc, 0.0), axis=1)",
+        "total = tl.sum(acc, axis=1)",
         STRIDED,
     ),
     Bug(
         "the statistics are of values that are not rounded yet",
-        "kernels/conv.py",
+        "kernels/product.py",
         "acc = rounded(acc, STORED_DTYPE)",
         "acc += 0.0",
         "test_stored_values.py::test_statistics_are_of_what_is_stored",
@@ -187,10 +230,10 @@ BUGS = (
         STRIDED,
     ),
     Bug(
-        "statistics of a tile's right columns go to its left ones",
-        "kernels/conv.py",
-        "_store_statistics(right, exists, count, tile, right_column,",
-        "_store_statistics(right, exists, count, tile, left_column,",
+        "a tile's right pixels exist where its left ones do",
+        "kernels/product.py",
+        "_sum_existing(right, right_exists)",
+        "_sum_existing(right, left_exists)",
         "test_configurations.py::test_shipped_tile",
     ),
     Bug(

@@ -17,9 +17,6 @@ from genfast.training import GANStep
 pytest.importorskip("triton", reason="makes Triton's keys")
 pytestmark = pytest.mark.kernels
 
-# Their tiles follow the batch, and so far their sizes make kernels of their own.
-EXCLUDED = {"fprop", "dgrad", "wgrad"}
-
 
 class Keys:
     """Collects (name, key) of the kernels that would be compiled."""
@@ -34,8 +31,6 @@ class Keys:
 
     def add(self, kernel, grid, **arguments):
         name = kernel.__name__
-        if name in EXCLUDED:
-            return
         if name not in self._binders:
             self._binders[name] = self._binder(kernel)
         _, specialization, options = self._binders[name](**arguments)

@@ -22,7 +22,8 @@ from pathlib import Path
 from unittest import mock
 
 ROOT = Path(__file__).parents[2]
-MODELS = ("dcgan", "conv-vae")
+# The workload of each, and the size of its images.
+MODELS = {"dcgan": ("dcgan", 64), "dcgan-128": ("dcgan", 128), "conv-vae": ("conv-vae", 64)}
 WAYS = ("genfast", "eager")
 _LAUNCHES = "launches.json"
 
@@ -121,7 +122,6 @@ def _record_genfast(model, batch_size, architecture):
     """Launches and code of genfast's step, in a process that does not interpret."""
     import torch
 
-    from benchmarks.workloads import Workload
     from genfast import functional
     from genfast.backend import use_backend
     from genfast.launch import start
@@ -139,7 +139,7 @@ def _record_genfast(model, batch_size, architecture):
         ):
             stack.enter_context(mock.patch.object(owner, attribute, value))
         stack.enter_context(use_backend("triton"))
-        workload = Workload(model, batch_size, 64, torch.device("cpu"))
+        workload = _workload(model, batch_size)
         if workload.is_vae:
             step = VAEStep(*workload.networks(), precision="bf16", capture=False)
         else:
@@ -154,16 +154,24 @@ def _record_genfast(model, batch_size, architecture):
     return launches, recorder.code
 
 
+def _workload(model, batch_size):
+    import torch
+
+    from benchmarks.workloads import Workload
+
+    name, image_size = MODELS[model]
+    return Workload(name, batch_size, image_size, torch.device("cpu"))
+
+
 def _record_eager(model, batch_size):
     """Launches of PyTorch's own step, on tensors without memory: nothing there needs an address."""
     import torch
     from torch._subclasses.fake_tensor import FakeTensorMode
 
     from benchmarks import recipes
-    from benchmarks.workloads import Workload
 
     launches = []
-    workload = Workload(model, batch_size, 64, torch.device("cpu"))
+    workload = _workload(model, batch_size)
     with contextlib.ExitStack() as stack:
         stack.enter_context(mock.patch.object(recipes, "half_is_fast", lambda device: True))
         # It would put memory into another format, of which there is none; bytes are the same.

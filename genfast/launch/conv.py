@@ -120,12 +120,14 @@ def _wgrad(big, small, geometry):
     columns = geometry.taps * c_big if packed else c_big
     mn_tiles = tiles.ceil_div(c_small, config.block_m) * tiles.ceil_div(columns, config.block_n)
     taps = 1 if packed else geometry.taps
+    # What is summed is summed for any batch: another dtype of the target is another kernel.
+    summed = splits > 1
     tiles_per_split = tiles.ceil_div(k_tiles, min(splits, k_tiles))
     splits = tiles.ceil_div(k_tiles, tiles_per_split)
 
     acc_dtype = start.acc_dtype(big.dtype)
     target = dweight
-    if splits > 1:
+    if summed:
         target = torch.empty((splits, dweight.numel()), dtype=acc_dtype, device=big.device)
     if boxed:
         big = _big_descriptor(big, geometry, box, config.block_n)
@@ -152,7 +154,7 @@ def _wgrad(big, small, geometry):
         PACKED=packed,
         **_tile(config, box),
     )
-    if splits > 1:
+    if summed:
         sums.sum_partials(target, dweight)
     return dweight
 
@@ -196,7 +198,6 @@ def _conv(direction, source, weight, geometry, epilogue):
         and _descriptors_fit(geometry, big, small, weight)
         and (not to_small or c_big % config.block_k == 0)
         and (to_small or _stride_divides_kernel(geometry))
-        and (groups == 1 or n // groups % box[0] == 0)  # A box has images of one group only.
     )
     pixels = n // groups, *size
     tiles_per_group = tiles.pixel_tiles(pixels, config.block_n, box if boxed else None)
@@ -295,7 +296,7 @@ def _config(operation, tensor, geometry, c_small, c_big, statistics=False):
         config = tiles.LIBRARY
     if operation != "wgrad" or config.library:
         return config, 1
-    return config, config.splits or tiles.splits(architecture, problem, config)
+    return config, tiles.splits(architecture, problem, config)
 
 
 def _collapse(big, small, geometry):

@@ -7,7 +7,8 @@ else is chosen by size from the tables below.
 import csv
 import functools
 import math
-from dataclasses import dataclass, fields
+import operator
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 from genfast.launch import predict
@@ -107,6 +108,9 @@ class Problem:
         """Everything but the batch."""
         return tuple(value for name, value in vars(self).items() if name != "images")
 
+
+# From how many images on, and which batches stand for all of them.
+_BATCHES = ((1024, (1024, 4096)), (32, (32, 64, 128, 256)), (8, (8, 16)), (1, (1, 4)))
 
 # Small enough that a test's few pixels and channels span several ragged tiles.
 _INTERPRETED = (GemmConfig(64, 32, 32, 1, 1, True),)
@@ -226,13 +230,29 @@ def gemm_config(architecture, problem):
         fitting = (c for c in candidates if c.block_m < 2 * problem.rows)
         return next(fitting, candidates[-1])
     chip = predict.chip(architecture)
-    return min(candidates, key=lambda config: predict.cycles(config, problem, chip))
+    likes = [replace(problem, images=images) for images in _like(problem.images)]
+    times = {c: [predict.cycles(c, like, chip) for like in likes] for c in candidates}
+    best = list(map(min, zip(*times.values(), strict=True)))
+    # By how many times as long as the best of each batch it takes.
+    return min(times, key=lambda c: sum(map(operator.truediv, times[c], best)))
 
 
 @functools.cache
 def splits(architecture, problem, config):
     """In how many parts a configuration cuts wgrad's reduction: see `predict.splits`."""
-    return predict.splits(config, problem, predict.chip(architecture))
+    if config.splits:
+        return config.splits
+    batches = _like(problem.images)
+    like = replace(problem, images=batches[len(batches) // 2])
+    return predict.splits(config, like, predict.chip(architecture))
+
+
+def _like(images):
+    """Batches, among them the one of so many images, that share their tiles.
+
+    The last batch of an epoch is smaller, and a tile of its own would be compiled for it alone.
+    """
+    return next(batches for first, batches in _BATCHES if images >= first)
 
 
 @functools.cache

@@ -151,7 +151,7 @@ def test_few_programs_share_long_reductions(transposed, device, monkeypatch):
     monkeypatch.setattr(norm, "_PARTS_ADDED_BY_ALL", 1)
     monkeypatch.setattr(norm, "_STATISTICS_CHUNK", 3)
     choose = tiles.gemm_config
-    monkeypatch.setattr(tiles, "gemm_config", lambda *args: replace(choose(*args), programs=1))
+    monkeypatch.setattr(tiles, "gemm_config", lambda *args: replace(choose(*args), splits=1))
     geometry = Geometry(1, 1, 0, (26, 27), (26, 27))
     assert_block(Case(transposed, geometry, (2, 3), batch=1, activation="leaky_relu"), device)
 

@@ -1,7 +1,6 @@
 """Every shipped tile computes the right numbers: a tile that compiles may still be wrong."""
 
 import dataclasses
-from dataclasses import replace
 
 import pytest
 import torch
@@ -93,7 +92,7 @@ def table(tmp_path, monkeypatch):
     """A table of two timed batches of one problem, written and read anew."""
     monkeypatch.setattr(tiles, "TUNED", tmp_path / "tuned.csv")
     small = tiles.GemmConfig(64, 64, 32, 4, 3, True)
-    large = tiles.GemmConfig(128, 256, 64, 8, 3, False, programs=132, library=True)
+    large = tiles.GemmConfig(128, 256, 64, 8, 3, False, splits=3, library=True)
     timed = [("sm_90", problem(128), small), ("sm_90", problem(1024), large)]
     tiles.write_tuned(timed)
     tiles.tuned.cache_clear()
@@ -138,7 +137,7 @@ def test_float32_without_tensor_cores_is_the_librarys(architecture, operation):
     assert tiles.gemm_config(architecture, unrounded).library
     tile, *others = tiles.shipped(architecture, "ieee")
     assert (tile.block_m, tile.block_n, tile.block_k, others) == (64, 32, 32, [])
-    assert replace(tile, programs=264) in candidates(unrounded)
+    assert tile in candidates(unrounded)
     for precision in ("half", "tf32"):
         rounded = problem(128, operation=operation, precision=precision)
         assert not tiles.gemm_config(architecture, rounded).library
@@ -175,7 +174,7 @@ def test_a_problem_knows_how_its_products_round(dtype, setting, precision, devic
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_no_tile_is_wider_than_needed(architecture):
-    narrow = tiles.gemm_config(architecture, problem(64, c_small=48, c_big=3))
-    assert narrow.block_n <= 48
+    narrow = tiles.gemm_config(architecture, problem(64, operation="dgrad", c_big=3))
+    assert narrow.block_m == 16
     few = tiles.gemm_config(architecture, problem(1, small=(1, 1), big=(2, 2)))
-    assert few.block_m <= 64
+    assert few.block_n <= 64

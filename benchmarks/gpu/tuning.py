@@ -51,7 +51,7 @@ _SCATTERED_TILES = (
     (128, 16, 32, 8, 2), (128, 16, 32, 4, 3), (64, 16, 32, 4, 2), (64, 16, 64, 4, 2),
     (64, 32, 16, 4, 2), (64, 16, 16, 4, 2),
 )  # fmt: skip
-_PROGRAMS = (132, 264, 528)
+_SPLITS = (0, 1, 2, 4, 8, 16)  # 0 is what is predicted to be best.
 
 
 def candidates(problem):
@@ -67,7 +67,7 @@ def candidates(problem):
         if not too_wide and shared <= _SHARED_BYTES:
             found.append(GemmConfig(m, n, k, warps, stages, descriptors))
     if problem.operation == "wgrad":
-        found = [replace(config, programs=p) for config in found for p in _PROGRAMS]
+        found = [replace(config, splits=n) for config in found for n in _SPLITS]
     return [*found, LIBRARY]
 
 

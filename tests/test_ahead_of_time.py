@@ -30,6 +30,16 @@ KERNELS = {
     "logistic_loss",
     "logistic_loss_backward",
 }
+# Tests of their own compile these, in more ways.
+ENDS = {
+    "pad_image",
+    "fprop_image",
+    "wgrad_image",
+    "to_image",
+    "logits_fprop",
+    "logits_dgrad",
+    "logits_wgrad",
+}
 # Bytes of shared memory a block can have.
 KIB = 1024
 SHARED = {
@@ -90,7 +100,7 @@ def test_the_oldest_triton_is_the_oldest_allowed():
 
 
 def check(facts, architecture):
-    assert {f["kernel"] for f in facts} == KERNELS
+    assert {f["kernel"] for f in facts} - ENDS == KERNELS
     assert max(f["shared"] for f in facts) <= SHARED[architecture]
     check_every_tile(facts, architecture)
     for f in facts:
@@ -100,7 +110,8 @@ def check(facts, architecture):
             # A few bytes of stack cost nothing beside the tile; on Hopper there are none at all.
             assert f["spills"] <= (0 if architecture == "sm_90" else 24), f
             if architecture == "sm_90" and f["dtype"] != "float32":
-                assert f["wgmma"] > 0, f
+                # A wgmma has 64 rows.
+                assert (f["wgmma"] > 0) == (f["tile"][0] >= 64), f
                 assert (f["tma"] > 0) == (f["loader"] == "descriptors"), f
 
 

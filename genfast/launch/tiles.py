@@ -168,16 +168,22 @@ _SHIPPED = {
 }
 # Where channels are not a multiple of 16, every element is addressed, loaded and stored on its own:
 # small tiles and many warps, or the addresses alone fill the registers. Ordered by rows.
-_SCATTERED = (
-    GemmConfig(64, 64, 32, 8, 2, False),
-    GemmConfig(32, 64, 32, 8, 2, False),
-    GemmConfig(16, 64, 32, 4, 2, False),
-)
-# The same without tensor cores: a deeper tile spills.
-_SCATTERED_IEEE = (
-    GemmConfig(64, 32, 16, 4, 2, False),
-    GemmConfig(16, 64, 16, 4, 2, False),
-)
+_SCATTERED = {
+    "half": (
+        GemmConfig(64, 64, 32, 8, 2, False),
+        GemmConfig(32, 32, 32, 4, 2, False),
+        GemmConfig(16, 64, 32, 4, 2, False),
+    ),
+    "tf32": (
+        GemmConfig(64, 64, 32, 8, 2, False),
+        GemmConfig(32, 32, 32, 4, 2, False),
+        GemmConfig(16, 32, 32, 4, 2, False),
+    ),
+    "ieee": (
+        GemmConfig(64, 32, 16, 8, 2, False),
+        GemmConfig(32, 64, 16, 8, 2, False),
+    ),
+}
 # Data-centre Blackwell starts from Hopper's tiles.
 _SHIPPED["sm_100"] = _SHIPPED["sm_90"]
 
@@ -192,7 +198,8 @@ def shipped(architecture, precision, scattered=False):
     if architecture == "interpreter":
         return _INTERPRETED
     if scattered:
-        return _SCATTERED_IEEE if _without_matrix_units(architecture, precision) else _SCATTERED
+        scalar = _without_matrix_units(architecture, precision)
+        return _SCATTERED["tf32" if precision == "ieee" and not scalar else precision]
     return _family(architecture)[precision]
 
 

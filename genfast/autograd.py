@@ -30,6 +30,7 @@ def block(
     wanted = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs)
     if batch_norm.by_batch or wanted:
         return _ConvNormActivation.apply(*inputs, batch_norm, geometry, transposed, *act)
+    # By known statistics and for no gradient, batch norm is an epilogue: z is never stored.
     epilogue = Epilogue(
         bias=bias,
         vectors=_vectors(batch_norm, x.dtype),

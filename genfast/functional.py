@@ -143,7 +143,7 @@ def block(
 ):  # fmt: skip
     """Both blocks, `conv_transpose_block` where there is an `output_padding`.
 
-    `batch_norm` is a `reference.Norm`, or None for none; the other arguments are theirs.
+    `batch_norm` is a `reference.Norm`, or None for none; the other arguments are those of the two.
     """
     transposed = output_padding is not None
     stride, padding = pair(stride, "stride"), pair(padding, "padding")

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parents[1]
-COPIED = ("genfast", "kernels", "tests", "pyproject.toml")
+COPIED = ("benchmarks", "genfast", "kernels", "tests", "pyproject.toml")
 
 
 class Bug(NamedTuple):
@@ -162,8 +162,8 @@ BUGS = (
     Bug(
         "padded rows count in the statistics",
         "kernels/product.py",
-        "total = tl.sum(tl.where(exists[None, :], acc, 0.0), axis=1)",
-        "total = tl.sum(acc, axis=1)",
+        "deviation = tl.where(exists[None, :], acc - mean[:, None], 0.0)",
+        "deviation = acc - mean[:, None]",
         STRIDED,
     ),
     Bug(
@@ -232,8 +232,8 @@ BUGS = (
     Bug(
         "a tile's right pixels exist where its left ones do",
         "kernels/product.py",
-        "_sum_existing(right, right_exists)",
-        "_sum_existing(right, left_exists)",
+        "_sum_squared_deviations(right, right_exists, mean)",
+        "_sum_squared_deviations(right, left_exists, mean)",
         "test_configurations.py::test_shipped_tile",
     ),
     Bug(

@@ -110,7 +110,7 @@ class Problem:
 
 
 # From how many images on, and which batches stand for all of them.
-_BATCHES = ((1024, (1024, 4096)), (32, (32, 64, 128, 256)), (8, (8, 16)), (1, (1, 4)))
+_BATCHES = ((2048, (2048, 8192)), (32, (32, 64, 128, 256)), (8, (8, 16)), (1, (1, 4)))
 
 # Small enough that a test's few pixels and channels span several ragged tiles.
 _INTERPRETED = (GemmConfig(64, 32, 32, 1, 1, True),)

@@ -17,35 +17,27 @@ from genfast.launch.operand import Operand, operand
 
 
 def block(
-    x, weight, bias, geometry, transposed, *, norm, norm_weight, norm_bias, running_mean,
-    running_var, num_batches_tracked, training, momentum, eps, activation, negative_slope,
-    statistics_groups, inplace,
-):  # fmt: skip
-    """`functional.conv_block`, or `conv_transpose_block` if `transposed`, on the kernels.
+    x, weight, bias, geometry, transposed, *, batch_norm, activation, negative_slope, inplace
+):
+    """`functional.block` on the kernels: `conv_transpose_block` if `transposed`.
 
     The arguments have been checked; x and weight are channels_last, and so is the output.
     """
     act = activation, negative_slope
-    if not norm:
+    if batch_norm is None:
         return _ConvActivation.apply(x, weight, bias, geometry, transposed, *act, inplace)
-    if not training and running_mean is not None:
-        fixed = _vectors(running_mean, running_var, norm_weight, norm_bias, eps, x.dtype)
-        inputs = (x, weight, bias, norm_weight, norm_bias)
-        if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs):
-            return _ConvNormActivation.apply(
-                *inputs, fixed, geometry, transposed, eps, *act, 1, None
-            )
-        epilogue = Epilogue(
-            bias=bias, vectors=fixed, activation=activation, negative_slope=negative_slope
-        )
-        return _convolve(x, weight, geometry, transposed, epilogue)[0]
-    running = None
-    if running_mean is not None:
-        running = running_mean, running_var, momentum, num_batches_tracked
-    return _ConvNormActivation.apply(
-        x, weight, bias, norm_weight, norm_bias, None, geometry, transposed, eps, *act,
-        statistics_groups, running,
-    )  # fmt: skip
+    inputs = (x, weight, bias, batch_norm.weight, batch_norm.bias)
+    wanted = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs)
+    if batch_norm.by_batch or wanted:
+        return _ConvNormActivation.apply(*inputs, batch_norm, geometry, transposed, *act)
+    # By known statistics and for no gradient, batch norm is an epilogue: z is never stored.
+    epilogue = Epilogue(
+        bias=bias,
+        vectors=_vectors(batch_norm, x.dtype),
+        activation=activation,
+        negative_slope=negative_slope,
+    )
+    return _convolve(x, weight, geometry, transposed, epilogue)[0]
 
 
 def reparameterize(mu, logvar, seed):
@@ -189,27 +181,28 @@ class _ConvNormActivation(Function):
     """Convolution, batch norm and activation.
 
     Saves the convolution's output and the batch norm's `vectors` beside the inputs; everything else
-    in backward is computed from them. `fixed` are the vectors of known statistics, None to take
-    those of each of `groups` parts of the batch. `running` is None or (mean, var, momentum), which
-    then move.
+    in backward is computed from them. Gradients go to `gamma` and `beta`, which are the tensors of
+    `batch_norm`: autograd sees those alone that are arguments themselves.
     """
 
     @staticmethod
     def forward(
-        ctx, x, weight, bias, gamma, beta, fixed, geometry, transposed, eps, activation,
-        negative_slope, groups, running,
+        ctx, x, weight, bias, gamma, beta, batch_norm, geometry, transposed, activation,
+        negative_slope,
     ):  # fmt: skip
-        epilogue = Epilogue(bias=bias, groups=groups if fixed is None else 0)
+        by_batch = batch_norm.by_batch
+        epilogue = Epilogue(bias=bias, groups=batch_norm.groups if by_batch else 0)
         source = Operand(x)
         z, statistics = _convolve(source, weight, geometry, transposed, epilogue)
-        vectors = fixed
-        if fixed is None:
-            vectors = _batch_statistics(statistics, gamma, beta, eps, running)
+        if by_batch:
+            vectors = _batch_statistics(statistics, batch_norm)
+        else:
+            vectors = _vectors(batch_norm, x.dtype)
         y = norm.normalize_activate(z, vectors, activation, negative_slope)
         image = _kept_image(ctx, source)
         ctx.save_for_backward(x, weight, bias, gamma, beta, z, vectors, image)
-        ctx.geometry, ctx.transposed, ctx.eps = geometry, transposed, eps
-        ctx.training = fixed is None
+        ctx.geometry, ctx.transposed = geometry, transposed
+        ctx.by_batch, ctx.eps = by_batch, batch_norm.eps
         ctx.activation, ctx.negative_slope = activation, negative_slope
         return y
 
@@ -223,7 +216,7 @@ class _ConvNormActivation(Function):
             dy,
             z,
             vectors,
-            training=ctx.training,
+            training=ctx.by_batch,
             need_dz=need_x or need_w or need_bias,
             activation=ctx.activation,
             negative_slope=ctx.negative_slope,
@@ -234,11 +227,11 @@ class _ConvNormActivation(Function):
         )
         dbias = None
         if need_bias:
-            # The batch's mean takes any constant away again, so in training the sum is exactly 0.
-            dbias = torch.zeros_like(bias) if ctx.training else dz.sum((0, 2, 3))
+            # The batch's own mean takes any constant away again, so then the sum is exactly 0.
+            dbias = torch.zeros_like(bias) if ctx.by_batch else dz.sum((0, 2, 3))
         dbeta = sums[0].to(beta.dtype) if need_beta else None
         dgamma = sums[1].to(gamma.dtype) if need_gamma else None
-        return dx, dw, dbias, dgamma, dbeta, *[None] * 8
+        return dx, dw, dbias, dgamma, dbeta, *[None] * 5
 
     @staticmethod
     def _differentiable_backward(ctx, dy):
@@ -250,18 +243,18 @@ class _ConvNormActivation(Function):
         if bias is not None:
             z = z + bias[:, None, None]
         mean = var = None
-        if not ctx.training:
+        if not ctx.by_batch:
             mean, var = vectors[0, norm.MEAN], vectors[0, norm.RSTD] ** -2 - ctx.eps
         groups = [
             torch.nn.functional.batch_norm(
-                part, mean, var, gamma, beta, training=ctx.training, momentum=0.0, eps=ctx.eps
+                part, mean, var, gamma, beta, training=ctx.by_batch, momentum=0.0, eps=ctx.eps
             )
             for part in z.chunk(vectors.shape[0])
         ]
         y = reference.activate(torch.cat(groups), ctx.activation, ctx.negative_slope)
         wanted = [i for i in range(5) if ctx.needs_input_grad[i]]
         found = torch.autograd.grad(y, [inputs[i] for i in wanted], dy, create_graph=True)
-        gradients = [None] * 13
+        gradients = [None] * 10
         for i, gradient in zip(wanted, found, strict=True):
             gradients[i] = gradient
         return tuple(gradients)
@@ -348,24 +341,30 @@ def _source(ctx, x, image):
     return Operand(x, image=Padded(image, ctx.geometry, x.shape[1]))
 
 
-def _batch_statistics(statistics, gamma, beta, eps, running):
-    mean, var, momentum, counter = running or (None, None, 0.0, None)
+def _batch_statistics(statistics, batch_norm):
+    """The vectors of the batch's own statistics; running statistics and the counter move."""
+    n = batch_norm
+    given = statistics, n.weight, n.bias, n.eps
+    if not n.moves:
+        return norm.batch_statistics(*given)
+    mean, var, momentum, counter = n.running_mean, n.running_var, n.momentum, n.num_batches_tracked
     if not isinstance(momentum, torch.Tensor):
-        return norm.batch_statistics(statistics, gamma, beta, eps, mean, var, momentum, counter)
+        return norm.batch_statistics(*given, mean, var, momentum, counter)
     # A cumulative average: the weight of each group is on the device, to be read there.
-    vectors = norm.batch_statistics(statistics, gamma, beta, eps, counter=counter)
+    vectors = norm.batch_statistics(*given, counter=counter)
     for group, weight in zip(vectors, momentum.expand(len(vectors)), strict=True):
         mean.lerp_(group[norm.MEAN].to(mean.dtype), weight)
         var.lerp_(group[norm.UNBIASED_VAR].to(var.dtype), weight)
     return vectors
 
 
-def _vectors(running_mean, running_var, gamma, beta, eps, dtype):
+def _vectors(batch_norm, dtype):
     """Known statistics in the form that `norm.batch_statistics` gives the batch's."""
+    n = batch_norm
     dtype = torch.float64 if dtype == torch.float64 else torch.float32
     with torch.no_grad():
-        mean, var = running_mean.to(dtype), running_var.to(dtype)
-        rstd = (var + eps).rsqrt()
-        scale = rstd if gamma is None else rstd * gamma
-        shift = torch.zeros_like(mean) if beta is None else beta.to(dtype)
+        mean, var = n.running_mean.to(dtype), n.running_var.to(dtype)
+        rstd = (var + n.eps).rsqrt()
+        scale = rstd if n.weight is None else rstd * n.weight
+        shift = torch.zeros_like(mean) if n.bias is None else n.bias.to(dtype)
         return torch.stack([mean, var, rstd, scale, shift])[None]

@@ -78,27 +78,16 @@ def conv_block(
         TypeError: a tensor that is not floating point, or dtypes that differ.
         RuntimeError: the backend "triton" was asked for and cannot run.
     """
-    return _block(
-        x,
-        weight,
-        bias,
-        stride,
-        padding,
-        memory_format=memory_format,
-        norm=norm,
-        norm_weight=norm_weight,
-        norm_bias=norm_bias,
-        running_mean=running_mean,
-        running_var=running_var,
-        num_batches_tracked=num_batches_tracked,
-        training=training,
-        momentum=momentum,
-        eps=eps,
-        activation=activation,
-        negative_slope=negative_slope,
-        statistics_groups=statistics_groups,
-        inplace=inplace,
-    )
+    batch_norm = None
+    if norm:
+        batch_norm = reference.Norm(
+            norm_weight, norm_bias, running_mean, running_var, num_batches_tracked, training,
+            momentum, eps, statistics_groups,
+        )  # fmt: skip
+    return block(
+        x, weight, bias, stride, padding, batch_norm=batch_norm, activation=activation,
+        negative_slope=negative_slope, inplace=inplace, memory_format=memory_format,
+    )  # fmt: skip
 
 
 def conv_transpose_block(
@@ -135,28 +124,69 @@ def conv_transpose_block(
     Returns:
         (N, out_channels, Ho, Wo) with Ho = (H - 1) stride - 2 padding + kh + output_padding.
     """
-    return _block(
-        x,
-        weight,
-        bias,
-        stride,
-        padding,
-        output_padding,
+    batch_norm = None
+    if norm:
+        batch_norm = reference.Norm(
+            norm_weight, norm_bias, running_mean, running_var, num_batches_tracked, training,
+            momentum, eps, statistics_groups,
+        )  # fmt: skip
+    return block(
+        x, weight, bias, stride, padding, output_padding, batch_norm=batch_norm,
+        activation=activation, negative_slope=negative_slope, inplace=inplace,
         memory_format=memory_format,
-        norm=norm,
-        norm_weight=norm_weight,
-        norm_bias=norm_bias,
-        running_mean=running_mean,
-        running_var=running_var,
-        num_batches_tracked=num_batches_tracked,
-        training=training,
-        momentum=momentum,
-        eps=eps,
-        activation=activation,
-        negative_slope=negative_slope,
-        statistics_groups=statistics_groups,
-        inplace=inplace,
-    )
+    )  # fmt: skip
+
+
+def block(
+    x, weight, bias, stride, padding, output_padding=None, *, batch_norm=None, activation,
+    negative_slope, inplace=False, memory_format=None,
+):  # fmt: skip
+    """Both blocks, `conv_transpose_block` where there is an `output_padding`.
+
+    `batch_norm` is a `reference.Norm`, or None for none; the other arguments are those of the two.
+    """
+    transposed = output_padding is not None
+    stride, padding = pair(stride, "stride"), pair(padding, "padding")
+    x, weight, bias = _autocast(x, weight, bias)
+    vectors = {"bias": bias}
+    if batch_norm is not None:
+        vectors |= {
+            "norm_weight": batch_norm.weight,
+            "norm_bias": batch_norm.bias,
+            "running_mean": batch_norm.running_mean,
+            "running_var": batch_norm.running_var,
+        }
+    _check_tensors(x, weight, vectors, batch_norm, transposed, activation)
+    kernel_size = tuple(weight.shape[2:])
+    if transposed:
+        output_padding = pair(output_padding, "output_padding")
+        _check_output_padding(output_padding, stride)
+        geometry = ConvGeometry.conv_transpose(
+            tuple(x.shape[2:]), kernel_size, stride, padding, output_padding
+        )
+        size = geometry.big
+    else:
+        geometry = ConvGeometry.conv(tuple(x.shape[2:]), kernel_size, stride, padding)
+        size = geometry.small
+    _check_output(x, size, batch_norm)
+
+    act = dict(activation=activation, negative_slope=negative_slope)
+    runs = implementation(x, weight, *vectors.values(), **act)
+    if runs == "triton":
+        y = autograd.block(
+            layout.enter(x), layout.enter(weight), bias, geometry, transposed,
+            batch_norm=batch_norm, inplace=inplace, **act,
+        )  # fmt: skip
+        memory_format = memory_format or _pytorchs_format(y, x, weight, batch_norm)
+    else:
+        y = reference.block(
+            x, weight, bias, stride, padding, output_padding, batch_norm=batch_norm,
+            inplace=inplace, convolutions=cpu if runs == "cpu" else torch.nn.functional, **act,
+        )  # fmt: skip
+    if memory_format is None:  # PyTorch's own operations have chosen.
+        return y
+    as_asked = layout.channels_last if memory_format == torch.channels_last else layout.contiguous
+    return as_asked(y)
 
 
 def reparameterize(mu, logvar, *, generator=None):
@@ -250,61 +280,10 @@ def implementation(*tensors, **settings):
     return "cpu" if on_cpu and _why_not_plain(tensors) is None else "reference"
 
 
-def _block(x, weight, bias, stride, padding, output_padding=None, *, memory_format, **options):
-    """Both blocks: a transposed convolution where there is an `output_padding`."""
-    transposed = output_padding is not None
-    stride, padding = pair(stride, "stride"), pair(padding, "padding")
-    x, weight, bias = _autocast(x, weight, bias)
-    _check_tensors(x, weight, bias, transposed, **options)
-    kernel_size = tuple(weight.shape[2:])
-    if transposed:
-        output_padding = pair(output_padding, "output_padding")
-        _check_output_padding(output_padding, stride)
-        geometry = ConvGeometry.conv_transpose(
-            tuple(x.shape[2:]), kernel_size, stride, padding, output_padding
-        )
-        size = geometry.big
-    else:
-        geometry = ConvGeometry.conv(tuple(x.shape[2:]), kernel_size, stride, padding)
-        size = geometry.small
-    _check_output(x, size, **options)
-
-    vectors = (
-        options[name] for name in ("norm_weight", "norm_bias", "running_mean", "running_var")
-    )
-    counter = options.pop("num_batches_tracked")
-    if not (options["norm"] and options["training"] and options["running_mean"] is not None):
-        counter = None
-    settings = {name: options[name] for name in ("activation", "negative_slope")}
-    runs = implementation(x, weight, bias, *vectors, **settings)
-    if runs == "triton":
-        y = autograd.block(
-            layout.enter(x), layout.enter(weight), bias, geometry, transposed,
-            num_batches_tracked=counter, **options,
-        )  # fmt: skip
-        memory_format = memory_format or _pytorchs_format(y, x, weight, options["norm"])
-    else:
-        if counter is not None:
-            counter.add_(options["statistics_groups"])
-        library = cpu if runs == "cpu" else torch.nn.functional
-        if transposed:
-            y = reference.conv_transpose_block(
-                x, weight, bias, stride, padding, output_padding,
-                convolve=library.conv_transpose2d, **options,
-            )  # fmt: skip
-        else:
-            y = reference.conv_block(
-                x, weight, bias, stride, padding, convolve=library.conv2d, **options
-            )
-    if memory_format is None:  # PyTorch's own operations have chosen.
-        return y
-    as_asked = layout.channels_last if memory_format == torch.channels_last else layout.contiguous
-    return as_asked(y)
-
-
-def _pytorchs_format(y, x, weight, norm):
+def _pytorchs_format(y, x, weight, batch_norm):
     """The memory format that PyTorch's layers would give the output `y`."""
-    if norm and y.is_contiguous():  # Of 1 channel, or 1 x 1 pixels: batch norm then makes it so.
+    # Of 1 channel, or 1 x 1 pixels: batch norm then makes it so.
+    if batch_norm is not None and y.is_contiguous():
         return torch.contiguous_format
     channels_last = layout.is_channels_last(x) or layout.is_channels_last(weight)
     return torch.channels_last if channels_last else torch.contiguous_format
@@ -324,20 +303,7 @@ def _autocast(x, weight, bias):
     )
 
 
-def _check_tensors(
-    x,
-    weight,
-    bias,
-    transposed,
-    *,
-    norm_weight,
-    norm_bias,
-    running_mean,
-    running_var,
-    num_batches_tracked,
-    activation,
-    **_,
-):
+def _check_tensors(x, weight, vectors, batch_norm, transposed, activation):
     in_dim, out_dim = (0, 1) if transposed else (1, 0)
     if activation not in reference.ACTIVATIONS:
         raise ValueError(
@@ -354,24 +320,18 @@ def _check_tensors(
             f"expected x with {weight.shape[in_dim]} channels for a weight of shape "
             f"{tuple(weight.shape)}, got {x.shape[1]}"
         )
-    for name, t in (("weight", weight), ("bias", bias)):
+    for name, t in (("weight", weight), ("bias", vectors["bias"])):
         if t is not None and t.dtype != x.dtype:
             raise TypeError(f"expected {name} of x's dtype {x.dtype}, got {t.dtype}")
-    if (running_mean is None) != (running_var is None):
-        raise ValueError("expected running_mean and running_var together, got only one of them")
-    _check_counter(num_batches_tracked, x.device)
-    vectors = (
-        ("bias", bias),
-        ("norm_weight", norm_weight),
-        ("norm_bias", norm_bias),
-        ("running_mean", running_mean),
-        ("running_var", running_var),
-    )
+    if batch_norm is not None:
+        if (batch_norm.running_mean is None) != (batch_norm.running_var is None):
+            raise ValueError("expected running_mean and running_var together, got only one of them")
+        _check_counter(batch_norm.num_batches_tracked, x.device)
     channels = weight.shape[out_dim]
-    for name, t in vectors:
+    for name, t in vectors.items():
         if t is not None and tuple(t.shape) != (channels,):
             raise ValueError(f"expected {name} of shape ({channels},), got {tuple(t.shape)}")
-    for name, t in (("weight", weight), *vectors):
+    for name, t in (("weight", weight), *vectors.items()):
         if t is not None and t.device != x.device:
             raise ValueError(f"expected {name} on x's device {x.device}, got {t.device}")
 
@@ -398,24 +358,24 @@ def _check_output_padding(output_padding, stride):
         )
 
 
-def _check_output(x, size, *, norm, running_mean, training, statistics_groups, **_):
+def _check_output(x, size, batch_norm):
     if min(size) < 1:
         raise ValueError(
             f"expected an input large enough for one output pixel, got {tuple(x.shape[2:])}, "
             f"which gives an output of {size}"
         )
-    if not norm or not (training or running_mean is None):
+    if batch_norm is None or not batch_norm.by_batch:
         return
-    n = x.shape[0]
-    if statistics_groups < 1 or n % statistics_groups:
+    n, groups = x.shape[0], batch_norm.groups
+    if groups < 1 or n % groups:
         raise ValueError(
             f"expected a batch that statistics_groups divides evenly, got {n} images and "
-            f"{statistics_groups} groups"
+            f"{groups} groups"
         )
-    if n // statistics_groups * size[0] * size[1] == 1:
+    if n // groups * size[0] * size[1] == 1:
         raise ValueError(
             "expected more than 1 value per channel when training with batch norm, got an output "
-            f"of {n // statistics_groups} x {size[0]} x {size[1]} pixels"
+            f"of {n // groups} x {size[0]} x {size[1]} pixels"
         )
 
 

@@ -171,8 +171,8 @@ def _logistic_loss(logits, targets, scale):
     else:
         logits = logits.reshape(-1).contiguous()
         runs = implementation(logits)
-    library = autograd if runs == "triton" else reference
-    return library.logistic_loss(logits, targets, scale)
+    logistic_loss = autograd.logistic_loss if runs == "triton" else reference.logistic_loss
+    return logistic_loss(logits, targets, scale)
 
 
 def _side_by_side(logits, targets):

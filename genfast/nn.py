@@ -35,33 +35,19 @@ def run_block(x, conv, norm, activation, negative_slope, inplace=False, memory_f
         norm: `nn.BatchNorm2d` or None. Its statistics and counter move as in its own forward.
         activation, negative_slope, inplace, memory_format: as in `functional.conv_block`.
     """
-    options = dict(
+    transposed = isinstance(conv, nn.ConvTranspose2d)
+    return functional.block(
+        x,
+        conv.weight,
+        conv.bias,
+        conv.stride,
+        conv.padding if transposed else _explicit_padding(conv),
+        conv.output_padding if transposed else None,
+        batch_norm=None if norm is None else _norm_of(norm, _groups_of(norm)),
         activation=activation,
         negative_slope=negative_slope,
         inplace=inplace,
         memory_format=memory_format,
-    )
-    if norm is not None:
-        groups = _groups_of(norm)
-        running_mean, running_var, counter, training, momentum = _begin_norm(norm, groups)
-        options |= dict(
-            norm=True,
-            norm_weight=norm.weight,
-            norm_bias=norm.bias,
-            running_mean=running_mean,
-            running_var=running_var,
-            num_batches_tracked=counter,
-            training=training,
-            momentum=momentum,
-            eps=norm.eps,
-            statistics_groups=groups,
-        )
-    if isinstance(conv, nn.ConvTranspose2d):
-        return functional.conv_transpose_block(
-            x, conv.weight, conv.bias, conv.stride, conv.padding, conv.output_padding, **options
-        )
-    return functional.conv_block(
-        x, conv.weight, conv.bias, conv.stride, _explicit_padding(conv), **options
     )
 
 
@@ -149,13 +135,7 @@ class _ForwardByGroups:
                 f"expected a batch that the groups divide evenly, got {len(x)} images and "
                 f"{self.groups} groups"
             )
-        running_mean, running_var, counter, training, momentum = _begin_norm(norm, self.groups)
-        if counter is not None:
-            counter.add_(self.groups)
-        return reference.batch_norm_by_groups(
-            x, running_mean, running_var, norm.weight, norm.bias, training, momentum, norm.eps,
-            self.groups if training else 1,
-        )  # fmt: skip
+        return reference.batch_norm_by_groups(x, _norm_of(norm, self.groups))
 
 
 def _groups_of(norm):
@@ -163,24 +143,23 @@ def _groups_of(norm):
     return forward.groups if forward else 1
 
 
-def _begin_norm(norm, groups):
-    """What `nn.BatchNorm2d` decides: running mean and variance, counter, training, momentum.
-
-    The counter is None where no batch is counted; the caller counts `groups`.
-    """
+def _norm_of(norm, groups):
+    """A stock batch norm's arguments, as its own forward decides on them: a `reference.Norm`."""
     running_mean, running_var = norm.running_mean, norm.running_var
     if norm.training and not norm.track_running_stats:
         running_mean = running_var = None
-    training = norm.training or running_mean is None
-    if not (norm.training and running_mean is not None):
-        return running_mean, running_var, None, training, 0.0
-    momentum, counter = norm.momentum, norm.num_batches_tracked
-    if counter is None:
-        momentum = momentum or 0.0
-    elif momentum is None:  # A cumulative average: the n-th batch weighs 1/n.
-        numbers = counter + torch.arange(1, groups + 1, device=counter.device)
-        momentum = numbers.to(norm.running_mean.dtype).reciprocal()
-    return running_mean, running_var, counter, training, momentum
+    momentum, counter = 0.0, None
+    if norm.training and running_mean is not None:
+        momentum, counter = norm.momentum, norm.num_batches_tracked
+        if counter is None:
+            momentum = momentum or 0.0
+        elif momentum is None:  # A cumulative average: the n-th batch weighs 1/n.
+            numbers = counter + torch.arange(1, groups + 1, device=counter.device)
+            momentum = numbers.to(running_mean.dtype).reciprocal()
+    return reference.Norm(
+        norm.weight, norm.bias, running_mean, running_var, counter, norm.training, momentum,
+        norm.eps, groups,
+    )  # fmt: skip
 
 
 def _explicit_padding(conv):

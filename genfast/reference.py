@@ -4,10 +4,44 @@ Nothing here imports the rest of genfast. Evaluated in float64 these functions a
 are compared with; in the caller's dtype they are what runs wherever the kernels do not.
 """
 
+from dataclasses import dataclass
+
 import torch
 import torch.nn.functional as F
 
 ACTIVATIONS = ("identity", "relu", "leaky_relu", "tanh", "sigmoid")
+
+
+@dataclass(frozen=True)
+class Norm:
+    """A batch norm: tensors and settings, as `functional.conv_block` describes them.
+
+    weight, bias: (channels,), or None for 1 and 0.
+    running_mean, running_var: (channels,), or both None.
+    num_batches_tracked: an int64 scalar, or None.
+    momentum: a float, or a tensor: a scalar or (groups,).
+    groups: the equal parts of a batch that have statistics of their own.
+    """
+
+    weight: torch.Tensor | None
+    bias: torch.Tensor | None
+    running_mean: torch.Tensor | None
+    running_var: torch.Tensor | None
+    num_batches_tracked: torch.Tensor | None
+    training: bool
+    momentum: float | torch.Tensor
+    eps: float
+    groups: int
+
+    @property
+    def by_batch(self):
+        """Whether a batch is normalised by its own statistics."""
+        return self.training or self.running_mean is None
+
+    @property
+    def moves(self):
+        """Whether a batch moves the running statistics and is counted."""
+        return self.training and self.running_mean is not None
 
 
 def activate(x, activation, negative_slope=0.2, *, inplace=False):
@@ -25,58 +59,46 @@ def activate(x, activation, negative_slope=0.2, *, inplace=False):
     raise ValueError(f"expected an activation among {ACTIVATIONS}, got {activation!r}")
 
 
-def batch_norm_by_groups(
-    z, running_mean, running_var, weight, bias, training, momentum, eps, groups
-):
-    """`F.batch_norm` of each of `groups` equal parts of the batch, by statistics of its own.
+def batch_norm_by_groups(z, batch_norm):
+    """`F.batch_norm` by a `Norm`: of each group of the batch, by statistics of its own.
 
-    Running statistics move once for each part, in order. `momentum` is a number, or a tensor
-    (groups,) of one for each part.
+    Running statistics move once for each group, in order; the counter grows by their number.
     """
-    if not training or running_mean is None:  # Nothing moves.
-        momenta = [0.0] * groups
-    elif isinstance(momentum, torch.Tensor):
-        momenta = momentum.expand(groups).tolist()
-    else:
-        momenta = [momentum] * groups
+    n = batch_norm
+    groups = n.groups if n.by_batch else 1
+    momenta = [0.0] * groups
+    if n.moves:
+        varies = isinstance(n.momentum, torch.Tensor)
+        momenta = n.momentum.expand(groups).tolist() if varies else [n.momentum] * groups
+        if n.num_batches_tracked is not None:
+            n.num_batches_tracked.add_(groups)
     parts = [
-        F.batch_norm(part, running_mean, running_var, weight, bias, training, momentum, eps)
+        F.batch_norm(
+            part, n.running_mean, n.running_var, n.weight, n.bias, n.by_batch, momentum, n.eps
+        )
         for part, momentum in zip(z.chunk(groups) if groups > 1 else [z], momenta, strict=True)
     ]
     return torch.cat(parts) if groups > 1 else parts[0]
 
 
-def _normalize_and_activate(
-    z, *, norm, norm_weight, norm_bias, running_mean, running_var, training, momentum, eps,
-    activation, negative_slope, statistics_groups, inplace=False,
+def block(
+    x, weight, bias, stride, padding, output_padding=None, *, batch_norm, activation,
+    negative_slope, inplace=False, convolutions=F,
 ):  # fmt: skip
-    if norm:
-        training = training or running_mean is None
-        groups = statistics_groups if training else 1
-        z = batch_norm_by_groups(
-            z, running_mean, running_var, norm_weight, norm_bias, training, momentum, eps, groups
-        )
+    """`conv2d`, then batch norm (a `Norm`, or None for none), then an activation.
+
+    With an `output_padding` it is `conv_transpose2d`. `convolutions` has both functions. The other
+    arguments are those of `functional`.
+    """
+    if output_padding is None:
+        z = convolutions.conv2d(x, weight, bias, stride, padding)
+    else:
+        z = convolutions.conv_transpose2d(x, weight, bias, stride, padding, output_padding)
+    if batch_norm is not None:
+        z = batch_norm_by_groups(z, batch_norm)
     # In place: nobody else has z, and neither batch norm nor convolution needs it for backward. But
     # leaky ReLU then needs its result, which the caller may change where it is told nothing else.
     return activate(z, activation, negative_slope, inplace=inplace or activation != "leaky_relu")
-
-
-def conv_block(x, weight, bias, stride, padding, *, convolve=F.conv2d, **norm_and_activation):
-    """`conv2d`, then batch norm (optional), then an activation. Arguments as in `functional`.
-
-    `convolve` may be another implementation of `conv2d`.
-    """
-    z = convolve(x, weight, bias, stride, padding)
-    return _normalize_and_activate(z, **norm_and_activation)
-
-
-def conv_transpose_block(
-    x, weight, bias, stride, padding, output_padding, *, convolve=F.conv_transpose2d,
-    **norm_and_activation,
-):  # fmt: skip
-    """`conv_transpose2d`, then batch norm (optional), then an activation."""
-    z = convolve(x, weight, bias, stride, padding, output_padding)
-    return _normalize_and_activate(z, **norm_and_activation)
 
 
 def reparameterize(mu, logvar, eps):

@@ -45,6 +45,20 @@ GEOMETRIES = (
 )
 
 
+def plain_block(
+    *arguments, norm, norm_weight, norm_bias, running_mean, running_var, training, momentum, eps,
+    statistics_groups, **activation,
+):  # fmt: skip
+    """`reference.block` with the arguments of the fused functions."""
+    batch_norm = None
+    if norm:
+        batch_norm = reference.Norm(
+            norm_weight, norm_bias, running_mean, running_var, None, training, momentum, eps,
+            statistics_groups,
+        )  # fmt: skip
+    return reference.block(*arguments, batch_norm=batch_norm, **activation)
+
+
 @dataclass(frozen=True)
 class Case:
     """One call of `functional.conv_block`, or of `conv_transpose_block` if `transposed`.
@@ -116,7 +130,7 @@ class Case:
     @property
     def plain(self):
         """The same in plain PyTorch."""
-        return reference.conv_transpose_block if self.transposed else reference.conv_block
+        return plain_block
 
     def tensors(self, device):
         """The tensor arguments by name, in the dtypes and layouts of the case."""

@@ -69,11 +69,11 @@ def tensors(shape, transposed, dtype, layout, bias):
     return [*inputs, torch.randn(channels, dtype=dtype, requires_grad=True) if bias else None]
 
 
-def convolve(library, shape, transposed, x, weight, bias=None):
+def convolve(convolutions, shape, transposed, x, weight, bias=None):
     _, stride, padding, output_padding = pairs(shape)
     if transposed:
-        return library.conv_transpose2d(x, weight, bias, stride, padding, output_padding)
-    return library.conv2d(x, weight, bias, stride, padding)
+        return convolutions.conv_transpose2d(x, weight, bias, stride, padding, output_padding)
+    return convolutions.conv2d(x, weight, bias, stride, padding)
 
 
 @by_shape
@@ -97,8 +97,8 @@ def test_float64(shape, transposed, layout, bias, every_way):
 def test_rounding(shape, transposed, dtype, every_way):
     """By the rule that the kernels are held to: errors at most 2 or 3 times PyTorch's own."""
 
-    def evaluate(library, inputs, dy):
-        y = convolve(library, shape, transposed, *inputs)
+    def evaluate(convolutions, inputs, dy):
+        y = convolve(convolutions, shape, transposed, *inputs)
         dx, dweight = torch.autograd.grad(y, inputs, dy)
         return {"output": y.detach(), "gradient of x": dx, "gradient of weight": dweight}
 
@@ -150,7 +150,7 @@ def test_float32_is_pytorchs_own_but_for_products(shape, transposed, layout, fas
         return
     for dtype in (torch.float32,) if fast else (torch.float32, torch.bfloat16):
         inputs = tensors(shape, transposed, dtype, layout, True)
-        y, plain = (convolve(library, shape, transposed, *inputs) for library in (cpu, F))
+        y, plain = (convolve(convolutions, shape, transposed, *inputs) for convolutions in (cpu, F))
         assert type(y.grad_fn) is type(plain.grad_fn)
         assert torch.equal(y, plain)
 
@@ -164,7 +164,7 @@ def test_memory_formats(shape, transposed, x_layout, weight_layout, every_way):
     inputs = tensors(shape, transposed, torch.float32, torch.contiguous_format, True)
     for i, layout in enumerate((x_layout, weight_layout)):
         inputs[i] = inputs[i].detach().contiguous(memory_format=layout).requires_grad_()
-    y, plain = (convolve(library, shape, transposed, *inputs) for library in (cpu, F))
+    y, plain = (convolve(convolutions, shape, transposed, *inputs) for convolutions in (cpu, F))
     _, stride, padding, output_padding = pairs(shape)
     options = dict(bias=inputs[2], stride=stride, padding=padding)
     if transposed:

@@ -18,7 +18,7 @@ from PIL import Image
 
 from genfast.training.data import (
     Batches,
-    fingerprint,
+    checksum,
     load_images,
     normalize,
     prefetch,
@@ -415,37 +415,37 @@ def test_a_set_larger_than_memory(tmp_path, monkeypatch):
     images = load_images(path, 256)
     assert images.shape == (count, 3, 256, 256)
     assert images[[0, 123_456, count - 1], 0, 0, 0].tolist() == [1, 2, 3]
-    before = fingerprint(images)
+    before = checksum(images)
     batches = Batches(images, 8, 0, CPU)
     place = (batches._order(5) == 123_456).nonzero().item()
     with closing(batches.stream(5 * len(batches) + place // 8)) as stream:
         assert next(stream)[place % 8, 0, 0, 0] == 2
     np.lib.format.open_memmap(path, "r+")[-1] = 0
-    assert fingerprint(images) != before
+    assert checksum(images) != before
 
 
-def test_fingerprints(monkeypatch):
+def test_checksums(monkeypatch):
     images = torch.from_numpy(COLOURS).permute(0, 3, 1, 2)
     for large in (sources.LARGE, 0):
         monkeypatch.setattr(sources, "LARGE", large)
-        whole = fingerprint(images)
-        assert fingerprint(images.contiguous()) == whole  # In whatever order they lie in memory.
-        assert fingerprint(images.flip(0)) != whole
-        assert fingerprint(images[:-1]) != whole
+        whole = checksum(images)
+        assert checksum(images.contiguous()) == whole  # In whatever order they lie in memory.
+        assert checksum(images.flip(0)) != whole
+        assert checksum(images[:-1]) != whole
         changed = images.clone()
         changed[17, 1, 2, 3] ^= 1
-        assert fingerprint(changed) != whole
-    assert fingerprint(images.reshape(40, 1, 8, 24)) != whole
+        assert checksum(changed) != whole
+    assert checksum(images.reshape(40, 1, 8, 24)) != whole
 
 
-def test_fingerprints_of_large_sets_are_of_a_sample(monkeypatch, all_sets_are_large):
+def test_checksums_of_large_sets_are_of_a_sample(monkeypatch, all_sets_are_large):
     monkeypatch.setattr(sources, "SAMPLED", 4)
     images = _numbered(40).clone()
-    whole = fingerprint(images)
+    whole = checksum(images)
     for i in range(40):
         changed = images.clone()
         changed[i] = 99
-        assert (fingerprint(changed) != whole) == (i in (0, 13, 26, 39))
+        assert (checksum(changed) != whole) == (i in (0, 13, 26, 39))
 
 
 def test_batches_gathered_ahead_are_those_gathered_in_turn(monkeypatch):

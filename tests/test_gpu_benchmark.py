@@ -40,7 +40,7 @@ def test_a_table_drops_what_other_sources_gave(tmp_path):
 
 
 def test_stages_know_their_sources():
-    digests = {stage.name: stage.fingerprint for stage in STAGES}
+    digests = {stage.name: stage.digest for stage in STAGES}
     assert digests["tuning"] != digests["tests"]
     for stage in STAGES:
         missing = {p for p in stage.sources if not list(ROOT.glob(p))}

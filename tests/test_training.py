@@ -680,7 +680,7 @@ def test_time_limit(tmp_path):
 
 
 @pytest.mark.parametrize("model", config.MODELS)
-def test_sampling_from_a_checkpoint(tmp_path, model):
+def test_samples_from_a_checkpoint(tmp_path, model):
     settings, images = _prepare(tmp_path, model, epochs=1)
     loop.train(settings, images, tmp_path / "out", device=CPU)
     path = tmp_path / "out/checkpoint.pt"

@@ -193,7 +193,7 @@ def test_a_run_from_before_there_was_a_background(tmp_path):
     folder, path = _transparent_folder(tmp_path / "data"), tmp_path / "out/checkpoint.pt"
     stripped = load_images(folder, 16, background=None)
     settings = config.prepare("dcgan", folder, TINY)[0].as_dict()
-    settings = config.Config(**settings | {"checksum": config.fingerprint(stripped)})
+    settings = config.Config(**settings | {"checksum": config.checksum(stripped)})
     loop.train(settings, stripped, tmp_path / "out", device=CPU)
     content = checkpoint.read_checkpoint(path)
     del content["config"]["background"]

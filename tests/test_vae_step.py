@@ -339,7 +339,7 @@ def test_samples_of_logits_are_probabilities():
     torch.testing.assert_close(step.sample(z).flatten(1), torch.sigmoid(model.decode(z)))
 
 
-def test_sampling_leaves_each_layer_its_mode():
+def test_sample_leaves_each_layer_its_mode():
     model = Maps()
     model.encoder[1].eval()
     modes = [m.training for m in model.modules()]

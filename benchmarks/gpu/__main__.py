@@ -34,7 +34,7 @@ def main():
     for stage in tqdm(chosen, "stages"):
         record = done.get(stage.name, {})
         is_done = record.get("outcome") == "complete" and stage.name not in args.again
-        if is_done and record["fingerprint"] == stage.fingerprint:
+        if is_done and record["digest"] == stage.digest:
             continue
         left = deadline - time.monotonic() - _SPARE_SECONDS
         if left < 20:
@@ -66,7 +66,7 @@ def _run(stage, seconds):
     print("\n".join(lines[-25:]), flush=True)
     return {
         "outcome": outcomes.get(status, "failed"),
-        "fingerprint": stage.fingerprint,
+        "digest": stage.digest,
         "seconds": round(time.monotonic() - started),
         "last_line": (lines or ["it printed nothing"])[-1][-160:],
         **machine.describe(torch.device("cuda")),

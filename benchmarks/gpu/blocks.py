@@ -12,7 +12,7 @@ import torch
 from tqdm import tqdm
 
 from benchmarks.gpu.clock import deadline_of_arguments, host_microseconds, microseconds
-from benchmarks.gpu.stages import MORE_TO_DO, RESULTS, fingerprint_of
+from benchmarks.gpu.stages import MORE_TO_DO, RESULTS, digest_of
 from benchmarks.gpu.table import Table
 from benchmarks.test_ops import LAYERS
 from genfast.functional import reparameterize_with_kl
@@ -29,7 +29,7 @@ def main():
     deadline = deadline_of_arguments(__doc__)
     device = torch.device("cuda")
     torch.backends.cudnn.benchmark = True
-    table = Table(RESULTS / "blocks.csv", COLUMNS, fingerprint_of("blocks"))
+    table = Table(RESULTS / "blocks.csv", COLUMNS, digest_of("blocks"))
     time_sampling(table, device, LATENTS)
     work = [(layer, batch) for batch in BATCHES for layer in LAYERS]
     for layer, batch in tqdm(work, "blocks", mininterval=5):

@@ -1,6 +1,6 @@
 """A pytest plugin: run only tests that have not passed yet, and note those that do.
 
-The file that GENFAST_PASSED names is {"fingerprint": ..., "passed": [ids]}. It is written every few
+The file that GENFAST_PASSED names is {"digest": ..., "passed": [ids]}. It is written every few
 tests, as the run may be stopped at any time.
 """
 

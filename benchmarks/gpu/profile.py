@@ -9,7 +9,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.gpu.clock import deadline_of_arguments
-from benchmarks.gpu.stages import RESULTS, fingerprint_of
+from benchmarks.gpu.stages import RESULTS, digest_of
 from benchmarks.gpu.table import Table
 from benchmarks.variants import VARIANTS
 from benchmarks.workloads import Workload
@@ -22,7 +22,7 @@ COLUMNS = ("model", "batch_size", "variant", "kernel", "count", "us", "share")
 def main():
     deadline_of_arguments(__doc__)
     torch.backends.cudnn.benchmark = True
-    table = Table(RESULTS / "profile.csv", COLUMNS, fingerprint_of("profile"))
+    table = Table(RESULTS / "profile.csv", COLUMNS, digest_of("profile"))
     for model, batch_size in RUNS:
         for variant in ("genfast", "graphed"):
             facts = {"model": model, "batch_size": batch_size, "variant": variant}

@@ -6,7 +6,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "benchmarks" / "results" / "gpu"
-_LIBRARY = ("kernels/*.py", "genfast/**/*.py")
+_PACKAGE = ("kernels/*.py", "genfast/**/*.py")
 
 
 @dataclass(frozen=True)
@@ -18,30 +18,30 @@ class Stage:
     """
 
     name: str
-    sources: tuple[str, ...] = _LIBRARY
+    sources: tuple[str, ...] = _PACKAGE
 
     @property
-    def fingerprint(self):
-        """A digest of the sources."""
-        digest = hashlib.sha256()
+    def digest(self):
+        """A hash of the sources, 16 digits."""
+        sha = hashlib.sha256()
         for pattern in self.sources:
             for path in sorted(ROOT.glob(pattern)):
-                digest.update(path.read_bytes())
-        return digest.hexdigest()[:16]
+                sha.update(path.read_bytes())
+        return sha.hexdigest()[:16]
 
 
 MORE_TO_DO = 75
 STAGES = (
     Stage("ceilings", ()),
-    Stage("tests", (*_LIBRARY, "genfast/launch/tuned.csv", "tests/*.py")),
+    Stage("tests", (*_PACKAGE, "genfast/launch/tuned.csv", "tests/*.py")),
     Stage("sanitizer", ("kernels/*.py", "genfast/launch/*.py")),
     Stage("tuning", ("kernels/*.py", "genfast/launch/*.py")),
-    Stage("blocks", (*_LIBRARY, "genfast/launch/tuned.csv")),
-    Stage("steps", (*_LIBRARY, "genfast/launch/tuned.csv")),
-    Stage("profile", (*_LIBRARY, "genfast/launch/tuned.csv")),
+    Stage("blocks", (*_PACKAGE, "genfast/launch/tuned.csv")),
+    Stage("steps", (*_PACKAGE, "genfast/launch/tuned.csv")),
+    Stage("profile", (*_PACKAGE, "genfast/launch/tuned.csv")),
 )
 
 
-def fingerprint_of(name):
-    """The fingerprint of the stage of that name."""
-    return next(stage for stage in STAGES if stage.name == name).fingerprint
+def digest_of(name):
+    """The digest of the stage of that name."""
+    return next(stage for stage in STAGES if stage.name == name).digest

@@ -7,7 +7,7 @@ import torch
 
 from benchmarks import machine
 from benchmarks.gpu.clock import deadline_of_arguments
-from benchmarks.gpu.stages import MORE_TO_DO, ROOT, fingerprint_of
+from benchmarks.gpu.stages import MORE_TO_DO, ROOT, digest_of
 from benchmarks.throughput import RESULTS
 
 # Most important first; and the seconds below which one is not begun.
@@ -25,10 +25,10 @@ def main():
     device = torch.device("cuda")
     notes = RESULTS / "gpu" / "steps.txt"
     done = notes.read_text().splitlines() if notes.exists() else []
-    fingerprint = fingerprint_of("steps")
+    digest = digest_of("steps")
     unfinished = failed = False
     for model, batch_size, least in RUNS:
-        name = f"{model} {batch_size} {fingerprint}"
+        name = f"{model} {batch_size} {digest}"
         if name in done:
             continue
         if deadline.left < least:

@@ -9,17 +9,17 @@ class Table:
     Args:
         path: of the file.
         columns: its names.
-        fingerprint: rows that were written under another one are dropped.
+        digest: rows that were written under another one are dropped.
     """
 
-    def __init__(self, path, columns, fingerprint):
-        self._path, self._columns = path, (*columns, "fingerprint")
-        self._fingerprint = fingerprint
+    def __init__(self, path, columns, digest):
+        self._path, self._columns = path, (*columns, "digest")
+        self._digest = digest
         self.rows = []
         if path.exists():
             with open(path, newline="", encoding="utf-8") as file:
                 rows = list(csv.DictReader(file))
-            self.rows = [row for row in rows if row.get("fingerprint") == fingerprint]
+            self.rows = [row for row in rows if row.get("digest") == digest]
         self._rewrite()
 
     def __contains__(self, facts):
@@ -28,7 +28,7 @@ class Table:
 
     def add(self, row):
         """Append a row."""
-        row = {k: str(v) for k, v in row.items()} | {"fingerprint": self._fingerprint}
+        row = {k: str(v) for k, v in row.items()} | {"digest": self._digest}
         self.rows.append(row)
         with open(self._path, "a", newline="", encoding="utf-8") as file:
             csv.DictWriter(file, self._columns, lineterminator="\n").writerow(row)

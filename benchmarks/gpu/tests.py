@@ -6,7 +6,7 @@ import subprocess
 import sys
 
 from benchmarks.gpu.clock import deadline_of_arguments
-from benchmarks.gpu.stages import MORE_TO_DO, RESULTS, ROOT, fingerprint_of
+from benchmarks.gpu.stages import MORE_TO_DO, RESULTS, ROOT, digest_of
 
 _WORKERS = min(14, os.cpu_count() or 1)
 SUITE = ("--ignore=tests/test_ahead_of_time.py", "--ignore=tests/test_packaging.py", "tests")
@@ -21,11 +21,11 @@ _NONE_LEFT = 5  # pytest's exit status where there was no test to run.
 
 def main():
     deadline = deadline_of_arguments(__doc__)
-    fingerprint = fingerprint_of("tests")
+    digest = digest_of("tests")
     passed = RESULTS / "passed.json"
     seen = json.loads(passed.read_text()) if passed.exists() else {}
-    if seen.get("fingerprint") != fingerprint:
-        passed.write_text(json.dumps({"fingerprint": fingerprint, "passed": []}))
+    if seen.get("digest") != digest:
+        passed.write_text(json.dumps({"digest": digest, "passed": []}))
     # Compiled kernels are few enough to share a core with each other.
     environment = os.environ | {"OMP_NUM_THREADS": "1", "GENFAST_PASSED": str(passed)}
     status = 0

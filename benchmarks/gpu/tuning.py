@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from benchmarks.gpu.clock import deadline_of_arguments, microseconds
 from benchmarks.gpu.problems import bytes_and_flops, call, forced, of_training, rounding
-from benchmarks.gpu.stages import MORE_TO_DO, RESULTS, fingerprint_of
+from benchmarks.gpu.stages import MORE_TO_DO, RESULTS, digest_of
 from benchmarks.gpu.table import Table
 from genfast.launch import start, tiles
 from genfast.launch.tiles import LIBRARY, GemmConfig
@@ -75,7 +75,7 @@ def main():
     deadline = deadline_of_arguments(__doc__)
     device = torch.device("cuda")
     torch.backends.cudnn.benchmark = True
-    table = Table(RESULTS / "tuning.csv", COLUMNS, fingerprint_of("tuning"))
+    table = Table(RESULTS / "tuning.csv", COLUMNS, digest_of("tuning"))
     architecture = start.architecture(torch.empty(1, device=device))
     problems = {}
     for model, batch_size in WORKLOADS:

@@ -2,6 +2,6 @@
 
 from genfast.training.data.batches import Batches, normalize
 from genfast.training.data.decoding import colour
-from genfast.training.data.sources import fingerprint, load_images, resize
+from genfast.training.data.sources import checksum, load_images, resize
 
-__all__ = ["Batches", "colour", "fingerprint", "load_images", "normalize", "resize"]
+__all__ = ["Batches", "checksum", "colour", "load_images", "normalize", "resize"]

@@ -209,8 +209,8 @@ def _idx_file_in(folder):
     return next((path for path in candidates if path.is_file()), None)
 
 
-def fingerprint(images):
-    """A checksum of the images, by which a resumed run knows that its data are the same.
+def checksum(images):
+    """A number made of the images, by which a resumed run knows that its data are the same.
 
     Of a set of a GiB or more it takes the shape and 1,024 images, evenly spread. Other images, or
     the same ones in another order, are noticed then too; a change to one image in a hundred goes
@@ -218,9 +218,9 @@ def fingerprint(images):
     """
     if images.nbytes < LARGE:
         return zlib.crc32(images.contiguous().numpy())
-    checksum = zlib.crc32(str(tuple(images.shape)).encode())
+    crc = zlib.crc32(str(tuple(images.shape)).encode())
     count = min(SAMPLED, len(images))
     for i in range(count):
         image = images[i * (len(images) - 1) // max(count - 1, 1)]
-        checksum = zlib.crc32(image.contiguous().numpy(), checksum)
-    return checksum
+        crc = zlib.crc32(image.contiguous().numpy(), crc)
+    return crc

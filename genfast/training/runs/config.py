@@ -10,7 +10,7 @@ import torch
 
 from genfast.models import GAN, VAE, ConvVAE, DCGANDiscriminator, DCGANGenerator
 from genfast.models.dcgan import IMAGE_SIZES
-from genfast.training.data import colour, fingerprint, load_images, resize
+from genfast.training.data import checksum, colour, load_images, resize
 from genfast.training.data.sources import DEFAULT_SIZES
 from genfast.training.errors import BadInput
 from genfast.training.runs.checkpoint import read_checkpoint
@@ -169,7 +169,7 @@ def prepare(model, data, given, out=None):
         model=model,
         data=_lasting(data),
         num_images=len(images),
-        checksum=fingerprint(images),
+        checksum=checksum(images),
         **(settings | given | dict(channels=images.shape[1], image_size=images.shape[2])),
     )
     return config, images
@@ -216,7 +216,7 @@ def prepare_resumed(model, data, given, path, out=None):
         background=config.background,
         run_folder=Path(path).parent if out is None else out,
     )
-    if fingerprint(images) != began.checksum:
+    if checksum(images) != began.checksum:
         raise BadInput(
             f"expected the {began.num_images} images with which the run in {path} began, got "
             f"{len(images)} images from {config.data} that are not the same"

@@ -13,7 +13,7 @@ from genfast.backend import selected_backend
 
 _VALUES = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device)
 _OPENED = (nn.Module, Optimizer, torch.amp.GradScaler)
-_LIBRARY = {object, nn.Module, Optimizer}
+_BASES = {object, nn.Module, Optimizer}
 _GLOBAL_HOOKS = [
     nn_module._global_backward_hooks,
     nn_module._global_backward_pre_hooks,
@@ -124,7 +124,7 @@ class BuiltIn:
         return "tensor", id(tensor), place, gradient
 
     def _describe_opened(self, thing):
-        kinds = [kind for kind in type(thing).__mro__ if kind not in _LIBRARY]
+        kinds = [kind for kind in type(thing).__mro__ if kind not in _BASES]
         if not type(thing).__module__.startswith("torch."):
             self._views.append(vars(thing).keys())  # Its own code may ask which there are.
         return (

@@ -11,7 +11,17 @@ import torch
 
 from genfast.backend import INTERPRETING, triton
 from genfast.geometry import ConvGeometry
-from genfast.launch import conv, losses, norm, passes, sampling, sums, tiles
+from genfast.launch import (
+    conv,
+    logits,
+    losses,
+    norm,
+    passes,
+    sampling,
+    sums,
+    tiles,
+    to_image,
+)
 
 if triton is not None:
     from triton.runtime import interpreter
@@ -43,7 +53,8 @@ class Lanes:
 
     def check(self, addresses, mask):
         """All lanes of a load lie in one tensor: two may be neighbours in memory."""
-        self.masked[self._kernel] += int((~mask).sum())
+        # A mask computed by a select is numbers there, not booleans.
+        self.masked[self._kernel] += mask.size - int(mask.astype(bool).sum())
         low, high = int(addresses.min()), int(addresses.max())
         # Of several arguments that begin there, such as stand-ins, the longest comes last.
         i = bisect.bisect_right(self._starts, low) - 1
@@ -209,3 +220,24 @@ def test_masked_lanes_of_the_products_stay_inside(case, lanes, monkeypatch):
     convolutions(*case)
     products = {"fprop", "dgrad", "wgrad"}
     assert products <= {name for name, masked in lanes.masked.items() if masked}
+
+
+@pytest.mark.parametrize("c_small", [3, 40], ids="{} channels".format)
+@pytest.mark.parametrize(("size", "kernel"), [((3, 3), 4), ((2, 18), 4), ((3, 5), 3)], ids=str)
+def test_to_image(lanes, size, kernel, c_small):
+    stride = 2 if kernel == 4 else 1
+    geometry = ConvGeometry.conv_transpose(size, (kernel,) * 2, (stride,) * 2, (1, 1), (0, 0))
+    small = image(3, c_small, size)
+    epilogue = conv.Epilogue(bias=torch.randn(3))
+    to_image.dgrad(small, image(c_small, 3, (kernel,) * 2), geometry, epilogue, small, "relu")
+    assert lanes.masked["to_image"] > 0
+
+
+def test_logits(lanes):
+    geometry = ConvGeometry.conv((3, 3), (3, 3), (1, 1), (0, 0))
+    big, weight, small = image(19, 9, (3, 3)), image(3, 9, (3, 3)), image(19, 3, (1, 1))
+    logits.fprop(big, weight, geometry, conv.Epilogue(bias=torch.randn(3)))
+    logits.dgrad(small, weight, geometry, conv.Epilogue(bias=torch.randn(9)))
+    logits.wgrad(big, small, geometry)
+    for kernel in ("logits_fprop", "logits_dgrad", "logits_wgrad"):
+        assert lanes.masked[kernel] > 0

@@ -11,6 +11,7 @@ pytest.importorskip("triton", reason="compiles Triton kernels")
 
 from test_kernel_count import Operations
 
+from benchmarks.model import __main__ as command
 from benchmarks.model import formulas, picture, report
 from benchmarks.model.cost import (
     GPUS,
@@ -287,6 +288,25 @@ def test_table_csv_and_picture_agree_and_say_that_they_are_a_model(tmp_path):
     assert report.NOTE in axes.get_title() and report.NOTE in axes.get_xlabel()
     widths = sum(bar.get_width() for bar in axes.patches)
     assert widths == pytest.approx(1e3 * total, rel=1e-9)
+
+
+@pytest.mark.parametrize("named", [False, True])
+def test_the_command_writes_where_it_is_told_or_beside_the_results(named, tmp_path, monkeypatch):
+    monkeypatch.setattr(command, "RESULTS", tmp_path)
+    files = [tmp_path / "mine.csv", tmp_path / "mine.png"] if named else []
+    csv_file, plot_file = ([file] for file in files) if named else ([], [])
+    arguments = ["model", "--csv", *map(str, csv_file), "--plot", *map(str, plot_file)]
+    monkeypatch.setattr("sys.argv", arguments)
+    command.main()
+    stem = tmp_path / "model_dcgan_batch128_h100"
+    for path in files or (stem.with_suffix(".csv"), stem.with_suffix(".png")):
+        assert path.stat().st_size > 1000
+
+
+def test_the_command_says_what_it_expects(monkeypatch):
+    monkeypatch.setattr("sys.argv", ["model", "--batch", "0"])
+    with pytest.raises(SystemExit, match="expected a batch of at least 1 image, got 0"):
+        command.main()
 
 
 @pytest.mark.parametrize(("step", "most"), STEPS.items(), ids=str)

@@ -4,6 +4,12 @@ import csv
 import re
 from pathlib import Path
 
+import pytest
+
+from benchmarks.model.cost import GPUS
+from benchmarks.model.prediction import predict
+from benchmarks.model.report import totals
+
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
@@ -39,3 +45,14 @@ def test_speeds_of_the_vae_are_what_was_measured():
 def test_files_that_the_readme_names_exist():
     for path in re.findall(r"\((benchmarks/[^)\s]+)\)", README):
         assert (ROOT / path).is_file(), path
+
+
+@pytest.mark.parametrize("batch", [128, 1024])
+def test_predictions_are_those_of_the_model(batch):
+    """To a hundredth: another release of Triton compiles a little differently."""
+    pytest.importorskip("triton", reason="compiles Triton kernels")
+    row = re.search(rf"^\| {batch} \| ([\d.]+) ms \| ([\d.]+) ms \| ([\d.]+) ms \|$", README, re.M)
+    ours, eager = (predict("dcgan", batch, "h100", way) for way in ("genfast", "eager"))
+    predicted = [totals(costs, GPUS["h100"]) for costs in (ours, eager)]
+    expected = [*(total.predicted for total in predicted), predicted[0].arithmetic]
+    assert list(map(float, row.groups())) == pytest.approx(expected, rel=1e-2)

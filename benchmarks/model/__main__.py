@@ -20,6 +20,8 @@ RESULTS = Path(__file__).parents[1] / "results"
 def main():
     """Print the table of a step; write its CSV and its picture where asked."""
     args = _parser().parse_args()
+    if args.batch < 1:
+        sys.exit(f"expected a batch of at least 1 image, got {args.batch}")
     gpu = GPUS[args.gpu]
     costs = predict(args.model, args.batch, args.gpu)
     eager = None
@@ -59,7 +61,7 @@ def _parser():
             f"--{name}",
             nargs="?",
             type=Path,
-            const="",
+            const=False,
             metavar="FILE",
             help=f"write {what} (default: under {RESULTS.name}/)",
         )

@@ -129,7 +129,7 @@ def wgrad(big, small, geometry):
 
 def _splits(steps, tiles_k):
     """In how many parts to cut wgrad's steps: more than one only where that pays for their sum."""
-    multiprocessors = passes.BUSY_PROGRAMS // 2
+    multiprocessors = max(passes.BUSY_PROGRAMS // 2, 1)
     splits = min(max(multiprocessors // tiles_k, 1), steps)
     saved = steps - tiles.ceil_div(steps, splits)
     return splits if saved > _STEPS_OF_A_LAUNCH else 1

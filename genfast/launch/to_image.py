@@ -112,7 +112,7 @@ def _segments(groups, steps, warm_up):
 
     A multiprocessor with one program waits for memory about as long as two would take.
     """
-    multiprocessors = passes.BUSY_PROGRAMS // 2
+    multiprocessors = max(passes.BUSY_PROGRAMS // 2, 1)
 
     def time(segments):
         programs = max(tiles.ceil_div(groups * segments, multiprocessors), 2)

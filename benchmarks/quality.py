@@ -19,7 +19,6 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from torch import nn
 
 from benchmarks import machine
 from benchmarks.frechet import PIXEL_RANGE, frechet_distance, load_digits, train_classifier
@@ -31,6 +30,7 @@ from genfast.training import GANStep
 from genfast.training.data import Batches, normalize
 from genfast.training.errors import BadInput, Diverged, require
 from genfast.training.runs.pictures import to_uint8
+from genfast.training.steps.stock import StockGANStep, loss_of_logits
 
 RESULTS = Path(__file__).parent / "results"
 SUMMARY = "Train a DCGAN on digits with genfast and with stock PyTorch, and compare what it draws."
@@ -56,11 +56,8 @@ class Study(NamedTuple):
     yardstick: dict
 
 
-class StockStep:
-    """A DCGAN's step as PyTorch's public example has it: float32, NCHW, nothing left out.
-
-    The discriminator judges real and generated images one after the other, the loss takes
-    probabilities, and the generator's update computes the discriminator's gradients too.
+class StockStep(StockGANStep):
+    """The step of PyTorch's public DCGAN example: float32, NCHW, nothing left out.
 
     Args:
         generator: (N, NZ, 1, 1) to images.
@@ -71,34 +68,12 @@ class StockStep:
 
     def __init__(self, generator, discriminator):
         # Weights and, through them, all that is computed: contiguous, as PyTorch's users have it.
-        self.generator = generator.to(memory_format=torch.contiguous_format)
-        self.discriminator = discriminator.to(memory_format=torch.contiguous_format)
-        self.g_optimizer, self.d_optimizer = (
-            torch.optim.Adam(network.parameters(), LR, BETAS)
-            for network in (self.generator, self.discriminator)
-        )
-        self.criterion = nn.BCELoss()
-
-    def __call__(self, images):
-        """Make one step; returns (d_loss, g_loss)."""
-        ones = torch.ones(len(images), device=images.device)
-        zeros = torch.zeros_like(ones)
-        self.discriminator.zero_grad()
-        real_loss = self.criterion(self._probabilities(images), ones)
-        real_loss.backward()
-        fakes = self.generator(torch.randn(len(images), NZ, 1, 1, device=images.device))
-        fake_loss = self.criterion(self._probabilities(fakes.detach()), zeros)
-        fake_loss.backward()
-        self.d_optimizer.step()
-
-        self.generator.zero_grad()
-        g_loss = self.criterion(self._probabilities(fakes), ones)
-        g_loss.backward()
-        self.g_optimizer.step()
-        return (real_loss + fake_loss).detach(), g_loss.detach()
-
-    def _probabilities(self, images):
-        return self.discriminator(images).sigmoid()
+        networks = [
+            network.to(memory_format=torch.contiguous_format)
+            for network in (generator, discriminator)
+        ]
+        optimizers = [torch.optim.Adam(network.parameters(), LR, BETAS) for network in networks]
+        super().__init__(*networks, optimizers, latent_shape=(NZ, 1, 1), criterion=loss_of_logits)
 
     @torch.no_grad()
     def sample(self, z):

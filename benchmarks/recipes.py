@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from benchmarks.machine import half_is_fast
 from benchmarks.workloads import stock
 from genfast.training.steps.capture import CapturedStep, CUDARecorder
+from genfast.training.steps.stock import StockGANStep, loss_of_logits
 
 
 @dataclass(frozen=True)
@@ -72,74 +73,31 @@ class Recipe:
 def _gan_step(recipe, workload, generator, discriminator):
     """PyTorch's DCGAN example: real and generated images one after the other, then the generator.
 
-    Compiled are the generator and the two losses with the passes they need. The discriminator's two
-    passes make one compiled graph, so the compiler may do with them what it can.
+    The losses are copies: the compiler's CUDA graphs write over their own at the next step.
     """
-    device, autocast = workload.device, recipe.autocast(workload.device)
-    latent = (100, 1, 1) if workload.model == "dcgan" else (100,)
-    d_optimizer = recipe.adam(discriminator, 2e-4, (0.5, 0.999))
-    g_optimizer = recipe.adam(generator, 2e-4, (0.5, 0.999))
-    ones = torch.ones(workload.batch_size, device=device)
-    zeros = torch.zeros(workload.batch_size, device=device)
-
-    def criterion(logits, labels):
-        if recipe.amp:
-            return F.binary_cross_entropy_with_logits(logits.float().flatten(), labels)
-        return F.binary_cross_entropy(torch.sigmoid(logits).flatten(), labels)
-
-    def real_loss(images):
-        with autocast():
-            return criterion(discriminator(images), ones)
-
-    def fake_loss(fakes):
-        with autocast():
-            return criterion(discriminator(fakes), zeros)
-
-    def both_losses(images, fakes):
-        return real_loss(images) + fake_loss(fakes)
-
-    def generator_loss(fakes):
-        with autocast():
-            return criterion(discriminator(fakes), ones)
-
-    def generate(z):
-        with autocast():
-            return generator(z)
-
-    both_losses, generator_loss, generate = map(
-        recipe.compiled, (both_losses, generator_loss, generate)
+    optimizers = [recipe.adam(n, 2e-4, (0.5, 0.999)) for n in (generator, discriminator)]
+    stock_step = StockGANStep(
+        generator,
+        discriminator,
+        optimizers,
+        latent_shape=(100, 1, 1) if workload.model == "dcgan" else (100,),
+        criterion=_loss_of_half_logits if recipe.amp else loss_of_logits,
+        autocast=recipe.autocast(workload.device),
+        frozen=recipe.frozen,
+        compiler=recipe.compiled if recipe.compile_mode else None,
     )
 
     def step(images):
         if recipe.amp:
             images = images.contiguous(memory_format=torch.channels_last)
         recipe.begin_step()
-        discriminator.zero_grad()
-        if recipe.compile_mode is None:
-            d_loss = real_loss(images)
-            d_loss.backward()
-        fakes = generate(torch.randn(len(images), *latent, device=device))
-        if recipe.compile_mode is None:
-            loss = fake_loss(fakes.detach())
-            loss.backward()
-            d_loss = d_loss + loss
-        else:
-            d_loss = both_losses(images, fakes.detach())
-            d_loss.backward()
-        d_optimizer.step()
+        return tuple(loss.clone() for loss in stock_step(images))
 
-        generator.zero_grad()
-        if recipe.frozen:
-            discriminator.requires_grad_(False)
-        g_loss = generator_loss(fakes)
-        g_loss.backward()
-        g_optimizer.step()
-        if recipe.frozen:
-            discriminator.requires_grad_(True)
-        return d_loss.detach().clone(), g_loss.detach().clone()
-
-    optimizers = [d_optimizer, g_optimizer]
     return _captured(recipe, step, workload, [generator, discriminator], optimizers)
+
+
+def _loss_of_half_logits(logits, labels):
+    return F.binary_cross_entropy_with_logits(logits.float(), labels)
 
 
 def _vae_step(recipe, workload, vae):

@@ -4,10 +4,12 @@ import functools
 from collections import defaultdict
 from dataclasses import dataclass
 
+import torch
 from torch import nn
 
 from genfast import functional
 from genfast.backend import selected_backend
+from genfast.launch import start
 from genfast.nn import FusedBlock, FusedSequential
 
 
@@ -45,11 +47,13 @@ class Report(list):
     """The `ReportEntry` of each convolution, in the model's order; prints as a table.
 
     device_reason: why nothing runs on the kernels where the model is now; empty if they run.
+    notes: a list of sentences on what costs time where they run, and what to do about it.
     """
 
-    def __init__(self, entries, device_reason):
+    def __init__(self, entries, device_reason, notes=()):
         super().__init__(entries)
         self.device_reason = device_reason
+        self.notes = list(notes)
 
     def __str__(self):
         if not self:
@@ -66,7 +70,7 @@ class Report(list):
                 "a forward that takes a container's children one by one, instead of calling it, "
                 "runs them through PyTorch"
             )
-        return "\n".join([title, *lines])
+        return "\n".join([title, *lines, *self.notes])
 
 
 def accelerate(model):
@@ -98,7 +102,9 @@ def accelerate(model):
                 for name, child in module._modules.items()
                 if len(paths[id(child)]) > len(paths[id(module)])
             }
-    return Report(_entries(model), _why_nothing_runs(model))
+    entries, reason = list(_entries(model)), _why_nothing_runs(model)
+    weights = {e.name: model.get_submodule(e.name).weight for e in entries if e.fused}
+    return Report(entries, reason, [] if reason else _notes(weights))
 
 
 def restore(model):
@@ -188,3 +194,32 @@ def _why_nothing_runs(model):
         return "the backend 'reference' is selected"
     parameter = next(model.parameters(), None)
     return "" if parameter is None else functional.why_not_triton(parameter) or ""
+
+
+def _notes(weights):
+    """What `Report` notes about the weights of the convolutions that fuse, by their names."""
+    # Sizes of 1 aside, this is the memory that the kernels read and write.
+    copied = [
+        name
+        for name, weight in weights.items()
+        if not weight.is_contiguous(memory_format=torch.channels_last)
+    ]
+    if copied:
+        some = ", ".join(copied[:3]) + (" ..." if len(copied) > 3 else "")
+        yield (
+            f"the weights of {len(copied)} of them ({some}) are not channels_last and are copied "
+            "at each call, and their gradients too: "
+            "model.to(memory_format=torch.channels_last) saves that"
+        )
+    if any(map(_is_left_to_pytorch, weights.values())):
+        yield (
+            "float32 without TF32 is left to PyTorch's convolutions but at the networks' ends: "
+            "TF32 (torch.backends.cudnn.conv.fp32_precision) and bfloat16 run on the kernels"
+        )
+
+
+def _is_left_to_pytorch(weight):
+    """Whether products with it, where channels are aligned, find no unit that multiplies so."""
+    if weight.dtype != torch.float32 or start.precision(weight) != "ieee":
+        return False
+    return start.architecture(weight).startswith("sm_")

@@ -17,6 +17,7 @@ from genfast.nn import DiscriminatorBlock
 from genfast.training import GANStep
 from genfast.training.steps import base
 from genfast.training.steps.judge import Judge
+from genfast.training.steps.stock import StockGANStep
 
 LATENT = (4, 1, 1)
 ENDS_IN_SIGMOID = "genfast: the discriminator ends in a Sigmoid"
@@ -101,28 +102,10 @@ def _state(*modules):
 
 def _bce_losses(generator, discriminator, images, steps):
     """The losses of PyTorch's DCGAN example, which takes BCELoss of probabilities."""
-    optimizers = [torch.optim.Adam(m.parameters(), 2e-4, (0.5, 0.999)) for m in
-                  (generator, discriminator)]  # fmt: skip
-    bce, losses = nn.BCELoss(), []
-
-    def loss_of(images, label):
-        out = discriminator(images)
-        return bce(out, torch.full_like(out, label))
-
-    for _ in range(steps):
-        discriminator.zero_grad()
-        real_loss = loss_of(images, 1.0)
-        real_loss.backward()
-        fakes = generator(torch.randn(len(images), *LATENT))
-        fake_loss = loss_of(fakes.detach(), 0.0)
-        fake_loss.backward()
-        optimizers[1].step()
-        generator.zero_grad()
-        g_loss = loss_of(fakes, 1.0)
-        g_loss.backward()
-        optimizers[0].step()
-        losses.append([(real_loss + fake_loss).item(), g_loss.item()])
-    return losses
+    networks = generator, discriminator
+    optimizers = [torch.optim.Adam(m.parameters(), 2e-4, (0.5, 0.999)) for m in networks]
+    step = StockGANStep(*networks, optimizers, latent_shape=LATENT)
+    return [[loss.item() for loss in step(images)] for _ in range(steps)]
 
 
 PROBABILISTIC = {

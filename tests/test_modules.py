@@ -11,6 +11,7 @@ from torch import nn
 from torch.nn.utils import parametrizations, spectral_norm
 
 from genfast import accelerate, functional, restore, use_backend
+from genfast.launch import start
 from genfast.models import weights_init
 from genfast.nn import (
     DiscriminatorBlock,
@@ -296,6 +297,39 @@ def test_what_is_no_module_is_refused(wrong):
     for function in (accelerate, restore):
         with pytest.raises(TypeError, match="expected a torch.nn.Module, got "):
             function(wrong)
+
+
+def test_report_notes_weights_that_are_copied(device):
+    model = generator().to(device)  # The last kernel but one is 2 x 2, and 1 channel has no order.
+    model[3].to(memory_format=torch.channels_last)
+    report = accelerate(model)
+    (note,) = [note for note in report.notes if "channels_last" in note]
+    assert note.startswith("the weights of 1 of them (0) are not channels_last")
+    assert note in str(report)
+    model.to(memory_format=torch.channels_last)
+    assert not any("channels_last" in note for note in accelerate(model).notes)
+    # Nothing is copied where no kernel runs.
+    model.to(memory_format=torch.contiguous_format)
+    with use_backend("reference"):
+        assert not accelerate(model).notes
+
+
+@pytest.mark.parametrize(
+    ("architecture", "rounding", "dtype", "noted"),
+    [
+        ("sm_90", "ieee", torch.float32, True),
+        ("sm_90", "tf32", torch.float32, False),
+        ("sm_90", "ieee", torch.bfloat16, False),
+        ("gfx942", "ieee", torch.float32, False),
+    ],
+)
+def test_report_notes_float32_left_to_pytorch(
+    architecture, rounding, dtype, noted, device, monkeypatch
+):
+    monkeypatch.setattr(start, "architecture", lambda tensor: architecture)
+    monkeypatch.setattr(torch.backends.cudnn.conv, "fp32_precision", rounding)
+    model = generator().to(device, dtype).to(memory_format=torch.channels_last)
+    assert any("left to PyTorch" in note for note in accelerate(model).notes) == noted
 
 
 def test_report_prints():

@@ -13,6 +13,7 @@ from genfast.models import DCGANDiscriminator, DCGANGenerator
 from genfast.nn import GaussianSampler
 from genfast.reference import kl_divergence, reparameterize
 from genfast.training import GANStep
+from genfast.training.steps.stock import StockGANStep
 
 pytestmark = pytest.mark.kernels
 
@@ -41,22 +42,16 @@ def dcgan():
 def train_dcgan(generator, discriminator, device):
     """The losses of both at every step, by the recipe of Radford et al. (2016)."""
     draw = torch.Generator().manual_seed(0)
-    optimizers = [
-        torch.optim.Adam(m.parameters(), lr=2e-4, betas=(0.5, 0.999))
-        for m in (discriminator, generator)
-    ]
-    bce = F.binary_cross_entropy_with_logits
+    networks = generator, discriminator
+    optimizers = [torch.optim.Adam(m.parameters(), lr=2e-4, betas=(0.5, 0.999)) for m in networks]
+    stock_step = StockGANStep(
+        *networks, optimizers, latent_shape=(4, 1, 1), criterion=F.binary_cross_entropy_with_logits
+    )
     losses = []
     for _ in range(STEPS):
         real = torch.rand(8, 1, 4, 4, generator=draw).to(device) * 2 - 1
-        fake = generator(torch.randn(8, 4, 1, 1, generator=draw).to(device))
-        on_real, on_fake = discriminator(real), discriminator(fake.detach())
-        d_loss = bce(on_real, torch.ones_like(on_real)) + bce(on_fake, torch.zeros_like(on_fake))
-        step(optimizers[0], d_loss)
-        on_fake = discriminator(fake)
-        g_loss = bce(on_fake, torch.ones_like(on_fake))
-        step(optimizers[1], g_loss)
-        losses.append([d_loss.item(), g_loss.item()])
+        noise = torch.randn(8, 4, 1, 1, generator=draw).to(device)
+        losses.append([loss.item() for loss in stock_step(real, noise)])
     return losses
 
 

@@ -25,6 +25,7 @@ from genfast.training.files import replacing
 from genfast.training.runs import checkpoint, config, demo, loop, loss_log, pictures
 from genfast.training.runs.samples import sample_checkpoint
 from genfast.training.steps.precision import resolve_precision
+from genfast.training.steps.stock import StockGANStep
 
 CPU = torch.device("cpu")
 
@@ -38,37 +39,23 @@ def _adam(module):
     return torch.optim.Adam(module.parameters(), lr=2e-4, betas=(0.5, 0.999))
 
 
-def _plain_gan_step(generator, discriminator, g_optimizer, d_optimizer, images, nz):
-    """A DCGAN step as PyTorch's public example makes it."""
-    bce = F.binary_cross_entropy_with_logits
-    ones, zeros = torch.ones(len(images)), torch.zeros(len(images))
-    z = torch.randn(len(images), nz, 1, 1)
-    discriminator.zero_grad()
-    real_loss = bce(discriminator(images), ones)
-    real_loss.backward()
-    fakes = generator(z)
-    fake_loss = bce(discriminator(fakes.detach()), zeros)
-    fake_loss.backward()
-    d_optimizer.step()
-    generator.zero_grad()
-    g_loss = bce(discriminator(fakes), ones)
-    g_loss.backward()
-    g_optimizer.step()
-    return (real_loss + fake_loss).item(), g_loss.item()
-
-
 def test_gan_step_is_the_plain_one():
     images = torch.rand(8, 1, 16, 16) * 2 - 1
     step = GANStep(*_dcgan(), latent_shape=(5, 1, 1), precision="fp32")
-    generator, discriminator = _dcgan()
-    optimizers = _adam(generator), _adam(discriminator)
+    networks = _dcgan()
+    plain_step = StockGANStep(
+        *networks,
+        [_adam(n) for n in networks],
+        latent_shape=(5, 1, 1),
+        criterion=F.binary_cross_entropy_with_logits,
+    )
     torch.manual_seed(1)
     ours = [[t.item() for t in step(images)] for _ in range(20)]
     torch.manual_seed(1)
-    plain = [_plain_gan_step(generator, discriminator, *optimizers, images, 5) for _ in range(20)]
+    plain = [[t.item() for t in plain_step(images)] for _ in range(20)]
     np.testing.assert_allclose(ours, plain, rtol=1e-4)
     assert ours[0] != ours[-1]
-    for module, reference in ((step.generator, generator), (step.discriminator, discriminator)):
+    for module, reference in zip((step.generator, step.discriminator), networks, strict=True):
         for name, tensor in reference.state_dict().items():
             # Adam divides by small second moments, so a rounding may move a weight by part of lr.
             torch.testing.assert_close(module.state_dict()[name], tensor, rtol=1e-3, atol=4e-4)

@@ -10,6 +10,7 @@ from genfast.models import DCGANDiscriminator, DCGANGenerator
 from genfast.training.data import Batches, normalize
 from genfast.training.runs.config import build_step, prepare
 from genfast.training.runs.loop import cudnn_setting, train
+from genfast.training.steps.stock import StockGANStep
 
 TRAINING_SECONDS = 110
 COMPARING_SECONDS = 25
@@ -108,10 +109,9 @@ def _synchronize(device):
 
 
 def build_stock_step(config, device):
-    """A step of a DCGAN as PyTorch's public example trains it: float32, NCHW, nothing left out.
+    """The step of PyTorch's public DCGAN example: float32, NCHW, nothing left out.
 
-    The layers are the stock ones of genfast's own models, in a plain `nn.Sequential`; the loss
-    takes probabilities, and the generator's update computes the discriminator's gradients too.
+    The layers are the stock ones of genfast's own models, in a plain `nn.Sequential`.
     """
     generator = DCGANGenerator(config.nz, config.ngf, config.channels, config.image_size).main
     discriminator = DCGANDiscriminator(config.channels, config.ndf, config.image_size).main
@@ -119,26 +119,8 @@ def build_stock_step(config, device):
     discriminator = nn.Sequential(*discriminator, nn.Sigmoid())
     for network in (generator, discriminator):
         network.to(device, memory_format=torch.contiguous_format)
-    betas = (config.beta1, 0.999)
-    g_optimizer = torch.optim.Adam(generator.parameters(), lr=config.lr, betas=betas)
-    d_optimizer = torch.optim.Adam(discriminator.parameters(), lr=config.lr, betas=betas)
-    criterion = nn.BCELoss()
-    ones = torch.ones(config.batch_size, device=device)
-    zeros = torch.zeros(config.batch_size, device=device)
-
-    def step(images):
-        discriminator.zero_grad()
-        real_loss = criterion(discriminator(images).flatten(), ones)
-        real_loss.backward()
-        fakes = generator(torch.randn(len(images), config.nz, 1, 1, device=device))
-        fake_loss = criterion(discriminator(fakes.detach()).flatten(), zeros)
-        fake_loss.backward()
-        d_optimizer.step()
-
-        generator.zero_grad()
-        g_loss = criterion(discriminator(fakes).flatten(), ones)
-        g_loss.backward()
-        g_optimizer.step()
-        return (real_loss + fake_loss).detach(), g_loss.detach()
-
-    return step
+    optimizers = [
+        torch.optim.Adam(network.parameters(), lr=config.lr, betas=(config.beta1, 0.999))
+        for network in (generator, discriminator)
+    ]
+    return StockGANStep(generator, discriminator, optimizers, latent_shape=(config.nz, 1, 1))

@@ -18,7 +18,6 @@ from genfast.training.steps.merging import (
     why_unknown,
 )
 from genfast.training.steps.trial import undone
-from genfast.training.steps.updates import clear_gradients
 
 _LATENT_SHAPE = (100, 1, 1)
 
@@ -146,7 +145,7 @@ class GANStep(Step):
 
     def _step(self, images):
         for optimizer in self.optimizers.values():
-            clear_gradients(optimizer)
+            optimizer.zero_grad(set_to_none=True)
         fakes = self._generate(images)
         self._check_fakes(fakes, images)
         return self._update_discriminator(images, fakes.detach()), self._update_generator(fakes)
@@ -179,7 +178,7 @@ class GANStep(Step):
             loss = self._backward(logits, self.loss.discriminator, "discriminator")
         self._precision.update("discriminator")
         # The gradients' memory serves the generator's update.
-        clear_gradients(self.optimizers["discriminator"])
+        self.optimizers["discriminator"].zero_grad(set_to_none=True)
         self._precision.refresh("discriminator")
         return loss
 

@@ -5,7 +5,7 @@ from contextlib import ExitStack
 import torch
 
 from genfast import cpu
-from genfast.training.steps import half_weights, updates
+from genfast.training.steps import half_weights
 from genfast.training.steps.product_settings import products_in
 
 PRECISIONS = ("auto", "fp32", "tf32", "bf16", "fp16")
@@ -132,7 +132,7 @@ class Precision:
         """Step the optimizer of that name."""
         scaler = self.scalers.get(optimizer)
         if scaler is None:
-            updates.update(self._optimizers[optimizer])
+            self._optimizers[optimizer].step()
             return
         scaler.step(self._optimizers[optimizer])
         scaler.update()

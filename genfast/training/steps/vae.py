@@ -13,7 +13,6 @@ from genfast import functional, losses, reference
 from genfast.training.steps import vae_form
 from genfast.training.steps.base import Step, adam, evaluating
 from genfast.training.steps.trial import undone
-from genfast.training.steps.updates import clear_gradients
 
 # How far images may lie outside [0, 1]: roundings.
 _SLACK = 1e-3
@@ -226,7 +225,7 @@ class VAEStep(Step):
         return self.likelihood == "gaussian" and self._end in ("tanh", "open")
 
     def _step(self, images):
-        clear_gradients(self.optimizers["model"])
+        self.optimizers["model"].zero_grad(set_to_none=True)
         with vae_form.skipped(self._skipped) as skips:
             if self._compiled_terms is None:
                 minimised, *terms = self._terms(images, functional.reparameterize_with_kl)

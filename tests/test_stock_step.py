@@ -41,7 +41,7 @@ IMAGES = torch.randn(3, 8, 1, 2, 2, generator=torch.Generator().manual_seed(5))
         dict(compiler=lambda function: function),
         dict(criterion=F.binary_cross_entropy_with_logits),
     ],
-    ids=str,
+    ids=lambda options: next(iter(options)),
 )
 def test_improvements_change_no_number(options):
     torch.testing.assert_close(_trained(IMAGES, **options), _trained(IMAGES))

@@ -8,10 +8,10 @@ small[n, y, x] meets big[n, y * STRIDE_H - PAD_H + ky, x * STRIDE_W - PAD_W + kx
 
 `big`, `small`, `weight` and `out` are pointers to dense memory or, with DESCRIPTORS, tensor
 descriptors of it. Descriptors move boxes of BOX_N x BOX_H x BOX_W pixels and fill what lies outside
-with zeros, which is the padding. They see `small` as [N, H, W, C];
-`big` they see as [N, H / STRIDE_H, STRIDE_H, W / STRIDE_W, STRIDE_W * C],
-where the pixels that one tap (fprop) or one phase (dgrad) touches are a box too. `weight` they see
-as a matrix [C_small, taps * C_big]. Pointers take any geometry, with masks.
+with zeros, which is the padding. They see `small` as [N, H, W, C], and `weight` as a matrix
+[C_small, taps * C_big]; `big` they see as [N, H / STRIDE_H, STRIDE_H, W / STRIDE_W, STRIDE_W * C],
+where the pixels that one tap (fprop) or one phase (dgrad) touches are a box too. Pointers take any
+geometry, with masks.
 
 Channels are the rows of a product and pixels its columns: acc[channels, pixels]. Triton multiplies
 from shared memory what it loaded as a matrix, which a weight is, as either operand; a box of pixels

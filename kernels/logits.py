@@ -11,6 +11,7 @@ import triton
 import triton.language as tl
 
 from .activation import activate
+from .loading import in_bounds
 
 
 @triton.jit
@@ -71,7 +72,7 @@ def logits_dgrad(
     """
     n = (tl.program_id(0) // tiles_k).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     k = tl.program_id(0) % tiles_k * BLOCK_K + tl.arange(0, BLOCK_K)
-    row = tl.where(n < N, n, 0)
+    row = in_bounds(n, n < N)
     acc = tl.zeros((BLOCK_N, BLOCK_K), ACC_DTYPE)
     for cs in tl.static_range(C_SMALL):
         small = tl.load(small_ptr + row * C_SMALL + cs, mask=n < N, other=0.0).to(ACC_DTYPE)
@@ -112,7 +113,7 @@ def logits_wgrad(
     acc = (tl.zeros((BLOCK_N, BLOCK_K), ACC_DTYPE),) * C_SMALL
     for step in range(0, steps_per_split):
         n = (split * steps_per_split + step) * ROWS + tl.arange(0, ROWS)
-        row = tl.where(n < N, n, 0)
+        row = in_bounds(n, n < N)
         big = tl.load(
             big_ptr + row[:, None] * K + (k % K)[None, :],
             mask=(n < N)[:, None] & (k < K)[None, :],

@@ -16,6 +16,8 @@ import triton
 import triton.language as tl
 
 from .activation import activate, activation_backward
+from .loading import in_bounds
+from .product import dot
 
 # So many of the product's columns belong to a tap: an image has 1 to 4 channels.
 CHANNELS = tl.constexpr(4)
@@ -112,7 +114,7 @@ def to_image(
     for step in range(first - WARM_UP, first + steps_per_segment):
         row_exists = exists & (step >= 0) & (step < H_small)
         row = pixel + tl.cast(step, tl.int64) * W_small
-        pixel_offset = tl.where(row_exists, row * C_small, 0)
+        pixel_offset = in_bounds(row * C_small, row_exists)
         if CHUNKED:
             acc = tl.zeros((BLOCK_P, BLOCK_KH * BLOCK_KW * CHANNELS), ACC_DTYPE)
             for c0 in range(0, C_small, BLOCK_C):
@@ -121,7 +123,7 @@ def to_image(
                     Y_ACTIVATION, ACC_DTYPE,
                 )  # fmt: skip
                 b = _load_weight(weight_ptr, c0 + cs, C_small, C_BIG, KH, KW, BLOCK_KH, BLOCK_KW)
-                acc = tl.dot(a, b, acc, input_precision=PRECISION, out_dtype=ACC_DTYPE)
+                acc = dot(a, b, acc, PRECISION)
         else:
             a = _load_small(
                 small_ptr, y_ptr, pixel_offset, row_exists, cs, C_small, y_slope,
@@ -182,7 +184,7 @@ def _load_weight(
     kx = column // (2 * CHANNELS * BLOCK_KH) * 2 + column % 2
     used = (cs < C_small)[:, None] & ((ky < KH) & (kx < KW) & (cb < C_BIG))[None, :]
     offset = cs[:, None] * (KH * KW * C_BIG) + ((ky * KW + kx) * C_BIG + cb)[None, :]
-    return tl.load(weight_ptr + tl.where(used, offset, 0), mask=used, other=0.0)
+    return tl.load(weight_ptr + in_bounds(offset, used), mask=used, other=0.0)
 
 
 @triton.jit

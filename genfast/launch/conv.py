@@ -125,10 +125,7 @@ def _wgrad(big, small, geometry):
     tiles_per_split = tiles.ceil_div(k_tiles, min(splits, k_tiles))
     splits = tiles.ceil_div(k_tiles, tiles_per_split)
 
-    acc_dtype = start.acc_dtype(big.dtype)
-    target = dweight
-    if summed:
-        target = torch.empty((splits, dweight.numel()), dtype=acc_dtype, device=big.device)
+    target = sums.partials(splits, dweight) if summed else dweight
     if boxed:
         big = _big_descriptor(big, geometry, box, config.block_n)
         small = memory.descriptor(small.view(-1, c_small), [config.block_k, config.block_m])
@@ -149,7 +146,7 @@ def _wgrad(big, small, geometry):
         KW=geometry.kernel_size[1],
         TAPS=geometry.taps,
         **_stride_and_padding(geometry),
-        **_arithmetic(dweight),
+        **start.arithmetic(dweight),
         DESCRIPTORS=boxed,
         PACKED=packed,
         **_tile(config, box),
@@ -247,7 +244,7 @@ def _conv(direction, source, weight, geometry, epilogue):
         HAS_STATISTICS=statistics is not None,
         ACTIVATION=epilogue.activation,
         STORED_DTYPE=start.tl_dtype(result.dtype),
-        **_arithmetic(source),
+        **start.arithmetic(source),
         DESCRIPTORS=boxed,
         STORE_DESCRIPTOR=stored_boxed,
         **_tile(config, box),
@@ -335,13 +332,6 @@ def _stride_and_padding(geometry):
         STRIDE_W=geometry.stride[1],
         PAD_H=geometry.padding[0],
         PAD_W=geometry.padding[1],
-    )
-
-
-def _arithmetic(tensor):
-    return dict(
-        ACC_DTYPE=start.tl_dtype(start.acc_dtype(tensor.dtype)),
-        PRECISION=start.precision(tensor),
     )
 
 

@@ -231,7 +231,7 @@ def fprop(image, weight, epilogue):
         HAS_STATISTICS=statistics is not None,
         ACTIVATION=epilogue.activation,
         STORED_DTYPE=start.tl_dtype(data.dtype),
-        **_arithmetic(data),
+        **start.arithmetic(data),
         BLOCK_M=block_m,
         BLOCK_N=block_n,
         BLOCK_K=_element_block(config, _elements(geometry)),
@@ -268,10 +268,7 @@ def wgrad(image, small, y=None, activation="identity", negative_slope=0.0):
     )
     tiles_per_split = tiles.ceil_div(steps, splits)
     splits = tiles.ceil_div(steps, tiles_per_split)
-    target = dweight
-    if splits > 1:
-        shape = (splits, dweight.numel())
-        target = torch.empty(shape, dtype=start.acc_dtype(data.dtype), device=data.device)
+    target = sums.partials(splits, dweight) if splits > 1 else dweight
     start.kernel(
         kernels.wgrad_image,
         (*mn_tiles, splits),
@@ -286,7 +283,7 @@ def wgrad(image, small, y=None, activation="identity", negative_slope=0.0):
         negative_slope=negative_slope,
         HAS_Y=y is not small,
         ACTIVATION=activation,
-        **_arithmetic(data),
+        **start.arithmetic(data),
         BLOCK_M=block_m,
         BLOCK_N=block_n,
         BLOCK_K=config.reduced,
@@ -305,11 +302,7 @@ def _config(data):
     amd = architecture.startswith("gfx")  # whose matrix instructions take float32 as it is
     if data.element_size() == 4 and start.precision(data) == "ieee" and not amd:
         return _IEEE
-    family = architecture
-    if architecture not in _SHIPPED:
-        # Consumer Blackwell, Ada and older have Ampere's shared memory; other AMD chips CDNA3's.
-        family = "gfx942" if amd else "sm_80"
-    return _SHIPPED[family][data.element_size()]
+    return _SHIPPED[tiles.family(architecture)][data.element_size()]
 
 
 def _wgrad_programs(config):
@@ -374,10 +367,3 @@ def _dense(x):
 def _strides(name, x):
     n, c, h, w = x.stride()
     return {f"stride_{name}n": n, f"stride_{name}c": c, f"stride_{name}h": h, f"stride_{name}w": w}
-
-
-def _arithmetic(tensor):
-    return dict(
-        ACC_DTYPE=start.tl_dtype(start.acc_dtype(tensor.dtype)),
-        PRECISION=start.precision(tensor),
-    )

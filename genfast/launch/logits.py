@@ -1,7 +1,5 @@
 """The products of a kernel that covers the whole map and leaves few channels, as dot products."""
 
-import torch
-
 from genfast.backend import INTERPRETING, triton
 from genfast.launch import memory, passes, start, sums, tiles
 
@@ -102,10 +100,7 @@ def wgrad(big, small, geometry):
     steps = tiles.ceil_div(n, _ROWS)
     steps_per_split = tiles.ceil_div(steps, _splits(steps, tiles_k))
     splits = tiles.ceil_div(steps, steps_per_split)
-    target = dweight
-    if splits > 1:
-        dtype = start.acc_dtype(big.dtype)
-        target = torch.empty((splits, dweight.numel()), dtype=dtype, device=big.device)
+    target = sums.partials(splits, dweight) if splits > 1 else dweight
     start.kernel(
         kernels.logits_wgrad,
         (tiles_k, splits),

@@ -62,6 +62,11 @@ def precision(tensor):
     return "tf32" if torch.backends.cudnn.conv.fp32_precision == "tf32" else "ieee"
 
 
+def arithmetic(tensor):
+    """The constants of a product of such tensors: what it adds in, and how float32 rounds."""
+    return dict(ACC_DTYPE=tl_dtype(acc_dtype(tensor.dtype)), PRECISION=precision(tensor))
+
+
 def acc_dtype(dtype):
     return torch.float64 if dtype == torch.float64 else torch.float32
 

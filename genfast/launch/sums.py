@@ -1,5 +1,7 @@
 """Sums over parts, in an order that depends on the shape alone."""
 
+import torch
+
 from genfast.backend import triton
 from genfast.launch import passes, start, tiles
 
@@ -8,6 +10,12 @@ if triton is not None:
 
 # So many sums fill a GPU with tiles that are wide; fewer are cut finer, with more parts at a time.
 _MANY = 2**16
+
+
+def partials(parts, out):
+    """Memory for so many parts of `out`, in the dtype that its products are added in."""
+    dtype = start.acc_dtype(out.dtype)
+    return torch.empty((parts, out.numel()), dtype=dtype, device=out.device)
 
 
 def sum_partials(partials, out, *, of_batch=False):

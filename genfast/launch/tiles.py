@@ -190,7 +190,7 @@ _SHIPPED["sm_100"] = _SHIPPED["sm_90"]
 
 def precisions(architecture):
     """What the `precision` of a product can be on an architecture."""
-    return tuple(_family(architecture))
+    return tuple(_SHIPPED[family(architecture)])
 
 
 def shipped(architecture, precision, scattered=False):
@@ -200,14 +200,15 @@ def shipped(architecture, precision, scattered=False):
     if scattered:
         scalar = _without_matrix_units(architecture, precision)
         return _SCATTERED["tf32" if precision == "ieee" and not scalar else precision]
-    return _family(architecture)[precision]
+    return _SHIPPED[family(architecture)][precision]
 
 
-def _family(architecture):
+def family(architecture):
+    """The architecture whose tiles this one takes: itself, where it has some of its own."""
     if architecture in _SHIPPED:
-        return _SHIPPED[architecture]
+        return architecture
     # Consumer Blackwell, Ada and older have Ampere's shared memory; other AMD chips CDNA3's.
-    return _SHIPPED["gfx942" if architecture.startswith("gfx") else "sm_80"]
+    return "gfx942" if architecture.startswith("gfx") else "sm_80"
 
 
 def _without_matrix_units(architecture, precision):

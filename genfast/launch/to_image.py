@@ -94,8 +94,7 @@ def dgrad(small, weight, geometry, epilogue, y=None, y_activation="identity", y_
         HAS_BIAS=epilogue.bias is not None,
         ACTIVATION=epilogue.activation,
         Y_ACTIVATION=y_activation,
-        ACC_DTYPE=start.tl_dtype(start.acc_dtype(small.dtype)),
-        PRECISION=start.precision(small),
+        **start.arithmetic(small),
         **tile,
     )
     return result

@@ -6,38 +6,64 @@ the gradient is asked for (`create_graph=True`) through batch norm, sampling or 
 taken through PyTorch instead, which can differentiate its own.
 """
 
+import collections
+import itertools
+from typing import NamedTuple
+
 import torch
 from torch.autograd import Function
 
 from genfast import reference
+from genfast.geometry import ConvGeometry
 from genfast.launch import conv, losses, norm, sampling
 from genfast.launch.conv import Epilogue
-from genfast.launch.from_image import Padded
-from genfast.launch.operand import Operand, operand
+from genfast.launch.operand import Operand, Output
 
 
-def block(
-    x, weight, bias, geometry, transposed, *, batch_norm, activation, negative_slope, inplace
-):
-    """`functional.block` on the kernels: `conv_transpose_block` if `transposed`.
+class Kind(NamedTuple):
+    """What a block does, but for its tensors.
 
-    The arguments have been checked; x and weight are channels_last, and so is the output.
+    geometry: of the convolution.
+    transposed: whether it is `conv_transpose2d`.
+    by_batch: whether batch norm takes the batch's own statistics; None without batch norm.
+    eps: of the batch norm.
+    activation, negative_slope: as in `functional.conv_block`.
     """
-    act = activation, negative_slope
-    if batch_norm is None:
-        return _ConvActivation.apply(x, weight, bias, geometry, transposed, *act, inplace)
-    inputs = (x, weight, bias, batch_norm.weight, batch_norm.bias)
-    wanted = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs)
-    if batch_norm.by_batch or wanted:
-        return _ConvNormActivation.apply(*inputs, batch_norm, geometry, transposed, *act)
-    # By known statistics and for no gradient, batch norm is an epilogue: z is never stored.
-    epilogue = Epilogue(
-        bias=bias,
-        vectors=_vectors(batch_norm, x.dtype),
-        activation=activation,
-        negative_slope=negative_slope,
-    )
-    return _convolve(x, weight, geometry, transposed, epilogue)[0]
+
+    geometry: ConvGeometry
+    transposed: bool
+    by_batch: bool | None
+    eps: float
+    activation: str
+    negative_slope: float
+
+
+class Link(NamedTuple):
+    """A block of a chain: its `Kind`, the convolution's tensors, and a `reference.Norm` or None."""
+
+    kind: Kind
+    weight: torch.Tensor
+    bias: torch.Tensor | None
+    batch_norm: reference.Norm | None
+
+    @property
+    def parameters(self):
+        """What may want a gradient: weight, bias, gamma and beta, None where absent."""
+        n = self.batch_norm
+        return self.weight, self.bias, *((None, None) if n is None else (n.weight, n.bias))
+
+
+def chain(x, links, inplace):
+    """Blocks, one after the other, on the kernels: `functional.chain`.
+
+    The arguments have been checked; x and the weights are channels_last, and so is the output.
+    """
+    parameters = [t for link in links for t in link.parameters]
+    inputs = x, *parameters
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs):
+        return _Chain.apply(x, links, inplace, *parameters)
+    (last,) = collections.deque(_outputs(x, links, keep=False), maxlen=1)
+    return last.tensor()
 
 
 def reparameterize(mu, logvar, seed):
@@ -62,7 +88,8 @@ class _Convolution(Function):
     def forward(ctx, x, weight, geometry, transposed):
         ctx.save_for_backward(x, weight)
         ctx.geometry, ctx.transposed = geometry, transposed
-        return _convolve(x, weight, geometry, transposed)[0]
+        convolve = conv.dgrad if transposed else conv.fprop
+        return convolve(x, weight, geometry)[0]
 
     @staticmethod
     def backward(ctx, dz):
@@ -114,150 +141,92 @@ class _ActivationGradient(Function):
         return ddy, None, None, None
 
 
-class _ConvActivation(Function):
-    """Convolution, bias and activation in one kernel. Saves its inputs and its output.
+class _Chain(Function):
+    """Blocks, one after the other.
 
-    PyTorch's leaky ReLU keeps its input instead, so that what it returns may be changed in place,
-    unless it is itself in place. The output then is looked at only as long as nobody has changed
-    it, else computed again.
+    Keeps its input and one tensor a block: what the convolution put out where batch norm follows,
+    else the block's output. The normalised inputs of weights' gradients are made again, by the pass
+    that reads the former for a batch norm's gradient anyway.
+
+    PyTorch's leaky ReLU keeps its input instead of its output, so that what it returns may be
+    changed in place, unless it is itself in place. The last block's output then is looked at only
+    as long as nobody has changed it, else computed again.
+
+    Gradients go to the `parameters`, which are those of the links: autograd sees those alone that
+    are arguments themselves.
     """
 
     @staticmethod
-    def forward(ctx, x, weight, bias, geometry, transposed, activation, negative_slope, inplace):
-        epilogue = Epilogue(bias=bias, activation=activation, negative_slope=negative_slope)
-        source = Operand(x)
-        y, _ = _convolve(source, weight, geometry, transposed, epilogue)
-        changeable = activation == "leaky_relu" and not inplace
-        saved = None if activation == "identity" or changeable else y
-        image = _kept_image(ctx, source)
-        ctx.save_for_backward(x, weight, saved, bias if changeable else None, image)
+    def forward(ctx, x, links, inplace, *parameters):
+        outputs = list(_outputs(x, links, keep=True))
+        y, last = outputs[-1].tensor(), links[-1].kind
+        kept = [output.value for output in outputs]
         ctx.changeable = None
-        if changeable and any(ctx.needs_input_grad):
-            ctx.changeable = y.detach(), y._version
-        ctx.geometry, ctx.transposed = geometry, transposed
-        ctx.activation, ctx.negative_slope = activation, negative_slope
+        if last.by_batch is None:
+            if last.activation == "leaky_relu" and not inplace:
+                ctx.changeable = y.detach(), y._version
+            if last.activation == "identity" or ctx.changeable:
+                kept[-1] = None
+        ctx.kinds = [link.kind for link in links]
+        ctx.save_for_backward(x, *parameters, *kept, *(output.vectors for output in outputs))
         return y
 
     @staticmethod
-    def _output(ctx):
-        """The output as it was made; None if the activation has no need of it."""
-        x, weight, y, bias, _ = ctx.saved_tensors
-        if y is not None or ctx.activation == "identity":
-            return y
+    def backward(ctx, dy):
+        kinds, (x, *tensors) = ctx.kinds, ctx.saved_tensors
+        n = len(kinds)
+        parameters, kept, vectors = tensors[: 4 * n], tensors[4 * n : 5 * n], tensors[5 * n :]
+        parameters = [parameters[4 * i : 4 * i + 4] for i in range(n)]
+        outputs = [
+            Output(value, of, kind.activation, kind.negative_slope)
+            for value, of, kind in zip(kept, vectors, kinds, strict=True)
+        ]
+        source = outputs[-2] if n > 1 else Operand(x)
+        _Chain._put_back_output(ctx, source, parameters[-1], outputs[-1])
+        need_x, _, _, *needs = ctx.needs_input_grad
+        needs = [needs[4 * i : 4 * i + 4] for i in range(n)]
+        backward = _differentiable_backward if torch.is_grad_enabled() else _backward
+        dx, found = backward(dy, x, kinds, parameters, outputs, need_x, needs)
+        return dx, None, None, *itertools.chain.from_iterable(found)
+
+    @staticmethod
+    def _put_back_output(ctx, source, parameters, output):
+        """The last block's output as it was made, where it was not kept and is needed."""
+        kind = ctx.kinds[-1]
+        if output.value is not None or kind.activation == "identity":
+            return
         # Let go, as backward lets go of what was saved; a second backward computes it again.
         (y, version), ctx.changeable = ctx.changeable or (None, None), None
         if y is None or y._version != version:
+            weight, bias, *_ = parameters
             epilogue = Epilogue(
-                bias=bias, activation=ctx.activation, negative_slope=ctx.negative_slope
+                bias=bias, activation=kind.activation, negative_slope=kind.negative_slope
             )
             with torch.no_grad():
-                y, _ = _convolve(x, weight, ctx.geometry, ctx.transposed, epilogue)
+                y, _ = _convolve(source, weight, kind, epilogue)
+        output.value = y
+
+
+class _Known(Function):
+    """A convolution, bias and activation whose output is known: only its gradients are computed."""
+
+    @staticmethod
+    def forward(ctx, x, weight, bias, kind, activation, output):
+        y = output.value.detach()
+        ctx.save_for_backward(x, weight, y)
+        ctx.kind, ctx.activation = kind, activation
         return y
 
     @staticmethod
     def backward(ctx, dy):
-        x, weight, *_, image = ctx.saved_tensors
-        y = _ConvActivation._output(ctx)
-        if torch.is_grad_enabled():
-            du = dy
-            if y is not None:
-                du = _ActivationGradient.apply(dy, y, ctx.activation, ctx.negative_slope)
-            source = x
-        else:
-            du = Operand(dy)
-            if y is not None:
-                du = Operand(dy, y, ctx.activation, ctx.negative_slope)
-            source = _source(ctx, x, image)
-        dx, dw = _convolution_backward(
-            du, source, weight, ctx.geometry, ctx.transposed, ctx.needs_input_grad
-        )
-        dbias = None
-        if ctx.needs_input_grad[2]:
-            dbias = operand(du).tensor().sum((0, 2, 3))
-        return dx, dw, dbias, *[None] * 5
-
-
-class _ConvNormActivation(Function):
-    """Convolution, batch norm and activation.
-
-    Saves the convolution's output and the batch norm's `vectors` beside the inputs; everything else
-    in backward is computed from them. Gradients go to `gamma` and `beta`, which are the tensors of
-    `batch_norm`: autograd sees those alone that are arguments themselves.
-    """
-
-    @staticmethod
-    def forward(
-        ctx, x, weight, bias, gamma, beta, batch_norm, geometry, transposed, activation,
-        negative_slope,
-    ):  # fmt: skip
-        by_batch = batch_norm.by_batch
-        epilogue = Epilogue(bias=bias, groups=batch_norm.groups if by_batch else 0)
-        source = Operand(x)
-        z, statistics = _convolve(source, weight, geometry, transposed, epilogue)
-        if by_batch:
-            vectors = _batch_statistics(statistics, batch_norm)
-        else:
-            vectors = _vectors(batch_norm, x.dtype)
-        y = norm.normalize_activate(z, vectors, activation, negative_slope)
-        image = _kept_image(ctx, source)
-        ctx.save_for_backward(x, weight, bias, gamma, beta, z, vectors, image)
-        ctx.geometry, ctx.transposed = geometry, transposed
-        ctx.by_batch, ctx.eps = by_batch, batch_norm.eps
-        ctx.activation, ctx.negative_slope = activation, negative_slope
-        return y
-
-    @staticmethod
-    def backward(ctx, dy):
-        if torch.is_grad_enabled():
-            return _ConvNormActivation._differentiable_backward(ctx, dy)
-        x, weight, bias, gamma, beta, z, vectors, image = ctx.saved_tensors
-        need_x, need_w, need_bias, need_gamma, need_beta = ctx.needs_input_grad[:5]
-        dz, sums = norm.norm_backward(
-            dy,
-            z,
-            vectors,
-            training=ctx.by_batch,
-            need_dz=need_x or need_w or need_bias,
-            activation=ctx.activation,
-            negative_slope=ctx.negative_slope,
-        )
-        source = _source(ctx, x, image)
-        dx, dw = _convolution_backward(
-            dz, source, weight, ctx.geometry, ctx.transposed, (need_x, need_w)
-        )
-        dbias = None
-        if need_bias:
-            # The batch's own mean takes any constant away again, so then the sum is exactly 0.
-            dbias = torch.zeros_like(bias) if ctx.by_batch else dz.sum((0, 2, 3))
-        dbeta = sums[0].to(beta.dtype) if need_beta else None
-        dgamma = sums[1].to(gamma.dtype) if need_gamma else None
-        return dx, dw, dbias, dgamma, dbeta, *[None] * 5
-
-    @staticmethod
-    def _differentiable_backward(ctx, dy):
-        *inputs, _, vectors, _ = ctx.saved_tensors
-        # Aliases: the gradient stops at them, also where one input was computed from another.
-        inputs = [t if t is None else t.view_as(t) for t in inputs]
-        x, weight, bias, gamma, beta = inputs
-        z = _Convolution.apply(x, weight, ctx.geometry, ctx.transposed)
-        if bias is not None:
-            z = z + bias[:, None, None]
-        mean = var = None
-        if not ctx.by_batch:
-            mean, var = vectors[0, norm.MEAN], vectors[0, norm.RSTD] ** -2 - ctx.eps
-        groups = [
-            torch.nn.functional.batch_norm(
-                part, mean, var, gamma, beta, training=ctx.by_batch, momentum=0.0, eps=ctx.eps
-            )
-            for part in z.chunk(vectors.shape[0])
-        ]
-        y = reference.activate(torch.cat(groups), ctx.activation, ctx.negative_slope)
-        wanted = [i for i in range(5) if ctx.needs_input_grad[i]]
-        found = torch.autograd.grad(y, [inputs[i] for i in wanted], dy, create_graph=True)
-        gradients = [None] * 10
-        for i, gradient in zip(wanted, found, strict=True):
-            gradients[i] = gradient
-        return tuple(gradients)
+        x, weight, y = ctx.saved_tensors
+        kind, du = ctx.kind, dy
+        if ctx.activation != "identity":
+            du = _ActivationGradient.apply(dy, y, ctx.activation, kind.negative_slope)
+        geometry, transposed = kind.geometry, kind.transposed
+        dx, dw = _convolution_backward(du, x, weight, geometry, transposed, ctx.needs_input_grad)
+        dbias = du.sum((0, 2, 3)) if ctx.needs_input_grad[2] else None
+        return dx, dw, dbias, None, None, None
 
 
 class _Reparameterize(Function):
@@ -303,42 +272,155 @@ class _LogisticLoss(Function):
         return gradient(dloss, logits, labels, ctx.scale), None, None
 
 
-def _convolve(x, weight, geometry, transposed, epilogue=conv.PLAIN):
-    convolve = conv.dgrad if transposed else conv.fprop
-    return convolve(x, weight, geometry, epilogue)
+def _outputs(x, links, keep):
+    """The `Output` of each link. With `keep` they are what backward needs."""
+    source = Operand(x)
+    for link in links:
+        kind, n = link.kind, link.batch_norm
+        act = kind.activation, kind.negative_slope
+        vectors = None
+        if n is None:
+            epilogue = Epilogue(link.bias, activation=act[0], negative_slope=act[1])
+        elif kind.by_batch:
+            epilogue = Epilogue(link.bias, groups=n.groups)
+        else:
+            vectors = _vectors(n, x.dtype)
+            epilogue = Epilogue(link.bias)
+            if not keep:  # Batch norm is an epilogue then: its input is never stored.
+                epilogue = Epilogue(link.bias, 0, vectors, *act)
+                vectors = None
+        z, statistics = _convolve(source, link.weight, kind, epilogue)
+        if kind.by_batch:
+            vectors = _batch_statistics(statistics, n)
+        source.release()
+        source = Output(z, vectors, *act)
+        yield source
+
+
+def _backward(dy, x, kinds, parameters, outputs, need_x, needs):
+    """dx and the gradients of each link's parameters, None where not needed.
+
+    Args:
+        dy: the gradient of the last link's output.
+        x, kinds, parameters, outputs: what the chain read, and each link's `Kind`, parameters and
+            `Output`.
+        need_x, needs: whether x, and each link's parameters, need a gradient.
+    """
+    found = [[None] * 4 for _ in kinds]
+    lowest = 0 if need_x else next(i for i, need in enumerate(needs) if any(need))
+    dx = waiting = partials = None  # `waiting`: for the input of a weight's gradient.
+    gradient = dy  # Of the link's output; inside the chain, before its activation.
+    for i in reversed(range(lowest, len(kinds))):
+        kind, output = kinds[i], outputs[i]
+        weight, bias, gamma, beta = parameters[i]
+        need_weight, need_bias, need_gamma, need_beta = needs[i]
+        passes_on = need_x or i > lowest
+        if kind.by_batch is None:
+            dz = Operand(gradient)
+            if i == len(kinds) - 1 and kind.activation != "identity":
+                dz = Operand(gradient, output.value, kind.activation, kind.negative_slope)
+            if need_bias:
+                found[i][1] = dz.tensor().sum((0, 2, 3))
+        else:
+            need_dz = passes_on or need_weight or (need_bias and not kind.by_batch)
+            dz, sums, y = norm.norm_backward(
+                gradient,
+                output.value,
+                output.vectors,
+                training=kind.by_batch,
+                need_dz=need_dz,
+                activation=kind.activation,
+                negative_slope=kind.negative_slope,
+                partials=partials,
+                want_y=need_dz and waiting is not None,
+            )
+            output.remember(y)
+            if need_bias:
+                # The batch's own mean takes any constant away again: then the sum is exactly 0.
+                found[i][1] = torch.zeros_like(bias) if kind.by_batch else dz.sum((0, 2, 3))
+            found[i][2] = sums[1].to(gamma.dtype) if need_gamma else None
+            found[i][3] = sums[0].to(beta.dtype) if need_beta else None
+            dz = Operand(dz)
+        if waiting is not None:
+            found[i + 1][0] = _weight_gradient(output, waiting, kinds[i + 1])
+            output.release()
+        waiting = dz if need_weight else None
+        if i > lowest:
+            gradient, partials = _shim(dz, weight, kind, outputs[i - 1])
+        elif need_x:
+            dx, _ = _input_gradient(dz, weight, kind)
+    if waiting is not None:
+        source = outputs[lowest - 1] if lowest else Operand(x)
+        found[lowest][0] = _weight_gradient(source, waiting, kinds[lowest])
+    return dx, found
+
+
+def _differentiable_backward(dy, x, kinds, parameters, outputs, need_x, needs):
+    """As `_backward`, differentiable itself: through a graph of the chain with its known values."""
+    # Aliases: the gradient stops at them, also where one input was computed from another.
+    x, *inputs = (
+        t if t is None else t.view_as(t) for t in (x, *itertools.chain.from_iterable(parameters))
+    )
+    y = x
+    for i, (kind, output) in enumerate(zip(kinds, outputs, strict=True)):
+        weight, bias, gamma, beta = inputs[4 * i : 4 * i + 4]
+        if kind.by_batch is None:
+            y = _Known.apply(y, weight, bias, kind, kind.activation, output)
+            continue
+        z = _Known.apply(y, weight, bias, kind, "identity", output)
+        mean = var = None
+        if not kind.by_batch:
+            mean = output.vectors[0, norm.MEAN]
+            var = output.vectors[0, norm.RSTD] ** -2 - kind.eps
+        groups = [
+            torch.nn.functional.batch_norm(
+                part, mean, var, gamma, beta, training=kind.by_batch, momentum=0.0, eps=kind.eps
+            )
+            for part in z.chunk(output.vectors.shape[0])
+        ]
+        y = reference.activate(torch.cat(groups), kind.activation, kind.negative_slope)
+    needs = [need_x, *itertools.chain.from_iterable(needs)]
+    wanted = [i for i, need in enumerate(needs) if need]
+    all_inputs = [x, *inputs]
+    gradients = [None] * len(needs)
+    given = torch.autograd.grad(y, [all_inputs[i] for i in wanted], dy, create_graph=True)
+    for i, gradient in zip(wanted, given, strict=True):
+        gradients[i] = gradient
+    dx, *gradients = gradients
+    return dx, [gradients[4 * i : 4 * i + 4] for i in range(len(kinds))]
+
+
+def _convolve(source, weight, kind, epilogue=conv.PLAIN):
+    convolve = conv.dgrad if kind.transposed else conv.fprop
+    return convolve(source, weight, kind.geometry, epilogue)
+
+
+def _input_gradient(dz, weight, kind, epilogue=conv.PLAIN):
+    convolve = conv.fprop if kind.transposed else conv.dgrad
+    return convolve(dz, weight, kind.geometry, epilogue)
+
+
+def _shim(dz, weight, kind, output):
+    dy, _ = _input_gradient(dz, weight, kind)
+    if output.vectors is None:
+        dy = norm.activation_backward(dy, output.value, output.activation, output.negative_slope)
+    return dy, None
+
+
+def _weight_gradient(source, dz, kind):
+    big, small = (dz, source) if kind.transposed else (source, dz)
+    return conv.wgrad(big, small, kind.geometry)
 
 
 def _convolution_backward(dz, x, weight, geometry, transposed, needs_input_grad):
-    """dx and dweight of a convolution, each None if not needed.
-
-    Differentiable themselves where gradients are enabled; elsewhere dz and x may be `Operand`s.
-    """
-    differentiable = torch.is_grad_enabled()
+    """dx and dweight of a convolution, each None if not needed; differentiable themselves."""
     dx = dw = None
     if needs_input_grad[0]:
-        if differentiable:
-            dx = _Convolution.apply(dz, weight, geometry, not transposed)
-        else:
-            dx, _ = _convolve(dz, weight, geometry, not transposed)
+        dx = _Convolution.apply(dz, weight, geometry, not transposed)
     if needs_input_grad[1]:
         big, small = (dz, x) if transposed else (x, dz)
-        wgrad = _WeightGradient.apply if differentiable else conv.wgrad
-        dw = wgrad(big, small, geometry)
+        dw = _WeightGradient.apply(big, small, geometry)
     return dx, dw
-
-
-def _kept_image(ctx, source):
-    """The padded copy that a forward made of its input, if the weight's gradient will read it."""
-    if source.image is None or not ctx.needs_input_grad[1]:
-        return None
-    return source.image.data
-
-
-def _source(ctx, x, image):
-    """The `Operand` of a forward's input, with the padded copy that was kept of it, if any."""
-    if image is None:
-        return Operand(x)
-    return Operand(x, image=Padded(image, ctx.geometry, x.shape[1]))
 
 
 def _batch_statistics(statistics, batch_norm):

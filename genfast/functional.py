@@ -4,6 +4,8 @@ Shapes are PyTorch's (N, C, H, W) whatever the memory format. The kernels work o
 memory and copy what is not; tensors and weights kept so cost no copy.
 """
 
+from typing import NamedTuple
+
 import torch
 
 from genfast import autograd, cpu, layout, reference
@@ -84,10 +86,10 @@ def conv_block(
             norm_weight, norm_bias, running_mean, running_var, num_batches_tracked, training,
             momentum, eps, statistics_groups,
         )  # fmt: skip
-    return block(
-        x, weight, bias, stride, padding, batch_norm=batch_norm, activation=activation,
-        negative_slope=negative_slope, inplace=inplace, memory_format=memory_format,
-    )  # fmt: skip
+    block = Block(
+        weight, bias, stride, padding, None, batch_norm, activation, negative_slope, inplace
+    )
+    return chain(x, [block], memory_format)
 
 
 def conv_transpose_block(
@@ -130,63 +132,103 @@ def conv_transpose_block(
             norm_weight, norm_bias, running_mean, running_var, num_batches_tracked, training,
             momentum, eps, statistics_groups,
         )  # fmt: skip
-    return block(
-        x, weight, bias, stride, padding, output_padding, batch_norm=batch_norm,
-        activation=activation, negative_slope=negative_slope, inplace=inplace,
-        memory_format=memory_format,
+    block = Block(
+        weight, bias, stride, padding, output_padding, batch_norm, activation, negative_slope,
+        inplace,
     )  # fmt: skip
+    return chain(x, [block], memory_format)
 
 
-def block(
-    x, weight, bias, stride, padding, output_padding=None, *, batch_norm=None, activation,
-    negative_slope, inplace=False, memory_format=None,
-):  # fmt: skip
-    """Both blocks, `conv_transpose_block` where there is an `output_padding`.
+class Block(NamedTuple):
+    """A block of a `chain`: the arguments of `conv_block` that belong to it.
 
-    `batch_norm` is a `reference.Norm`, or None for none; the other arguments are those of the two.
+    With an `output_padding` it is a `conv_transpose_block`. `batch_norm` is a `reference.Norm`, or
+    None for none.
     """
-    transposed = output_padding is not None
-    stride, padding = pair(stride, "stride"), pair(padding, "padding")
-    x, weight, bias = _autocast(x, weight, bias)
-    vectors = {"bias": bias}
-    if batch_norm is not None:
-        vectors |= {
-            "norm_weight": batch_norm.weight,
-            "norm_bias": batch_norm.bias,
-            "running_mean": batch_norm.running_mean,
-            "running_var": batch_norm.running_var,
-        }
-    _check_tensors(x, weight, vectors, batch_norm, transposed, activation)
-    kernel_size = tuple(weight.shape[2:])
-    if transposed:
-        output_padding = pair(output_padding, "output_padding")
-        _check_output_padding(output_padding, stride)
-        geometry = ConvGeometry.conv_transpose(
-            tuple(x.shape[2:]), kernel_size, stride, padding, output_padding
-        )
-        size = geometry.big
-    else:
-        geometry = ConvGeometry.conv(tuple(x.shape[2:]), kernel_size, stride, padding)
-        size = geometry.small
-    _check_output(x, size, batch_norm)
 
-    act = dict(activation=activation, negative_slope=negative_slope)
-    runs = implementation(x, weight, *vectors.values(), **act)
-    if runs == "triton":
-        y = autograd.block(
-            layout.enter(x), layout.enter(weight), bias, geometry, transposed,
-            batch_norm=batch_norm, inplace=inplace, **act,
-        )  # fmt: skip
-        memory_format = memory_format or _pytorchs_format(y, x, weight, batch_norm)
+    weight: torch.Tensor
+    bias: torch.Tensor | None
+    stride: int | tuple[int, int]
+    padding: int | tuple[int, int]
+    output_padding: int | tuple[int, int] | None
+    batch_norm: reference.Norm | None
+    activation: str
+    negative_slope: float
+    inplace: bool = False
+
+    @property
+    def vectors(self):
+        """Its tensors of one value a channel, by name; None where absent."""
+        found, n = {"bias": self.bias}, self.batch_norm
+        if n is not None:
+            found |= {
+                "norm_weight": n.weight,
+                "norm_bias": n.bias,
+                "running_mean": n.running_mean,
+                "running_var": n.running_var,
+            }
+        return found
+
+
+def chain(x, blocks, memory_format=None):
+    """Blocks, each of what the one before puts out, as one operation.
+
+    Nobody sees what lies between two blocks. On the kernels it stays channels_last there, and what
+    is kept for backward is one tensor a block.
+
+    Args:
+        x: (N, in_channels, H, W) of the first block.
+        blocks: `Block`s, at least one.
+        memory_format: of the output, as in `conv_block`.
+
+    Returns:
+        The last block's output.
+
+    Raises:
+        As `conv_block`, before anything is computed.
+    """
+    x, blocks = _autocast(x, blocks)
+    geometries, shape = [], x.shape
+    for block in blocks:
+        geometry, shape = _check_block(block, x, shape)
+        geometries.append(geometry)
+    ways = {
+        implementation(
+            x, b.weight, *b.vectors.values(), activation=b.activation,
+            negative_slope=b.negative_slope,
+        )
+        for b in blocks
+    }  # fmt: skip
+    if len(ways) > 1:
+        for block in blocks:
+            x = chain(x, [block])
+    elif ways == {"triton"}:
+        links = [
+            autograd.Link(
+                autograd.Kind(
+                    geometry, b.output_padding is not None,
+                    None if b.batch_norm is None else b.batch_norm.by_batch,
+                    0.0 if b.batch_norm is None else b.batch_norm.eps,
+                    b.activation, b.negative_slope,
+                ),
+                layout.enter(b.weight), b.bias, b.batch_norm,
+            )
+            for geometry, b in zip(geometries, blocks, strict=True)
+        ]  # fmt: skip
+        memory_format = memory_format or _pytorchs_format(x, blocks, geometries)
+        x = autograd.chain(layout.enter(x), links, blocks[-1].inplace)
     else:
-        y = reference.block(
-            x, weight, bias, stride, padding, output_padding, batch_norm=batch_norm,
-            inplace=inplace, convolutions=cpu if runs == "cpu" else torch.nn.functional, **act,
-        )  # fmt: skip
+        convolutions = cpu if ways == {"cpu"} else torch.nn.functional
+        for b, geometry in zip(blocks, geometries, strict=True):
+            x = reference.block(
+                x, b.weight, b.bias, geometry.stride, geometry.padding, b.output_padding,
+                batch_norm=b.batch_norm, activation=b.activation, negative_slope=b.negative_slope,
+                inplace=b.inplace or b is not blocks[-1], convolutions=convolutions,
+            )  # fmt: skip
     if memory_format is None:  # PyTorch's own operations have chosen.
-        return y
+        return x
     as_asked = layout.channels_last if memory_format == torch.channels_last else layout.contiguous
-    return as_asked(y)
+    return as_asked(x)
 
 
 def reparameterize(mu, logvar, *, generator=None):
@@ -280,47 +322,82 @@ def implementation(*tensors, **settings):
     return "cpu" if on_cpu and _why_not_plain(tensors) is None else "reference"
 
 
-def _pytorchs_format(y, x, weight, batch_norm):
-    """The memory format that PyTorch's layers would give the output `y`."""
-    # Of 1 channel, or 1 x 1 pixels: batch norm then makes it so.
-    if batch_norm is not None and y.is_contiguous():
-        return torch.contiguous_format
-    channels_last = layout.is_channels_last(x) or layout.is_channels_last(weight)
+def _pytorchs_format(x, blocks, geometries):
+    """The memory format that PyTorch's layers would give the output of the last block."""
+    channels_last = layout.is_channels_last(x)
+    for block, geometry in zip(blocks, geometries, strict=True):
+        channels_last |= layout.is_channels_last(block.weight)
+        transposed = block.output_padding is not None
+        channels = block.weight.shape[1 if transposed else 0]
+        size = geometry.big if transposed else geometry.small
+        # Of 1 channel, or 1 x 1 pixels, memory is both: batch norm then makes it contiguous.
+        if block.batch_norm is not None and (channels == 1 or size == (1, 1)):
+            channels_last = False
     return torch.channels_last if channels_last else torch.contiguous_format
 
 
-def _autocast(x, weight, bias):
-    """Cast as autocast casts the arguments of a convolution (float64 stays as it is)."""
-    if x.dtype != weight.dtype and torch.float64 in (x.dtype, weight.dtype):
-        raise TypeError(f"expected x of the weight's dtype {weight.dtype}, got {x.dtype}")
+def _autocast(x, blocks):
+    """Cast as autocast casts the arguments of convolutions (float64 stays as it is)."""
+    for block in blocks:
+        if x.dtype != block.weight.dtype and torch.float64 in (x.dtype, block.weight.dtype):
+            raise TypeError(f"expected x of the weight's dtype {block.weight.dtype}, got {x.dtype}")
     device = x.device.type
     if not (torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)):
-        return x, weight, bias
+        return x, blocks
     dtype = torch.get_autocast_dtype(device)
-    return tuple(
-        t.to(dtype) if t is not None and t.is_floating_point() and t.dtype != torch.float64 else t
-        for t in (x, weight, bias)
-    )
+
+    def cast(t):
+        if t is None or not t.is_floating_point() or t.dtype == torch.float64:
+            return t
+        return t.to(dtype)
+
+    blocks = [b._replace(weight=cast(b.weight), bias=cast(b.bias)) for b in blocks]
+    return cast(x), blocks
 
 
-def _check_tensors(x, weight, vectors, batch_norm, transposed, activation):
+def _check_block(block, x, shape):
+    """The `ConvGeometry` of a block, and the shape of its output.
+
+    Args:
+        block: a `Block`.
+        x: what goes into the chain, of the dtype and on the device that the block meets too.
+        shape: of what goes into the block.
+    """
+    transposed = block.output_padding is not None
+    stride, padding = pair(block.stride, "stride"), pair(block.padding, "padding")
+    _check_tensors(block, x, shape, transposed)
+    kernel_size, pixels = tuple(block.weight.shape[2:]), tuple(shape[2:])
+    if transposed:
+        output_padding = pair(block.output_padding, "output_padding")
+        _check_output_padding(output_padding, stride)
+        geometry = ConvGeometry.conv_transpose(pixels, kernel_size, stride, padding, output_padding)
+        channels, size = block.weight.shape[1], geometry.big
+    else:
+        geometry = ConvGeometry.conv(pixels, kernel_size, stride, padding)
+        channels, size = block.weight.shape[0], geometry.small
+    _check_output(shape, size, block.batch_norm)
+    return geometry, (shape[0], channels, *size)
+
+
+def _check_tensors(block, x, shape, transposed):
+    weight, vectors, batch_norm = block.weight, block.vectors, block.batch_norm
     in_dim, out_dim = (0, 1) if transposed else (1, 0)
-    if activation not in reference.ACTIVATIONS:
+    if block.activation not in reference.ACTIVATIONS:
         raise ValueError(
-            f"expected an activation among {reference.ACTIVATIONS}, got {activation!r}"
+            f"expected an activation among {reference.ACTIVATIONS}, got {block.activation!r}"
         )
-    if x.dim() != 4:
-        raise ValueError(f"expected x of shape (N, C, H, W), got shape {tuple(x.shape)}")
+    if len(shape) != 4:
+        raise ValueError(f"expected x of shape (N, C, H, W), got shape {tuple(shape)}")
     if weight.dim() != 4:
         raise ValueError(f"expected weight of 4 dimensions, got shape {tuple(weight.shape)}")
     if not x.is_floating_point():
         raise TypeError(f"expected x to be floating point, got {x.dtype}")
-    if x.shape[1] != weight.shape[in_dim]:
+    if shape[1] != weight.shape[in_dim]:
         raise ValueError(
             f"expected x with {weight.shape[in_dim]} channels for a weight of shape "
-            f"{tuple(weight.shape)}, got {x.shape[1]}"
+            f"{tuple(weight.shape)}, got {shape[1]}"
         )
-    for name, t in (("weight", weight), ("bias", vectors["bias"])):
+    for name, t in (("weight", weight), ("bias", block.bias)):
         if t is not None and t.dtype != x.dtype:
             raise TypeError(f"expected {name} of x's dtype {x.dtype}, got {t.dtype}")
     if batch_norm is not None:
@@ -358,15 +435,15 @@ def _check_output_padding(output_padding, stride):
         )
 
 
-def _check_output(x, size, batch_norm):
+def _check_output(shape, size, batch_norm):
     if min(size) < 1:
         raise ValueError(
-            f"expected an input large enough for one output pixel, got {tuple(x.shape[2:])}, "
+            f"expected an input large enough for one output pixel, got {tuple(shape[2:])}, "
             f"which gives an output of {size}"
         )
     if batch_norm is None or not batch_norm.by_batch:
         return
-    n, groups = x.shape[0], batch_norm.groups
+    n, groups = shape[0], batch_norm.groups
     if groups < 1 or n % groups:
         raise ValueError(
             f"expected a batch that statistics_groups divides evenly, got {n} images and "

@@ -13,7 +13,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils import parametrize
 
-from genfast import cpu, functional, layout, reference
+from genfast import cpu, functional, reference
 from genfast.backend import selected_backend
 
 _ACTIVATIONS = {
@@ -26,33 +26,37 @@ _CONVOLUTIONS = (nn.Conv2d, nn.ConvTranspose2d)
 _FUSED = {*_CONVOLUTIONS, nn.BatchNorm2d, *_ACTIVATIONS}
 
 
-def run_block(x, conv, norm, activation, negative_slope, inplace=False, memory_format=None):
-    """Run a stock convolution, an optional stock batch norm and an activation as one operation.
+def block_of(conv, norm, activation, negative_slope, inplace=False):
+    """A stock convolution, an optional stock batch norm and an activation: a `functional.Block`.
 
     Args:
-        x: (N, C, H, W).
         conv: `nn.Conv2d` or `nn.ConvTranspose2d` without groups or dilation, zero padding.
         norm: `nn.BatchNorm2d` or None. Its statistics and counter move as in its own forward.
-        activation, negative_slope, inplace, memory_format: as in `functional.conv_block`.
+        activation, negative_slope, inplace: as in `functional.conv_block`.
     """
     transposed = isinstance(conv, nn.ConvTranspose2d)
-    return functional.block(
-        x,
+    return functional.Block(
         conv.weight,
         conv.bias,
         conv.stride,
         conv.padding if transposed else _explicit_padding(conv),
         conv.output_padding if transposed else None,
-        batch_norm=None if norm is None else _norm_of(norm, _groups_of(norm)),
-        activation=activation,
-        negative_slope=negative_slope,
-        inplace=inplace,
-        memory_format=memory_format,
+        None if norm is None else _norm_of(norm, _groups_of(norm)),
+        activation,
+        negative_slope,
+        inplace,
     )
 
 
 def why_not_fused(module):
-    """Say why a convolution, batch norm or activation cannot be part of a block; None if it can."""
+    """Say why a layer or a block cannot execute together with others; None if it can.
+
+    A layer is a convolution, a batch norm or an activation, a block a `FusedBlock`.
+    """
+    if isinstance(module, FusedBlock):
+        if type(module).forward is not FusedBlock.forward or "forward" in vars(module):
+            return "its forward is replaced"
+        return "it has a hook" if has_hook(module) else module.why_not_fused()
     if type(module) not in _FUSED:
         if parametrize.is_parametrized(module):  # Then it is of a class of its own.
             return "it has a parametrisation"
@@ -193,9 +197,11 @@ class FusedBlock(nn.Module):
             for child in self.children():
                 x = child(x)
             return reference.activate(x, self.activation, self.negative_slope)
-        return run_block(
-            x, self.conv, self.norm, self.activation, self.negative_slope, self.inplace
-        )
+        return functional.chain(x, [self.block()])
+
+    def block(self):
+        """What it runs as: a `functional.Block`."""
+        return block_of(self.conv, self.norm, self.activation, self.negative_slope, self.inplace)
 
     def why_not_fused(self):
         """Say why a child keeps the block from running as one operation; None if none does."""
@@ -291,6 +297,14 @@ class DiscriminatorBlock(FusedBlock):
         super().__init__(conv, norm, activation, negative_slope, inplace, eps, momentum)
 
 
+_FIRST_OF_A_BLOCK = (*_CONVOLUTIONS, FusedBlock)
+
+
+def _convolution_of(module):
+    """That of a block's first layer, or of a block."""
+    return module.conv if isinstance(module, FusedBlock) else module
+
+
 class Run(NamedTuple):
     """Consecutive children of a container that execute together.
 
@@ -315,14 +329,16 @@ class Run(NamedTuple):
         """Its batch norm, or None."""
         return next((m for m in self.modules if isinstance(m, nn.BatchNorm2d)), None)
 
-    def __call__(self, x, inplace=False, memory_format=None):
-        """Run them as one. `inplace`: nobody but what runs next ever sees the result."""
-        conv, norm = self.modules[0], self.norm
-        last = self.modules[-1]
+    def block(self, inplace=False):
+        """What it runs as, a `functional.Block`. `inplace`: nobody but what runs next sees it."""
+        conv, last = self.modules[0], self.modules[-1]
+        if isinstance(conv, FusedBlock):
+            block = conv.block()
+            return block._replace(inplace=block.inplace or inplace)
         activation = _ACTIVATIONS.get(type(last), "identity")
         inplace = inplace or getattr(last, "inplace", False)
         slope = getattr(last, "negative_slope", 0.0)
-        return run_block(x, conv, norm, activation, slope, inplace, memory_format)
+        return block_of(conv, self.norm, activation, slope, inplace)
 
 
 class FusedSequential(nn.Sequential):
@@ -330,9 +346,10 @@ class FusedSequential(nn.Sequential):
 
     Children, parameters, state_dict keys and results are those of the `nn.Sequential` it stands
     for. Runs of `ConvTranspose2d`/`Conv2d`, then optionally `BatchNorm2d`, then optionally `ReLU`,
-    `LeakyReLU`, `Tanh` or `Sigmoid` fuse; every other child, and one that has a hook, a
-    parametrisation or a setting the kernels do not know, runs as PyTorch runs it. That is looked up
-    at each call, so a hook registered later counts too.
+    `LeakyReLU`, `Tanh` or `Sigmoid` fuse, and what follows one another of these and of blocks is
+    one chain: see `functional.chain`. Every other child, and one that has a hook, a parametrisation
+    or a setting the kernels do not know, runs as PyTorch runs it. That is looked up at each call,
+    so a hook registered later counts too.
     """
 
     # Children that must not fuse, by name, and why; `genfast.accelerate` sets it.
@@ -342,39 +359,37 @@ class FusedSequential(nn.Sequential):
         """Run the children in order, fused where they can be."""
         if selected_backend() == "reference":
             return super().forward(x)
-        # Between fused runs x stays channels_last, as the kernels have it, even where PyTorch's
-        # layers would make it contiguous; anything else is handed what PyTorch would hand it.
-        owes_contiguous = False
         names, modules = tuple(self._modules), tuple(self._modules.values())
-        known, first, following = {}, 0, None
+        known, first = {}, 0
         while first < len(modules):
-            run, following = following, None
-            runs = "reference"
-            if isinstance(modules[first], _CONVOLUTIONS) and _is_image(x):
+            way = "reference"
+            if isinstance(modules[first], _FIRST_OF_A_BLOCK) and _is_image(x):
                 kind = x.device, x.dtype  # What runs these is looked up once.
-                runs = known.get(kind) or known.setdefault(kind, functional.implementation(x))
-                if runs == "cpu" and not cpu.may_gain(modules[first], x):
-                    runs = "reference"
-            if runs != "reference" and run is None:
-                run = self._run_at(names, modules, first)
-            if runs == "reference" or not run.fused:
-                x = layout.contiguous(x) if owes_contiguous else x
-                x, owes_contiguous = modules[first](x), False
+                way = known.get(kind) or known.setdefault(kind, functional.implementation(x))
+                if way == "cpu" and not cpu.may_gain(_convolution_of(modules[first]), x):
+                    way = "reference"
+            runs = [] if way == "reference" else self._fused_from(names, modules, first)
+            if not runs:
+                x = modules[first](x)
                 first += 1
-                continue
+            elif way == "cpu":  # Each by itself: one that gains nothing runs as PyTorch runs it.
+                x = functional.chain(x, [runs[0].block(inplace=len(runs) > 1)])
+                first += len(runs[0].modules)
+            else:
+                x = functional.chain(x, [run.block() for run in runs])
+                first += sum(len(run.modules) for run in runs)
+        return x
+
+    def _fused_from(self, names, modules, first):
+        """The fused `Run`s one after the other from this child on."""
+        runs = []
+        while first < len(modules):
+            run = self._run_at(names, modules, first)
+            if not run.fused:
+                break
+            runs.append(run)
             first += len(run.modules)
-            if first < len(modules):
-                following = self._run_at(names, modules, first)
-            inside = following is not None and following.fused
-            if runs == "cpu":
-                x = run(x, inside)
-                continue
-            owes_contiguous |= not layout.is_channels_last(x)
-            owes_contiguous &= not layout.is_channels_last(run.modules[0].weight)
-            x = run(x, inside, torch.channels_last)
-            # Of 1 channel, or 1 x 1 pixels, memory is both: batch norm makes it contiguous.
-            owes_contiguous |= run.norm is not None and x.is_contiguous()
-        return layout.contiguous(x) if owes_contiguous else x
+        return runs
 
     def plan(self):
         """The children as a list of `Run`s: what fuses, what does not, and why."""
@@ -388,7 +403,10 @@ class FusedSequential(nn.Sequential):
     def _run_at(self, names, modules, first):
         """The run that begins with this child."""
         end, fused, reason = first + 1, False, ""
-        if isinstance(modules[first], _CONVOLUTIONS):
+        if isinstance(modules[first], FusedBlock):
+            reason = self._why_not_fused(names[first], modules[first])
+            fused = not reason
+        elif isinstance(modules[first], _CONVOLUTIONS):
             reason = self._why_not_fused(names[first], modules[first])
             if not reason:
                 fused = True

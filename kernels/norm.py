@@ -265,9 +265,9 @@ def norm_backward_reduce(
         start, offset, _, inside = _tile(
             part * tiles_per_part + step, group, rows, channels, c, in_c, BLOCK_R
         )
-        g, xhat = _gradient_at_norm(
+        g, xhat, _ = _gradient_at_norm(
             dy_ptr + start, z_ptr + start, vectors_ptr, channels, c, in_c, offset, inside,
-            negative_slope, ACTIVATION,
+            negative_slope, ACTIVATION, False,
         )  # fmt: skip
         sum_g += tl.where(inside, g, 0.0)
         sum_g_xhat += tl.where(inside, g * xhat, 0.0)
@@ -285,12 +285,15 @@ def norm_backward(
     sums_ptr,
     total_ptr,
     dz_ptr,
+    y_ptr,
     rows,
     channels,
     negative_slope,
     parts,
     groups,
     TRAINING: tl.constexpr,
+    AT_NORM: tl.constexpr,
+    WRITES_Y: tl.constexpr,
     ACTIVATION: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_C: tl.constexpr,
@@ -298,6 +301,7 @@ def norm_backward(
 ):
     """dz = scale * (g - dbeta / rows - xhat * dgamma / rows); scale * g where statistics are fixed.
 
+    AT_NORM: dy is g already. WRITES_Y: y = act(u) is written too, for who was not given it to keep.
     sums[group] is [parts, 2, channels]: parts, few of them, of the group's dbeta and dgamma. The
     first program of a tile of channels also writes their total over groups, [2, channels]. Grid:
     (tiles of a group's rows, tiles of channels, groups).
@@ -316,10 +320,12 @@ def norm_backward(
             total_g_xhat += sum_g_xhat
         tl.store(total_ptr + c, total_g, mask=in_c)
         tl.store(total_ptr + channels + c, total_g_xhat, mask=in_c)
-    g, xhat = _gradient_at_norm(
+    g, xhat, y = _gradient_at_norm(
         dy_ptr + start, z_ptr + start, vectors_ptr, channels, c, in_c, offset, inside,
-        negative_slope, ACTIVATION,
+        negative_slope, ACTIVATION, AT_NORM,
     )  # fmt: skip
+    if WRITES_Y:
+        tl.store(y_ptr + start + offset, y.to(y_ptr.dtype.element_ty), mask=inside)
     if TRAINING:
         sum_g, sum_g_xhat = _sums_of_parts(sums_ptr, group, parts, channels, c, in_c, BLOCK_P)
         g = g - (sum_g / rows)[None, :] - xhat * (sum_g_xhat / rows)[None, :]
@@ -408,11 +414,16 @@ def _normalize(z_ptr, vectors_ptr, channels, c, in_c, offset, inside):
 @triton.jit
 def _gradient_at_norm(
     dy_ptr, z_ptr, vectors_ptr, channels, c, in_c, offset, inside, negative_slope,
-    ACTIVATION: tl.constexpr,
+    ACTIVATION: tl.constexpr, AT_NORM: tl.constexpr,
 ):  # fmt: skip
-    """g = dy * act'(u), the gradient at the norm's output, and xhat; both recomputed from z."""
+    """g, the gradient at the norm's output, xhat and y, the latter two computed again from z.
+
+    g = dy * act'(u), which with AT_NORM is what lies at dy_ptr.
+    """
     u, centred = _normalize(z_ptr, vectors_ptr, channels, c, in_c, offset, inside)
-    dy = tl.load(dy_ptr + offset, mask=inside, other=0.0).to(u.dtype)
+    g = tl.load(dy_ptr + offset, mask=inside, other=0.0).to(u.dtype)
     y = activate(u, negative_slope, ACTIVATION)
+    if not AT_NORM:
+        g = activation_backward(g, y, negative_slope, ACTIVATION)
     rstd = tl.load(vectors_ptr + RSTD * channels + c, mask=in_c, other=0.0)
-    return activation_backward(dy, y, negative_slope, ACTIVATION), centred * rstd[None, :]
+    return g, centred * rstd[None, :], y

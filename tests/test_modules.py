@@ -68,13 +68,13 @@ def image(device):
 def fused_runs(monkeypatch):
     """Counts the blocks that run fused."""
     calls = []
-    run = functional.block
+    run = functional.chain
 
-    def counting(*args, **kwargs):
-        calls.append("block")
-        return run(*args, **kwargs)
+    def counting(x, blocks, *args, **kwargs):
+        calls.extend(blocks)
+        return run(x, blocks, *args, **kwargs)
 
-    monkeypatch.setattr(functional, "block", counting)
+    monkeypatch.setattr(functional, "chain", counting)
     return calls
 
 

@@ -73,6 +73,7 @@ def dgrad(small, weight, geometry, epilogue=PLAIN):
     if logits.fits(geometry, c_small, epilogue):
         return logits.dgrad(small.tensor(), weight, geometry, epilogue), None
     if to_image.fits(geometry, c_small, c_big, epilogue):
+        small = small if hasattr(small, "y") else operand(small.tensor())
         made_by = dict(y_activation=small.activation, y_negative_slope=small.negative_slope)
         result = to_image.dgrad(small.value, weight, geometry, epilogue, y=small.y, **made_by)
         return result, None
@@ -92,6 +93,7 @@ def wgrad(big, small, geometry):
     if logits.fits(geometry, c_small, PLAIN):
         return logits.wgrad(big.tensor(), small.tensor(), geometry)
     if from_image.fits(geometry, c_small, c_big, big.value.shape[0]):
+        small = small if hasattr(small, "y") else operand(small.tensor())
         return from_image.wgrad(big.padded(geometry), small.value, **small.derivative)
     return _wgrad(big.tensor(), small.tensor(), geometry)
 

@@ -136,11 +136,24 @@ def normalize_activate(z, vectors, activation, negative_slope):
     return y
 
 
-def norm_backward(dy, z, vectors, *, training, need_dz, activation, negative_slope):
+def norm_backward(
+    dy, z, vectors, *, training, need_dz, activation, negative_slope, partials=None, want_y=False
+):
     """The backward of `normalize_activate` and, in training, of the statistics in `vectors`.
 
+    Args:
+        dy: (N, C, H, W), the gradient of y; with `partials` that of u.
+        z, vectors, activation, negative_slope: as given to `normalize_activate`.
+        training: whether `vectors` came from z itself.
+        need_dz: whether dz is wanted.
+        partials: (groups, parts, 2 * C): the sums over parts of each group of g, the gradient of
+            u, and of g * xhat; or None: a pass of its own computes them.
+        want_y: whether y is wanted too, which takes a writing less than another pass; needs
+            `need_dz`.
+
     Returns:
-        dz (N, C, H, W), None unless `need_dz`; and (2, C): the gradients of beta and of gamma.
+        dz (N, C, H, W), None unless `need_dz`; (2, C): the gradients of beta and of gamma; and y,
+        None unless `want_y`.
     """
     dy, z = memory.nhwc(dy), memory.nhwc(z)
     channels, groups = z.shape[3], vectors.shape[0]
@@ -153,41 +166,53 @@ def norm_backward(dy, z, vectors, *, training, need_dz, activation, negative_slo
         channels=channels,
         negative_slope=negative_slope,
         ACTIVATION=activation,
-    )
-    tiles_per_part = tiles.ceil_div(grid[0], passes.parts_of_pass(grid))
-    parts = tiles.ceil_div(grid[0], tiles_per_part)
-    partials = vectors.new_empty((groups, parts, 2 * channels))
-    start.kernel(
-        kernels.norm_backward_reduce,
-        (parts, *grid[1:]),
-        partials_ptr=partials,
-        tiles_per_part=tiles_per_part,
-        **common,
         **tile,
     )
+    at_norm = partials is not None
+    if not at_norm:
+        partials = _reduce(vectors, grid, common)
     total = vectors.new_empty((2, channels))
     if not need_dz:
         sums.sum_partials(partials.flatten(0, 1), total)
-        return None, total
+        return None, total, None
+    parts = partials.shape[1]
     if parts > _PARTS_ADDED_BY_ALL:
         totals = vectors.new_empty((groups, 2, channels))
         sums.sum_partials(partials, totals)
         partials, parts = totals, 1
     dz = memory.channels_last(z.shape, z)
+    y = memory.channels_last(z.shape, z) if want_y else None
     start.kernel(
         kernels.norm_backward,
         grid,
         sums_ptr=partials,
         total_ptr=total,
         dz_ptr=dz,
+        y_ptr=y if want_y else dz,
         parts=parts,
         groups=groups,
         TRAINING=training,
+        AT_NORM=at_norm,
+        WRITES_Y=want_y,
         BLOCK_P=16,
         **common,
-        **tile,
     )
-    return dz, total
+    return dz, total, y
+
+
+def _reduce(vectors, grid, common):
+    """The partial sums that `norm_backward` takes, (groups, parts, 2 * C), of its arguments."""
+    tiles_per_part = tiles.ceil_div(grid[0], passes.parts_of_pass(grid))
+    parts = tiles.ceil_div(grid[0], tiles_per_part)
+    partials = vectors.new_empty((vectors.shape[0], parts, 2 * common["channels"]))
+    start.kernel(
+        kernels.norm_backward_reduce,
+        (parts, *grid[1:]),
+        partials_ptr=partials,
+        tiles_per_part=tiles_per_part,
+        **common,
+    )
+    return partials
 
 
 def activation_backward(dy, y, activation, negative_slope):

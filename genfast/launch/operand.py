@@ -15,7 +15,7 @@ class Operand:
     y: None, or like `value`: y = act(u), where `value` is the gradient of y and the operand that
         of u. Some kernels multiply by act'(u) as they read it; for others a pass does.
     activation, negative_slope: of y, as in `functional.conv_block`.
-    image: the `from_image.Padded` copy, once something needed it, or one kept from before.
+    image: the `from_image.Padded` copy, once something needed it.
     """
 
     value: torch.Tensor
@@ -39,6 +39,10 @@ class Operand:
                 self.value, self.y, self.activation, self.negative_slope
             )
         return self._tensor
+
+    def release(self):
+        """Forget the forms that can be made again."""
+        self._tensor = self.image = None
 
     def padded(self, geometry):
         """A `from_image.Padded`, multiplied by act'(u)."""
@@ -80,6 +84,14 @@ class Output:
                 self.value, self.vectors, self.activation, self.negative_slope
             )
         return self._tensor
+
+    def remember(self, y):
+        """Take y from who has made it; None is nothing to remember."""
+        self._tensor = y
+
+    def release(self):
+        """Forget y, where it can be made again."""
+        self._tensor = None
 
     def padded(self, geometry):
         """A `from_image.Padded` of y."""

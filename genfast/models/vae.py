@@ -11,7 +11,7 @@ from torch import nn
 
 from genfast.functional import reparameterize
 from genfast.models.dcgan import check_image_size
-from genfast.nn import DiscriminatorBlock, GeneratorBlock
+from genfast.nn import DiscriminatorBlock, FusedSequential, GeneratorBlock
 
 
 def _sigmoid(logits):
@@ -81,14 +81,14 @@ class ConvVAE(nn.Module):
         widths = [width]
         while widths[-1] < widest:
             widths.append(widths[-1] * 2)
-        self.encoder = nn.Sequential(
+        self.encoder = FusedSequential(
             DiscriminatorBlock(nc, width, inplace=True),
             *(DiscriminatorBlock(w, w * 2, inplace=True) for w in widths[:-1]),
             DiscriminatorBlock(
                 widest, 2 * latent_dim, 4, 1, 0, bias=True, norm=False, activation="identity"
             ),
         )
-        self.decoder = nn.Sequential(
+        self.decoder = FusedSequential(
             GeneratorBlock(latent_dim, widest, 4, 1, 0),
             *(GeneratorBlock(w * 2, w) for w in reversed(widths[:-1])),
             GeneratorBlock(width, nc, bias=True, norm=False, activation="identity"),

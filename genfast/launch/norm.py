@@ -154,7 +154,7 @@ def norm_backward(dy, z, vectors, *, training, need_dz, activation, negative_slo
         negative_slope=negative_slope,
         ACTIVATION=activation,
     )
-    tiles_per_part = tiles.ceil_div(grid[0], passes.parts_of_pass(grid))
+    tiles_per_part = tiles.ceil_div(grid[0], passes.parts_of_pass(z, grid))
     parts = tiles.ceil_div(grid[0], tiles_per_part)
     partials = vectors.new_empty((groups, parts, 2 * channels))
     start.kernel(
@@ -216,7 +216,7 @@ def statistics_of(z, groups):
     z = memory.nhwc(z)
     channels = z.shape[3]
     grid, rows, tile = passes.elementwise(z, groups)
-    tiles_per_part = tiles.ceil_div(grid[0], passes.parts_of_pass(grid))
+    tiles_per_part = tiles.ceil_div(grid[0], passes.parts_of_pass(z, grid))
     parts = tiles.ceil_div(grid[0], tiles_per_part)
     dtype = start.acc_dtype(z.dtype)
     mean, m2 = torch.empty((2, groups * parts, channels), dtype=dtype, device=z.device)

@@ -38,8 +38,9 @@ def test_instructions_are_about_those_of_machine_code():
             taps, depth = (16, "C_big") if cost.launch.name == "fprop" else (4, "C_small")
             steps = taps * a[depth] // a["BLOCK_K"]
         counted = cost.instructions / (cost.launch.programs * a["num_warps"])
-        # Counted are both sides of a branch, of which whole tiles execute one.
-        assert predict._instructions(config, like, steps) == pytest.approx(counted, rel=0.35), cost
+        # Counted are both sides of a branch around statistics, of which whole tiles execute one.
+        rel = 0.35 if like.statistics else 0.15
+        assert predict._instructions(config, like, steps) == pytest.approx(counted, rel=rel), cost
         checked.add((cost.launch.name, like.statistics))
     assert len(checked) == 5  # wgrad has no statistics.
 
@@ -86,6 +87,8 @@ def test_a_reduction_is_cut_only_where_that_pays():
     tile = tiles.shipped("sm_90", "half")[0]
     # 128 programs for 132 multiprocessors: parts would only be written and added.
     assert predict.splits(tile, problem("wgrad", 128, 512, 256, 4), chip) == 1
+    # 32 programs leave most multiprocessors idle, but are done before parts would be added.
+    assert predict.splits(tile, problem("wgrad", 16), chip) == 1
     # 16 programs, each with a long way to go.
     assert predict.splits(tile, problem("wgrad", 128, 128, 64, 16), chip) >= 6
 

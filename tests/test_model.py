@@ -103,6 +103,22 @@ def test_an_asynchronous_copy_is_no_load_that_waits():
     assert regions(parse(copying))[2].loads == "asynchronous"
 
 
+@pytest.mark.parametrize(
+    ("opcode", "name", "size"),
+    [
+        ("LDG.E", "LDG", 4),
+        ("LDG.E.U8", "LDG", 1),
+        ("LDG.E.U16.CONSTANT", "LDG", 2),
+        ("LDG.E.LTC128B.64", "LDG", 8),
+        ("LDGSTS.E.BYPASS.LTC128B.128", "LDGSTS", 16),
+    ],
+)
+def test_bytes_that_an_instruction_moves(opcode, name, size):
+    straight, _, inner = regions(parse(LISTING.replace("LDG.E R4", f"{opcode} R4")))
+    assert inner.widths(name) == {size: 1}
+    assert straight.widths("STG") == {4: 1} and not straight.widths(name)
+
+
 def test_a_branch_that_cannot_be_followed_is_said():
     with pytest.raises(ValueError, match="expected branches to labels, got BRX"):
         regions(parse(LISTING.replace("@P2 BRA `(.L_x_2)", "BRX R2 -0x30")))

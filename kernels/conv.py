@@ -34,7 +34,7 @@ the products: loops only add and compare.
 import triton
 import triton.language as tl
 
-from .loading import in_bounds, in_range, run_in_bounds, wide_product
+from .loading import aligned, in_bounds, in_range, run_in_bounds, wide_product
 from .product import dot, epilogue
 
 # A row or column that is in no image, whatever tap is added.
@@ -76,6 +76,8 @@ def fprop(
     STORED_DTYPE: tl.constexpr,
     ACC_DTYPE: tl.constexpr,
     PRECISION: tl.constexpr,
+    BIG_ALIGNMENT: tl.constexpr,
+    SMALL_ALIGNMENT: tl.constexpr,
     DESCRIPTORS: tl.constexpr,
     STORE_DESCRIPTOR: tl.constexpr,
     PACKED: tl.constexpr,
@@ -92,6 +94,8 @@ def fprop(
     which wastes nothing when C_big is less than BLOCK_K: an image has 3 channels. Grid: (tiles of
     C_small * groups * tiles_per_group).
     """
+    C_big = aligned(C_big, BIG_ALIGNMENT)
+    C_small = aligned(C_small, SMALL_ALIGNMENT)
     TAPS: tl.constexpr = KH * KW
     tiles_m = tl.cdiv(C_small, BLOCK_M)
     tile = tl.program_id(0) // tiles_m
@@ -190,7 +194,10 @@ def dgrad(
     STORED_DTYPE: tl.constexpr,
     ACC_DTYPE: tl.constexpr,
     PRECISION: tl.constexpr,
+    BIG_ALIGNMENT: tl.constexpr,
+    SMALL_ALIGNMENT: tl.constexpr,
     DESCRIPTORS: tl.constexpr,
+    SMALL_DESCRIPTOR: tl.constexpr,
     STORE_DESCRIPTOR: tl.constexpr,
     BOX_N: tl.constexpr,
     BOX_H: tl.constexpr,
@@ -207,6 +214,8 @@ def dgrad(
     of a phase, K = the phase's taps * C_small. Grid: (phases * tiles of C_big * groups *
     tiles_per_group): the phases of a tile read the same pixels, so they run side by side.
     """
+    C_big = aligned(C_big, BIG_ALIGNMENT)
+    C_small = aligned(C_small, SMALL_ALIGNMENT)
     TAPS: tl.constexpr = KH * KW
     PHASES: tl.constexpr = STRIDE_H * STRIDE_W
     # The taps of a phase; the last may lie beyond a kernel that the stride does not divide.
@@ -255,7 +264,7 @@ def dgrad(
             weight, cs0, ky * KW + kx, cb0, C_small, C_big, in_kernel, TAPS, True, DESCRIPTORS,
             BLOCK_K, BLOCK_M,
         )  # fmt: skip
-        if DESCRIPTORS:
+        if SMALL_DESCRIPTOR:
             b = small.load([n0, y0 + dy, x0 + dx, cs0]).reshape(BLOCK_N, BLOCK_K)
         else:
             # A tap beside the kernel meets no pixel: zero times an infinite one would be NaN.
@@ -306,7 +315,10 @@ def wgrad(
     PAD_W: tl.constexpr,
     ACC_DTYPE: tl.constexpr,
     PRECISION: tl.constexpr,
+    BIG_ALIGNMENT: tl.constexpr,
+    SMALL_ALIGNMENT: tl.constexpr,
     DESCRIPTORS: tl.constexpr,
+    SMALL_DESCRIPTOR: tl.constexpr,
     PACKED: tl.constexpr,
     BOX_N: tl.constexpr,
     BOX_H: tl.constexpr,
@@ -321,6 +333,8 @@ def wgrad(
     `sum_partials` adds the splits in a fixed order. Grid: (tiles of C_small * tiles of C_big, taps,
     splits). PACKED makes (tap, cb) the columns, as in fprop, and the grid's second axis 1.
     """
+    C_big = aligned(C_big, BIG_ALIGNMENT)
+    C_small = aligned(C_small, SMALL_ALIGNMENT)
     columns = TAPS * C_big if PACKED else C_big
     tiles_n = tl.cdiv(columns, BLOCK_N)
     cs0 = tl.program_id(0) // tiles_n * BLOCK_M
@@ -342,7 +356,9 @@ def wgrad(
     acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=ACC_DTYPE)
     for step in range(0, tiles_per_split):
         tile = first + step
-        a = _load_small_transposed(small, tile, pixels, cs0, C_small, DESCRIPTORS, BLOCK_K, BLOCK_M)
+        a = _load_small_transposed(
+            small, tile, pixels, cs0, C_small, SMALL_DESCRIPTOR, BLOCK_K, BLOCK_M
+        )
         if DESCRIPTORS:
             n, y, x, exists, count, n0, y0, x0 = _pixels(
                 tile, 0, N, H_small, W_small, BLOCK_K, BOX_N, BOX_H, BOX_W, DESCRIPTORS,

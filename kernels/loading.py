@@ -48,3 +48,15 @@ def run_in_bounds(index, exists):
     LENGTH: tl.constexpr = index.shape[0]
     ALIGNED: tl.constexpr = LENGTH if LENGTH < VECTOR else VECTOR
     return tl.max_contiguous(tl.multiple_of(tl.where(exists, index, 0), ALIGNED), ALIGNED)
+
+
+@triton.jit
+def aligned(count, ALIGNMENT: tl.constexpr):
+    """count, of which the compiler then knows that it is a multiple of ALIGNMENT.
+
+    It knows of multiples of 16 anyway. Rows of 100 elements are loaded 4 at a time once it knows of
+    the 4.
+    """
+    if ALIGNMENT < 16:
+        count = count // ALIGNMENT * ALIGNMENT
+    return count

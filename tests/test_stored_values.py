@@ -111,6 +111,7 @@ GEOMETRIES = {
     # Channels of small and big, and whether descriptors can move the tiles.
     "pointers": (ConvGeometry((9, 7), (5, 4), (3, 3), (2, 2), (1, 1)), (5, 3), False),
     "descriptors": (ConvGeometry((8, 8), (8, 8), (3, 3), (1, 1), (1, 1)), (16, 32), True),
+    "pointers to small": (ConvGeometry((8, 8), (8, 8), (3, 3), (1, 1), (1, 1)), (12, 32), True),
 }
 
 

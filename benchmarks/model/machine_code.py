@@ -13,6 +13,7 @@ import hashlib
 import re
 import subprocess
 import tempfile
+import threading
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +25,8 @@ _INSTRUCTION = re.compile(
 _LABEL = re.compile(r"^([.$]\S+):\s*$")
 _SOURCE = re.compile(r'^\s*//## File "(.*)", line (\d+)')
 _TARGET = re.compile(r"`\((\S+)\)")
+# CPython 3.11 fails where two threads parse at once (python/cpython issue 106905).
+_PARSING = threading.Lock()
 _LAYOUT_CHANGES = ("local_load", "local_store", "convert_layout")
 
 
@@ -348,8 +351,10 @@ def _loops_of_source(name):
     path = _KERNELS / name
     if not path.exists():
         return ()
+    with _PARSING:
+        module = ast.parse(path.read_text(encoding="utf-8"))
     found = []
-    for function in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+    for function in ast.walk(module):
         if isinstance(function, ast.FunctionDef):
             for node in ast.walk(function):
                 if isinstance(node, ast.For) and "static_range" not in ast.unparse(node.iter):

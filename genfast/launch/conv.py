@@ -114,8 +114,10 @@ def _wgrad(big, small, geometry):
         config.descriptors
         and not packed
         and h_small % box[1] == w_small % box[2] == 0  # A ragged box would pair zeros with pixels.
-        and _descriptors_fit(geometry, big, small)
+        and _folds(geometry)
+        and memory.descriptor_fits(big)
     )
+    small_boxed = boxed and memory.descriptor_fits(small)
     k_tiles = tiles.pixel_tiles((n, h_small, w_small), config.block_k, box if boxed else None)
     columns = geometry.taps * c_big if packed else c_big
     mn_tiles = tiles.ceil_div(c_small, config.block_m) * tiles.ceil_div(columns, config.block_n)
@@ -128,6 +130,7 @@ def _wgrad(big, small, geometry):
     target = sums.partials(splits, dweight) if summed else dweight
     if boxed:
         big = _big_descriptor(big, geometry, box, config.block_n)
+    if small_boxed:
         small = memory.descriptor(small.view(-1, c_small), [config.block_k, config.block_m])
     start.kernel(
         kernels.wgrad,
@@ -146,8 +149,10 @@ def _wgrad(big, small, geometry):
         KW=geometry.kernel_size[1],
         TAPS=geometry.taps,
         **_stride_and_padding(geometry),
+        **_alignments(c_big, c_small),
         **start.arithmetic(dweight),
         DESCRIPTORS=boxed,
+        SMALL_DESCRIPTOR=small_boxed,
         PACKED=packed,
         **_tile(config, box),
     )
@@ -192,10 +197,12 @@ def _conv(direction, source, weight, geometry, epilogue):
     boxed = (
         config.descriptors
         and not packed
-        and _descriptors_fit(geometry, big, small, weight)
-        and (not to_small or c_big % config.block_k == 0)
+        and _folds(geometry)
+        and memory.descriptor_fits(weight.view(-1, c_big))  # Each tap's box begins aligned.
+        and (not to_small or (memory.descriptor_fits(big) and c_big % config.block_k == 0))
         and (to_small or _stride_divides_kernel(geometry))
     )
+    small_boxed = boxed and memory.descriptor_fits(small)
     pixels = n // groups, *size
     tiles_per_group = tiles.pixel_tiles(pixels, config.block_n, box if boxed else None)
     parts = groups * tiles_per_group * phases
@@ -208,16 +215,20 @@ def _conv(direction, source, weight, geometry, epilogue):
         count = torch.empty(parts, dtype=acc_dtype, device=source.device)
         statistics = norm.TileStatistics(count, mean, m2, repeat, groups)
 
-    stored_boxed = boxed
+    stored_boxed = small_boxed
     if boxed:
         block_big, block_small = (
             (config.block_k, config.block_m) if to_small else (config.block_m, config.block_k)
         )
-        # A pixel's neighbour follows it in the folded view of a strided side: no writing into it.
-        stored_boxed = to_small or geometry.stride[1] == 1 or c_big % config.block_m == 0
+        if not to_small:
+            # In the folded view of a strided side a pixel's neighbour follows it: no writing into
+            # that.
+            whole = geometry.stride[1] == 1 or c_big % config.block_m == 0
+            stored_boxed = whole and memory.descriptor_fits(big)
         if to_small or stored_boxed:
             big = _big_descriptor(big, geometry, box, block_big)
-        small = memory.descriptor(small, [*box, block_small])
+        if small_boxed:
+            small = memory.descriptor(small, [*box, block_small])
         weight = memory.descriptor(weight, [block_small, block_big])
     shared = dict(
         weight=weight,
@@ -239,6 +250,7 @@ def _conv(direction, source, weight, geometry, epilogue):
         KH=geometry.kernel_size[0],
         KW=geometry.kernel_size[1],
         **_stride_and_padding(geometry),
+        **_alignments(c_big, c_small),
         HAS_BIAS=epilogue.bias is not None,
         HAS_NORM=epilogue.vectors is not None,
         HAS_STATISTICS=statistics is not None,
@@ -253,7 +265,9 @@ def _conv(direction, source, weight, geometry, epilogue):
     if to_small:
         start.kernel(kernels.fprop, grid, big=big, out=small, PACKED=packed, **shared)
     else:
-        start.kernel(kernels.dgrad, grid, small=small, out=big, **shared)
+        start.kernel(
+            kernels.dgrad, grid, small=small, out=big, SMALL_DESCRIPTOR=small_boxed, **shared
+        )
     return result, statistics
 
 
@@ -307,11 +321,14 @@ def _collapse(big, small, geometry):
     return big.view(big.shape[0], 1, 1, -1), small, _FLAT
 
 
-def _descriptors_fit(geometry, *tensors):
-    """Whether tensor descriptors can address these tensors and a strided side folds evenly."""
-    aligned = (t.shape[-1] * t.element_size() % 16 == 0 and t.data_ptr() % 16 == 0 for t in tensors)
-    folds = all(n % s == 0 for n, s in zip(geometry.big, geometry.stride, strict=True))
-    return folds and all(aligned) and max(t.shape[0] for t in tensors) < 2**31
+def _folds(geometry):
+    """Whether a strided side folds evenly into a descriptor's view: see `_big_descriptor`."""
+    return all(n % s == 0 for n, s in zip(geometry.big, geometry.stride, strict=True))
+
+
+def _alignments(c_big, c_small):
+    """Powers of two that divide the channels, as far as they decide how wide loads are."""
+    return dict(BIG_ALIGNMENT=math.gcd(c_big, 16), SMALL_ALIGNMENT=math.gcd(c_small, 16))
 
 
 def _stride_divides_kernel(geometry):

@@ -33,6 +33,12 @@ def dense(vector, stand_in):
     return stand_in if vector is None else vector.contiguous()
 
 
+def descriptor_fits(tensor):
+    """Whether a descriptor can address a dense tensor: rows of whole 16 bytes, sizes of 32 bits."""
+    row = tensor.shape[-1] * tensor.element_size()
+    return row % 16 == 0 and tensor.data_ptr() % 16 == 0 and tensor.shape[0] < 2**31
+
+
 def descriptor(tensor, block_shape):
     # Dense strides, spelled out: PyTorch leaves any stride on a dimension of size 1.
     strides = [math.prod(tensor.shape[i + 1 :]) for i in range(tensor.dim())]

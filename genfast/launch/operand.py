@@ -47,6 +47,45 @@ class Operand:
         return self.image
 
 
+@dataclass
+class Output:
+    """The output of a layer, y = act(u), as backward keeps it: as y, or as what batch norm took.
+
+    value: (N, C, H, W): z, where u = (z - mean) * scale + shift; without `vectors`, y.
+    vectors: (groups, 5, C) of the batch norm, as `norm.batch_statistics` gives them, or None.
+    activation, negative_slope: as in `functional.conv_block`.
+    """
+
+    value: torch.Tensor
+    vectors: torch.Tensor | None
+    activation: str
+    negative_slope: float
+    _tensor: torch.Tensor | None = None
+
+    @property
+    def normalization(self):
+        """How to make y of `value`, as arguments of the kernels that do so as they read it."""
+        if self.vectors is None:
+            return {}
+        return dict(
+            vectors=self.vectors, activation=self.activation, negative_slope=self.negative_slope
+        )
+
+    def tensor(self):
+        """y (N, C, H, W), channels_last; made once."""
+        if self.vectors is None:
+            return self.value
+        if self._tensor is None:
+            self._tensor = norm.normalize_activate(
+                self.value, self.vectors, self.activation, self.negative_slope
+            )
+        return self._tensor
+
+    def padded(self, geometry):
+        """A `from_image.Padded` of y."""
+        return from_image.padded(self.tensor(), geometry)
+
+
 def operand(value):
-    """An `Operand` of a tensor; one stays what it is."""
-    return value if isinstance(value, Operand) else Operand(value)
+    """An `Operand` of a tensor; what is an operand already stays what it is."""
+    return Operand(value) if isinstance(value, torch.Tensor) else value

@@ -100,8 +100,8 @@ class Problem:
     @property
     def scattered(self):
         """Whether elements must be addressed one by one."""
-        # 16 is what Triton tells a compiler about an integer: only then does it join loads.
-        return self.c_small % 16 > 0 or self.c_big % 16 > 0
+        packed = self.c_big < 16 and self.taps > 1  # Taps and channels in one axis.
+        return packed or self.c_small % LEAST_VECTOR > 0 or self.c_big % LEAST_VECTOR > 0
 
     @property
     def key(self):
@@ -109,6 +109,8 @@ class Problem:
         return tuple(value for name, value in vars(self).items() if name != "images")
 
 
+# Elements loaded or stored together: of fewer, a tile's addresses alone fill the registers.
+LEAST_VECTOR = 4
 # From how many images on, and which batches stand for all of them.
 _BATCHES = ((2048, (2048, 8192)), (32, (32, 64, 128, 256)), (8, (8, 16)), (1, (1, 4)))
 
@@ -166,8 +168,8 @@ _SHIPPED = {
         ),
     },
 }
-# Where channels are not a multiple of 16, every element is addressed, loaded and stored on its own:
-# small tiles and many warps, or the addresses alone fill the registers. Ordered by rows.
+# Where every element is addressed, loaded and stored on its own: small tiles and many warps, or the
+# addresses alone fill the registers. Ordered by rows.
 _SCATTERED = {
     "half": (
         GemmConfig(64, 64, 32, 8, 2, False),

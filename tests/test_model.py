@@ -32,6 +32,8 @@ H100 = GPUS["h100"]
 STEPS = {
     ("dcgan", 128, "h100"): 1.0,
     ("dcgan", 1024, "h100"): 5.9,
+    ("dcgan", 128, "a100"): 2.1,
+    ("dcgan", 128, "rtx4090"): 3.45,
 }
 # Beside images and logits a kernel may take so many times what moving its tensors takes, or 5 us.
 ENDS = 1.5

@@ -202,7 +202,7 @@ def norm_backward(
 
 def _reduce(vectors, grid, common):
     """The partial sums that `norm_backward` takes, (groups, parts, 2 * C), of its arguments."""
-    tiles_per_part = tiles.ceil_div(grid[0], passes.parts_of_pass(grid))
+    tiles_per_part = tiles.ceil_div(grid[0], passes.parts_of_pass(common["z_ptr"], grid))
     parts = tiles.ceil_div(grid[0], tiles_per_part)
     partials = vectors.new_empty((vectors.shape[0], parts, 2 * common["channels"]))
     start.kernel(
@@ -241,7 +241,7 @@ def statistics_of(z, groups):
     z = memory.nhwc(z)
     channels = z.shape[3]
     grid, rows, tile = passes.elementwise(z, groups)
-    tiles_per_part = tiles.ceil_div(grid[0], passes.parts_of_pass(grid))
+    tiles_per_part = tiles.ceil_div(grid[0], passes.parts_of_pass(z, grid))
     parts = tiles.ceil_div(grid[0], tiles_per_part)
     dtype = start.acc_dtype(z.dtype)
     mean, m2 = torch.empty((2, groups * parts, channels), dtype=dtype, device=z.device)

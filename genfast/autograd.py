@@ -211,8 +211,8 @@ class _Known(Function):
     """A convolution, bias and activation whose output is known: only its gradients are computed."""
 
     @staticmethod
-    def forward(ctx, x, weight, bias, kind, activation, output):
-        y = output.value.detach()
+    def forward(ctx, x, weight, bias, kind, activation, known):
+        y = known.detach()
         ctx.save_for_backward(x, weight, y)
         ctx.kind, ctx.activation = kind, activation
         return y
@@ -364,10 +364,12 @@ def _differentiable_backward(dy, x, kinds, parameters, outputs, need_x, needs):
     y = x
     for i, (kind, output) in enumerate(zip(kinds, outputs, strict=True)):
         weight, bias, gamma, beta = inputs[4 * i : 4 * i + 4]
+        # What is not kept is the result of an identity: nobody reads it, so dy may stand in for it.
+        known = dy if output.value is None else output.value
         if kind.by_batch is None:
-            y = _Known.apply(y, weight, bias, kind, kind.activation, output)
+            y = _Known.apply(y, weight, bias, kind, kind.activation, known)
             continue
-        z = _Known.apply(y, weight, bias, kind, "identity", output)
+        z = _Known.apply(y, weight, bias, kind, "identity", known)
         mean = var = None
         if not kind.by_batch:
             mean = output.vectors[0, norm.MEAN]

@@ -10,6 +10,7 @@ from torch import nn
 from torch.autograd import gradcheck, gradgradcheck
 from torch.func import functional_call
 
+from genfast.launch import start
 from genfast.models import DCGANDiscriminator, DCGANGenerator
 from genfast.nn import DiscriminatorBlock, FusedSequential, GeneratorBlock, statistics_groups
 
@@ -94,10 +95,13 @@ def test_a_chain_is_what_its_blocks_are(network, shape, training, memory_format,
     assert_module(fused(stock), stock, x)
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @EACH
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_half_precision(network, shape, dtype, device):
-    stock = network().to(device, dtype)
+    """With smooth activations: where one has a kink, a rounding may turn a derivative over."""
+    kinks = nn.ReLU, nn.LeakyReLU
+    layers = [nn.Tanh() if isinstance(m, kinks) else m for m in network()]
+    stock = nn.Sequential(*layers).to(device, dtype)
     assert_module(fused(stock), stock, torch.randn(shape, device=device, dtype=dtype))
 
 
@@ -175,26 +179,26 @@ def kept_bytes(model, x):
         return t
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-        y = model(x)
-    return sum(kept.values()), y
+        model(x)
+    return sum(kept.values())
 
 
 @pytest.mark.parametrize(
     ("model", "shape", "most"),
     [(DCGANGenerator, (2, 100, 1, 1), 0.55), (DCGANDiscriminator, (2, 3, 64, 64), 0.70)],
 )
-def test_one_tensor_a_block_is_kept(model, shape, most, device):
+def test_one_tensor_a_block_is_kept(model, shape, most, monkeypatch):
     """Beside PyTorch's layers with activations in place, which keep what batch norm returns too."""
-    x = torch.randn(shape, device=device)
-    ours = model(8).to(device)
+    ours = model()
     stock = nn.Sequential(*copy.deepcopy(ours.main))
     for module in stock:
         if hasattr(module, "inplace"):
             module.inplace = True
-    found, y = kept_bytes(ours, x)
-    stocks, expected = kept_bytes(stock, x)
-    torch.testing.assert_close(y, expected.view_as(y), rtol=1e-3, atol=1e-4)
-    assert found <= most * stocks, f"{found / stocks:.3f}"
+    x = torch.randn(shape).to(memory_format=torch.channels_last)
+    # What is kept does not depend on what is computed.
+    monkeypatch.setattr(start, "kernel", lambda *_, **__: None)
+    found, stocks = kept_bytes(ours, x), kept_bytes(stock, x)
+    assert 0.5 * stocks < found <= most * stocks, f"{found / stocks:.3f}"
 
 
 @EACH
@@ -215,18 +219,18 @@ def test_backward_as_often_as_one_likes(network, shape, device):
 @EACH
 def test_the_output_may_be_changed(network, shape, device):
     """PyTorch forbids it after tanh alone."""
-    stock = network().to(device)
-    ours, x = fused(stock), torch.randn(shape, device=device)
-    expected = torch.autograd.grad(
-        stock(x).clone().mul_(2).square().sum(), list(stock.parameters())
-    )
+    stock = network().to(device, memory_format=torch.channels_last)
+    ours = fused(stock)
+    x = torch.randn(shape, device=device).to(memory_format=torch.channels_last)
+    y = stock(x).clone().mul_(2)
+    expected = torch.autograd.grad(y.square().sum(), list(stock.parameters()))
     y = ours(x)
+    y.mul_(2)
     if network is generator:
-        y.mul_(2)
         with pytest.raises(RuntimeError, match="modified by an inplace operation"):
             y.square().sum().backward()
         return
-    found = torch.autograd.grad(y.mul_(2).square().sum(), list(ours.parameters()))
+    found = torch.autograd.grad(y.square().sum(), list(ours.parameters()))
     for a, b in zip(found, expected, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4)
 
@@ -238,7 +242,7 @@ def test_a_chain_breaks_where_somebody_looks(device):
     seen = []
     handle = model[4].register_forward_hook(lambda *found: seen.append(found[-1]))
     torch.testing.assert_close(model(x), expected)
-    assert len(seen) == 1 and chains(model(x)) == [1, 1, 1]
+    assert len(seen) == 1 and chains(model(x)) == [1, 2]
     handle.remove()
     assert chains(model(x)) == [3]
     del model[3:6]  # The middle taken out.

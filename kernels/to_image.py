@@ -17,6 +17,7 @@ import triton.language as tl
 
 from .activation import activate, activation_backward
 from .loading import in_bounds
+from .normalizing import as_stored, load_vectors, normalized
 from .product import dot
 
 # So many of the product's columns belong to a tap: an image has 1 to 4 channels.
@@ -27,6 +28,7 @@ CHANNELS = tl.constexpr(4)
     do_not_specialize=[
         "N", "H_small", "W_small", "H_big", "W_big",
         "tiles_w", "tile_w", "first_x", "segments", "first_step", "steps_per_segment",
+        "group_images",
     ]
 )  # fmt: skip
 def to_image(
@@ -49,6 +51,8 @@ def to_image(
     steps_per_segment,
     negative_slope,
     y_slope,
+    vectors_ptr,
+    group_images,
     C_BIG: tl.constexpr,
     KH: tl.constexpr,
     KW: tl.constexpr,
@@ -58,7 +62,10 @@ def to_image(
     PAD_W: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     ACTIVATION: tl.constexpr,
+    HAS_Y: tl.constexpr,
+    HAS_NORM: tl.constexpr,
     Y_ACTIVATION: tl.constexpr,
+    STORED_DTYPE: tl.constexpr,
     ACC_DTYPE: tl.constexpr,
     PRECISION: tl.constexpr,
     CHUNKED: tl.constexpr,
@@ -71,7 +78,9 @@ def to_image(
 ):
     """out[n, Y, X, cb] = act(sum over taps and cs of small * act'(y) * weight).
 
-    With Y_ACTIVATION, small is the gradient of y and becomes that of y's input as it is loaded.
+    With HAS_Y, small is the gradient of y = act(u) and becomes that of u as it is loaded. With
+    HAS_NORM, it is y's batch norm's input and becomes y; then no tile has images of two groups,
+    which are `group_images` images each. Y_ACTIVATION is what made y.
 
     A tile is BLOCK_N images by BLOCK_W pixels of a row of small, from first_x + a multiple of
     tile_w on; it makes STRIDE_W * tile_w pixels of STRIDE_H rows of the image in each step, at most
@@ -85,15 +94,24 @@ def to_image(
     segment = tl.program_id(0) % segments
     tile_x = tl.program_id(0) // segments % tiles_w
     n0 = (tl.program_id(0) // segments // tiles_w).to(tl.int64) * BLOCK_N
+    end = N
+    if HAS_NORM:
+        tl.static_assert(not HAS_Y)
+        group_tiles = (group_images + BLOCK_N - 1) // BLOCK_N
+        group = tl.program_id(0) // segments // tiles_w // group_tiles
+        n0 += tl.cast(group, tl.int64) * (group_images - group_tiles * BLOCK_N)
+        end = (group + 1) * group_images
     x0 = tile_x * tile_w + first_x
 
     cs = tl.arange(0, BLOCK_C)
     if not CHUNKED:
         weight = _load_weight(weight_ptr, cs, C_small, C_BIG, KH, KW, BLOCK_KH, BLOCK_KW)
+        if HAS_NORM:
+            mean, scale, shift = load_vectors(vectors_ptr, group, C_small, cs % C_small)
     p = tl.arange(0, BLOCK_P)
     n = n0 + p // BLOCK_W
     x = x0 + p % BLOCK_W
-    exists = (n < N) & (x >= 0) & (x < W_small)
+    exists = (n < end) & (x >= 0) & (x < W_small)
     pixel = n * H_small * W_small + x
 
     source, meets = _source(
@@ -104,7 +122,7 @@ def to_image(
     X0 = tile_x * tile_w * STRIDE_W
     elements = tl.minimum(tile_w * STRIDE_W, W_big - X0) * C_BIG
     image = n0 + tl.arange(0, BLOCK_N)
-    stored = (image < N)[:, None] & (e < elements)[None, :]
+    stored = (image < end)[:, None] & (e < elements)[None, :]
     out_ptr += (image * H_big * W_big + X0)[:, None] * C_BIG + e[None, :]
     if HAS_BIAS:
         bias = tl.load(bias_ptr + e % C_BIG).to(ACC_DTYPE)[None, :]
@@ -120,15 +138,25 @@ def to_image(
             for c0 in range(0, C_small, BLOCK_C):
                 a = _load_small(
                     small_ptr, y_ptr, pixel_offset, row_exists, c0 + cs, C_small, y_slope,
-                    Y_ACTIVATION, ACC_DTYPE,
+                    HAS_Y, Y_ACTIVATION, ACC_DTYPE,
                 )  # fmt: skip
+                if HAS_NORM:
+                    channel = (c0 + cs) % C_small
+                    mean, scale, shift = load_vectors(vectors_ptr, group, C_small, channel)
+                    a = _normalize_small(
+                        a, row_exists, mean, scale, shift, y_slope, Y_ACTIVATION, STORED_DTYPE
+                    )
                 b = _load_weight(weight_ptr, c0 + cs, C_small, C_BIG, KH, KW, BLOCK_KH, BLOCK_KW)
                 acc = dot(a, b, acc, PRECISION)
         else:
             a = _load_small(
                 small_ptr, y_ptr, pixel_offset, row_exists, cs, C_small, y_slope,
-                Y_ACTIVATION, ACC_DTYPE,
+                HAS_Y, Y_ACTIVATION, ACC_DTYPE,
             )  # fmt: skip
+            if HAS_NORM:
+                a = _normalize_small(
+                    a, row_exists, mean, scale, shift, y_slope, Y_ACTIVATION, STORED_DTYPE
+                )
             acc = tl.dot(a, weight, input_precision=PRECISION, out_dtype=ACC_DTYPE)
 
         rows = _split_rows(acc.reshape(BLOCK_P, BLOCK_KW // 2, BLOCK_KH, CHANNELS, 2))
@@ -152,7 +180,7 @@ def to_image(
 @triton.jit
 def _load_small(
     small_ptr, y_ptr, pixel_offset, exists, cs, C_small, y_slope,
-    Y_ACTIVATION: tl.constexpr, ACC_DTYPE: tl.constexpr,
+    HAS_Y: tl.constexpr, Y_ACTIVATION: tl.constexpr, ACC_DTYPE: tl.constexpr,
 ):  # fmt: skip
     """[BLOCK_P, BLOCK_C]: channels cs of small, or of the gradient of y's input."""
     # Channels that small does not have are masked, and point at others that it has. After a
@@ -160,11 +188,23 @@ def _load_small(
     offset = pixel_offset[:, None] + (cs % C_small)[None, :]
     inside = exists[:, None] & (cs < C_small)[None, :]
     values = tl.load(small_ptr + offset, mask=inside, other=0.0)
-    if Y_ACTIVATION != "identity":
+    if HAS_Y and Y_ACTIVATION != "identity":
         y = tl.load(y_ptr + offset, mask=inside, other=0.0).to(ACC_DTYPE)
         du = activation_backward(values.to(ACC_DTYPE), y, y_slope, Y_ACTIVATION)
         values = du.to(small_ptr.dtype.element_ty)
     return values
+
+
+@triton.jit
+def _normalize_small(
+    z, exists, mean, scale, shift, y_slope, Y_ACTIVATION: tl.constexpr, STORED_DTYPE: tl.constexpr
+):
+    """y of z, both [BLOCK_P, BLOCK_C]; 0 for pixels that do not exist.
+
+    Channels that do not exist are others' vectors, of z = 0: their weights are 0.
+    """
+    y = normalized(z, mean[None, :], scale[None, :], shift[None, :], y_slope, Y_ACTIVATION)
+    return as_stored(tl.where(exists[:, None], y, 0.0), z.dtype, STORED_DTYPE)
 
 
 @triton.jit

@@ -52,7 +52,7 @@ def image(n, c_small, c_big, size, kernel, dtype, backward=False, precision="iee
     small = torch.empty(n, size, size, c_small, dtype=dtype).permute(0, 3, 1, 2)
     weight = torch.empty(c_small, c_big, k, k, dtype=dtype)
     epilogue = Epilogue(bias=torch.empty(c_big, dtype=dtype), activation="tanh")
-    options = dict(y=small, y_activation="leaky_relu", y_negative_slope=0.2)
+    options = dict(y=small, activation="leaky_relu", negative_slope=0.2)
     torch.backends.cudnn.conv.fp32_precision = precision
     if backward:
         to_image.dgrad(small, weight, geometry, Epilogue(), **options)

@@ -229,7 +229,9 @@ def test_to_image(lanes, size, kernel, c_small):
     geometry = ConvGeometry.conv_transpose(size, (kernel,) * 2, (stride,) * 2, (1, 1), (0, 0))
     small = image(3, c_small, size)
     epilogue = conv.Epilogue(bias=torch.randn(3))
-    to_image.dgrad(small, image(c_small, 3, (kernel,) * 2), geometry, epilogue, small, "relu")
+    to_image.dgrad(
+        small, image(c_small, 3, (kernel,) * 2), geometry, epilogue, y=small, activation="relu"
+    )
     assert lanes.masked["to_image"] > 0
 
 

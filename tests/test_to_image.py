@@ -121,8 +121,8 @@ def test_to_image(case, device):
         geometry,
         epilogue,
         y=None if y is None else layout(y),
-        y_activation=y_activation,
-        y_negative_slope=Y_SLOPE,
+        activation=y_activation,
+        negative_slope=Y_SLOPE,
     )
     assert output.is_contiguous(memory_format=torch.channels_last)
     samples = [sample(tensors)] + [sample(tensors_of(case, device)) for _ in range(DRAWS - 1)]

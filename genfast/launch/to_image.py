@@ -35,7 +35,10 @@ def why_not(geometry, c_small, c_big, epilogue):
     return None
 
 
-def dgrad(small, weight, geometry, epilogue, y=None, y_activation="identity", y_negative_slope=0.0):
+def dgrad(
+    small, weight, geometry, epilogue, y=None, vectors=None, activation="identity",
+    negative_slope=0.0,
+):  # fmt: skip
     """As `conv.dgrad`, where `fits`.
 
     Args:
@@ -45,13 +48,15 @@ def dgrad(small, weight, geometry, epilogue, y=None, y_activation="identity", y_
         epilogue: an `Epilogue` over C_big channels, without statistics and vectors.
         y: None, or a tensor like `small` of which that is the gradient. What is convolved then is
             small * act'(u) where y = act(u): the gradient of u.
-        y_activation, y_negative_slope: what made y.
+        vectors: None, or (groups, 5, C_small) of a batch norm whose input `small` is: what is
+            convolved then is its activated output. Not together with y.
+        activation, negative_slope: of y, or of that output, as in `functional.conv_block`.
 
     Returns:
         (N, C_big, H, W) of `geometry.big`, channels_last.
     """
     small, weight = memory.nhwc(small), memory.nhwc(weight)
-    y = small if y is None else memory.nhwc(y)
+    y = None if y is None else memory.nhwc(y)
     n, h_small, w_small, c_small = small.shape
     h_big, w_big = geometry.big
     c_big = weight.shape[3]
@@ -61,15 +66,17 @@ def dgrad(small, weight, geometry, epilogue, y=None, y_activation="identity", y_
     tile = _tile(start.architecture(small), start.precision(small), small, geometry, c_big)
     first_step, steps = _steps(h_big, geometry.stride[0], geometry.padding[0])
     warm_up = tiles.ceil_div(kh - geometry.stride[0], geometry.stride[0])
-    groups = tiles.ceil_div(n, tile["BLOCK_N"]) * tile["tiles_w"]
-    segments = _segments(groups, steps, warm_up)
+    # Each group of the batch has tiles of its own where it has vectors of its own.
+    groups = 1 if vectors is None else vectors.shape[0]
+    columns = groups * tiles.ceil_div(n // groups, tile["BLOCK_N"]) * tile["tiles_w"]
+    segments = _segments(columns, steps, warm_up)
     steps_per_segment = tiles.ceil_div(steps, segments)
     segments = tiles.ceil_div(steps, steps_per_segment)
     start.kernel(
         kernels.to_image,
-        (groups * segments,),
+        (columns * segments,),
         small_ptr=small,
-        y_ptr=y,
+        y_ptr=small if y is None else y,
         weight_ptr=weight,
         bias_ptr=memory.dense(epilogue.bias, result),
         out_ptr=memory.nhwc(result),
@@ -83,7 +90,9 @@ def dgrad(small, weight, geometry, epilogue, y=None, y_activation="identity", y_
         first_step=first_step,
         steps_per_segment=steps_per_segment,
         negative_slope=epilogue.negative_slope,
-        y_slope=y_negative_slope,
+        y_slope=negative_slope,
+        vectors_ptr=small if vectors is None else vectors,
+        group_images=n // groups,
         C_BIG=c_big,
         KH=kh,
         KW=kw,
@@ -93,7 +102,10 @@ def dgrad(small, weight, geometry, epilogue, y=None, y_activation="identity", y_
         PAD_W=geometry.padding[1],
         HAS_BIAS=epilogue.bias is not None,
         ACTIVATION=epilogue.activation,
-        Y_ACTIVATION=y_activation,
+        HAS_Y=y is not None,
+        HAS_NORM=vectors is not None,
+        Y_ACTIVATION=activation,
+        STORED_DTYPE=start.tl_dtype(small.dtype),
         **start.arithmetic(small),
         **tile,
     )
@@ -106,15 +118,15 @@ def _steps(h_big, stride, padding):
     return first, (h_big - 1 + padding) // stride - first + 1
 
 
-def _segments(groups, steps, warm_up):
-    """In how many parts to cut the steps of each group, by the time that the slowest chip part has.
+def _segments(columns, steps, warm_up):
+    """In how many parts to cut the steps of each column, by the time that the slowest chip part has.
 
     A multiprocessor with one program waits for memory about as long as two would take.
     """
     multiprocessors = max(passes.BUSY_PROGRAMS // 2, 1)
 
     def time(segments):
-        programs = max(tiles.ceil_div(groups * segments, multiprocessors), 2)
+        programs = max(tiles.ceil_div(columns * segments, multiprocessors), 2)
         return programs * (_PROLOGUE + warm_up + tiles.ceil_div(steps, segments))
 
     # A segment first reads warm_up rows of its neighbour: no more of these than of its own.

@@ -1,0 +1,64 @@
+"""What `norm.normalize_activate` would have written, made of z by whoever reads it.
+
+y = act((z - mean) * scale + shift), each group of the batch by its own vectors, in the accumulator's
+dtype and then rounded as if it had been stored: a product of z then has the bits of one of y.
+"""
+
+import triton
+import triton.language as tl
+
+from .activation import activate
+from .norm import MEAN, SCALE, SHIFT
+from .rounding import rounded
+
+
+@triton.jit
+def load_vectors(vectors_ptr, group, channels, c):
+    """Mean, scale and shift of a group's channels c, all of which exist."""
+    vectors_ptr += tl.cast(group, tl.int64) * 5 * channels
+    mean = tl.load(vectors_ptr + MEAN * channels + c)
+    scale = tl.load(vectors_ptr + SCALE * channels + c)
+    shift = tl.load(vectors_ptr + SHIFT * channels + c)
+    return mean, scale, shift
+
+
+@triton.jit
+def normalized(z, mean, scale, shift, negative_slope, ACTIVATION: tl.constexpr):
+    """y, not rounded yet, in the dtype of the vectors, which broadcast to z."""
+    return activate((z.to(mean.dtype) - mean) * scale + shift, negative_slope, ACTIVATION)
+
+
+@triton.jit
+def normalized_rows(
+    z, row, first, end, group_rows, group, mean, scale, shift, vectors_ptr, channels, c,
+    negative_slope, ACTIVATION: tl.constexpr,
+):  # fmt: skip
+    """As `normalized`, z[row, c] being rows from `first` on of a batch of `end` rows.
+
+    Groups have `group_rows` rows. Few programs meet more than one, which their first row belongs
+    to: of that `group` the vectors are in registers, those of others are loaded for each step.
+    """
+    y = normalized(z, mean[None, :], scale[None, :], shift[None, :], negative_slope, ACTIVATION)
+    # What lies beyond the end is nobody's.
+    last = (tl.minimum(first + z.shape[0], end) - 1) // group_rows
+    if last > group:
+        for other in range(tl.maximum(group + 1, first // group_rows), last + 1):
+            mean, scale, shift = load_vectors(vectors_ptr, other, channels, c)
+            others = normalized(
+                z, mean[None, :], scale[None, :], shift[None, :], negative_slope, ACTIVATION
+            )
+            y = tl.where((row >= other * group_rows)[:, None], others, y)
+    return y
+
+
+@triton.jit
+def as_stored(y, READ_DTYPE: tl.constexpr, STORED_DTYPE: tl.constexpr):
+    """y in the dtype that a kernel reads tensors of STORED_DTYPE in, rounded to STORED_DTYPE.
+
+    They differ where half precision is interpreted: see rounding.py.
+    """
+    if READ_DTYPE == STORED_DTYPE:
+        y = y.to(READ_DTYPE)
+    else:
+        y = rounded(y.to(READ_DTYPE), STORED_DTYPE)
+    return y

@@ -22,8 +22,9 @@ import triton.language as tl
 
 from .activation import activation_backward
 from .loading import in_bounds, run_in_bounds
-from .normalizing import as_stored, load_vectors, normalized_rows
+from .normalizing import load_vectors, normalized_rows
 from .product import dot, epilogue
+from .rounding import as_stored
 
 # What only counts must not compile a kernel anew, neither for a last batch that is smaller nor for
 # another size of image. Channels decide about vector loads.
@@ -245,10 +246,12 @@ def wgrad_image(
     UNIT: tl.constexpr,
     HAS_Y: tl.constexpr,
     HAS_NORM: tl.constexpr,
+    GROUPED: tl.constexpr,
     ACTIVATION: tl.constexpr,
     STORED_DTYPE: tl.constexpr,
     ACC_DTYPE: tl.constexpr,
     PRECISION: tl.constexpr,
+    SWAPPED: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -258,7 +261,8 @@ def wgrad_image(
     M = C_small, N = KH * KW * 4, K = pixels. With HAS_Y, small is the gradient of y = act(u), and
     is taken times act'(u). With HAS_NORM, small is normalised and activated as it is read, each
     group of `group_pixels` pixels by its own vectors. `sum_partials` adds the splits in a fixed
-    order. Grid: (tiles of C_small, tiles of KH * KW * 4, splits).
+    order. SWAPPED computes the product's transpose. Grid: (tiles of C_small, tiles of KH * KW * 4,
+    splits).
     """
     C_small = eighths * 8
     cs = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -270,7 +274,10 @@ def wgrad_image(
         tl.static_assert(not HAS_Y)
         group = tl.minimum(split * tiles_per_split * BLOCK_K, pixels - 1) // group_pixels
         mean, scale, shift = load_vectors(vectors_ptr, group, C_small, channel)
-    acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=ACC_DTYPE)
+    if SWAPPED:
+        acc = tl.zeros((BLOCK_N, BLOCK_M), dtype=ACC_DTYPE)
+    else:
+        acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=ACC_DTYPE)
     for step in range(0, tiles_per_split):
         p = (split * tiles_per_split + step) * BLOCK_K + tl.arange(0, BLOCK_K)
         pixel = tl.minimum(p, pixels - 1)
@@ -290,10 +297,16 @@ def wgrad_image(
         if HAS_NORM:
             normal = normalized_rows(
                 small, p, (split * tiles_per_split + step) * BLOCK_K, pixels, group_pixels, group,
-                mean, scale, shift, vectors_ptr, C_small, channel, negative_slope, ACTIVATION,
+                mean, scale, shift, vectors_ptr, C_small, channel, negative_slope, GROUPED,
+                ACTIVATION,
             )  # fmt: skip
             small = as_stored(tl.where(inside, normal, 0.0), small.dtype, STORED_DTYPE)
-        acc = dot(small.T, window, acc, PRECISION)
+        if SWAPPED:
+            acc = dot(window.T, small, acc, PRECISION)
+        else:
+            acc = dot(small.T, window, acc, PRECISION)
+    if SWAPPED:
+        acc = acc.T
 
     k = k0 + tl.arange(0, BLOCK_N)
     in_kernel = (k < KH * KW * 4) & (k % 4 < C_BIG)

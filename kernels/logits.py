@@ -131,6 +131,7 @@ def logits_wgrad(
     big_slope,
     C_SMALL: tl.constexpr,
     HAS_NORM: tl.constexpr,
+    GROUPED: tl.constexpr,
     BIG_ACTIVATION: tl.constexpr,
     STORED_DTYPE: tl.constexpr,
     ACC_DTYPE: tl.constexpr,
@@ -159,14 +160,15 @@ def logits_wgrad(
             big_ptr + row[:, None] * K + (k % K)[None, :],
             mask=(n < N)[:, None] & (k < K)[None, :],
             other=0.0,
-        ).to(ACC_DTYPE)
+        )
         if HAS_NORM:
             first = ((split * steps_per_split + step) * ROWS).to(tl.int32)
             big = normalized_rows(
                 big, n, first, N, group_images, group, mean, scale, shift, vectors_ptr, C_big,
-                channel, big_slope, BIG_ACTIVATION,
+                channel, big_slope, GROUPED, BIG_ACTIVATION,
             )  # fmt: skip
             big = tl.where((n < N)[:, None], rounded(big, STORED_DTYPE), 0.0)
+        big = big.to(ACC_DTYPE)
         sums = ()
         for cs in tl.static_range(C_SMALL):
             small = tl.load(small_ptr + row * C_SMALL + cs, mask=n < N, other=0.0)

@@ -9,7 +9,6 @@ import triton.language as tl
 
 from .activation import activate
 from .norm import MEAN, SCALE, SHIFT
-from .rounding import rounded
 
 
 @triton.jit
@@ -31,34 +30,23 @@ def normalized(z, mean, scale, shift, negative_slope, ACTIVATION: tl.constexpr):
 @triton.jit
 def normalized_rows(
     z, row, first, end, group_rows, group, mean, scale, shift, vectors_ptr, channels, c,
-    negative_slope, ACTIVATION: tl.constexpr,
+    negative_slope, GROUPED: tl.constexpr, ACTIVATION: tl.constexpr,
 ):  # fmt: skip
     """As `normalized`, z[row, c] being rows from `first` on of a batch of `end` rows.
 
-    Groups have `group_rows` rows. Few programs meet more than one, which their first row belongs
-    to: of that `group` the vectors are in registers, those of others are loaded for each step.
+    Groups have `group_rows` rows; without GROUPED there is one. A program has in registers what its
+    first row is normalised by, mean, scale and shift of `group`: few programs, or few of their
+    steps, meet another group, whose vectors are loaded then.
     """
     y = normalized(z, mean[None, :], scale[None, :], shift[None, :], negative_slope, ACTIVATION)
-    # What lies beyond the end is nobody's.
-    last = (tl.minimum(first + z.shape[0], end) - 1) // group_rows
-    if last > group:
-        for other in range(tl.maximum(group + 1, first // group_rows), last + 1):
-            mean, scale, shift = load_vectors(vectors_ptr, other, channels, c)
-            others = normalized(
-                z, mean[None, :], scale[None, :], shift[None, :], negative_slope, ACTIVATION
-            )
-            y = tl.where((row >= other * group_rows)[:, None], others, y)
-    return y
-
-
-@triton.jit
-def as_stored(y, READ_DTYPE: tl.constexpr, STORED_DTYPE: tl.constexpr):
-    """y in the dtype that a kernel reads tensors of STORED_DTYPE in, rounded to STORED_DTYPE.
-
-    They differ where half precision is interpreted: see rounding.py.
-    """
-    if READ_DTYPE == STORED_DTYPE:
-        y = y.to(READ_DTYPE)
-    else:
-        y = rounded(y.to(READ_DTYPE), STORED_DTYPE)
+    if GROUPED:
+        # What lies beyond the end is nobody's.
+        last = (tl.minimum(first + z.shape[0], end) - 1) // group_rows
+        if last > group:
+            for other in range(tl.maximum(group + 1, first // group_rows), last + 1):
+                mean, scale, shift = load_vectors(vectors_ptr, other, channels, c)
+                others = normalized(
+                    z, mean[None, :], scale[None, :], shift[None, :], negative_slope, ACTIVATION
+                )
+                y = tl.where((row >= other * group_rows)[:, None], others, y)
     return y

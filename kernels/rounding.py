@@ -45,6 +45,28 @@ def rounded(x, DTYPE: tl.constexpr):
 
 
 @triton.jit
+def as_stored(x, READ_DTYPE: tl.constexpr, STORED_DTYPE: tl.constexpr):
+    """x, in the accumulator's dtype, rounded to STORED_DTYPE and in the dtype that a kernel reads
+    tensors of STORED_DTYPE in, which is the same unless it interprets half precision.
+    """
+    if READ_DTYPE != STORED_DTYPE:
+        y = rounded(x.to(READ_DTYPE), STORED_DTYPE)
+    elif not _INTERPRETED and tl.target_info.is_cuda() and READ_DTYPE.is_bf16():
+        # Not as casts: the compiler would move an activation's selects behind them, and then take
+        # every pair apart and put it together again.
+        y = tl.inline_asm_elementwise(
+            "cvt.rn.bf16x2.f32 $0, $2, $1;", "=r,f,f", [x], tl.bfloat16, is_pure=True, pack=2
+        )
+    elif not _INTERPRETED and tl.target_info.is_cuda() and READ_DTYPE.is_fp16():
+        y = tl.inline_asm_elementwise(
+            "cvt.rn.f16x2.f32 $0, $2, $1;", "=r,f,f", [x], tl.float16, is_pure=True, pack=2
+        )
+    else:
+        y = x.to(READ_DTYPE)
+    return y
+
+
+@triton.jit
 def _rounded_pairs(x, ASM: tl.constexpr):
     """Two values in one conversion, which the compiler does not make of two casts and back.
 

@@ -17,8 +17,9 @@ import triton.language as tl
 
 from .activation import activate, activation_backward
 from .loading import in_bounds
-from .normalizing import as_stored, load_vectors, normalized
+from .normalizing import load_vectors, normalized
 from .product import dot
+from .rounding import as_stored
 
 # So many of the product's columns belong to a tap: an image has 1 to 4 channels.
 CHANNELS = tl.constexpr(4)
@@ -131,6 +132,8 @@ def to_image(
     first = first_step + segment * steps_per_segment
     for step in range(first - WARM_UP, first + steps_per_segment):
         row_exists = exists & (step >= 0) & (step < H_small)
+        if HAS_NORM:
+            on_map = exists & ((step >= 0) & (step < H_small))
         row = pixel + tl.cast(step, tl.int64) * W_small
         pixel_offset = in_bounds(row * C_small, row_exists)
         if CHUNKED:
@@ -144,7 +147,7 @@ def to_image(
                     channel = (c0 + cs) % C_small
                     mean, scale, shift = load_vectors(vectors_ptr, group, C_small, channel)
                     a = _normalize_small(
-                        a, row_exists, mean, scale, shift, y_slope, Y_ACTIVATION, STORED_DTYPE
+                        a, on_map, mean, scale, shift, y_slope, Y_ACTIVATION, STORED_DTYPE
                     )
                 b = _load_weight(weight_ptr, c0 + cs, C_small, C_BIG, KH, KW, BLOCK_KH, BLOCK_KW)
                 acc = dot(a, b, acc, PRECISION)
@@ -155,7 +158,7 @@ def to_image(
             )  # fmt: skip
             if HAS_NORM:
                 a = _normalize_small(
-                    a, row_exists, mean, scale, shift, y_slope, Y_ACTIVATION, STORED_DTYPE
+                    a, on_map, mean, scale, shift, y_slope, Y_ACTIVATION, STORED_DTYPE
                 )
             acc = tl.dot(a, weight, input_precision=PRECISION, out_dtype=ACC_DTYPE)
 

@@ -287,9 +287,17 @@ def wgrad(image, small, y=None, vectors=None, activation="identity", negative_sl
         group_pixels=pixels // (1 if vectors is None else vectors.shape[0]),
         HAS_Y=y is not small,
         HAS_NORM=vectors is not None,
+        GROUPED=vectors is not None and vectors.shape[0] > 1,
         ACTIVATION=activation,
         STORED_DTYPE=start.tl_dtype(data.dtype),
         **start.arithmetic(data),
+        # An operand that a program computed is written to shared memory in rows only if it is the
+        # second one; wgmma's first one would be put together in registers, 2 bytes at a time.
+        SWAPPED=(
+            vectors is not None
+            and start.architecture(data) == "sm_90"
+            and data.element_size() == 2
+        ),
         BLOCK_M=block_m,
         BLOCK_N=block_n,
         BLOCK_K=config.reduced,

@@ -130,6 +130,7 @@ def wgrad(big, small, geometry, vectors=None, activation="identity", negative_sl
         steps_per_split=steps_per_split,
         C_SMALL=c_small,
         **_normalization(big, vectors, activation, negative_slope),
+        GROUPED=vectors is not None and vectors.shape[0] > 1,
         **_accumulator(big),
         REPEATS=_REPEATS,
         BLOCK_N=_ROWS // _REPEATS,

@@ -300,7 +300,7 @@ def wgrad_image(
                 mean, scale, shift, vectors_ptr, C_small, channel, negative_slope, GROUPED,
                 ACTIVATION,
             )  # fmt: skip
-            small = as_stored(tl.where(inside, normal, 0.0), small.dtype, STORED_DTYPE)
+            small = as_stored(normal, inside, small.dtype, STORED_DTYPE)
         if SWAPPED:
             acc = dot(window.T, small, acc, PRECISION)
         else:

@@ -9,6 +9,7 @@ import triton.language as tl
 
 from .activation import activate
 from .norm import MEAN, SCALE, SHIFT
+from .rounding import widened
 
 
 @triton.jit
@@ -24,7 +25,7 @@ def load_vectors(vectors_ptr, group, channels, c):
 @triton.jit
 def normalized(z, mean, scale, shift, negative_slope, ACTIVATION: tl.constexpr):
     """y, not rounded yet, in the dtype of the vectors, which broadcast to z."""
-    return activate((z.to(mean.dtype) - mean) * scale + shift, negative_slope, ACTIVATION)
+    return activate((widened(z, mean.dtype) - mean) * scale + shift, negative_slope, ACTIVATION)
 
 
 @triton.jit

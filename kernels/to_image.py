@@ -207,7 +207,7 @@ def _normalize_small(
     Channels that do not exist are others' vectors, of z = 0: their weights are 0.
     """
     y = normalized(z, mean[None, :], scale[None, :], shift[None, :], y_slope, Y_ACTIVATION)
-    return as_stored(tl.where(exists[:, None], y, 0.0), z.dtype, STORED_DTYPE)
+    return as_stored(y, exists[:, None], z.dtype, STORED_DTYPE)
 
 
 @triton.jit

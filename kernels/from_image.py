@@ -295,8 +295,9 @@ def wgrad_image(
                 small.to(ACC_DTYPE), y.to(ACC_DTYPE), negative_slope, ACTIVATION
             ).to(small.dtype)
         if HAS_NORM:
+            first = (split * tiles_per_split + step) * BLOCK_K
             normal = normalized_rows(
-                small, p, (split * tiles_per_split + step) * BLOCK_K, pixels, group_pixels, group,
+                small, p, first, tl.minimum(first + BLOCK_K, pixels) - 1, group_pixels, group,
                 mean, scale, shift, vectors_ptr, C_small, channel, negative_slope, GROUPED,
                 ACTIVATION,
             )  # fmt: skip

@@ -30,10 +30,10 @@ def normalized(z, mean, scale, shift, negative_slope, ACTIVATION: tl.constexpr):
 
 @triton.jit
 def normalized_rows(
-    z, row, first, end, group_rows, group, mean, scale, shift, vectors_ptr, channels, c,
+    z, row, first, last, group_rows, group, mean, scale, shift, vectors_ptr, channels, c,
     negative_slope, GROUPED: tl.constexpr, ACTIVATION: tl.constexpr,
 ):  # fmt: skip
-    """As `normalized`, z[row, c] being rows from `first` on of a batch of `end` rows.
+    """As `normalized`, z[row, c] being rows of the batch from `first` to `last`, the others nobody's.
 
     Groups have `group_rows` rows; without GROUPED there is one. A program has in registers what its
     first row is normalised by, mean, scale and shift of `group`: few programs, or few of their
@@ -41,10 +41,9 @@ def normalized_rows(
     """
     y = normalized(z, mean[None, :], scale[None, :], shift[None, :], negative_slope, ACTIVATION)
     if GROUPED:
-        # What lies beyond the end is nobody's.
-        last = (tl.minimum(first + z.shape[0], end) - 1) // group_rows
-        if last > group:
-            for other in range(tl.maximum(group + 1, first // group_rows), last + 1):
+        last_group = last // group_rows
+        if last_group > group:
+            for other in range(tl.maximum(group + 1, first // group_rows), last_group + 1):
                 mean, scale, shift = load_vectors(vectors_ptr, other, channels, c)
                 others = normalized(
                     z, mean[None, :], scale[None, :], shift[None, :], negative_slope, ACTIVATION

@@ -17,7 +17,7 @@ import triton.language as tl
 
 from .activation import activate, activation_backward
 from .loading import in_bounds
-from .normalizing import load_vectors, normalized
+from .normalizing import load_vectors, normalized_rows
 from .product import dot
 from .rounding import as_stored
 
@@ -65,6 +65,7 @@ def to_image(
     ACTIVATION: tl.constexpr,
     HAS_Y: tl.constexpr,
     HAS_NORM: tl.constexpr,
+    GROUPED: tl.constexpr,
     Y_ACTIVATION: tl.constexpr,
     STORED_DTYPE: tl.constexpr,
     ACC_DTYPE: tl.constexpr,
@@ -80,8 +81,8 @@ def to_image(
     """out[n, Y, X, cb] = act(sum over taps and cs of small * act'(y) * weight).
 
     With HAS_Y, small is the gradient of y = act(u) and becomes that of u as it is loaded. With
-    HAS_NORM, it is y's batch norm's input and becomes y; then no tile has images of two groups,
-    which are `group_images` images each. Y_ACTIVATION is what made y.
+    HAS_NORM, it is y's batch norm's input and becomes y, each group of `group_images` images by its
+    own vectors. Y_ACTIVATION is what made y.
 
     A tile is BLOCK_N images by BLOCK_W pixels of a row of small, from first_x + a multiple of
     tile_w on; it makes STRIDE_W * tile_w pixels of STRIDE_H rows of the image in each step, at most
@@ -95,24 +96,23 @@ def to_image(
     segment = tl.program_id(0) % segments
     tile_x = tl.program_id(0) // segments % tiles_w
     n0 = (tl.program_id(0) // segments // tiles_w).to(tl.int64) * BLOCK_N
-    end = N
-    if HAS_NORM:
-        tl.static_assert(not HAS_Y)
-        group_tiles = (group_images + BLOCK_N - 1) // BLOCK_N
-        group = tl.program_id(0) // segments // tiles_w // group_tiles
-        n0 += tl.cast(group, tl.int64) * (group_images - group_tiles * BLOCK_N)
-        end = (group + 1) * group_images
     x0 = tile_x * tile_w + first_x
 
     cs = tl.arange(0, BLOCK_C)
     if not CHUNKED:
         weight = _load_weight(weight_ptr, cs, C_small, C_BIG, KH, KW, BLOCK_KH, BLOCK_KW)
-        if HAS_NORM:
+    if HAS_NORM:
+        tl.static_assert(not HAS_Y)
+        first_image = n0.to(tl.int32)
+        last_image = tl.minimum(first_image + BLOCK_N, N) - 1
+        group = first_image // group_images
+        if not CHUNKED:
+            # Of channels that do not exist others', and z = 0: their weights are 0.
             mean, scale, shift = load_vectors(vectors_ptr, group, C_small, cs % C_small)
     p = tl.arange(0, BLOCK_P)
     n = n0 + p // BLOCK_W
     x = x0 + p % BLOCK_W
-    exists = (n < end) & (x >= 0) & (x < W_small)
+    exists = (n < N) & (x >= 0) & (x < W_small)
     pixel = n * H_small * W_small + x
 
     source, meets = _source(
@@ -123,7 +123,7 @@ def to_image(
     X0 = tile_x * tile_w * STRIDE_W
     elements = tl.minimum(tile_w * STRIDE_W, W_big - X0) * C_BIG
     image = n0 + tl.arange(0, BLOCK_N)
-    stored = (image < end)[:, None] & (e < elements)[None, :]
+    stored = (image < N)[:, None] & (e < elements)[None, :]
     out_ptr += (image * H_big * W_big + X0)[:, None] * C_BIG + e[None, :]
     if HAS_BIAS:
         bias = tl.load(bias_ptr + e % C_BIG).to(ACC_DTYPE)[None, :]
@@ -133,7 +133,8 @@ def to_image(
     for step in range(first - WARM_UP, first + steps_per_segment):
         row_exists = exists & (step >= 0) & (step < H_small)
         if HAS_NORM:
-            on_map = exists & ((step >= 0) & (step < H_small))
+            # The same, made again: it would be carried along with the loads, a bit an element.
+            on_map = (exists & ((step >= 0) & (step < H_small)))[:, None]
         row = pixel + tl.cast(step, tl.int64) * W_small
         pixel_offset = in_bounds(row * C_small, row_exists)
         if CHUNKED:
@@ -146,9 +147,11 @@ def to_image(
                 if HAS_NORM:
                     channel = (c0 + cs) % C_small
                     mean, scale, shift = load_vectors(vectors_ptr, group, C_small, channel)
-                    a = _normalize_small(
-                        a, on_map, mean, scale, shift, y_slope, Y_ACTIVATION, STORED_DTYPE
-                    )
+                    a = normalized_rows(
+                        a, n, first_image, last_image, group_images, group, mean, scale, shift,
+                        vectors_ptr, C_small, channel, y_slope, GROUPED, Y_ACTIVATION,
+                    )  # fmt: skip
+                    a = as_stored(a, on_map, small_ptr.dtype.element_ty, STORED_DTYPE)
                 b = _load_weight(weight_ptr, c0 + cs, C_small, C_BIG, KH, KW, BLOCK_KH, BLOCK_KW)
                 acc = dot(a, b, acc, PRECISION)
         else:
@@ -157,9 +160,11 @@ def to_image(
                 HAS_Y, Y_ACTIVATION, ACC_DTYPE,
             )  # fmt: skip
             if HAS_NORM:
-                a = _normalize_small(
-                    a, on_map, mean, scale, shift, y_slope, Y_ACTIVATION, STORED_DTYPE
-                )
+                a = normalized_rows(
+                    a, n, first_image, last_image, group_images, group, mean, scale, shift,
+                    vectors_ptr, C_small, cs % C_small, y_slope, GROUPED, Y_ACTIVATION,
+                )  # fmt: skip
+                a = as_stored(a, on_map, small_ptr.dtype.element_ty, STORED_DTYPE)
             acc = tl.dot(a, weight, input_precision=PRECISION, out_dtype=ACC_DTYPE)
 
         rows = _split_rows(acc.reshape(BLOCK_P, BLOCK_KW // 2, BLOCK_KH, CHANNELS, 2))
@@ -196,18 +201,6 @@ def _load_small(
         du = activation_backward(values.to(ACC_DTYPE), y, y_slope, Y_ACTIVATION)
         values = du.to(small_ptr.dtype.element_ty)
     return values
-
-
-@triton.jit
-def _normalize_small(
-    z, exists, mean, scale, shift, y_slope, Y_ACTIVATION: tl.constexpr, STORED_DTYPE: tl.constexpr
-):
-    """y of z, both [BLOCK_P, BLOCK_C]; 0 for pixels that do not exist.
-
-    Channels that do not exist are others' vectors, of z = 0: their weights are 0.
-    """
-    y = normalized(z, mean[None, :], scale[None, :], shift[None, :], y_slope, Y_ACTIVATION)
-    return as_stored(y, exists[:, None], z.dtype, STORED_DTYPE)
 
 
 @triton.jit

@@ -157,6 +157,9 @@ FORMULAS = {
         lambda a: {
             "to_image.step": a.steps_per_segment + _ceil(a.KH - a.STRIDE_H, a.STRIDE_H),
             "to_image.c0": _ceil(a.C_small, a.BLOCK_C),
+            "normalized_rows.other": _other_groups(
+                a.N, a.group_images, a.BLOCK_N, 1, _ceil(a.N, a.BLOCK_N)
+            ),
         },
         lambda a: 2 * a.N * a.H_small * a.W_small * a.C_small * a.KH * a.KW * a.C_BIG,
         lambda a: f"{a.C_small}->{a.C_BIG} ch {a.H_small}x{a.W_small}->{a.H_big}x{a.W_big}",

@@ -45,7 +45,7 @@ def fprop(big, weight, geometry, epilogue=PLAIN):
     """`conv2d`, or the input gradient of `conv_transpose2d`.
 
     Args:
-        big: (N, C_big, H, W) of `geometry.big`, or an `Operand` of such.
+        big: (N, C_big, H, W) of `geometry.big`, or an `Operand` or `Output` of such.
         weight: (C_small, C_big, kh, kw).
         geometry: a `ConvGeometry`.
         epilogue: an `Epilogue` over C_small channels.
@@ -56,7 +56,8 @@ def fprop(big, weight, geometry, epilogue=PLAIN):
     big = operand(big)
     c_small, c_big = weight.shape[:2]
     if logits.fits(geometry, c_small, epilogue):
-        return logits.fprop(big.tensor(), weight, geometry, epilogue), None
+        value, normalization = big.unnormalized()
+        return logits.fprop(value, weight, geometry, epilogue, **normalization), None
     if from_image.fits(geometry, c_small, c_big, big.value.shape[0]):
         return from_image.fprop(big.padded(geometry), weight, epilogue)
     return _conv("fprop", big.tensor(), weight, geometry, epilogue)
@@ -73,9 +74,7 @@ def dgrad(small, weight, geometry, epilogue=PLAIN):
     if logits.fits(geometry, c_small, epilogue):
         return logits.dgrad(small.tensor(), weight, geometry, epilogue), None
     if to_image.fits(geometry, c_small, c_big, epilogue):
-        made_by = dict(y_activation=small.activation, y_negative_slope=small.negative_slope)
-        result = to_image.dgrad(small.value, weight, geometry, epilogue, y=small.y, **made_by)
-        return result, None
+        return to_image.dgrad(small.value, weight, geometry, epilogue, **small.as_read), None
     return _conv("dgrad", small.tensor(), weight, geometry, epilogue)
 
 
@@ -83,16 +82,17 @@ def wgrad(big, small, geometry):
     """The weight gradient of `conv2d` and `conv_transpose2d`: (C_small, C_big, kh, kw).
 
     Args:
-        big: (N, C_big, H, W) of `geometry.big`, or an `Operand` of such.
+        big: (N, C_big, H, W) of `geometry.big`, or an `Operand` or `Output` of such.
         small: (N, C_small, Ho, Wo) of `geometry.small`, likewise.
         geometry: a `ConvGeometry`.
     """
     big, small = operand(big), operand(small)
     c_small, c_big = small.value.shape[1], big.value.shape[1]
     if logits.fits(geometry, c_small, PLAIN):
-        return logits.wgrad(big.tensor(), small.tensor(), geometry)
+        value, normalization = big.unnormalized()
+        return logits.wgrad(value, small.tensor(), geometry, **normalization)
     if from_image.fits(geometry, c_small, c_big, big.value.shape[0]):
-        return from_image.wgrad(big.padded(geometry), small.value, **small.derivative)
+        return from_image.wgrad(big.padded(geometry), small.value, **small.as_read)
     return _wgrad(big.tensor(), small.tensor(), geometry)
 
 

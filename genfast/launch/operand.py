@@ -30,6 +30,15 @@ class Operand:
         """y and what made it, as arguments of the kernels that multiply by act'(u) themselves."""
         return dict(y=self.y, activation=self.activation, negative_slope=self.negative_slope)
 
+    @property
+    def as_read(self):
+        """How to make the operand of `value`, as arguments of kernels that do so as they read."""
+        return self.derivative
+
+    def unnormalized(self):
+        """As `Output.unnormalized`: there is nothing to normalise."""
+        return self.tensor(), {}
+
     def tensor(self):
         """(N, C, H, W), multiplied by act'(u)."""
         if self.y is None:
@@ -70,6 +79,15 @@ class Output:
         return dict(
             vectors=self.vectors, activation=self.activation, negative_slope=self.negative_slope
         )
+
+    @property
+    def as_read(self):
+        """As `Operand.as_read`."""
+        return self.normalization
+
+    def unnormalized(self):
+        """`value` and `normalization`, for kernels that normalise and do nothing else."""
+        return self.value, self.normalization
 
     def tensor(self):
         """y (N, C, H, W), channels_last; made once."""

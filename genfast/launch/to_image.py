@@ -66,15 +66,13 @@ def dgrad(
     tile = _tile(start.architecture(small), start.precision(small), small, geometry, c_big)
     first_step, steps = _steps(h_big, geometry.stride[0], geometry.padding[0])
     warm_up = tiles.ceil_div(kh - geometry.stride[0], geometry.stride[0])
-    # Each group of the batch has tiles of its own where it has vectors of its own.
-    groups = 1 if vectors is None else vectors.shape[0]
-    columns = groups * tiles.ceil_div(n // groups, tile["BLOCK_N"]) * tile["tiles_w"]
-    segments = _segments(columns, steps, warm_up)
+    groups = tiles.ceil_div(n, tile["BLOCK_N"]) * tile["tiles_w"]
+    segments = _segments(groups, steps, warm_up)
     steps_per_segment = tiles.ceil_div(steps, segments)
     segments = tiles.ceil_div(steps, steps_per_segment)
     start.kernel(
         kernels.to_image,
-        (columns * segments,),
+        (groups * segments,),
         small_ptr=small,
         y_ptr=small if y is None else y,
         weight_ptr=weight,
@@ -92,7 +90,7 @@ def dgrad(
         negative_slope=epilogue.negative_slope,
         y_slope=negative_slope,
         vectors_ptr=small if vectors is None else vectors,
-        group_images=n // groups,
+        group_images=n // (1 if vectors is None else vectors.shape[0]),
         C_BIG=c_big,
         KH=kh,
         KW=kw,
@@ -104,6 +102,7 @@ def dgrad(
         ACTIVATION=epilogue.activation,
         HAS_Y=y is not None,
         HAS_NORM=vectors is not None,
+        GROUPED=vectors is not None and vectors.shape[0] > 1,
         Y_ACTIVATION=activation,
         STORED_DTYPE=start.tl_dtype(small.dtype),
         **start.arithmetic(small),
@@ -118,15 +117,15 @@ def _steps(h_big, stride, padding):
     return first, (h_big - 1 + padding) // stride - first + 1
 
 
-def _segments(columns, steps, warm_up):
-    """In how many parts to cut the steps of each column, by the time that the slowest chip part has.
+def _segments(groups, steps, warm_up):
+    """In how many parts to cut the steps of each group, by the time that the slowest chip part has.
 
     A multiprocessor with one program waits for memory about as long as two would take.
     """
     multiprocessors = max(passes.BUSY_PROGRAMS // 2, 1)
 
     def time(segments):
-        programs = max(tiles.ceil_div(columns * segments, multiprocessors), 2)
+        programs = max(tiles.ceil_div(groups * segments, multiprocessors), 2)
         return programs * (_PROLOGUE + warm_up + tiles.ceil_div(steps, segments))
 
     # A segment first reads warm_up rows of its neighbour: no more of these than of its own.

@@ -29,6 +29,13 @@ def cases():
     k4, k3, k7 = (4, 2, 1), (3, 1, 1), (7, 1, 3)
     yield "generator", lambda: image(128, 64, 3, 32, k4, half)
     yield "discriminator", lambda: image(128, 64, 3, 32, k4, half, backward=True)
+    yield "generator of z", lambda: image(128, 64, 3, 32, k4, half, normalized="relu")
+    yield "k3 of z", lambda: image(64, 128, 3, 64, k3, torch.float16, normalized="leaky_relu")
+    yield "k7 of z of 256", lambda: image(1, 256, 3, 64, k7, half, normalized="tanh", groups=2)
+    yield "k7 tf32 of z", lambda: image(
+        1, 128, 3, 64, k7, full, normalized="relu", precision="tf32"
+    )
+    yield "float32 of z", lambda: image(64, 64, 3, 32, k4, full, normalized="relu")
     yield "one channel", lambda: image(128, 64, 1, 14, k4, torch.float16)
     yield "wide", lambda: image(16, 64, 4, 128, k4, half, backward=True)
     yield "k3", lambda: image(64, 128, 3, 64, k3, half)
@@ -46,7 +53,10 @@ def cases():
     yield from logit_cases("four logits", 4, 64, full)
 
 
-def image(n, c_small, c_big, size, kernel, dtype, backward=False, precision="ieee"):
+def image(
+    n, c_small, c_big, size, kernel, dtype, backward=False, precision="ieee", normalized=None,
+    groups=1,
+):  # fmt: skip
     k, s, p = kernel
     geometry = ConvGeometry.conv_transpose((size,) * 2, (k,) * 2, (s,) * 2, (p,) * 2, (0, 0))
     small = torch.empty(n, size, size, c_small, dtype=dtype).permute(0, 3, 1, 2)
@@ -54,10 +64,18 @@ def image(n, c_small, c_big, size, kernel, dtype, backward=False, precision="iee
     epilogue = Epilogue(bias=torch.empty(c_big, dtype=dtype), activation="tanh")
     options = dict(y=small, activation="leaky_relu", negative_slope=0.2)
     torch.backends.cudnn.conv.fp32_precision = precision
-    if backward:
+    if normalized:
+        epilogue = Epilogue(activation="tanh")
+        to_image.dgrad(small, weight, geometry, epilogue, **of_z(c_small, normalized, groups))
+    elif backward:
         to_image.dgrad(small, weight, geometry, Epilogue(), **options)
     else:
         to_image.dgrad(small, weight, geometry, epilogue)
+
+
+def of_z(channels, activation, groups):
+    vectors = torch.empty(groups, 5, channels)
+    return dict(vectors=vectors, activation=activation, negative_slope=0.2)
 
 
 def logit_cases(name, c_small, c_big, dtype):
@@ -68,6 +86,11 @@ def logit_cases(name, c_small, c_big, dtype):
     yield f"{name} fprop", lambda: logits.fprop(big, weight, geometry, Epilogue())
     yield f"{name} dgrad", lambda: logits.dgrad(small, weight, geometry, Epilogue())
     yield f"{name} wgrad", lambda: logits.wgrad(big, small, geometry)
+    z = of_z(c_big, "leaky_relu", 1)
+    yield f"{name} fprop of z", lambda: logits.fprop(big, weight, geometry, Epilogue(), **z)
+    yield f"{name} wgrad of z", lambda: logits.wgrad(big, small, geometry, **z)
+    two = of_z(c_big, "leaky_relu", 2)
+    yield f"{name} wgrad of z of two", lambda: logits.wgrad(big, small, geometry, **two)
 
 
 def read(compiled, architecture):

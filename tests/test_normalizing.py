@@ -13,15 +13,15 @@ from oracle import DRAWS, assert_close
 
 from genfast import reference
 from genfast.geometry import ConvGeometry
-from genfast.launch import conv, from_image, logits, norm, start, to_image
+from genfast.launch import conv, logits, norm, start
 from genfast.launch.operand import Output
 
 pytestmark = pytest.mark.kernels
 
 SLOPE = 0.3
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-# Of the normalised side: pixels and channels. In the interpreter's tiles all are ragged. A logit's
-# channels divide a tile of its kernel or do not, and 3 x 4 pixels of a group end inside one.
+# Each with the channels of the side that is normalised. The interpreter's tiles are ragged there, and
+# have images of one group, of two or of many. Channels of the maps divide a tile or do not.
 IMAGES = (
     (ConvGeometry.conv_transpose((4, 3), (4, 4), (2, 2), (1, 1), (0, 0)), 24),
     (ConvGeometry.conv_transpose((2, 18), (4, 4), (2, 2), (1, 1), (0, 0)), 40),
@@ -37,7 +37,7 @@ MAPS = (
 )
 VARIED = dict(
     few=(1, 3, 4),  # channels of the image or logits
-    group=(1, 3, 13),  # images of each group
+    group=(1, 3, 5),  # images of each group
     groups=(1, 2, 3),
     dtype=DTYPES,
     activation=reference.ACTIVATIONS,
@@ -110,7 +110,10 @@ class Case:
 
 def cases(product):
     problems = IMAGES if product in ("to_image", "wgrad_image") else MAPS
-    return [Case(product, **row) for row in pairwise(dict(problem=problems) | VARIED)]
+    varied = dict(problem=problems) | VARIED
+    if product != "to_image":
+        varied["group"] = (1, 3, 13)  # programs that begin in one group and end in another
+    return [Case(product, **row) for row in pairwise(varied)]
 
 
 CASES = [c for p in ("to_image", "logits_fprop", "wgrad_image", "logits_wgrad") for c in cases(p)]
@@ -140,6 +143,36 @@ def test_bits_are_those_of_the_pass_and_the_product(case, device, started):
     assert torch.equal(found, case.run(output.tensor(), tensors))
 
 
+@pytest.mark.parametrize("groups", [1, 3])
+def test_splits_of_a_logits_weight_gradient(groups, device, monkeypatch):
+    """Programs that begin with another group than the first."""
+    monkeypatch.setattr(logits, "_splits", lambda steps, _: min(steps, 4))
+    rows = 5 * logits._ROWS // 3 + 1
+    case = Case("logits_wgrad", MAPS[0], groups=groups, group=3 * rows // groups)
+    tensors = case.tensors(device)
+    output = Output(tensors["z"], tensors["vectors"], case.activation, SLOPE)
+    assert torch.equal(case.run(output, tensors), case.run(output.tensor(), tensors))
+
+
+@pytest.mark.parametrize("product", ["to_image", "logits_fprop", "wgrad_image", "logits_wgrad"])
+def test_an_output_that_was_kept_as_it_is(product, device, started):
+    case = Case(product, (IMAGES if product in ("to_image", "wgrad_image") else MAPS)[0])
+    tensors = case.tensors(device)
+    found = case.run(Output(tensors["z"], None, "relu", 0.0), tensors)
+    assert torch.equal(found, case.run(tensors["z"], tensors))
+    assert "normalize_activate" not in started
+
+
+def test_other_products_get_what_the_pass_makes(device, started):
+    geometry = ConvGeometry.conv((6, 6), (4, 4), (2, 2), (1, 1))
+    z, vectors = torch.randn(2, 16, 6, 6, device=device), torch.rand(1, 5, 16, device=device)
+    weight = torch.randn(8, 16, 4, 4, device=device)
+    output = Output(z, vectors, "relu", 0.0)
+    found, _ = conv.fprop(output, weight, geometry)
+    assert torch.equal(found, conv.fprop(output.tensor(), weight, geometry)[0])
+    assert started.count("normalize_activate") == 1
+
+
 def exact(case, tensors, dtype):
     """The formula in a dtype, with PyTorch."""
     t = {name: None if v is None else v.to(dtype) for name, v in tensors.items()}
@@ -166,7 +199,7 @@ def exact(case, tensors, dtype):
     return {"gradient of weight": torch.autograd.grad(product, weight, small)[0]}
 
 
-@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("case", CASES[::3], ids=str)
 def test_rule(case, device):
     tensors = case.tensors(device)
     output = Output(tensors["z"], tensors["vectors"], case.activation, SLOPE)

@@ -163,8 +163,9 @@ def logits_wgrad(
         )
         if HAS_NORM:
             first = ((split * steps_per_split + step) * ROWS).to(tl.int32)
+            last = tl.minimum(first + ROWS, N) - 1
             big = normalized_rows(
-                big, n, first, tl.minimum(first + ROWS, N) - 1, group_images, group, mean, scale, shift, vectors_ptr, C_big,
+                big, n, first, last, group_images, group, mean, scale, shift, vectors_ptr, C_big,
                 channel, big_slope, GROUPED, BIG_ACTIVATION,
             )  # fmt: skip
             big = tl.where((n < N)[:, None], rounded(big, STORED_DTYPE), 0.0)

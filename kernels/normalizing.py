@@ -1,7 +1,7 @@
 """What `norm.normalize_activate` would have written, made of z by whoever reads it.
 
-y = act((z - mean) * scale + shift), each group of the batch by its own vectors, in the accumulator's
-dtype and then rounded as if it had been stored: a product of z then has the bits of one of y.
+y = act((z - mean) * scale + shift), each group of the batch by its own vectors, in the dtype of the
+accumulator and then rounded as if it had been stored: a product of z then has the bits of one of y.
 """
 
 import triton
@@ -33,7 +33,7 @@ def normalized_rows(
     z, row, first, last, group_rows, group, mean, scale, shift, vectors_ptr, channels, c,
     negative_slope, GROUPED: tl.constexpr, ACTIVATION: tl.constexpr,
 ):  # fmt: skip
-    """As `normalized`, z[row, c] being rows of the batch from `first` to `last`, the others nobody's.
+    """As `normalized`, z[row, c] being rows of the batch, from `first` to `last`.
 
     Groups have `group_rows` rows; without GROUPED there is one. A program has in registers what its
     first row is normalised by, mean, scale and shift of `group`: few programs, or few of their

@@ -234,7 +234,9 @@ def test_to_image(lanes, size, kernel, c_small):
         small, image(c_small, 3, (kernel,) * 2), geometry, epilogue, y=small, activation="relu"
     )
     assert lanes.masked["to_image"] > 0
-    to_image.dgrad(small, image(c_small, 3, (kernel,) * 2), geometry, epilogue, **normalization(c_small))
+    to_image.dgrad(
+        small, image(c_small, 3, (kernel,) * 2), geometry, epilogue, **normalization(c_small)
+    )
 
 
 def test_logits(lanes):

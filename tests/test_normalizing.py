@@ -20,8 +20,8 @@ pytestmark = pytest.mark.kernels
 
 SLOPE = 0.3
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-# Each with the channels of the side that is normalised. The interpreter's tiles are ragged there, and
-# have images of one group, of two or of many. Channels of the maps divide a tile or do not.
+# Each with the channels of the side that is normalised. The interpreter's tiles are ragged there,
+# and have images of one group, of two or of many. Channels of the maps divide a tile or do not.
 IMAGES = (
     (ConvGeometry.conv_transpose((4, 3), (4, 4), (2, 2), (1, 1), (0, 0)), 24),
     (ConvGeometry.conv_transpose((2, 18), (4, 4), (2, 2), (1, 1), (0, 0)), 40),
@@ -62,7 +62,8 @@ class Case:
 
     def __str__(self):
         geometry, channels = self.problem
-        size = "x".join(map(str, (*(geometry.small if self.reads_small else geometry.big), channels)))
+        own = geometry.small if self.reads_small else geometry.big
+        size = "x".join(map(str, (*own, channels)))
         dtype = str(self.dtype).removeprefix("torch.")
         groups = f"{self.groups}x{self.group}"
         rest = (size, groups, self.few, dtype, self.activation, "bias" * self.bias, self.layout)

@@ -294,9 +294,7 @@ def wgrad(image, small, y=None, vectors=None, activation="identity", negative_sl
         # An operand that a program computed is written to shared memory in rows only if it is the
         # second one; wgmma's first one would be put together in registers, 2 bytes at a time.
         SWAPPED=(
-            vectors is not None
-            and start.architecture(data) == "sm_90"
-            and data.element_size() == 2
+            vectors is not None and start.architecture(data) == "sm_90" and data.element_size() == 2
         ),
         BLOCK_M=block_m,
         BLOCK_N=block_n,

@@ -35,9 +35,7 @@ def why_not(geometry, c_small, epilogue):
     return None
 
 
-def fprop(
-    big, weight, geometry, epilogue, vectors=None, activation="identity", negative_slope=0.0
-):
+def fprop(big, weight, geometry, epilogue, vectors=None, activation="identity", negative_slope=0.0):
     """As `conv.fprop`, where `fits`: (N, C_small, 1, 1), channels_last.
 
     Args:

@@ -147,7 +147,7 @@ def test_bits_are_those_of_the_pass_and_the_product(case, device, started):
 @pytest.mark.parametrize("groups", [1, 3])
 def test_splits_of_a_logits_weight_gradient(groups, device, monkeypatch):
     """Programs that begin with another group than the first."""
-    monkeypatch.setattr(logits, "_splits", lambda steps, _: min(steps, 4))
+    monkeypatch.setattr(logits, "_splits", lambda steps, *_: min(steps, 4))
     rows = 5 * logits._ROWS // 3 + 1
     case = Case("logits_wgrad", MAPS[0], groups=groups, group=3 * rows // groups)
     tensors = case.tensors(device)

@@ -323,6 +323,7 @@ def _backward(dy, x, kinds, parameters, outputs, need_x, needs):
                 found[i][1] = dz.tensor().sum((0, 2, 3))
         else:
             need_dz = passes_on or need_weight or (need_bias and not kind.by_batch)
+            made = waiting is not None and _wgrad_makes(output, kinds[i + 1], parameters[i + 1][0])
             dz, sums, y = norm.norm_backward(
                 gradient,
                 output.value,
@@ -332,7 +333,7 @@ def _backward(dy, x, kinds, parameters, outputs, need_x, needs):
                 activation=kind.activation,
                 negative_slope=kind.negative_slope,
                 partials=partials,
-                want_y=need_dz and waiting is not None,
+                want_y=need_dz and waiting is not None and not made,
             )
             output.remember(y)
             if need_bias:
@@ -407,6 +408,13 @@ def _shim(dz, weight, kind, output):
     if output.vectors is None:
         dy = norm.activation_backward(dy, output.value, output.activation, output.negative_slope)
     return dy, None
+
+
+def _wgrad_makes(output, kind, weight):
+    """Whether the gradient of a weight makes what it needs of an `Output` itself, as it reads."""
+    images = output.value.shape[0]
+    possible = conv.wgrad_makes(not kind.transposed, weight, kind.geometry, images)
+    return output.is_made_reading and possible
 
 
 def _weight_gradient(source, dz, kind):

@@ -45,6 +45,52 @@ def rounded(x, DTYPE: tl.constexpr):
 
 
 @triton.jit
+def widened(x, DTYPE: tl.constexpr):
+    """x.to(DTYPE), the accumulator's."""
+    if x.dtype == tl.bfloat16 and tl.target_info.is_cuda():
+        # An instruction an element, of which the compiler makes three a pair.
+        y = tl.inline_asm_elementwise(
+            "shl.b32 $0, $2, 16; and.b32 $1, $2, 0xffff0000;", "=f,=f,r", [x], tl.float32,
+            is_pure=True, pack=2,
+        )  # fmt: skip
+    else:
+        y = x.to(DTYPE)
+    return y
+
+
+@triton.jit
+def as_stored(x, exists, READ_DTYPE: tl.constexpr, STORED_DTYPE: tl.constexpr):
+    """x, in the accumulator's dtype, as a kernel would read it back; 0 where it does not exist.
+
+    Rounded to STORED_DTYPE, and in READ_DTYPE, that of the kernel's pointers to such memory: the
+    same unless half precision is interpreted. `exists` broadcasts to x.
+    """
+    if READ_DTYPE != STORED_DTYPE:
+        y = tl.where(exists, rounded(x.to(READ_DTYPE), STORED_DTYPE), 0.0)
+    elif not _INTERPRETED and tl.target_info.is_cuda() and READ_DTYPE.is_bf16():
+        # Casts and selects would do. But the compiler moves selects, those of an activation too,
+        # across casts, and then takes pairs apart and puts bits of masks together.
+        y = tl.inline_asm_elementwise(
+            "{ .reg .b32 p; cvt.rn.bf16x2.f32 p, $2, $1; and.b32 $0, p, $3; }", "=r,f,f,r,r",
+            [x, _ones_where(exists, x)], tl.bfloat16, is_pure=True, pack=2,
+        )  # fmt: skip
+    elif not _INTERPRETED and tl.target_info.is_cuda() and READ_DTYPE.is_fp16():
+        y = tl.inline_asm_elementwise(
+            "{ .reg .b32 p; cvt.rn.f16x2.f32 p, $2, $1; and.b32 $0, p, $3; }", "=r,f,f,r,r",
+            [x, _ones_where(exists, x)], tl.float16, is_pure=True, pack=2,
+        )  # fmt: skip
+    else:
+        y = tl.where(exists, x, 0.0).to(READ_DTYPE)
+    return y
+
+
+@triton.jit
+def _ones_where(exists, x):
+    """32 bits of 1 for each element of x that exists, others of 0."""
+    return tl.broadcast_to(tl.where(exists, -1, 0), x.shape)
+
+
+@triton.jit
 def _rounded_pairs(x, ASM: tl.constexpr):
     """Two values in one conversion, which the compiler does not make of two casts and back.
 

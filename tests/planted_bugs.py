@@ -38,6 +38,7 @@ REDUCTIONS = "test_blocks.py::test_few_programs_share_long_reductions"
 SAMPLING = "test_sampling.py"
 FROM_IMAGE = "test_from_image.py::test_products"
 LOSSES = "test_losses.py"
+NORMALIZING = "test_normalizing.py::test_bits_are_those_of_the_pass_and_the_product"
 
 BUGS = (
     Bug(
@@ -123,6 +124,41 @@ BUGS = (
         "rows[ky] + carry[ky] if ky < CARRIED else rows[ky]",
         "rows[ky]",
         "test_to_image.py::test_borders",
+    ),
+    Bug(
+        "pixels beyond what is normalised are the activation of a shift",
+        "kernels/to_image.py",
+        "on_map = (exists & ((step >= 0) & (step < H_small)))[:, None]",
+        "on_map = (n >= 0)[:, None]",
+        NORMALIZING,
+    ),
+    Bug(
+        "pixels after the last that is normalised count",
+        "kernels/from_image.py",
+        "small = as_stored(normal, inside, small.dtype, STORED_DTYPE)",
+        "small = as_stored(normal, inside | (p >= 0)[:, None], small.dtype, STORED_DTYPE)",
+        NORMALIZING,
+    ),
+    Bug(
+        "a logit is normalised by the first group's vectors",
+        "kernels/logits.py",
+        "group = tl.program_id(0) // group_images",
+        "group = tl.program_id(0) * 0",
+        NORMALIZING,
+    ),
+    Bug(
+        "a logit's weight gradient is of what is not rounded",
+        "kernels/logits.py",
+        "big = tl.where((n < N)[:, None], rounded(big, STORED_DTYPE), 0.0)",
+        "big = tl.where((n < N)[:, None], big, 0.0)",
+        NORMALIZING,
+    ),
+    Bug(
+        "a step with images of two groups normalises all like the last",
+        "kernels/normalizing.py",
+        "y = tl.where((row >= other * group_rows)[:, None], others, y)",
+        "y = others",
+        NORMALIZING,
     ),
     Bug(
         "splits of a logit's weight gradient overlap",

@@ -13,6 +13,7 @@ from genfast.backend import INTERPRETING, triton
 from genfast.geometry import ConvGeometry
 from genfast.launch import (
     conv,
+    from_image,
     logits,
     losses,
     norm,
@@ -229,8 +230,13 @@ def test_to_image(lanes, size, kernel, c_small):
     geometry = ConvGeometry.conv_transpose(size, (kernel,) * 2, (stride,) * 2, (1, 1), (0, 0))
     small = image(3, c_small, size)
     epilogue = conv.Epilogue(bias=torch.randn(3))
-    to_image.dgrad(small, image(c_small, 3, (kernel,) * 2), geometry, epilogue, small, "relu")
+    to_image.dgrad(
+        small, image(c_small, 3, (kernel,) * 2), geometry, epilogue, y=small, activation="relu"
+    )
     assert lanes.masked["to_image"] > 0
+    to_image.dgrad(
+        small, image(c_small, 3, (kernel,) * 2), geometry, epilogue, **normalization(c_small)
+    )
 
 
 def test_logits(lanes):
@@ -241,3 +247,23 @@ def test_logits(lanes):
     logits.wgrad(big, small, geometry)
     for kernel in ("logits_fprop", "logits_dgrad", "logits_wgrad"):
         assert lanes.masked[kernel] > 0
+
+
+def normalization(channels, groups=3):
+    return dict(vectors=torch.rand(groups, 5, channels), activation="sigmoid")
+
+
+@pytest.mark.parametrize(("size", "channels"), [((3, 3), 9), ((1, 3), 16)], ids=str)
+def test_logits_of_what_is_normalised(lanes, size, channels):
+    geometry = ConvGeometry.conv(size, size, (1, 1), (0, 0))
+    big, weight = image(21, channels, size), image(3, channels, size)
+    logits.fprop(big, weight, geometry, conv.Epilogue(), **normalization(channels))
+    logits.wgrad(big, image(21, 3, (1, 1)), geometry, **normalization(channels))
+    assert lanes.masked["logits_fprop"] > 0 and lanes.masked["logits_wgrad"] > 0
+
+
+def test_wgrad_of_an_image_and_what_is_normalised(lanes):
+    geometry = ConvGeometry.conv((9, 7), (3, 3), (2, 2), (1, 1))
+    padded = from_image.padded(image(6, 3, geometry.big), geometry)
+    from_image.wgrad(padded, image(6, 40, geometry.small), **normalization(40))
+    assert lanes.masked["wgrad_image"] > 0

@@ -10,7 +10,10 @@ from functools import partial
 import pytest
 import torch
 
-from genfast.launch import losses, norm, sampling, start, sums
+from genfast.geometry import ConvGeometry
+from genfast.launch import from_image, losses, norm, sampling, start, sums, to_image
+from genfast.launch import logits as logit_products
+from genfast.launch.conv import PLAIN
 from genfast.models import DCGANDiscriminator, DCGANGenerator
 from genfast.training import GANStep
 
@@ -96,6 +99,21 @@ def norms(batch):
         norm.norm_backward(z, z, vectors, **options)
 
 
+def normalising(batch, groups):
+    """The products that normalise as they read."""
+    n = batch * groups
+    normalization = dict(vectors=torch.empty(groups, 5, 8), activation="relu")
+    k4s2 = ConvGeometry.conv((50, 50), (4, 4), (2, 2), (1, 1))
+    weight = torch.empty(8, 3, 4, 4, dtype=torch.bfloat16)
+    small = images(n, 8, 25)
+    to_image.dgrad(small, weight, k4s2, PLAIN, **normalization)
+    from_image.wgrad(from_image.padded(images(n, 3, 50), k4s2), small, **normalization)
+    whole = ConvGeometry.conv((4, 4), (4, 4), (1, 1), (0, 0))
+    big, logit = images(n, 8, 4).float(), images(n, 1, 1).float()
+    logit_products.fprop(big, big[:1], whole, PLAIN, **normalization)
+    logit_products.wgrad(big, logit, whole, **normalization)
+
+
 def activations(batch):
     y = images(batch, 3, 31)
     norm.activation_backward(y, y, "tanh", 0.0)
@@ -131,6 +149,8 @@ def partial_sums(batch):
     "call",
     [
         norms,
+        partial(normalising, groups=1),
+        partial(normalising, groups=2),
         activations,
         chunks_of_statistics,
         partial(latents, width=128),
@@ -140,7 +160,7 @@ def partial_sums(batch):
         logits,
         partial_sums,
     ],
-    ids=lambda call: getattr(call, "__name__", "latents"),
+    ids=lambda call: getattr(call, "__name__", None) or call.func.__name__,
 )
 def test_any_batch_is_the_same_kernels(call, keys):
     call(128)

@@ -45,7 +45,7 @@ def fprop(big, weight, geometry, epilogue=PLAIN):
     """`conv2d`, or the input gradient of `conv_transpose2d`.
 
     Args:
-        big: (N, C_big, H, W) of `geometry.big`, or an `Operand` of such.
+        big: (N, C_big, H, W) of `geometry.big`, or an `Operand` or `Output` of such.
         weight: (C_small, C_big, kh, kw).
         geometry: a `ConvGeometry`.
         epilogue: an `Epilogue` over C_small channels.
@@ -56,7 +56,8 @@ def fprop(big, weight, geometry, epilogue=PLAIN):
     big = operand(big)
     c_small, c_big = weight.shape[:2]
     if logits.fits(geometry, c_small, epilogue):
-        return logits.fprop(big.tensor(), weight, geometry, epilogue), None
+        value, how = big.unnormalized()
+        return logits.fprop(value, weight, geometry, epilogue, **how), None
     if from_image.fits(geometry, c_small, c_big, big.value.shape[0]):
         return from_image.fprop(big.padded(geometry), weight, epilogue)
     return _conv("fprop", big.tensor(), weight, geometry, epilogue)
@@ -73,10 +74,8 @@ def dgrad(small, weight, geometry, epilogue=PLAIN):
     if logits.fits(geometry, c_small, epilogue):
         return logits.dgrad(small.tensor(), weight, geometry, epilogue), None
     if to_image.fits(geometry, c_small, c_big, epilogue):
-        small = small if hasattr(small, "y") else operand(small.tensor())
-        made_by = dict(y_activation=small.activation, y_negative_slope=small.negative_slope)
-        result = to_image.dgrad(small.value, weight, geometry, epilogue, y=small.y, **made_by)
-        return result, None
+        value, how = small.as_read()
+        return to_image.dgrad(value, weight, geometry, epilogue, **how), None
     return _conv("dgrad", small.tensor(), weight, geometry, epilogue)
 
 
@@ -84,18 +83,34 @@ def wgrad(big, small, geometry):
     """The weight gradient of `conv2d` and `conv_transpose2d`: (C_small, C_big, kh, kw).
 
     Args:
-        big: (N, C_big, H, W) of `geometry.big`, or an `Operand` of such.
+        big: (N, C_big, H, W) of `geometry.big`, or an `Operand` or `Output` of such.
         small: (N, C_small, Ho, Wo) of `geometry.small`, likewise.
         geometry: a `ConvGeometry`.
     """
     big, small = operand(big), operand(small)
     c_small, c_big = small.value.shape[1], big.value.shape[1]
     if logits.fits(geometry, c_small, PLAIN):
-        return logits.wgrad(big.tensor(), small.tensor(), geometry)
+        value, how = big.unnormalized()
+        return logits.wgrad(value, small.tensor(), geometry, **how)
     if from_image.fits(geometry, c_small, c_big, big.value.shape[0]):
-        small = small if hasattr(small, "y") else operand(small.tensor())
-        return from_image.wgrad(big.padded(geometry), small.value, **small.derivative)
+        value, how = small.as_read()
+        return from_image.wgrad(big.padded(geometry), value, **how)
     return _wgrad(big.tensor(), small.tensor(), geometry)
+
+
+def wgrad_makes(source_is_big, weight, geometry, images):
+    """Whether `wgrad` can make an `Output` of its value as it reads it; see `Output.as_read`.
+
+    Args:
+        source_is_big: the side that the output is.
+        weight: (C_small, C_big, kh, kw).
+        geometry: a `ConvGeometry`.
+        images: of the batch.
+    """
+    c_small, c_big = weight.shape[:2]
+    if logits.fits(geometry, c_small, PLAIN):
+        return source_is_big
+    return from_image.fits(geometry, c_small, c_big, images) and not source_is_big
 
 
 def _wgrad(big, small, geometry):

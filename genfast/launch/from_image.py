@@ -242,14 +242,16 @@ def fprop(image, weight, epilogue):
     return result, statistics
 
 
-def wgrad(image, small, y=None, activation="identity", negative_slope=0.0):
+def wgrad(image, small, y=None, vectors=None, activation="identity", negative_slope=0.0):
     """The weight gradient of `conv2d` and `conv_transpose2d`: (C_small, C_big, kh, kw).
 
     Args:
         image: a `Padded`.
         small: (N, C_small, Ho, Wo) of `geometry.small`, in the image's dtype.
         y: like small, or None: act(u), where small is the gradient of y, and that of u is meant.
-        activation, negative_slope: of y, as in `functional.conv_block`.
+        vectors: None, or (groups, 5, C_small) of a batch norm whose input small is, and whose
+            activated output is meant. Not together with y.
+        activation, negative_slope: of y, or of that output, as in `functional.conv_block`.
     """
     data, geometry, c_big = image.data, image.geometry, image.c_big
     small = memory.nhwc(small)
@@ -282,9 +284,19 @@ def wgrad(image, small, y=None, activation="identity", negative_slope=0.0):
         tiles_per_split=tiles_per_split,
         **_windows(image),
         negative_slope=negative_slope,
+        vectors_ptr=small if vectors is None else vectors,
+        group_pixels=pixels // (1 if vectors is None else vectors.shape[0]),
         HAS_Y=y is not small,
+        HAS_NORM=vectors is not None,
+        GROUPED=vectors is not None and vectors.shape[0] > 1,
         ACTIVATION=activation,
+        STORED_DTYPE=start.tl_dtype(data.dtype),
         **start.arithmetic(data),
+        # An operand that a program computed is written to shared memory in rows only if it is the
+        # second one; wgmma's first one would be put together in registers, 2 bytes at a time.
+        SWAPPED=(
+            vectors is not None and start.architecture(data) == "sm_90" and data.element_size() == 2
+        ),
         BLOCK_M=block_m,
         BLOCK_N=block_n,
         BLOCK_K=config.reduced,

@@ -35,12 +35,21 @@ def why_not(geometry, c_small, epilogue):
     return None
 
 
-def fprop(big, weight, geometry, epilogue):
-    """As `conv.fprop`, where `fits`: (N, C_small, 1, 1), channels_last."""
+def fprop(big, weight, geometry, epilogue, vectors=None, activation="identity", negative_slope=0.0):
+    """As `conv.fprop`, where `fits`: (N, C_small, 1, 1), channels_last.
+
+    Args:
+        big, weight, geometry, epilogue: as there, big being a tensor.
+        vectors: None, or (groups, 5, C_big) of a batch norm whose input big is, and whose activated
+            output is meant.
+        activation, negative_slope: of that output, as in `functional.conv_block`.
+    """
     big, weight = memory.nhwc(big), memory.nhwc(weight)
     c_small = weight.shape[0]
+    c_big = big.shape[3]
     result = memory.channels_last((big.shape[0], *geometry.small, c_small), big)
-    k = geometry.taps * big.shape[3]
+    k = geometry.taps * c_big
+    block_k = _block(k, 64 if INTERPRETING else 4096)
     start.kernel(
         kernels.logits_fprop,
         (big.shape[0],),
@@ -51,8 +60,10 @@ def fprop(big, weight, geometry, epilogue):
         K=k,
         C_SMALL=c_small,
         **_epilogue(epilogue),
+        **_normalization(big, vectors, activation, negative_slope),
         **_accumulator(big),
-        BLOCK_K=_block(k, 64 if INTERPRETING else 4096),
+        CHANNELS=c_big if vectors is not None and block_k % c_big == 0 else 0,
+        BLOCK_K=block_k,
     )
     return result
 
@@ -88,8 +99,13 @@ def dgrad(small, weight, geometry, epilogue):
     return result
 
 
-def wgrad(big, small, geometry):
-    """As `conv.wgrad`, where `fits`: (C_small, C_big, kh, kw), channels_last."""
+def wgrad(big, small, geometry, vectors=None, activation="identity", negative_slope=0.0):
+    """As `conv.wgrad`, where `fits`: (C_small, C_big, kh, kw), channels_last.
+
+    Args:
+        big, small, geometry: as there, both being tensors.
+        vectors, activation, negative_slope: as in `fprop`.
+    """
     big, small = memory.nhwc(big), memory.nhwc(small)
     n, _, _, c_small = small.shape
     c_big = big.shape[3]
@@ -111,6 +127,8 @@ def wgrad(big, small, geometry):
         K=k,
         steps_per_split=steps_per_split,
         C_SMALL=c_small,
+        **_normalization(big, vectors, activation, negative_slope),
+        GROUPED=vectors is not None and vectors.shape[0] > 1,
         **_accumulator(big),
         REPEATS=_REPEATS,
         BLOCK_N=_ROWS // _REPEATS,
@@ -141,6 +159,19 @@ def _epilogue(epilogue):
         negative_slope=epilogue.negative_slope,
         HAS_BIAS=epilogue.bias is not None,
         ACTIVATION=epilogue.activation,
+    )
+
+
+def _normalization(big, vectors, activation, negative_slope):
+    """big: (N, H, W, C_big) memory."""
+    return dict(
+        vectors_ptr=big if vectors is None else vectors,
+        C_big=big.shape[3],
+        group_images=big.shape[0] // (1 if vectors is None else vectors.shape[0]),
+        big_slope=negative_slope,
+        HAS_NORM=vectors is not None,
+        BIG_ACTIVATION=activation,
+        STORED_DTYPE=start.tl_dtype(big.dtype),
     )
 
 

@@ -31,7 +31,7 @@ import triton
 import triton.language as tl
 
 from .loading import aligned, in_bounds, run_in_bounds
-from .product import dot, epilogue
+from .product import dot, epilogue, gradient_epilogue, zero_beyond
 
 # Arguments that only count: another value of them is no other kernel.
 _COUNTS = ["N", "H_big", "W_big", "H_small", "W_small", "tiles_per_group"]
@@ -47,6 +47,8 @@ def fprop(
     count_ptr,
     mean_ptr,
     m2_ptr,
+    below,
+    sums_ptr,
     N,
     H_big,
     W_big,
@@ -66,6 +68,8 @@ def fprop(
     HAS_BIAS: tl.constexpr,
     HAS_NORM: tl.constexpr,
     HAS_STATISTICS: tl.constexpr,
+    HAS_BELOW: tl.constexpr,
+    HAS_SUMS: tl.constexpr,
     ACTIVATION: tl.constexpr,
     STORED_DTYPE: tl.constexpr,
     ACC_DTYPE: tl.constexpr,
@@ -132,11 +136,24 @@ def fprop(
             acc = dot(a, b.T, acc, PRECISION)
 
     row = cs0 + tl.arange(0, BLOCK_M)
-    acc = epilogue(
-        acc, exists, count, tile, row, C_small, channels, bias_ptr, vectors_ptr,
-        count_ptr, mean_ptr, m2_ptr, negative_slope, HAS_BIAS, HAS_NORM, HAS_STATISTICS, ACTIVATION,
-        STORED_DTYPE,
-    )  # fmt: skip
+    if HAS_BELOW:
+        if HAS_SUMS:
+            acc = zero_beyond(acc, exists, count)
+        if STORE_DESCRIPTOR:
+            values = below.load([n0, y0, x0, cs0]).reshape(BLOCK_N, BLOCK_M).T
+        else:
+            pixel = (n * H_small + y) * W_small + x
+            values = _load_below(below, pixel, exists, row, C_small)
+        acc = gradient_epilogue(
+            acc, values, tile, tile // tiles_per_group, row, C_small, channels, vectors_ptr,
+            sums_ptr, negative_slope, HAS_NORM, HAS_SUMS, ACTIVATION, STORED_DTYPE,
+        )  # fmt: skip
+    else:
+        acc = epilogue(
+            acc, exists, count, tile, row, C_small, channels, bias_ptr, vectors_ptr, count_ptr,
+            mean_ptr, m2_ptr, negative_slope, HAS_BIAS, HAS_NORM, HAS_STATISTICS, ACTIVATION,
+            STORED_DTYPE,
+        )  # fmt: skip
     if STORE_DESCRIPTOR:
         out.store([n0, y0, x0, cs0], acc.to(out.dtype).T.reshape(BOX_N, BOX_H, BOX_W, BLOCK_M))
     else:
@@ -158,6 +175,8 @@ def dgrad(
     count_ptr,
     mean_ptr,
     m2_ptr,
+    below,
+    sums_ptr,
     N,
     H_big,
     W_big,
@@ -177,6 +196,8 @@ def dgrad(
     HAS_BIAS: tl.constexpr,
     HAS_NORM: tl.constexpr,
     HAS_STATISTICS: tl.constexpr,
+    HAS_BELOW: tl.constexpr,
+    HAS_SUMS: tl.constexpr,
     ACTIVATION: tl.constexpr,
     STORED_DTYPE: tl.constexpr,
     ACC_DTYPE: tl.constexpr,
@@ -254,11 +275,24 @@ def dgrad(
     # A group's statistics lie together: its phases, and their tiles.
     part = (group * PHASES + phase) * tiles_per_group + tile
     row = cb0 + tl.arange(0, BLOCK_M)
-    acc = epilogue(
-        acc, exists, count, part, row, C_big, channels, bias_ptr, vectors_ptr,
-        count_ptr, mean_ptr, m2_ptr, negative_slope, HAS_BIAS, HAS_NORM, HAS_STATISTICS, ACTIVATION,
-        STORED_DTYPE,
-    )  # fmt: skip
+    if HAS_BELOW:
+        if HAS_SUMS:
+            acc = zero_beyond(acc, exists, count)
+        if STORE_DESCRIPTOR:
+            values = below.load([n0, y0, py, x0, px * C_big + cb0]).reshape(BLOCK_N, BLOCK_M).T
+        else:
+            pixel = (n * H_big + y * STRIDE_H + py) * W_big + x * STRIDE_W + px
+            values = _load_below(below, pixel, exists, row, C_big)
+        acc = gradient_epilogue(
+            acc, values, part, group, row, C_big, channels, vectors_ptr, sums_ptr,
+            negative_slope, HAS_NORM, HAS_SUMS, ACTIVATION, STORED_DTYPE,
+        )  # fmt: skip
+    else:
+        acc = epilogue(
+            acc, exists, count, part, row, C_big, channels, bias_ptr, vectors_ptr, count_ptr,
+            mean_ptr, m2_ptr, negative_slope, HAS_BIAS, HAS_NORM, HAS_STATISTICS, ACTIVATION,
+            STORED_DTYPE,
+        )  # fmt: skip
     if STORE_DESCRIPTOR:
         box = acc.to(out.dtype).T.reshape(BOX_N, BOX_H, 1, BOX_W, BLOCK_M)
         out.store([n0, y0, py, x0, px * C_big + cb0], box)
@@ -492,6 +526,13 @@ def _load_small_transposed(
             other=0.0,
         )
     return values
+
+
+@triton.jit
+def _load_below(below, pixel, exists, row, C):
+    """[rows, pixels] of the layer below: what lies where the result will, by the same addresses."""
+    offset = run_in_bounds(row, row < C)[:, None] + in_bounds(pixel, exists)[None, :] * C
+    return tl.load(below + offset, mask=(row < C)[:, None] & exists[None, :], other=0.0)
 
 
 @triton.jit

@@ -23,6 +23,12 @@ judges real and generated images in one pass. N counts the images of one group. 
 end may hold images of the next one: they count in no statistics here, and are stored as the next
 group's own boxes store them, the same bits once more.
 
+With HAS_BELOW what is computed is the gradient of a layer's output, and `below` that output, of the
+result's shape: see `gradient_epilogue`. There groups differ in what they multiply by, so that boxes
+of several images are GROUPED: a descriptor's first axis is the group, and images beyond a group's
+end are beyond the end of the second one. `big` then is [groups, N, H / STRIDE_H, STRIDE_H * W /
+STRIDE_W, STRIDE_W * C], of which a box is one of a phase's pixels where it is as wide as they are.
+
 Addresses are 64-bit: an activation may hold more than 2^31 elements. Pixels are fewer than 2^30, so
 their numbers are divided in 32 bits: a 64-bit division is a function of 80 instructions.
 """
@@ -78,6 +84,7 @@ def fprop(
     SMALL_ALIGNMENT: tl.constexpr,
     DESCRIPTORS: tl.constexpr,
     STORE_DESCRIPTOR: tl.constexpr,
+    GROUPED: tl.constexpr,
     PACKED: tl.constexpr,
     BOX_N: tl.constexpr,
     BOX_H: tl.constexpr,
@@ -136,17 +143,21 @@ def fprop(
             acc = dot(a, b.T, acc, PRECISION)
 
     row = cs0 + tl.arange(0, BLOCK_M)
+    group = tile // tiles_per_group
     if HAS_BELOW:
         if HAS_SUMS:
             acc = zero_beyond(acc, exists, count)
-        if STORE_DESCRIPTOR:
+        if GROUPED:
+            box = below.load([group, n0 - group * N, y0, x0, cs0])
+            values = box.reshape(BLOCK_N, BLOCK_M).T
+        elif STORE_DESCRIPTOR:
             values = below.load([n0, y0, x0, cs0]).reshape(BLOCK_N, BLOCK_M).T
         else:
             pixel = (n * H_small + y) * W_small + x
             values = _load_below(below, pixel, exists, row, C_small)
         acc = gradient_epilogue(
-            acc, values, tile, tile // tiles_per_group, row, C_small, channels, vectors_ptr,
-            sums_ptr, negative_slope, HAS_NORM, HAS_SUMS, ACTIVATION, STORED_DTYPE,
+            acc, values, count, tile, group, row, C_small, channels, vectors_ptr, sums_ptr,
+            negative_slope, HAS_NORM, HAS_SUMS, ACTIVATION, STORED_DTYPE,
         )  # fmt: skip
     else:
         acc = epilogue(
@@ -154,7 +165,10 @@ def fprop(
             mean_ptr, m2_ptr, negative_slope, HAS_BIAS, HAS_NORM, HAS_STATISTICS, ACTIVATION,
             STORED_DTYPE,
         )  # fmt: skip
-    if STORE_DESCRIPTOR:
+    if GROUPED:
+        box = acc.to(out.dtype).T.reshape(1, BOX_N, BOX_H, BOX_W, BLOCK_M)
+        out.store([group, n0 - group * N, y0, x0, cs0], box)
+    elif STORE_DESCRIPTOR:
         out.store([n0, y0, x0, cs0], acc.to(out.dtype).T.reshape(BOX_N, BOX_H, BOX_W, BLOCK_M))
     else:
         pixel = (n * H_small + y) * W_small + x
@@ -207,6 +221,7 @@ def dgrad(
     DESCRIPTORS: tl.constexpr,
     SMALL_DESCRIPTOR: tl.constexpr,
     STORE_DESCRIPTOR: tl.constexpr,
+    GROUPED: tl.constexpr,
     BOX_N: tl.constexpr,
     BOX_H: tl.constexpr,
     BOX_W: tl.constexpr,
@@ -278,13 +293,17 @@ def dgrad(
     if HAS_BELOW:
         if HAS_SUMS:
             acc = zero_beyond(acc, exists, count)
-        if STORE_DESCRIPTOR:
+        if GROUPED:
+            column = py * (W_big // STRIDE_W) + x0
+            box = below.load([group, n0 - group * N, y0, column, px * C_big + cb0])
+            values = box.reshape(BLOCK_N, BLOCK_M).T
+        elif STORE_DESCRIPTOR:
             values = below.load([n0, y0, py, x0, px * C_big + cb0]).reshape(BLOCK_N, BLOCK_M).T
         else:
             pixel = (n * H_big + y * STRIDE_H + py) * W_big + x * STRIDE_W + px
             values = _load_below(below, pixel, exists, row, C_big)
         acc = gradient_epilogue(
-            acc, values, part, group, row, C_big, channels, vectors_ptr, sums_ptr,
+            acc, values, count, part, group, row, C_big, channels, vectors_ptr, sums_ptr,
             negative_slope, HAS_NORM, HAS_SUMS, ACTIVATION, STORED_DTYPE,
         )  # fmt: skip
     else:
@@ -293,7 +312,11 @@ def dgrad(
             mean_ptr, m2_ptr, negative_slope, HAS_BIAS, HAS_NORM, HAS_STATISTICS, ACTIVATION,
             STORED_DTYPE,
         )  # fmt: skip
-    if STORE_DESCRIPTOR:
+    if GROUPED:
+        box = acc.to(out.dtype).T.reshape(1, BOX_N, BOX_H, BOX_W, BLOCK_M)
+        column = py * (W_big // STRIDE_W) + x0
+        out.store([group, n0 - group * N, y0, column, px * C_big + cb0], box)
+    elif STORE_DESCRIPTOR:
         box = acc.to(out.dtype).T.reshape(BOX_N, BOX_H, 1, BOX_W, BLOCK_M)
         out.store([n0, y0, py, x0, px * C_big + cb0], box)
     else:

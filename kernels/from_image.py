@@ -221,7 +221,7 @@ def fprop_image(
                 other=0.0,
             )
             acc = gradient_epilogue(
-                acc, below.T, tile, group, cs, C_small, C_small, vectors_ptr, sums_ptr,
+                acc, below.T, count, tile, group, cs, C_small, C_small, vectors_ptr, sums_ptr,
                 negative_slope, HAS_NORM, HAS_SUMS, ACTIVATION, STORED_DTYPE,
             )  # fmt: skip
         else:

@@ -5,14 +5,14 @@ import triton.language as tl
 
 from .activation import activate, activation_backward
 from .norm import MEAN, RSTD, SCALE, SHIFT
-from .rounding import INTERPRETED, rounded
+from .rounding import rounded
 
 # Columns of a ragged tile whose masks are in registers at a time: with those of 128 columns at once
 # a tile of 128 x 128 takes 173 registers on sm_90, with 32 it takes 124, and two programs share a
 # multiprocessor.
 MASKED_AT_ONCE = tl.constexpr(32)
-# Columns whose gradient is computed at a time, of which a thread then has 4 elements: with those of
-# all 128 columns at once a tile takes 180 registers, with 32 columns it takes 190, with 8 it takes 128.
+# Columns whose gradient is computed at a time, of which a thread then has 4 elements: where those of
+# all 128 columns may be computed at once, a tile of 128 x 128 takes 180 registers.
 GRADIENT_AT_ONCE = tl.constexpr(8)
 
 
@@ -71,7 +71,7 @@ def zero_beyond(acc, exists, count):
 
 @triton.jit
 def gradient_epilogue(
-    acc, below, part, group, row, rows, channels, vectors_ptr, sums_ptr, negative_slope,
+    acc, below, count, part, group, row, rows, channels, vectors_ptr, sums_ptr, negative_slope,
     HAS_NORM: tl.constexpr, HAS_SUMS: tl.constexpr, ACTIVATION: tl.constexpr,
     STORED_DTYPE: tl.constexpr,
 ):  # fmt: skip
@@ -97,8 +97,8 @@ def gradient_epilogue(
     COLUMNS: tl.constexpr = min(acc.shape[1], GRADIENT_AT_ONCE)
     nothing = tl.zeros((acc.shape[0], COLUMNS), acc.dtype)
     g, sum_g, sum_g_centred = _gradient_in_pieces(
-        acc, below, nothing, nothing, mean, scale, shift, negative_slope, HAS_NORM, HAS_SUMS,
-        ACTIVATION, STORED_DTYPE,
+        acc, below, nothing, nothing, mean, scale, shift, count, -1, negative_slope,
+        HAS_NORM, HAS_SUMS, ACTIVATION, STORED_DTYPE,
     )  # fmt: skip
     if HAS_SUMS:
         sum_g = tl.sum(sum_g, axis=1)
@@ -116,61 +116,47 @@ def gradient_epilogue(
 
 @triton.jit
 def _gradient_in_pieces(
-    acc, below, sum_g, sum_g_centred, mean, scale, shift, negative_slope,
+    acc, below, sum_g, sum_g_centred, mean, scale, shift, count, LAST: tl.constexpr, negative_slope,
     HAS_NORM: tl.constexpr, HAS_SUMS: tl.constexpr, ACTIVATION: tl.constexpr,
     STORED_DTYPE: tl.constexpr,
 ):  # fmt: skip
     """g = acc * act'(u); sum_g and sum_g_centred, the sums of g and of g * (z - mean) over columns
-    that are GRADIENT_AT_ONCE apart."""
+    that are GRADIENT_AT_ONCE apart.
+
+    LAST: negative, and greater from piece to piece. A count is above it, which the compiler does
+    not know: so each piece is computed under a condition of its own, where the compiler neither
+    makes vectors of the operations of all pieces nor puts the sums off until all are there.
+    """
     ROWS: tl.constexpr = acc.shape[0]
     COLUMNS: tl.constexpr = acc.shape[1]
     if COLUMNS > GRADIENT_AT_ONCE:
         left, right = acc.reshape(ROWS, 2, COLUMNS // 2).permute(0, 2, 1).split()
         below_left, below_right = below.reshape(ROWS, 2, COLUMNS // 2).permute(0, 2, 1).split()
         left, sum_g, sum_g_centred = _gradient_in_pieces(
-            left, below_left, sum_g, sum_g_centred, mean, scale, shift, negative_slope,
-            HAS_NORM, HAS_SUMS, ACTIVATION, STORED_DTYPE,
+            left, below_left, sum_g, sum_g_centred, mean, scale, shift, count, LAST - COLUMNS,
+            negative_slope, HAS_NORM, HAS_SUMS, ACTIVATION, STORED_DTYPE,
         )  # fmt: skip
         right, sum_g, sum_g_centred = _gradient_in_pieces(
-            right, below_right, sum_g, sum_g_centred, mean, scale, shift, negative_slope,
-            HAS_NORM, HAS_SUMS, ACTIVATION, STORED_DTYPE,
+            right, below_right, sum_g, sum_g_centred, mean, scale, shift, count, LAST,
+            negative_slope, HAS_NORM, HAS_SUMS, ACTIVATION, STORED_DTYPE,
         )  # fmt: skip
         g = tl.join(left, right).permute(0, 2, 1).reshape(ROWS, COLUMNS)
     else:
-        if HAS_NORM:
-            centred = _after(below, sum_g_centred).to(acc.dtype) - mean
-            y = centred * scale + shift
-            if ACTIVATION == "tanh" or ACTIVATION == "sigmoid":
-                y = activate(y, negative_slope, ACTIVATION)  # Of all others u's sign is enough.
-        else:
-            y = _after(below, sum_g).to(acc.dtype)
-        g = activation_backward(acc, y, negative_slope, ACTIVATION)
-        if HAS_SUMS:
-            g = rounded(g, STORED_DTYPE)
-            sum_g += g
+        g = acc
+        if count > LAST:
+            y = below.to(acc.dtype)
             if HAS_NORM:
-                sum_g_centred += g * centred
+                centred = y - mean
+                y = centred * scale + shift
+                if ACTIVATION == "tanh" or ACTIVATION == "sigmoid":
+                    y = activate(y, negative_slope, ACTIVATION)  # Of others u's sign is enough.
+            g = activation_backward(acc, y, negative_slope, ACTIVATION)
+            if HAS_SUMS:
+                g = rounded(g, STORED_DTYPE)
+                sum_g += g
+                if HAS_NORM:
+                    sum_g_centred += g * centred
     return g, sum_g, sum_g_centred
-
-
-@triton.jit
-def _after(x, earlier):
-    """x, which a compiler does not know to be there before `earlier`, of the same shape.
-
-    Otherwise LLVM makes vectors of the operations of all pieces of a tile, and their values are in
-    registers at once after all.
-    """
-    if not INTERPRETED and tl.target_info.is_cuda():
-        HALF: tl.constexpr = x.dtype.primitive_bitwidth == 16
-        x = tl.inline_asm_elementwise(
-            "mov.b32 $0, $1;",
-            "=r,r,f,f" if HALF else "=f,f,f",
-            [x, earlier],
-            dtype=x.dtype,
-            is_pure=True,
-            pack=2 if HALF else 1,
-        )
-    return x
 
 
 @triton.jit

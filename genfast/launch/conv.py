@@ -193,6 +193,8 @@ def _conv(direction, source, weight, geometry, epilogue):
     reductions = epilogue.reductions(out, parts, rows)
 
     stored_boxed = small_boxed
+    # Groups whose boxes may end in images of the next one, for which they have the wrong vectors.
+    apart = groups if boxed and box[0] > 1 and epilogue.sums_per_channel == 2 and groups > 1 else 0
     if boxed:
         block_big, block_small = (
             (config.block_k, config.block_m) if to_small else (config.block_m, config.block_k)
@@ -202,16 +204,20 @@ def _conv(direction, source, weight, geometry, epilogue):
             # that.
             whole = geometry.stride[1] == 1 or c_big % config.block_m == 0
             stored_boxed = whole and memory.descriptor_fits(big)
+        if apart and not to_small:
+            # A box as wide as a phase is one of pixels in a row of all phases, too.
+            stored_boxed &= geometry.stride[0] == 1 or size[1] == box[2]
+        apart = apart if stored_boxed else 0
         if epilogue.output is not None and stored_boxed:
             below = below if memory.descriptor_fits(below) else below.clone()
             if to_small:
-                below = memory.descriptor(below, [*box, block_small])
+                below = _small_descriptor(below, box, block_small, apart)
             else:
-                below = _big_descriptor(below.view(big.shape), geometry, box, block_big)
+                below = _big_descriptor(below.view(big.shape), geometry, box, block_big, apart)
         if to_small or stored_boxed:
-            big = _big_descriptor(big, geometry, box, block_big)
+            big = _big_descriptor(big, geometry, box, block_big, 0 if to_small else apart)
         if small_boxed:
-            small = memory.descriptor(small, [*box, block_small])
+            small = _small_descriptor(small, box, block_small, apart if to_small else 0)
         weight = memory.descriptor(weight, [block_small, block_big])
     shared = dict(
         weight=weight,
@@ -233,7 +239,9 @@ def _conv(direction, source, weight, geometry, epilogue):
         **start.arithmetic(source),
         DESCRIPTORS=boxed,
         STORE_DESCRIPTOR=stored_boxed,
+        GROUPED=apart > 0,
         **_tile(config, box),
+        **_registers(config, stored_boxed and epilogue.sums_per_channel > 0, source),
     )
     grid = (parts * tiles.ceil_div(rows, config.block_m),)
     if to_small:
@@ -322,12 +330,26 @@ def _stride_divides_kernel(geometry):
     return all(k % s == 0 for k, s in zip(geometry.kernel_size, geometry.stride, strict=True))
 
 
-def _big_descriptor(big, geometry, box, block_channels):
-    """big as [N, H / sh, sh, W / sw, sw * C]: a tap's or a phase's pixels are a box of it."""
+def _big_descriptor(big, geometry, box, block_channels, groups=0):
+    """big as [N, H / sh, sh, W / sw, sw * C]: a tap's or a phase's pixels are a box of it.
+
+    With groups as [groups, N / groups, H / sh, sh * W / sw, sw * C]: see `kernels.conv`.
+    """
     n, h, w, c = big.shape
     sh, sw = geometry.stride
+    if groups:
+        rows = big.view(groups, n // groups, h // sh, sh * (w // sw), sw * c)
+        return memory.descriptor(rows, [1, *box, block_channels])
     folded = big.view(n, h // sh, sh, w // sw, sw * c)
     return memory.descriptor(folded, [box[0], box[1], 1, box[2], block_channels])
+
+
+def _small_descriptor(small, box, block_channels, groups=0):
+    """small as [N, H, W, C], or with groups as [groups, N / groups, H, W, C]."""
+    if groups:
+        small = small.unflatten(0, (groups, -1))
+        return memory.descriptor(small, [1, *box, block_channels])
+    return memory.descriptor(small, [*box, block_channels])
 
 
 def _stride_and_padding(geometry):
@@ -337,6 +359,16 @@ def _stride_and_padding(geometry):
         PAD_H=geometry.padding[0],
         PAD_W=geometry.padding[1],
     )
+
+
+def _registers(config, described, tensor):
+    """Compiler options: two programs of 8 warps share a multiprocessor of NVIDIA's.
+
+    Beside descriptors the sums of gradients fit 128 registers, but the compiler would rather have
+    more in flight.
+    """
+    nvidia = start.architecture(tensor).startswith("sm_")
+    return dict(maxnreg=128) if nvidia and described and config.num_warps == 8 else {}
 
 
 def _tile(config, box):

@@ -11,8 +11,8 @@ from .rounding import rounded
 # a tile of 128 x 128 takes 173 registers on sm_90, with 32 it takes 124, and two programs share a
 # multiprocessor.
 MASKED_AT_ONCE = tl.constexpr(32)
-# Columns whose gradient is computed at a time, of which a thread then has 4 elements: where those of
-# all 128 columns may be computed at once, a tile of 128 x 128 takes 180 registers.
+# Columns whose gradient is computed at a time, of which a thread then has 4 elements: where those
+# of all 128 columns may be computed at once, a tile of 128 x 128 takes 180 registers.
 GRADIENT_AT_ONCE = tl.constexpr(8)
 
 
@@ -82,8 +82,10 @@ def gradient_epilogue(
     are of the values as they are stored, since those get read. Where a pixel does not exist, acc is
     0 (see `zero_beyond`) and `below` finite.
 
-        HAS_NORM   sums[part * (rows / channels) + row / channels] = [2, channels]: of g and g * xhat
-        otherwise  sums[part * (rows / channels) + row / channels] = [channels]: of g
+        HAS_NORM   sums[part * repeat + row / channels] = [2, channels]: of g and g * xhat
+        otherwise  sums[part * repeat + row / channels] = [channels]: of g
+
+    repeat = rows / channels is 1, unless the channels of several pixels are one pixel's here.
     """
     channel = row % channels
     mean = 0.0

@@ -3,7 +3,13 @@
 g = product * act'(u) is held to the rule of `oracle`, its sums to the float64 sums of g as stored.
 """
 
+import json
+import os
+import subprocess
+import sys
 from dataclasses import dataclass
+from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -174,7 +180,9 @@ def ours(case, tensors, monkeypatch):
         if route.library:
             patch.setattr(tiles, "gemm_config", lambda *_: tiles.LIBRARY)
         patch.setattr(
-            start, "kernel", lambda k, grid, **a: (started.append((k.__name__, a)), run(k, grid, **a))
+            start,
+            "kernel",
+            lambda k, grid, **a: (started.append((k.__name__, a)), run(k, grid, **a)),
         )
         epilogue = Epilogue(output=output, sums=below == "sums")
         g, sums = getattr(conv, route.operation)(x, weight, route.geometry, epilogue)
@@ -285,3 +293,66 @@ def test_another_shape_below_is_refused(device):
     output = Output(torch.ones(2, 16, 6, 5), None, "relu", 0.0)
     with pytest.raises(ValueError, match="expected the output of the layer below to be"):
         conv.fprop(x.to(device), weight.to(device), geometry, Epilogue(output=output))
+
+
+# The layers of a DCGAN-64 with a batch norm below them, of D's two groups and of G's one:
+# (operation, channels of the small and of the big side, size of the big side, groups, activation).
+LAYERS = (
+    ("fprop", 128, 64, 32, 1, "relu"),
+    ("fprop", 256, 128, 16, 1, "relu"),
+    ("fprop", 512, 256, 8, 1, "relu"),
+    ("dgrad", 256, 128, 16, 2, "leaky_relu"),
+    ("dgrad", 512, 256, 8, 2, "leaky_relu"),
+    ("dgrad", 512, 256, 8, 1, "tanh"),
+)
+
+
+def compile_layers():
+    """Print as JSON what the layers become on sm_90: for a process that does not interpret."""
+    from benchmarks.model.machine_code import read
+    from benchmarks.model.recording import Recorder
+
+    recorder = Recorder("sm_90")
+
+    def image(channels, size):
+        empty = torch.empty(64, channels, *size, dtype=torch.bfloat16)
+        return empty.to(memory_format=torch.channels_last)
+
+    with (
+        mock.patch.object(start, "kernel", recorder.start),
+        mock.patch.object(start, "architecture", lambda tensor: "sm_90"),
+    ):
+        for operation, c_small, c_big, size, groups, activation in LAYERS:
+            geometry = conv_of((size, size), 4, 2, 1)
+            sides = [(c_big, geometry.big), (c_small, geometry.small)]
+            source, result = sides if operation == "fprop" else sides[::-1]
+            vectors = torch.empty(groups, 5, result[0])
+            output = Output(image(*result), vectors, activation, SLOPE)
+            weight = torch.empty(c_small, c_big, 4, 4, dtype=torch.bfloat16)
+            getattr(conv, operation)(image(*source), weight, geometry, Epilogue(output=output))
+    for launch in recorder.launches:
+        code = read(recorder.code[launch.compiled])
+        (loop,) = (region for region in code.regions[1:] if region.count("HGMMA"))
+        facts = {name: launch.arguments[name] for name in ("num_warps", "STORE_DESCRIPTOR")}
+        facts |= dict(registers=code.registers, spills=code.spills, loads=loop.loads)
+        facts |= dict(layout_changes=code.layout_changes, waits=loop.waits_inside)
+        facts |= dict(shuffles=sum(region.count("SHFL") for region in code.regions))
+        print(json.dumps(facts))
+
+
+def test_machine_code_on_hopper():
+    """Two programs share a multiprocessor, and sums are made within threads."""
+    here = Path(__file__).parent
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    environment["PYTHONPATH"] = os.pathsep.join(map(str, (here.parent, here)))
+    code = "import test_gradient_epilogue; test_gradient_epilogue.compile_layers()"
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    found = [json.loads(line) for line in done.stdout.splitlines()]
+    assert len(found) == len(LAYERS) and any(facts["num_warps"] == 8 for facts in found)
+    for layer, facts in zip(LAYERS, found, strict=True):
+        assert facts["STORE_DESCRIPTOR"] and facts["spills"] == facts["layout_changes"] == 0, layer
+        assert facts["registers"] <= (128 if facts["num_warps"] == 8 else 168), (layer, facts)
+        assert facts["loads"] == "asynchronous" and not facts["waits"], layer
+        assert facts["shuffles"] == 8, layer  # of 4 threads, for two rows and two sums

@@ -241,7 +241,9 @@ def _conv(direction, source, weight, geometry, epilogue):
         STORE_DESCRIPTOR=stored_boxed,
         GROUPED=apart > 0,
         **_tile(config, box),
-        **_registers(config, stored_boxed and epilogue.sums_per_channel > 0, source),
+        **_registers(
+            config, small_boxed and stored_boxed and epilogue.sums_per_channel > 0, source
+        ),
     )
     grid = (parts * tiles.ceil_div(rows, config.block_m),)
     if to_small:
@@ -362,13 +364,13 @@ def _stride_and_padding(geometry):
 
 
 def _registers(config, described, tensor):
-    """Compiler options: two programs of 8 warps share a multiprocessor of NVIDIA's.
+    """Compiler options of sums of gradients, where all tiles are moved by descriptors.
 
-    Beside descriptors the sums of gradients fit 128 registers, but the compiler would rather have
-    more in flight.
+    On Hopper they then fit the registers of which two programs of 8 warps share a multiprocessor's;
+    the compiler, unasked, would rather have more in flight.
     """
-    nvidia = start.architecture(tensor).startswith("sm_")
-    return dict(maxnreg=128) if nvidia and described and config.num_warps == 8 else {}
+    shared = described and config.num_warps == 8 and start.architecture(tensor) == "sm_90"
+    return dict(maxnreg=128) if shared else {}
 
 
 def _tile(config, box):

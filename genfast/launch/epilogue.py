@@ -21,8 +21,8 @@ class Epilogue:
     Or none of these, but what a gradient needs:
 
     output: of the layer whose gradient the convolution computes, or None: the accumulator is
-        multiplied by act'(u). Where it has vectors, each tile's sums of the result g and of g * xhat
-        are returned, xhat = (z - mean) * rstd: those of batch norm's backward.
+        multiplied by act'(u). Where it has vectors, each tile's sums of the result g and of
+        g * xhat are returned, xhat = (z - mean) * rstd: those of batch norm's backward.
     sums: to return each tile's sums of g also for an output without vectors.
 
     Raises:

@@ -44,11 +44,16 @@ def activation_backward(dy, y, negative_slope, ACTIVATION: tl.constexpr):
 
 @triton.jit
 def _tanh(u):
-    # Near 0 the exponential form cancels, so Lambert's continued fraction takes over there: seven
-    # levels are exact to float64 below 1/2.
+    # Near 0 the exponential form cancels, so Lambert's continued fraction takes over there: below
+    # 1/2, five of its levels are exact to float32, seven to float64. Both forms share one division.
+    near = tl.abs(u) < 0.5
     t = tl.exp(-2.0 * tl.abs(u))
-    far = (1.0 - t) / (1.0 + t)
+    far = tl.where(u < 0, t - 1.0, 1.0 - t)
     s = u * u
-    numerator = u * (135135.0 + s * (17325.0 + s * (378.0 + s)))
-    denominator = 135135.0 + s * (62370.0 + s * (3150.0 + s * 28.0))
-    return tl.where(tl.abs(u) < 0.5, numerator / denominator, tl.where(u < 0, -far, far))
+    if u.dtype == tl.float64:
+        numerator = u * (135135.0 + s * (17325.0 + s * (378.0 + s)))
+        denominator = 135135.0 + s * (62370.0 + s * (3150.0 + s * 28.0))
+    else:
+        numerator = u * (945.0 + s * (105.0 + s))
+        denominator = 945.0 + s * (420.0 + s * 15.0)
+    return tl.where(near, numerator, far) / tl.where(near, denominator, 1.0 + t)

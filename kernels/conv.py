@@ -30,15 +30,21 @@ end are beyond the end of the second one. `big` then is [groups, N, H / STRIDE_H
 STRIDE_W, STRIDE_W * C], of which a box is one of a phase's pixels where it is as wide as they are.
 
 Addresses are 64-bit: an activation may hold more than 2^31 elements. Pixels are fewer than 2^30, so
-their numbers are divided in 32 bits: a 64-bit division is a function of 80 instructions.
+they are numbered in 32 bits: a 64-bit division is a function of 80 instructions. A pixel that is
+masked may have any number, the sum of one that wrapped around too.
+
+By pointers every load needs an address and a mask, and what computes them must not take longer than
+the products: loops only add and compare.
 """
 
 import triton
 import triton.language as tl
 
-from .loading import aligned, in_bounds, run_in_bounds
+from .loading import aligned, in_bounds, in_range, run_in_bounds, wide_product
 from .product import dot, epilogue, gradient_epilogue, zero_beyond
 
+# A row or column that is in no image, whatever tap is added.
+OUTSIDE = tl.constexpr(-(2**30))
 # Arguments that only count: another value of them is no other kernel.
 _COUNTS = ["N", "H_big", "W_big", "H_small", "W_small", "tiles_per_group"]
 
@@ -111,6 +117,8 @@ def fprop(
     )  # fmt: skip
 
     acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=ACC_DTYPE)
+    Y, X, pixel = _in_big(n, y, x, H_big, W_big, STRIDE_H, STRIDE_W, PAD_H, PAD_W)
+    Y = tl.where(exists, Y, OUTSIDE)
     if PACKED:
         cs = cs0 + tl.arange(0, BLOCK_M)
         rows = in_bounds(cs, cs < C_small).to(tl.int64) * (TAPS * C_big)
@@ -122,24 +130,29 @@ def fprop(
                 mask=(cs < C_small)[:, None] & in_k[None, :],
                 other=0.0,
             )
-            b = _load_big_packed(
-                big, n, y, x, exists, k, H_big, W_big, C_big,
-                KW, STRIDE_H, STRIDE_W, PAD_H, PAD_W, TAPS,
-            )  # fmt: skip
+            b = _load_pixels_packed(big, Y, X, pixel, k, H_big, W_big, C_big, KW, TAPS)
             acc = dot(a, b.T, acc, PRECISION)
     else:
         # Taps are the inner part of the loop: their pixels overlap, so they meet in the cache.
         for step in range(0, tl.cdiv(C_big, BLOCK_K) * TAPS):
             tap = step % TAPS
+            ky = tap // KW
+            kx = tap % KW
             cb0 = step // TAPS * BLOCK_K
             a = _load_weight(
                 weight, cs0, tap, cb0, C_small, C_big, True, TAPS, False, DESCRIPTORS,
                 BLOCK_M, BLOCK_K,
             )  # fmt: skip
-            b = _load_big(
-                big, n, y, x, exists, n0, y0, x0, tap // KW, tap % KW, cb0, H_big, W_big, C_big,
-                STRIDE_H, STRIDE_W, PAD_H, PAD_W, DESCRIPTORS, BLOCK_N, BLOCK_K,
-            )  # fmt: skip
+            if DESCRIPTORS:
+                b = _load_box_of_big(
+                    big, n0, y0, x0, ky, kx, cb0, C_big,
+                    STRIDE_H, STRIDE_W, PAD_H, PAD_W, BLOCK_N, BLOCK_K,
+                )  # fmt: skip
+            else:
+                b = _load_pixels(
+                    big, Y + ky, X + kx, pixel + (ky * W_big + kx), cb0,
+                    H_big, W_big, C_big, BLOCK_K,
+                )  # fmt: skip
             acc = dot(a, b.T, acc, PRECISION)
 
     row = cs0 + tl.arange(0, BLOCK_M)
@@ -171,9 +184,9 @@ def fprop(
     elif STORE_DESCRIPTOR:
         out.store([n0, y0, x0, cs0], acc.to(out.dtype).T.reshape(BOX_N, BOX_H, BOX_W, BLOCK_M))
     else:
-        pixel = (n * H_small + y) * W_small + x
+        stored = (n * H_small + y) * W_small + x
         tl.store(
-            out + pixel[None, :] * C_small + row[:, None],
+            out + stored.to(tl.int64)[None, :] * C_small + row[:, None],
             acc.to(out.dtype.element_ty),
             mask=(row < C_small)[:, None] & exists[None, :],
         )
@@ -268,23 +281,33 @@ def dgrad(
     )
 
     acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=ACC_DTYPE)
+    Y = tl.where(exists, y, OUTSIDE)
+    pixel = (n * H_small + y) * W_small + x
+    # A tap STRIDE further on in the kernel meets the pixel before.
+    first_ky = (py + PAD_H) % STRIDE_H
+    first_kx = (px + PAD_W) % STRIDE_W
+    first_dy = (py + PAD_H) // STRIDE_H
+    first_dx = (px + PAD_W) // STRIDE_W
     for step in range(0, tl.cdiv(C_small, BLOCK_K) * PHASE_TAPS):
         phase_tap = step % PHASE_TAPS
         cs0 = step // PHASE_TAPS * BLOCK_K
-        ky = (py + PAD_H) % STRIDE_H + phase_tap // PHASE_KW * STRIDE_H
-        kx = (px + PAD_W) % STRIDE_W + phase_tap % PHASE_KW * STRIDE_W
+        ky = first_ky + phase_tap // PHASE_KW * STRIDE_H
+        kx = first_kx + phase_tap % PHASE_KW * STRIDE_W
+        dy = first_dy - phase_tap // PHASE_KW
+        dx = first_dx - phase_tap % PHASE_KW
         in_kernel = (ky < KH) & (kx < KW)
-        # Both divisions are exact: the tap was chosen so.
-        dy = (py + PAD_H - ky) // STRIDE_H
-        dx = (px + PAD_W - kx) // STRIDE_W
         a = _load_weight(
             weight, cs0, ky * KW + kx, cb0, C_small, C_big, in_kernel, TAPS, True, DESCRIPTORS,
             BLOCK_K, BLOCK_M,
         )  # fmt: skip
-        b = _load_small(
-            small, n, y, x, exists & in_kernel, n0, y0, x0, dy, dx, cs0,
-            H_small, W_small, C_small, SMALL_DESCRIPTOR, BLOCK_N, BLOCK_K,
-        )  # fmt: skip
+        if SMALL_DESCRIPTOR:
+            b = small.load([n0, y0 + dy, x0 + dx, cs0]).reshape(BLOCK_N, BLOCK_K)
+        else:
+            # A tap beside the kernel meets no pixel: zero times an infinite one would be NaN.
+            b = _load_pixels(
+                small, Y + tl.where(in_kernel, dy, OUTSIDE), x + dx, pixel + (dy * W_small + dx),
+                cs0, H_small, W_small, C_small, BLOCK_K,
+            )  # fmt: skip
         acc = dot(a, b.T, acc, PRECISION)
 
     # A group's statistics lie together: its phases, and their tiles.
@@ -320,9 +343,9 @@ def dgrad(
         box = acc.to(out.dtype).T.reshape(BOX_N, BOX_H, 1, BOX_W, BLOCK_M)
         out.store([n0, y0, py, x0, px * C_big + cb0], box)
     else:
-        pixel = (n * H_big + y * STRIDE_H + py) * W_big + x * STRIDE_W + px
+        stored = (n * H_big + y * STRIDE_H + py) * W_big + x * STRIDE_W + px
         tl.store(
-            out + pixel[None, :] * C_big + row[:, None],
+            out + stored.to(tl.int64)[None, :] * C_big + row[:, None],
             acc.to(out.dtype.element_ty),
             mask=(row < C_big)[:, None] & exists[None, :],
         )
@@ -379,24 +402,38 @@ def wgrad(
     cb = cb0 + tl.arange(0, BLOCK_N)
 
     pixels = N * H_small * W_small
+    first = split * tiles_per_split
+    n, y, x, exists, count, n0, y0, x0 = _pixels(
+        first, 0, N, H_small, W_small, BLOCK_K, BOX_N, BOX_H, BOX_W, DESCRIPTORS,
+    )  # fmt: skip
+    # A program's tap is always the same, unless all are columns.
+    ky = tap // KW
+    kx = tap % KW
+    Y, X, pixel = _in_big(n, y, x, H_big, W_big, STRIDE_H, STRIDE_W, PAD_H - ky, PAD_W - kx)
     acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=ACC_DTYPE)
     for step in range(0, tiles_per_split):
-        tile = split * tiles_per_split + step
-        n, y, x, exists, count, n0, y0, x0 = _pixels(
-            tile, 0, N, H_small, W_small, BLOCK_K, BOX_N, BOX_H, BOX_W, DESCRIPTORS,
-        )  # fmt: skip
+        tile = first + step
         a = _load_small_transposed(
             small, tile, pixels, cs0, C_small, SMALL_DESCRIPTOR, BLOCK_K, BLOCK_M
         )
-        if PACKED:
-            b = _load_big_packed(
-                big, n, y, x, exists, cb, H_big, W_big, C_big,
-                KW, STRIDE_H, STRIDE_W, PAD_H, PAD_W, TAPS,
+        if DESCRIPTORS:
+            n, y, x, exists, count, n0, y0, x0 = _pixels(
+                tile, 0, N, H_small, W_small, BLOCK_K, BOX_N, BOX_H, BOX_W, DESCRIPTORS,
+            )  # fmt: skip
+            b = _load_box_of_big(
+                big, n0, y0, x0, ky, kx, cb0, C_big,
+                STRIDE_H, STRIDE_W, PAD_H, PAD_W, BLOCK_K, BLOCK_N,
             )  # fmt: skip
         else:
-            b = _load_big(
-                big, n, y, x, exists, n0, y0, x0, tap // KW, tap % KW, cb0, H_big, W_big, C_big,
-                STRIDE_H, STRIDE_W, PAD_H, PAD_W, DESCRIPTORS, BLOCK_K, BLOCK_N,
+            exists = tl.arange(0, BLOCK_K) < pixels - tile * BLOCK_K
+            inside = tl.where(exists, Y, OUTSIDE)
+            if PACKED:
+                b = _load_pixels_packed(big, inside, X, pixel, cb, H_big, W_big, C_big, KW, TAPS)
+            else:
+                b = _load_pixels(big, inside, X, pixel, cb0, H_big, W_big, C_big, BLOCK_N)
+            Y, X, pixel = _next_in_big(
+                Y, X, pixel, BLOCK_K, H_small, W_small, H_big, W_big, STRIDE_H, STRIDE_W,
+                PAD_H - ky, PAD_W - kx,
             )  # fmt: skip
         acc = dot(a, b, acc, PRECISION)
 
@@ -434,7 +471,7 @@ def _pixels(
         n0 = first + tile // (tiles_h * tiles_w) * BOX_N
         y0 = tile // tiles_w % tiles_h * BOX_H
         x0 = tile % tiles_w * BOX_W
-        n = (n0 + lane // (BOX_H * BOX_W)).to(tl.int64)
+        n = n0 + lane // (BOX_H * BOX_W)
         y = y0 + lane // BOX_W % BOX_H
         x = x0 + lane % BOX_W
         count = tl.minimum(BOX_N, first + N - n0)
@@ -447,7 +484,7 @@ def _pixels(
         rows = tl.maximum(H, 1)
         columns = tl.maximum(W, 1)
         pixel = tile * BLOCK + lane
-        n = (first + pixel // (rows * columns)).to(tl.int64)
+        n = first + pixel // (rows * columns)
         y = pixel // columns % rows
         x = pixel % columns
         count = tl.minimum(BLOCK, tl.maximum(N * H * W - tile * BLOCK, 0))
@@ -455,76 +492,88 @@ def _pixels(
 
 
 @triton.jit
-def _load_big(
-    big, n, y, x, exists, n0, y0, x0, ky, kx, c0, H, W, C,
-    STRIDE_H: tl.constexpr, STRIDE_W: tl.constexpr, PAD_H: tl.constexpr, PAD_W: tl.constexpr,
-    DESCRIPTORS: tl.constexpr, PIXELS: tl.constexpr, CHANNELS: tl.constexpr,
-):  # fmt: skip
-    """[PIXELS, CHANNELS] of big: what meets small's (n, y, x) at a tap, channels c0 on."""
-    if DESCRIPTORS:
-        # Device division rounds towards zero; adding PAD strides first makes it a floor.
-        shift_y = (ky - PAD_H + PAD_H * STRIDE_H) // STRIDE_H - PAD_H
-        shift_x = (kx - PAD_W + PAD_W * STRIDE_W) // STRIDE_W - PAD_W
-        parity_y = ky - PAD_H - shift_y * STRIDE_H
-        parity_x = kx - PAD_W - shift_x * STRIDE_W
-        box = big.load([n0, y0 + shift_y, parity_y, x0 + shift_x, parity_x * C + c0])
-        values = box.reshape(PIXELS, CHANNELS)
-    else:
-        c = c0 + tl.arange(0, CHANNELS)
-        Y = y * STRIDE_H - PAD_H + ky
-        X = x * STRIDE_W - PAD_W + kx
-        inside = exists & (Y >= 0) & (Y < H) & (X >= 0) & (X < W)
-        pixel = in_bounds((n * H + Y) * W + X, inside)
-        values = tl.load(
-            big + pixel[:, None] * C + run_in_bounds(c, c < C)[None, :],
-            mask=inside[:, None] & (c < C)[None, :],
-            other=0.0,
-        )
-    return values
+def _in_big(n, y, x, H, W, STRIDE_H: tl.constexpr, STRIDE_W: tl.constexpr, pad_h, pad_w):
+    """Where small's pixels meet big: row and column, which may be outside, and number of the pixel.
+
+    pad_h, pad_w: the padding, less the tap.
+    """
+    Y = y * STRIDE_H - pad_h
+    X = x * STRIDE_W - pad_w
+    return Y, X, (n * H + Y) * W + X
 
 
 @triton.jit
-def _load_big_packed(
-    big, n, y, x, exists, k, H, W, C,
-    KW: tl.constexpr, STRIDE_H: tl.constexpr, STRIDE_W: tl.constexpr,
-    PAD_H: tl.constexpr, PAD_W: tl.constexpr, TAPS: tl.constexpr,
+def _next_in_big(
+    Y, X, pixel, PIXELS: tl.constexpr, H_small, W_small, H_big, W_big,
+    STRIDE_H: tl.constexpr, STRIDE_W: tl.constexpr, pad_h, pad_w,
 ):  # fmt: skip
-    """As `_load_big`, each column k being a tap and a channel: k = (ky * KW + kx) * C + c."""
+    """What `_in_big` gives for the pixels that come PIXELS later in small's memory.
+
+    Carried from tile to tile: three divisions for each pixel would be most of wgrad's instructions.
+    All but comparisons and additions is the same in every tile.
+    """
+    step_x = PIXELS % W_small
+    step_y = PIXELS // W_small % H_small
+    step_n = PIXELS // W_small // H_small
+    Y += step_y * STRIDE_H
+    X += step_x * STRIDE_W
+    pixel += (step_n * H_big + step_y * STRIDE_H) * W_big + step_x * STRIDE_W
+    beyond = W_small * STRIDE_W - pad_w <= X
+    X = tl.where(beyond, X - W_small * STRIDE_W, X)
+    Y = tl.where(beyond, Y + STRIDE_H, Y)
+    pixel = tl.where(beyond, pixel + (STRIDE_H * W_big - W_small * STRIDE_W), pixel)
+    beyond = H_small * STRIDE_H - pad_h <= Y
+    Y = tl.where(beyond, Y - H_small * STRIDE_H, Y)
+    pixel = tl.where(beyond, pixel + (H_big - H_small * STRIDE_H) * W_big, pixel)
+    return Y, X, pixel
+
+
+@triton.jit
+def _load_box_of_big(
+    big, n0, y0, x0, ky, kx, c0, C,
+    STRIDE_H: tl.constexpr, STRIDE_W: tl.constexpr, PAD_H: tl.constexpr, PAD_W: tl.constexpr,
+    PIXELS: tl.constexpr, CHANNELS: tl.constexpr,
+):  # fmt: skip
+    """[PIXELS, CHANNELS] of big by its descriptor: what meets a box of small at a tap."""
+    # Device division rounds towards zero; adding PAD strides first makes it a floor.
+    shift_y = (ky - PAD_H + PAD_H * STRIDE_H) // STRIDE_H - PAD_H
+    shift_x = (kx - PAD_W + PAD_W * STRIDE_W) // STRIDE_W - PAD_W
+    parity_y = ky - PAD_H - shift_y * STRIDE_H
+    parity_x = kx - PAD_W - shift_x * STRIDE_W
+    box = big.load([n0, y0 + shift_y, parity_y, x0 + shift_x, parity_x * C + c0])
+    return box.reshape(PIXELS, CHANNELS)
+
+
+@triton.jit
+def _load_pixels(source, Y, X, pixel, c0, H, W, C, CHANNELS: tl.constexpr):
+    """[pixels, CHANNELS] of rows Y and columns X, channels c0 on; zeros outside of the image.
+
+    pixel: the pixels' numbers in the whole batch.
+    """
+    c = c0 + tl.arange(0, CHANNELS)
+    inside = in_range(Y, H) & in_range(X, W)
+    row = wide_product(in_bounds(pixel, inside), C)
+    return tl.load(
+        source + run_in_bounds(c, c < C)[None, :] + row[:, None],
+        mask=inside[:, None] & (c < C)[None, :],
+        other=0.0,
+    )
+
+
+@triton.jit
+def _load_pixels_packed(big, Y0, X0, pixel, k, H, W, C, KW: tl.constexpr, TAPS: tl.constexpr):
+    """As `_load_pixels`, each column k being a tap and a channel: k = (ky * KW + kx) * C + c."""
     tap = k // C
     ky = tap // KW
     kx = tap % KW
-    Y0 = y * STRIDE_H - PAD_H
-    X0 = x * STRIDE_W - PAD_W
     Y = Y0[:, None] + ky[None, :]
     X = X0[:, None] + kx[None, :]
-    inside = exists[:, None] & (tap < TAPS)[None, :] & (Y >= 0) & (Y < H) & (X >= 0) & (X < W)
+    inside = (tap < TAPS)[None, :] & in_range(Y, H) & in_range(X, W)
     # A row's part and a column's part: one 64-bit addition an element, which saves registers.
-    row_offset = ((n * H + Y0) * W + X0) * C
+    row_offset = pixel.to(tl.int64) * C
     column_offset = (ky * W + kx) * C + k % C
     offset = in_bounds(row_offset[:, None] + column_offset[None, :], inside)
     return tl.load(big + offset, mask=inside, other=0.0)
-
-
-@triton.jit
-def _load_small(
-    small, n, y, x, exists, n0, y0, x0, dy, dx, c0, H, W, C,
-    DESCRIPTORS: tl.constexpr, PIXELS: tl.constexpr, CHANNELS: tl.constexpr,
-):  # fmt: skip
-    """[PIXELS, CHANNELS] of small: the pixels (n, y + dy, x + dx), channels c0 and on."""
-    if DESCRIPTORS:
-        values = small.load([n0, y0 + dy, x0 + dx, c0]).reshape(PIXELS, CHANNELS)
-    else:
-        c = c0 + tl.arange(0, CHANNELS)
-        Y = y + dy
-        X = x + dx
-        inside = exists & (Y >= 0) & (Y < H) & (X >= 0) & (X < W)
-        pixel = in_bounds((n * H + Y) * W + X, inside)
-        values = tl.load(
-            small + pixel[:, None] * C + run_in_bounds(c, c < C)[None, :],
-            mask=inside[:, None] & (c < C)[None, :],
-            other=0.0,
-        )
-    return values
 
 
 @triton.jit
@@ -542,7 +591,7 @@ def _load_small_transposed(
     else:
         pixel = tile * PIXELS + tl.arange(0, PIXELS)
         c = c0 + tl.arange(0, CHANNELS)
-        row = in_bounds(pixel, pixel < pixels).to(tl.int64) * C
+        row = wide_product(in_bounds(pixel, pixel < pixels), C)
         values = tl.load(
             small + run_in_bounds(c, c < C)[:, None] + row[None, :],
             mask=(c < C)[:, None] & (pixel < pixels)[None, :],
@@ -554,7 +603,8 @@ def _load_small_transposed(
 @triton.jit
 def _load_below(below, pixel, exists, row, C):
     """[rows, pixels] of the layer below: what lies where the result will, by the same addresses."""
-    offset = run_in_bounds(row, row < C)[:, None] + in_bounds(pixel, exists)[None, :] * C
+    first = in_bounds(pixel, exists).to(tl.int64) * C
+    offset = run_in_bounds(row, row < C)[:, None] + first[None, :]
     return tl.load(below + offset, mask=(row < C)[:, None] & exists[None, :], other=0.0)
 
 
@@ -573,17 +623,20 @@ def _load_weight(
         if TRANSPOSED:
             values = values.T
     else:
-        cs = cs0 + tl.arange(0, SMALL)
+        lane = tl.arange(0, SMALL)
         cb = cb0 + tl.arange(0, BIG)
-        in_cs = (cs < C_small) & in_kernel
+        in_cs = lane < C_small - cs0
         in_cb = cb < C_big
-        row = in_bounds(cs.to(tl.int64) * TAPS + tap, in_cs) * C_big
-        column = run_in_bounds(cb, in_cb)
         if TRANSPOSED:
-            offset = column[:, None] + row[None, :]
-            mask = in_cb[:, None] & in_cs[None, :]
+            # The first of these channels exists; a tap beside the kernel has the address of tap 0.
+            first = (cs0.to(tl.int64) * TAPS + tl.where(in_kernel, tap, 0)) * C_big
+            row = wide_product(in_bounds(lane, in_cs) * TAPS, C_big)
+            offset = run_in_bounds(cb, in_cb)[:, None] + row[None, :]
+            mask = in_cb[:, None] & (in_cs & in_kernel)[None, :]
         else:
-            offset = row[:, None] + column[None, :]
+            first = tap.to(tl.int64) * C_big
+            row = in_bounds(cs0 + lane, in_cs).to(tl.int64) * TAPS * C_big
+            offset = row[:, None] + run_in_bounds(cb, in_cb)[None, :]
             mask = in_cs[:, None] & in_cb[None, :]
-        values = tl.load(weight + offset, mask=mask, other=0.0)
+        values = tl.load(weight + first + offset, mask=mask, other=0.0)
     return values

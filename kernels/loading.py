@@ -19,6 +19,22 @@ def in_bounds(index, exists):
 
 
 @triton.jit
+def in_range(index, size):
+    """0 <= index < size by one comparison: without its sign a negative index is a large one."""
+    return tl.cast(index, tl.uint32) < tl.cast(size, tl.uint32)
+
+
+@triton.jit
+def wide_product(a, b):
+    """a * b in 64 bits, of 32-bit integers that are not negative.
+
+    Where the compiler does not know that no sign is extended, the product takes six instructions,
+    with it one: the factor that stays the same in a loop is extended before the loop.
+    """
+    return tl.cast(tl.cast(a, tl.uint32), tl.int64) * tl.cast(tl.cast(b, tl.uint32), tl.int64)
+
+
+@triton.jit
 def run_in_bounds(index, exists):
     """As `in_bounds`, for the axis along which memory is contiguous: loads stay vectors.
 

@@ -1,247 +1,158 @@
-"""Compile every kernel and shipped configuration for GPUs that are not here, and read the result.
+"""Compile kernels for GPUs that are not here, and read the result.
 
-    python tests/ahead_of_time.py sm_90            a table
-    python tests/ahead_of_time.py sm_90 --json     one JSON object a kernel, for the tests
-    python tests/ahead_of_time.py sm_89 --few      each kernel and each shipped tile at least once
+    python tests/ahead_of_time.py sm_90                   every kernel and configuration, a table
+    python tests/ahead_of_time.py sm_89 --few             each kernel and shipped tile at least once
+    python tests/ahead_of_time.py sm_90 --of from_image   its cases; `outputs`: to_image and logits
+    python tests/ahead_of_time.py sm_90 --code            with what the machine code holds (NVIDIA)
+    python tests/ahead_of_time.py sm_90 --json            a JSON object a launch, for the tests
 
-The kernels are those that `genfast.launch` would start for the cases below: it runs as it is, with
-the starting replaced by compiling and the architecture by the one asked for. Nothing executes, so
-the tensors' values mean nothing. Not for TRITON_INTERPRET=1. With another Triton first on
-PYTHONPATH, it is that one which compiles.
+The kernels are those that `genfast.launch` would start for the cases: it runs as it is, with the
+starting replaced by compiling and the architecture by the one asked for. Nothing executes, so the
+tensors' values mean nothing. Not for TRITON_INTERPRET=1. With another Triton first on PYTHONPATH,
+it is that one which compiles.
 """
 
 import argparse
 import contextlib
-import dataclasses
+import importlib
 import json
+import os
 import re
 import subprocess
-import tempfile
-from functools import partial
+import sys
+from collections import Counter
 from pathlib import Path
-from unittest import mock
 
-import torch
 import triton
 
-from benchmarks.gpu.problems import call, forced
-from benchmarks.model.driver import TARGETS, AbsentDriver
-from genfast.geometry import ConvGeometry
-from genfast.launch import conv, losses, norm, sampling, start, tiles
-from genfast.launch.conv import Epilogue
+from benchmarks.model import machine_code
+from benchmarks.model.driver import TARGETS
+from benchmarks.model.recording import compiling
 
-OPERATIONS = ("fprop", "dgrad", "wgrad")
-ACTIVATIONS = ("relu", "leaky_relu", "tanh", "sigmoid", "identity")
+HERE = Path(__file__).parent
+# Of the cases, each a file beside this one: ahead_of_time_every.py and so on.
+CASES = ("every", "from_image", "outputs")
+# Instructions in PTX, or in what AMD's assembler reads.
+ASSEMBLY = {
+    "matrix": r"wgmma\.mma_async|tcgen05\.mma|mma\.sync|v_mfma",
+    "wgmma": r"wgmma\.mma_async",
+    "tma": r"cp\.async\.bulk\.tensor",
+}
 
 
-def compile_cases(architecture, few=False):
-    """Compile what the cases start; yield a dictionary of facts for each distinct kernel.
+def facts_of(architecture, *options, of="every", triton=None):
+    """The facts of each launch, from a process where nothing is interpreted, for the tests.
 
     Args:
         architecture: a key of `TARGETS`.
-        few: whether each kernel, and each shipped tile, once in bfloat16 is enough, and the widest
-            tile for each precision of float32.
+        options: "--few" and "--code".
+        of: one of `CASES`.
+        triton: a folder that holds a Triton to compile with; None for the installed one.
     """
-    triton.runtime.driver.set_active(AbsentDriver(architecture))
-    started = {}
-
-    def record(kernel, grid, **arguments):
-        compiled = kernel.warmup(**arguments, grid=grid)
-        facts = {
-            "triton": triton.__version__,
-            "kernel": kernel.__name__,
-            "dtype": _dtype(arguments),
-            "precision": arguments.get("PRECISION", ""),
-            "loader": "descriptors" if arguments.get("DESCRIPTORS") else "pointers",
-            "tile": [arguments[k] for k in ("BLOCK_M", "BLOCK_N", "BLOCK_K") if k in arguments],
-            "warps": compiled.metadata.num_warps,
-            "shared": compiled.metadata.shared,
-        }
-        started.setdefault(compiled.hash, facts | _read(compiled, architecture))
-
-    with (
-        mock.patch.object(start, "kernel", record),
-        mock.patch.object(start, "architecture", lambda tensor: architecture),
-    ):
-        for precision, config, case in _cases(architecture, few):
-            before = set(started)
-            with _rounding(precision), forced(config) if config else contextlib.nullcontext():
-                case()
-            yield from (started[key] for key in started if key not in before)
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    paths = [HERE.parent] if triton is None else [triton, HERE.parent]
+    environment["PYTHONPATH"] = os.pathsep.join(map(str, paths))
+    command = [sys.executable, __file__, architecture, "--of", of, "--json", *options]
+    result = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr[-2000:]
+    return [json.loads(line) for line in result.stdout.splitlines()]
 
 
-def _rounding(precision):
-    """Within, products of float32 round so, whatever PyTorch's settings."""
+def compile_cases(architecture, cases, code=False):
+    """Compile what the cases start; yield a dictionary of facts for each launch.
 
-    def chosen(tensor):
-        return precision if tensor.dtype == torch.float32 else "ieee"
-
-    return mock.patch.object(start, "precision", chosen)
-
-
-def _cases(architecture, few):
-    """(precision, configuration or None for the one that is chosen, what to call)."""
-    k4s2 = ConvGeometry((16, 16), (8, 8), (4, 4), (2, 2), (1, 1))
-    whole = ConvGeometry((4, 4), (1, 1), (4, 4), (1, 1), (0, 0))
-    k3s2_odd = ConvGeometry((15, 15), (8, 8), (3, 3), (2, 2), (1, 1))
-    half, *_, ieee = tiles.precisions(architecture)
-    for precision in tiles.precisions(architecture):
-        dtype = torch.bfloat16 if precision == half else torch.float32
-        aligned = tiles.shipped(architecture, precision)
-        scattered = tiles.shipped(architecture, precision, scattered=True)
-        for shipped, geometry, channels in (
-            (aligned, k4s2, (256, 128)),
-            (scattered, k3s2_odd, (40, 24)),
-        ):
-            for tile, config in enumerate(shipped):
-                if few and precision != half and (tile or shipped is scattered):
-                    continue
-                operations = OPERATIONS
-                if few and precision != "ieee" and (precision, tile) != (half, 0):
-                    # Each tile once, in turns. Without tensor cores registers are scarce.
-                    operations = (OPERATIONS[(tile + 1) % 3],)
-                arguments = geometry, dtype, *channels
-                yield precision, config, partial(_convolutions, *arguments, operations=operations)
-        # What runs where geometry or alignment forbid descriptors.
-        if aligned[0].descriptors and precision != "tf32" and not few:
-            pointers = dataclasses.replace(aligned[0], descriptors=False)
-            yield precision, pointers, partial(_convolutions, k4s2, dtype, 256, 128)
-    if few:
-        yield half, None, partial(_around, torch.bfloat16, ("leaky_relu",))
-        return
-    yield half, None, partial(_around, torch.bfloat16, ACTIVATIONS)
-    yield ieee, tiles.shipped(architecture, ieee)[0], partial(_around, torch.float32, ("relu",))
-    # The ends of the networks. Triton makes an argument of 1 a constant, so sizes of 1 are kernels
-    # of their own.
-    yield half, None, partial(_convolutions, k4s2, torch.bfloat16, 128, 3)
-    yield half, None, partial(_convolutions, whole, torch.bfloat16, 1, 64)
-    yield half, None, partial(_convolutions, whole, torch.bfloat16, 112, 64, batch=1)
-    yield ieee, None, partial(_convolutions, k4s2, torch.float32, 128, 3)
-    # float16 differs from bfloat16 in the name of an instruction.
-    yield half, None, partial(_convolutions, k4s2, torch.float16, 256, 128)
-    yield half, None, partial(_convolutions, k3s2_odd, torch.float16, 40, 24)
-    yield from _tuned_cases(architecture)
+    Args:
+        architecture: a key of `TARGETS`.
+        cases: pairs of a name and what to call.
+        code: whether to read the machine code too.
+    """
+    known = {}
+    with compiling(architecture) as recorder:
+        for name, case in cases:
+            recorder.launches.clear()
+            case()
+            for launch in recorder.launches:
+                if launch.compiled not in known:
+                    known[launch.compiled] = _read(recorder.code[launch.compiled], code)
+                yield {"case": name, **_asked(launch), **known[launch.compiled]}
 
 
-def _tuned_cases(architecture):
-    """One product for each operation and tile in the table of what was timed."""
-    found = {}
-    for where, problem, config in tiles.read_tuned():
-        if where == architecture and not config.library:
-            key = problem.operation, problem.precision, problem.scattered, config
-            found.setdefault(key, problem)
-    for (_, precision, _, config), problem in found.items():
-        small = dataclasses.replace(problem, images=min(problem.images, 64))
-        yield precision, config, lambda p=small: call(p, "cpu")()
-
-
-def _image(channels, size, dtype, batch=64):
-    return torch.empty(batch, channels, *size, dtype=dtype).to(memory_format=torch.channels_last)
-
-
-def _convolutions(geometry, dtype, c_small, c_big, batch=64, operations=OPERATIONS):
-    big = _image(c_big, geometry.big, dtype, batch)
-    small = _image(c_small, geometry.small, dtype, batch)
-    weight = torch.empty(c_small, c_big, *geometry.kernel_size, dtype=dtype)
-    statistics = Epilogue(groups=2)
-    if "fprop" in operations:
-        conv.fprop(big, weight, geometry, statistics)
-    if "dgrad" in operations:
-        conv.dgrad(small, weight, geometry, statistics)
-    if "wgrad" in operations:
-        conv.wgrad(big, small, geometry)
-
-
-def _around(dtype, activations):
-    """Batch norm, sampling and losses, and the epilogues of the generator's end and of eval."""
-    geometry = ConvGeometry((16, 16), (8, 8), (4, 4), (2, 2), (1, 1))
-    z = _image(64, geometry.big, dtype)
-    small = _image(128, geometry.small, dtype)
-    weight, bias = torch.empty(128, 64, 4, 4, dtype=dtype), torch.empty(64, dtype=dtype)
-    gamma, beta = torch.empty(64), torch.empty(64)
-    conv.dgrad(small, weight, geometry, Epilogue(bias=bias, activation="tanh"))
-    evaluation = Epilogue(vectors=torch.empty(1, 5, 64), activation="relu")
-    conv.dgrad(small, weight, geometry, evaluation)
-    _, statistics = conv.dgrad(small, weight, geometry, Epilogue(groups=1))
-    running = torch.empty(64), torch.empty(64), 0.1
-    norm.batch_statistics(norm.TileStatistics(
-        torch.empty(999), torch.empty(999, 64), torch.empty(999, 64), 1, 1
-    ), gamma, beta, 1e-5, *running)  # fmt: skip
-    vectors = norm.batch_statistics(statistics, gamma, beta, 1e-5, *running)
-    norm.statistics_of(z, groups=2)
-    for activation in activations:
-        options = dict(activation=activation, negative_slope=0.2)
-        norm.normalize_activate(z, vectors, **options)
-        norm.norm_backward(z, z, vectors, training=True, need_dz=True, **options)
-        norm.activation_backward(z, z, **options)
-    options = dict(need_dz=True, activation="relu", negative_slope=0.0)
-    norm.norm_backward(z, z, vectors, training=False, **options)
-    few = z[:16]  # Whose sums `norm_backward` finishes itself.
-    norm.norm_backward(few, few, vectors, training=True, **options)
-    seed = torch.empty(1, dtype=torch.int64)
-    for with_kl, shape in ((False, (128, 100)), (True, (128, 100)), (True, (1, 1))):
-        mu = torch.empty(shape, dtype=dtype)
-        sampling.reparameterize(mu, mu, seed, with_kl=with_kl)
-        sampling.reparameterize_backward(mu, mu[:, 0] if with_kl else None, mu, mu, seed)
-    for logits in (torch.empty(128, dtype=dtype), torch.empty(128 * 784, dtype=dtype)):
-        for targets in (0, 1, 64, logits):
-            losses.logistic_loss(logits, targets, 1.0)
-            losses.logistic_loss_backward(torch.empty(()), logits, targets, 1.0)
-
-
-def _dtype(arguments):
-    floats = (getattr(a, "base", a) for a in arguments.values())
-    dtypes = (a.dtype for a in floats if isinstance(a, torch.Tensor) and a.is_floating_point())
-    return str(next(dtypes)).removeprefix("torch.")
-
-
-def _read(compiled, architecture):
-    if architecture.startswith("gfx"):
-        text = compiled.asm["amdgcn"]
-        return {
-            "registers": _number(r"\.vgpr_count:\s+(\d+)", text),
-            "spills": _number(r"\.vgpr_spill_count:\s+(\d+)", text),
-            "matrix": len(re.findall(r"v_mfma", text)),
-            "tma": 0,
-        }
-    ptx = compiled.asm["ptx"]
-    with tempfile.TemporaryDirectory() as folder:
-        cubin = Path(folder) / "kernel.cubin"
-        cubin.write_bytes(compiled.asm["cubin"])
-        command = [triton.knobs.nvidia.cuobjdump.path, "-res-usage", cubin]
-        usage = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+def _asked(launch):
+    arguments = launch.arguments
     return {
-        "registers": _number(r"REG:(\d+)", usage),
-        "spills": _number(r"LOCAL:(\d+)", usage) + _number(r"STACK:(\d+)", usage),
-        "matrix": len(re.findall(r"wgmma\.mma_async|tcgen05\.mma|mma\.sync", ptx)),
-        "wgmma": len(re.findall(r"wgmma\.mma_async", ptx)),
-        "tma": len(re.findall(r"cp\.async\.bulk\.tensor", ptx)),
+        "triton": triton.__version__,
+        "kernel": launch.name,
+        "hash": launch.compiled,
+        "dtype": launch.dtype,
+        "precision": arguments.get("PRECISION", ""),
+        "loader": "descriptors" if arguments.get("DESCRIPTORS") else "pointers",
+        "tile": [arguments[k] for k in ("BLOCK_M", "BLOCK_N", "BLOCK_K") if k in arguments],
     }
 
 
-def _number(pattern, text):
-    return int(re.search(pattern, text).group(1))
+def _read(compiled, code):
+    facts = {"warps": compiled.warps, "shared": compiled.shared}
+    for name, pattern in ASSEMBLY.items():
+        facts[name] = len(re.findall(pattern, compiled.assembly))
+    if not code:
+        return facts | machine_code.resources(compiled)
+    read = machine_code.read(compiled)
+    loop = max(read.regions[1:], key=lambda region: region.instructions, default=None)
+    return facts | {
+        "registers": read.registers,
+        "spills": read.spills,
+        **_held(read.regions),
+        "loop": _held([loop] if loop else []),
+    }
+
+
+def _held(regions):
+    """Instructions, and of those that move memory {bytes of a thread: how many}.
+
+    The bytes are texts, as the keys of JSON are.
+    """
+    held = {"instructions": sum(region.instructions for region in regions)}
+    for kind, opcode in (("loads", "LDG"), ("copies", "LDGSTS"), ("stores", "STG")):
+        total = Counter()
+        for region in regions:
+            total.update(region.widths(opcode))
+        held[kind] = {str(width): count for width, count in total.items()}
+    return held
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("architecture", choices=TARGETS)
-    parser.add_argument("--few", action="store_true", help="not every case: see above")
-    parser.add_argument("--json", action="store_true", help="one JSON object a line")
+    parser.add_argument("--of", choices=CASES, default="every", help="whose cases")
+    parser.add_argument("--few", action="store_true", help="not every case")
+    parser.add_argument("--code", action="store_true", help="read the machine code too")
+    parser.add_argument("--json", action="store_true", help="one JSON object a launch")
     arguments = parser.parse_args()
+    cases = importlib.import_module(f"ahead_of_time_{arguments.of}").cases
+    chosen = cases(arguments.architecture, arguments.few)
+    seen = set()
     with contextlib.suppress(BrokenPipeError):
-        for facts in compile_cases(arguments.architecture, arguments.few):
-            print(json.dumps(facts) if arguments.json else _row(facts), flush=True)
+        for facts in compile_cases(arguments.architecture, chosen, arguments.code):
+            if arguments.json:
+                print(json.dumps(facts), flush=True)
+            elif facts["hash"] not in seen:
+                print(_row(facts), flush=True)
+            seen.add(facts["hash"])
 
 
 def _row(facts):
     tile = "x".join(map(str, facts["tile"]))
-    return (
-        f"{facts['kernel']:32} {facts['dtype']:9} {facts['precision']:5} {facts['loader']:11} "
-        f"{tile:11} "
-        f"{facts['warps']} warps {facts['registers']:4} registers {facts['spills']:4} spills "
-        f"{facts['shared']:7} B shared {facts['matrix']:4} matrix {facts['tma']:3} TMA"
+    row = (
+        f"{facts['kernel']:32} {facts['case']:16} {facts['dtype']:9} {facts['precision']:5} "
+        f"{facts['loader']:11} {tile:11} {facts['warps']} warps {facts['registers']:4} registers "
+        f"{facts['spills']:4} spills {facts['shared']:7} B shared {facts['matrix']:4} matrix "
+        f"{facts['tma']:3} TMA"
     )
+    if "instructions" in facts:
+        loop = facts["loop"]["instructions"]
+        row += f" {facts['instructions']:5} instructions {loop:4} in the longest loop"
+        row += "".join(f" {kind} {facts[kind]}" for kind in ("loads", "copies", "stores"))
+    return row
 
 
 if __name__ == "__main__":

@@ -58,8 +58,22 @@ BUGS = (
     Bug(
         "pixels beyond the right edge are read",
         "kernels/conv.py",
-        "    X = x + dx\n        inside = exists & (Y >= 0) & (Y < H) & (X >= 0) & (X < W)",
-        "    X = x + dx\n        inside = exists & (Y >= 0) & (Y < H) & (X >= 0)",
+        "inside = in_range(Y, H) & in_range(X, W)\n    row",
+        "inside = in_range(Y, H) & (X >= 0)\n    row",
+        STRIDED,
+    ),
+    Bug(
+        "a pixel carried to the next row keeps its place in big",
+        "kernels/conv.py",
+        "pixel + (STRIDE_H * W_big - W_small * STRIDE_W), pixel)",
+        "pixel - W_small * STRIDE_W, pixel)",
+        STRIDED,
+    ),
+    Bug(
+        "a pixel carried to the next image keeps its row",
+        "kernels/conv.py",
+        "Y = tl.where(beyond, Y - H_small * STRIDE_H, Y)",
+        "Y = tl.where(beyond, Y, Y)",
         STRIDED,
     ),
     Bug(
@@ -128,8 +142,8 @@ BUGS = (
     Bug(
         "pixels of the layer below lose their channel",
         "kernels/conv.py",
-        "offset = run_in_bounds(row, row < C)[:, None] + in_bounds(pixel, exists)",
-        "offset = in_bounds(row, row < 0)[:, None] + in_bounds(pixel, exists)",
+        "offset = run_in_bounds(row, row < C)[:, None] + first",
+        "offset = in_bounds(row, row < 0)[:, None] + first",
         GRADIENT,
     ),
     Bug(
@@ -177,8 +191,8 @@ BUGS = (
     Bug(
         "packed taps lose their column",
         "kernels/conv.py",
-        "kx = tap % KW\n    Y0",
-        "kx = tap // KW\n    Y0",
+        "kx = tap % KW\n    Y = Y0",
+        "kx = tap // KW\n    Y = Y0",
         TILES,
     ),
     Bug(
@@ -271,6 +285,20 @@ BUGS = (
         "du = tl.where(y > 0, dy, dy * negative_slope)",
         "du = tl.where(y > 0, dy, dy * 0.01)",
         TILES,
+    ),
+    Bug(
+        "tanh loses the digits of small values",
+        "kernels/activation.py",
+        "near = tl.abs(u) < 0.5",
+        "near = tl.abs(u) < 0.0",
+        "test_edge_values.py::test_tanh_keeps_its_digits_at_every_magnitude",
+    ),
+    Bug(
+        "every GPU has the grids of one",
+        "genfast/launch/passes.py",
+        "predict.chip(start.architecture(tensor)).multiprocessors",
+        "132",
+        "test_grids.py",
     ),
     Bug(
         "relu swallows NaN",

@@ -1,15 +1,14 @@
 """Every kernel and shipped configuration compiles for GPUs that are not here, and compiles well."""
 
-import json
-import os
 import re
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
 pytest.importorskip("triton", reason="compiles Triton kernels")
+
+from ahead_of_time import facts_of
 
 from genfast.launch import tiles
 
@@ -58,27 +57,10 @@ OLDEST_TRITON = Path(sys.prefix) / f"triton-{OLDEST}"
 ON_OLDEST = ("sm_80", "sm_90")  # One for each way to load.
 
 
-def compile_for(architecture, *options, triton=None):
-    """The facts of each kernel, from a process where nothing is interpreted.
-
-    Args:
-        architecture: a key of `SHARED`.
-        options: of tests/ahead_of_time.py.
-        triton: a folder that holds a Triton to compile with; None for the installed one.
-    """
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    paths = [HERE.parent] if triton is None else [triton, HERE.parent]
-    environment["PYTHONPATH"] = os.pathsep.join(map(str, paths))
-    command = [sys.executable, str(HERE / "ahead_of_time.py"), architecture, "--json", *options]
-    result = subprocess.run(command, env=environment, capture_output=True, text=True)
-    assert result.returncode == 0, result.stderr[-2000:]
-    return [json.loads(line) for line in result.stdout.splitlines()]
-
-
 @pytest.mark.parametrize("architecture", SHARED)
 def test_every_kernel_and_configuration_compiles(architecture):
     in_full = architecture in IN_FULL
-    facts = compile_for(architecture, *(() if in_full else ("--few",)))
+    facts = facts_of(architecture, *(() if in_full else ("--few",)))
     check(facts, architecture)
     if architecture == "sm_90":
         check_every_loader(facts)
@@ -88,7 +70,7 @@ def test_every_kernel_and_configuration_compiles(architecture):
 def test_the_oldest_triton_compiles_them_too(architecture):
     if not OLDEST_TRITON.exists():
         pytest.skip(f"{OLDEST_TRITON} is absent: `make test` installs Triton {OLDEST} there")
-    facts = compile_for(architecture, "--few", triton=OLDEST_TRITON)
+    facts = facts_of(architecture, "--few", triton=OLDEST_TRITON)
     assert {f["triton"].rpartition(".")[0] for f in facts} == {OLDEST}
     check(facts, architecture)
 

@@ -148,7 +148,7 @@ def test_many_tiles_of_many_groups(added_by_all, device, monkeypatch):
 @pytest.mark.parametrize("transposed", [False, True])
 def test_few_programs_share_long_reductions(transposed, device, monkeypatch):
     # As on a GPU with large tensors: each program reduces several tiles, in several rounds.
-    monkeypatch.setattr(passes, "BUSY_PROGRAMS", 1)
+    monkeypatch.setattr(passes, "programs", lambda tensor, each: 1)
     monkeypatch.setattr(norm, "_PARTS_ADDED_BY_ALL", 1)
     monkeypatch.setattr(norm, "_STATISTICS_CHUNK", 3)
     choose = tiles.gemm_config
@@ -202,7 +202,8 @@ def test_mean_a_thousand_times_the_deviation(transposed, device):
 
 @pytest.mark.parametrize("groups", [1, 2])
 def test_statistics_by_a_pass_of_their_own_are_stable(groups, device, monkeypatch):
-    monkeypatch.setattr(passes, "BUSY_PROGRAMS", 1)  # So that a part is several tiles.
+    # So that a part is several tiles.
+    monkeypatch.setattr(passes, "programs", lambda tensor, each: 1)
     z = torch.randn(4, 3, 18, 19, device=device) + 1000
     vectors = norm.batch_statistics(norm.statistics_of(z, groups), None, None, 1e-9)
     for part, (mean, var, rstd, *_) in zip(z.chunk(groups), vectors, strict=True):

@@ -91,6 +91,20 @@ def test_saturated_activations(activation, device):
     assert_specials(*results)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_tanh_keeps_its_digits_at_every_magnitude(dtype, device):
+    """A largest error over all of them would let tanh(1e-8) be 0."""
+    weight = torch.ones(1, 1, 1, 1, dtype=dtype, device=device)
+    ours, eager, oracle = {}, {}, {}
+    for magnitude in (1e-30, 1e-8, 1e-3, 0.1, 0.25, 0.5, 1.0, 3.0, 10.0, 100.0):
+        x = magnitude * torch.linspace(1, 1.99, 200, device=device)
+        x = torch.cat([x, -x]).reshape(1, 1, 1, -1)
+        name = f"tanh of {magnitude}"
+        ours[name] = functional.conv_block(x.to(dtype), weight, activation="tanh")
+        eager[name], oracle[name] = x.tanh(), x.double().tanh()
+    assert_close(ours, oracle, [(eager, oracle)])
+
+
 @pytest.mark.parametrize("transposed", [False, True])
 @pytest.mark.parametrize(
     "geometry",

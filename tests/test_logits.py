@@ -1,6 +1,7 @@
 """The products of a kernel that covers the whole map and leaves few channels, by `oracle`."""
 
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -108,17 +109,18 @@ def test_logits(case, device):
 @pytest.mark.parametrize("c_small", [1, 3])
 def test_split_weight_gradient(c_small, device, monkeypatch):
     """Rows that several programs share, the last of them with fewer."""
-    monkeypatch.setattr(logits, "_splits", lambda steps, _: min(steps, 2))
+    monkeypatch.setattr(logits, "_splits", lambda steps, *_: min(steps, 2))
     hold_to_rule(
         dict(CASES[0], c_small=c_small, batch=2 * logits._ROWS + 5, dtype=torch.float32), device
     )
 
 
 def test_rows_are_split_only_where_that_pays():
-    assert logits._splits(steps=1, tiles_k=1) == 1
-    assert logits._splits(steps=4, tiles_k=16) == 1  # Adding partial sums takes longer.
-    assert logits._splits(steps=64, tiles_k=128) == 1  # The programs fill the GPU already.
-    assert logits._splits(steps=32, tiles_k=16) == 8
+    splits = partial(logits._splits, programs=132)
+    assert splits(steps=1, tiles_k=1) == 1
+    assert splits(steps=4, tiles_k=16) == 1  # Adding partial sums takes longer.
+    assert splits(steps=64, tiles_k=128) == 1  # The programs fill the GPU already.
+    assert splits(steps=32, tiles_k=16) == 8
 
 
 @pytest.mark.parametrize(

@@ -1,13 +1,15 @@
-"""What Hopper's machine code of the products must look like: only so do they reach its rate.
+"""What machine code of the products must look like: only so do they reach a GPU's rate.
 
-A wgmma of both operands in shared memory runs beside the loads and the other wgmmas of its step. An
-operand that passes through registers makes each wait for the one before.
+On Hopper a wgmma of both operands in shared memory runs beside the loads and the other wgmmas of
+its step. An operand that passes through registers makes each wait for the one before. On Ampere
+every load needs an address, and a scheduler that computes addresses starts no multiplication.
 """
 
 import pytest
 
 pytest.importorskip("triton", reason="compiles Triton kernels")
 
+from benchmarks.model.cost import TENSOR_OVERHEAD
 from benchmarks.model.prediction import recorded
 
 # Descriptors move multiples of 16 bytes; beside one of them latents, with 100 channels, are loaded
@@ -15,11 +17,14 @@ from benchmarks.model.prediction import recorded
 LEAST_CHANNELS = 4
 # Two programs share a multiprocessor: half of its 64 Ki registers among 256 threads each.
 MOST_REGISTERS = 128
+# Of an A100, for the multiply-adds of one warp's instruction: 16 x 8 x 16, at a quarter of the 1024
+# that a multiprocessor does in a cycle; longer by what the model assumes for every product.
+CYCLES_OF_A_MULTIPLICATION = 8 * TENSOR_OVERHEAD
 
 
-def products(model):
+def products(model, architecture="sm_90"):
     """(launch, `Code`) of each product in half precision whose loads can all be asynchronous."""
-    recording, codes = recorded(model, 128, "sm_90")
+    recording, codes = recorded(model, 128, architecture)
     for launch in recording.launches:
         arguments = launch.arguments
         if launch.name not in ("fprop", "dgrad", "wgrad"):
@@ -43,3 +48,26 @@ def test_products_multiply_from_shared_memory(model):
         assert loop.count("HGMMA") == rows * launch.arguments["BLOCK_K"] // 16, launch
         assert not loop.waits_inside, launch
         assert loop.loads == "asynchronous", launch
+
+
+@pytest.mark.parametrize("model", ["dcgan", "conv-vae"])
+def test_products_by_pointers_multiply_for_longer_than_they_issue(model):
+    found = [
+        (launch, code)
+        for launch, code in products(model, "sm_80")
+        # What is not a multiple of 16 is loaded element by element.
+        if launch.arguments["C_small"] % 16 == launch.arguments["C_big"] % 16 == 0
+    ]
+    assert {launch.name for launch, _ in found} == {"fprop", "dgrad", "wgrad"}
+    for launch, code in found:
+        assert not launch.arguments["DESCRIPTORS"], launch
+        assert code.spills == 0, launch
+        (loop,) = (region for region in code.regions[1:] if region.count("HMMA"))
+        assert loop.loads == "asynchronous", launch
+        # Copies of 16 bytes, and each byte of both operands once.
+        a = launch.arguments
+        copied = 2 * (a["BLOCK_M"] + a["BLOCK_N"]) * a["BLOCK_K"]
+        assert loop.opcodes["LDGSTS.E.BYPASS.128"] == copied // (16 * 32 * a["num_warps"]), launch
+        # Smaller tiles are for few channels, where memory decides.
+        if a["BLOCK_M"] * a["BLOCK_N"] >= 64 * 64:
+            assert loop.instructions < CYCLES_OF_A_MULTIPLICATION * loop.count("HMMA"), launch

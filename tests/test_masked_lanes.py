@@ -86,7 +86,7 @@ def lanes(monkeypatch):
     monkeypatch.setattr(interpreter.GridExecutor, "__call__", calling)
     monkeypatch.setattr(interpreter.InterpreterBuilder, "create_masked_load", loading)
     # More than one tile for each program, so that the last program has tiles beyond the end.
-    monkeypatch.setattr(passes, "BUSY_PROGRAMS", 1)
+    monkeypatch.setattr(passes, "programs", lambda tensor, each: 1)
     return found
 
 

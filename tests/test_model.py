@@ -32,6 +32,8 @@ H100 = GPUS["h100"]
 STEPS = {
     ("dcgan", 128, "h100"): 1.0,
     ("dcgan", 1024, "h100"): 5.9,
+    ("dcgan", 128, "a100"): 2.1,
+    ("dcgan", 128, "rtx4090"): 3.45,
 }
 # Beside images and logits a kernel may take so many times what moving its tensors takes, or 5 us.
 ENDS = 1.5
@@ -101,6 +103,22 @@ def test_loops_are_found_and_counted_in_a_listing():
 def test_an_asynchronous_copy_is_no_load_that_waits():
     copying = LISTING.replace("LDG.E R4, [R2]", "LDGSTS.E.128 [R4], [R2.64]")
     assert regions(parse(copying))[2].loads == "asynchronous"
+
+
+@pytest.mark.parametrize(
+    ("opcode", "name", "size"),
+    [
+        ("LDG.E", "LDG", 4),
+        ("LDG.E.U8", "LDG", 1),
+        ("LDG.E.U16.CONSTANT", "LDG", 2),
+        ("LDG.E.LTC128B.64", "LDG", 8),
+        ("LDGSTS.E.BYPASS.LTC128B.128", "LDGSTS", 16),
+    ],
+)
+def test_bytes_that_an_instruction_moves(opcode, name, size):
+    straight, _, inner = regions(parse(LISTING.replace("LDG.E R4", f"{opcode} R4")))
+    assert inner.widths(name) == {size: 1}
+    assert straight.widths("STG") == {4: 1} and not straight.widths(name)
 
 
 def test_a_branch_that_cannot_be_followed_is_said():

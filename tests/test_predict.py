@@ -18,17 +18,20 @@ def problem(operation, images, c_small=256, c_big=128, small=8):
     )  # fmt: skip
 
 
-def test_instructions_are_about_those_of_machine_code():
+@pytest.mark.parametrize(("gpu", "descriptors"), [("h100", True), ("a100", False)])
+def test_instructions_are_about_those_of_machine_code(gpu, descriptors):
     pytest.importorskip("triton", reason="compiles Triton kernels")
     from benchmarks.model.prediction import predict as predictions
 
     checked = set()
-    for cost in predictions("dcgan", 128, "h100"):
+    for cost in predictions("dcgan", 128, gpu):
         a = cost.launch.arguments
-        if cost.launch.name not in ("fprop", "dgrad", "wgrad") or not a["DESCRIPTORS"]:
+        if cost.launch.name not in ("fprop", "dgrad", "wgrad") or a["DESCRIPTORS"] != descriptors:
+            continue
+        if a["C_small"] % 16 or a["C_big"] % 16:  # Elements are loaded one by one.
             continue
         config = tiles.GemmConfig(
-            a["BLOCK_M"], a["BLOCK_N"], a["BLOCK_K"], a["num_warps"], a["num_stages"], True
+            a["BLOCK_M"], a["BLOCK_N"], a["BLOCK_K"], a["num_warps"], a["num_stages"], descriptors
         )
         like = problem(cost.launch.name, 128)
         like = replace(like, statistics=a.get("HAS_STATISTICS", False))
@@ -38,8 +41,9 @@ def test_instructions_are_about_those_of_machine_code():
             taps, depth = (16, "C_big") if cost.launch.name == "fprop" else (4, "C_small")
             steps = taps * a[depth] // a["BLOCK_K"]
         counted = cost.instructions / (cost.launch.programs * a["num_warps"])
-        # Counted are both sides of a branch, of which whole tiles execute one.
-        assert predict._instructions(config, like, steps) == pytest.approx(counted, rel=0.35), cost
+        # Counted are both sides of a branch around statistics, of which whole tiles execute one.
+        rel = 0.35 if like.statistics else 0.15
+        assert predict._instructions(config, like, steps) == pytest.approx(counted, rel=rel), cost
         checked.add((cost.launch.name, like.statistics))
     assert len(checked) == 5  # wgrad has no statistics.
 
@@ -86,6 +90,8 @@ def test_a_reduction_is_cut_only_where_that_pays():
     tile = tiles.shipped("sm_90", "half")[0]
     # 128 programs for 132 multiprocessors: parts would only be written and added.
     assert predict.splits(tile, problem("wgrad", 128, 512, 256, 4), chip) == 1
+    # 32 programs leave most multiprocessors idle, but are done before parts would be added.
+    assert predict.splits(tile, problem("wgrad", 16), chip) == 1
     # 16 programs, each with a long way to go.
     assert predict.splits(tile, problem("wgrad", 128, 128, 64, 16), chip) >= 6
 

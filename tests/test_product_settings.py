@@ -43,7 +43,7 @@ def settings_are_put_back():
 
 def _precision(name, monkeypatch):
     """On a GPU, which need not be there for its settings to be."""
-    monkeypatch.setattr(precisions, "_has_tf32", lambda device: True)
+    monkeypatch.setattr(precisions, "_is_from_ampere_on", lambda device: True)
     return Precision(name, torch.device("cuda"), {"model": nn.Linear(1, 1)}, {})
 
 

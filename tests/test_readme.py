@@ -56,3 +56,15 @@ def test_predictions_are_those_of_the_model(batch):
     predicted = [totals(costs, GPUS["h100"]) for costs in (ours, eager)]
     expected = [*(total.predicted for total in predicted), predicted[0].arithmetic]
     assert list(map(float, row.groups())) == pytest.approx(expected, rel=1e-2)
+
+
+@pytest.mark.parametrize(("gpu", "name"), [("a100", "A100"), ("rtx4090", "RTX 4090")])
+def test_predictions_for_other_cards_are_those_of_the_model(gpu, name):
+    pytest.importorskip("triton", reason="compiles Triton kernels")
+    said = re.search(
+        rf"([\d.]+) ms on an {name},\s+where\s+PyTorch's\s+takes\s+([\d.]+) ms", README
+    )
+    predicted = [
+        totals(predict("dcgan", 128, gpu, way), GPUS[gpu]).predicted for way in ("genfast", "eager")
+    ]
+    assert list(map(float, said.groups())) == pytest.approx(predicted, rel=1e-2)

@@ -79,15 +79,17 @@ def test_as_pytorch_rounds(dtype, device):
 
 def compile_all():
     """Print as JSON the assembly of `round_all`, for a process in which nothing is interpreted."""
-    from benchmarks.model.driver import AbsentDriver
+    from benchmarks.model.recording import Recorder
 
-    found = []
+    x, found = torch.empty(4096), []
     for architecture, dtype in CONVERSION:
-        triton.runtime.driver.set_active(AbsentDriver(architecture))
-        x = torch.empty(4096)
+        recorder = Recorder(architecture)
         stored = start.tl_dtype(dtype)
-        compiled = round_all.warmup(x, x, length=4096, STORED_DTYPE=stored, BLOCK=1024, grid=(4,))
-        found.append(compiled.asm["amdgcn" if architecture.startswith("gfx") else "ptx"])
+        recorder.start(
+            round_all, (4,), x_ptr=x, y_ptr=x, length=4096, STORED_DTYPE=stored, BLOCK=1024
+        )
+        (compiled,) = recorder.code.values()
+        found.append(compiled.assembly)
     print(json.dumps(found))
 
 

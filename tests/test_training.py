@@ -297,6 +297,23 @@ def test_precision_auto(monkeypatch):
         resolve_precision("fp8", CPU)
 
 
+def test_precision_is_that_of_the_steps_gpu_not_of_the_current_one(monkeypatch):
+    turing, hopper = torch.device("cuda", 0), torch.device("cuda", 1)
+    capabilities = {turing: (7, 5), hopper: (9, 0)}
+    monkeypatch.setattr(torch.cuda, "get_device_capability", capabilities.get)
+    monkeypatch.setattr(torch.version, "hip", None)
+    for current, supported in ((turing, False), (hopper, True)):
+        monkeypatch.setattr(torch.cuda, "current_device", lambda index=current.index: index)
+        monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda *a, v=supported, **k: v)
+        assert resolve_precision("auto", turing) == "fp32"
+        assert resolve_precision("auto", hopper) == "bf16"
+    assert resolve_precision("tf32", hopper) == "tf32"
+    with pytest.raises(ValueError, match="expected tf32 on an NVIDIA GPU from Ampere on"):
+        resolve_precision("tf32", turing)
+    monkeypatch.setattr(torch.version, "hip", "6.4")
+    assert resolve_precision("auto", turing) == "bf16"
+
+
 @pytest.mark.parametrize(
     ("images", "error", "message"),
     [

@@ -82,6 +82,20 @@ class Region:
         starts = tuple(f"{opcode}." for opcode in opcodes)
         return sum(n for opcode, n in self.opcodes.items() if f"{opcode}.".startswith(starts))
 
+    def widths(self, opcode):
+        """{bytes of a thread that one instruction moves: how many of these there are}.
+
+        Args:
+            opcode: "LDG", "LDGSTS" or "STG", with whatever modifiers follow.
+        """
+        found = Counter()
+        for each, n in self.opcodes.items():
+            name, _, modifiers = each.partition(".")
+            if name == opcode:
+                bits = re.search(r"\b[SU]?(8|16|64|128)\b", modifiers)
+                found[int(bits[1]) // 8 if bits else 4] += n
+        return dict(found)
+
     @property
     def multiplications(self):
         """Matrix instructions: {opcode: how many}."""
@@ -122,37 +136,44 @@ class Code:
 
 
 def read(compiled):
-    """The `Code` of a `recording.Compiled`."""
-    listing, usage = _disassembled(compiled.cubin)
-    numbers = {k: int(v) for k, v in re.findall(r"(REG|STACK|LOCAL):(\d+)", usage)}
+    """The `Code` of a `recording.Compiled` of NVIDIA's."""
+    from triton.knobs import nvidia
+
+    listing = _printed(compiled.binary, "listing.sass", nvidia.nvdisasm.path, "-c", "-g", "-ndf")
     return Code(
         regions=regions(parse(listing)),
-        registers=numbers["REG"],
-        spills=numbers["STACK"] + numbers["LOCAL"],
         layout_changes=layout_changes_in_loops(compiled.ttgir),
+        **resources(compiled),
     )
 
 
-def _disassembled(cubin):
-    """What nvdisasm and cuobjdump print, kept in Triton's cache: half a second a kernel."""
-    from triton import knobs
+def resources(compiled):
+    """{"registers": of a thread, "spills": as in `Code`} of a `recording.Compiled`.
+
+    This needs no disassembler, and `read` does. AMD's spills are registers.
+    """
+    if found := dict(re.findall(r"\.(vgpr_count|vgpr_spill_count):\s+(\d+)", compiled.assembly)):
+        return dict(registers=int(found["vgpr_count"]), spills=int(found["vgpr_spill_count"]))
+    from triton.knobs import nvidia
+
+    usage = _printed(compiled.binary, "usage.txt", nvidia.cuobjdump.path, "-res-usage")
+    numbers = {k: int(v) for k, v in re.findall(r"(REG|STACK|LOCAL):(\d+)", usage)}
+    return dict(registers=numbers["REG"], spills=numbers["STACK"] + numbers["LOCAL"])
+
+
+def _printed(cubin, name, *command):
+    """What a tool prints of a cubin, kept in Triton's cache under a name: it can take a second."""
     from triton.runtime.cache import get_cache_manager
 
     cache = get_cache_manager(hashlib.sha256(cubin).hexdigest())
-    texts = []
-    for name, command in (
-        ("listing.sass", (knobs.nvidia.nvdisasm.path, "-c", "-g", "-ndf")),
-        ("usage.txt", (knobs.nvidia.cuobjdump.path, "-res-usage")),
-    ):
-        kept = cache.get_file(name)
-        if kept is None:
-            with tempfile.TemporaryDirectory() as folder:
-                file = Path(folder) / "kernel.cubin"
-                file.write_bytes(cubin)
-                done = subprocess.run([*command, file], capture_output=True, text=True, check=True)
-            kept = cache.put(done.stdout, name, binary=False)
-        texts.append(Path(kept).read_text(encoding="utf-8"))
-    return texts
+    kept = cache.get_file(name)
+    if kept is None:
+        with tempfile.TemporaryDirectory() as folder:
+            file = Path(folder) / "kernel.cubin"
+            file.write_bytes(cubin)
+            done = subprocess.run([*command, file], capture_output=True, text=True, check=True)
+        kept = cache.put(done.stdout, name, binary=False)
+    return Path(kept).read_text(encoding="utf-8")
 
 
 def parse(text):

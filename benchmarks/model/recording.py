@@ -38,6 +38,7 @@ class Launch:
     grid: programs along each axis; () for PyTorch's operation.
     arguments: by name, what is neither tensor nor descriptor: numbers, constants, compiler options.
     tensors: by name, the shapes of tensors and of what descriptors describe.
+    dtype: of its first floating-point tensor; "" without one and for PyTorch's operation.
     flops: of PyTorch's operation where it is a product. Those of a kernel are in its `Formula`.
     compiled: what names the machine code in the recording's `code`; "" for PyTorch's operation.
     """
@@ -47,6 +48,7 @@ class Launch:
     grid: tuple[int, ...] = ()
     arguments: dict = None
     tensors: dict = None
+    dtype: str = ""
     flops: int = 0
     compiled: str = ""
 
@@ -60,14 +62,16 @@ class Compiled:
     """One kernel as Triton compiled it.
 
     warps, shared: of a program; shared memory in bytes.
-    cubin: the ELF file.
+    binary: the ELF file: NVIDIA's cubin or AMD's.
+    assembly: NVIDIA's PTX, or what AMD's assembler reads.
     ttgir: Triton's GPU dialect, the last stage in which layouts have names.
     """
 
     name: str
     warps: int
     shared: int
-    cubin: bytes
+    binary: bytes
+    assembly: str
     ttgir: str
 
 
@@ -109,7 +113,8 @@ def _read(folder):
     launches = tuple(Launch(**f | {"grid": tuple(f["grid"])}) for f in facts["launches"])
     code = {
         key: Compiled(
-            cubin=(folder / f"{key}.cubin").read_bytes(),
+            binary=(folder / f"{key}.binary").read_bytes(),
+            assembly=(folder / f"{key}.assembly").read_text(encoding="utf-8"),
             ttgir=(folder / f"{key}.ttgir").read_text(encoding="utf-8"),
             **f,
         )
@@ -124,15 +129,12 @@ def _record_genfast(model, batch_size, architecture):
 
     from genfast import functional
     from genfast.backend import use_backend
-    from genfast.launch import start
     from genfast.training import GANStep, VAEStep
 
-    recorder = Recorder(architecture)
-    launches = recorder.launches
     with contextlib.ExitStack() as stack:
+        recorder = stack.enter_context(compiling(architecture))
+        launches = recorder.launches
         for owner, attribute, value in (
-            (start, "kernel", recorder.start),
-            (start, "architecture", lambda tensor: architecture),
             (functional, "why_device_cannot_run_triton", lambda device: None),
             # On a CPU a VAE's step converts each weight where it is used, on a GPU all at once.
             (VAEStep, "weights_reused", True),
@@ -189,11 +191,41 @@ def _record_eager(model, batch_size):
 def _write(folder, launches, compiled_by_key):
     code = {}
     for key, compiled in compiled_by_key.items():
-        (folder / f"{key}.cubin").write_bytes(compiled.cubin)
+        (folder / f"{key}.binary").write_bytes(compiled.binary)
+        (folder / f"{key}.assembly").write_text(compiled.assembly, encoding="utf-8")
         (folder / f"{key}.ttgir").write_text(compiled.ttgir, encoding="utf-8")
         code[key] = dict(name=compiled.name, warps=compiled.warps, shared=compiled.shared)
     facts = {"launches": [asdict(launch) for launch in launches], "code": code}
     (folder / _LAUNCHES).write_text(json.dumps(facts), encoding="utf-8")
+
+
+@contextlib.contextmanager
+def compiling(architecture):
+    """Within, what genfast would start is compiled; yields the `Recorder`, whose notes apply."""
+    from genfast.launch import start
+
+    recorder = Recorder(architecture)
+    with (
+        mock.patch.object(start, "kernel", recorder.start),
+        mock.patch.object(start, "architecture", lambda tensor: architecture),
+    ):
+        yield recorder
+
+
+def rounding(precision):
+    """A context in which products of float32 round so, whatever PyTorch's settings.
+
+    Args:
+        precision: "ieee" or "tf32".
+    """
+    import torch
+
+    from genfast.launch import start
+
+    def chosen(tensor):
+        return precision if tensor.dtype == torch.float32 else "ieee"
+
+    return mock.patch.object(start, "precision", chosen)
 
 
 class Recorder:
@@ -219,11 +251,13 @@ class Recorder:
         """In place of `genfast.launch.start.kernel`: note the launch; returns what was compiled."""
         compiled = kernel.warmup(**arguments, grid=grid)
         if compiled.hash not in self.code:
+            nvidia = "cubin" in compiled.asm
             self.code[compiled.hash] = Compiled(
                 name=kernel.__name__,
                 warps=compiled.metadata.num_warps,
                 shared=compiled.metadata.shared,
-                cubin=compiled.asm["cubin"],
+                binary=compiled.asm["cubin" if nvidia else "hsaco"],
+                assembly=compiled.asm["ptx" if nvidia else "amdgcn"],
                 ttgir=compiled.asm["ttgir"],
             )
         self.launches.append(_launch(kernel.__name__, grid, arguments, compiled.hash))
@@ -236,11 +270,13 @@ def _launch(name, grid, arguments, compiled):
     tensors = {k: getattr(v, "base", v) for k, v in arguments.items()}
     tensors = {k: v for k, v in tensors.items() if isinstance(v, torch.Tensor)}
     plain = {k: v for k, v in arguments.items() if k not in tensors}
+    dtypes = (str(v.dtype) for v in tensors.values() if v.is_floating_point())
     return Launch(
         name=name,
         grid=tuple(grid),
         arguments={k: v if isinstance(v, int | float | str) else str(v) for k, v in plain.items()},
         tensors={k: list(v.shape) for k, v in tensors.items()},
+        dtype=next(dtypes, "").removeprefix("torch."),
         # Absent tensors are stood in for by others, which the same address gives away.
         bytes=sum({v.data_ptr(): v.nbytes for v in tensors.values()}.values()),
         compiled=compiled,

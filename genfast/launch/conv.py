@@ -182,7 +182,7 @@ def _conv(direction, source, weight, geometry, epilogue):
         config.descriptors
         and not packed
         and _folds(geometry)
-        and memory.descriptor_fits(weight)
+        and memory.descriptor_fits(weight.view(-1, c_big))  # Each tap's box begins aligned.
         and (not to_small or (memory.descriptor_fits(big) and c_big % config.block_k == 0))
         and (to_small or _stride_divides_kernel(geometry))
     )

@@ -13,7 +13,7 @@ import torch
 
 from genfast.backend import triton
 from genfast.geometry import ConvGeometry
-from genfast.launch import memory, start, sums, tiles
+from genfast.launch import memory, passes, start, sums, tiles
 
 if triton is not None:
     from genfast.kernels import from_image as kernels
@@ -52,7 +52,7 @@ class ImageConfig:
     reduced: pixels of a step of wgrad.
     num_warps: for a tile of `channels`.
     fprop_stages, wgrad_stages: tiles on their way from memory.
-    programs: about how many share the pixels.
+    resident: programs that share a multiprocessor.
     """
 
     channels: int
@@ -63,29 +63,29 @@ class ImageConfig:
     num_warps: int
     fprop_stages: int
     wgrad_stages: int
-    programs: int
+    resident: int
 
 
 # Small enough that a test's few pixels and channels span several ragged tiles.
-_INTERPRETED = ImageConfig(32, 32, 32, 64, 32, 1, 1, 1, 5)
+_INTERPRETED = ImageConfig(32, 32, 32, 64, 32, 1, 1, 1, 1)
 # Elements of two and of four bytes.
 _SHIPPED = {
     "sm_90": {
-        2: ImageConfig(128, 128, 64, 64, 64, 8, 3, 4, 396),
-        4: ImageConfig(64, 64, 64, 64, 32, 4, 2, 3, 396),
+        2: ImageConfig(128, 128, 64, 64, 64, 8, 3, 4, 3),
+        4: ImageConfig(64, 64, 64, 64, 32, 4, 2, 3, 3),
     },
     "sm_80": {
-        2: ImageConfig(128, 128, 64, 64, 64, 8, 2, 3, 216),
-        4: ImageConfig(64, 64, 64, 32, 32, 4, 2, 3, 216),
+        2: ImageConfig(128, 128, 64, 64, 64, 8, 2, 3, 2),
+        4: ImageConfig(64, 64, 64, 32, 32, 4, 2, 3, 2),
     },
     "gfx942": {
-        2: ImageConfig(128, 128, 64, 64, 64, 8, 1, 2, 608),
-        4: ImageConfig(64, 64, 64, 32, 32, 4, 1, 2, 608),
+        2: ImageConfig(128, 128, 64, 64, 64, 8, 1, 2, 2),
+        4: ImageConfig(64, 64, 64, 32, 32, 4, 1, 2, 2),
     },
 }
 _SHIPPED["sm_100"] = _SHIPPED["sm_90"]
 # Without matrix instructions: what more would not fit into the registers.
-_IEEE = ImageConfig(32, 64, 64, 32, 32, 4, 2, 2, 396)
+_IEEE = ImageConfig(32, 64, 64, 32, 32, 4, 2, 2, 3)
 
 
 def why_not(geometry, c_small, c_big, images):
@@ -203,7 +203,8 @@ def fprop(image, weight, epilogue):
     tiles_per_group = tiles.ceil_div(pixels, block_n)
     count = groups * tiles_per_group
     channel_tiles = tiles.ceil_div(c_small, block_m)
-    programs = min(count, tiles.ceil_div(config.programs, channel_tiles))
+    filling = passes.programs(data, config.resident)
+    programs = min(count, tiles.ceil_div(filling, channel_tiles))
     reductions = epilogue.reductions(out, count)
     start.kernel(
         kernels.fprop_image,
@@ -250,10 +251,10 @@ def wgrad(image, small, y=None, activation="identity", negative_slope=0.0):
     pixels = data.shape[0] * math.prod(geometry.small)
     steps = tiles.ceil_div(pixels, config.reduced)
     mn_tiles = tiles.ceil_div(c_small, block_m), tiles.ceil_div(elements, block_n)
-    # A split that is short pays more for its partial sums than it shares.
-    splits = min(
-        tiles.ceil_div(_wgrad_programs(config), math.prod(mn_tiles)), tiles.ceil_div(steps, 4)
-    )
+    # Fewer programs than fprop's, as each writes partial sums, and none that is short: it would pay
+    # more for these than it shares.
+    programs = tiles.ceil_div(2 * passes.programs(data, config.resident), 3)
+    splits = min(tiles.ceil_div(programs, math.prod(mn_tiles)), tiles.ceil_div(steps, 4))
     tiles_per_split = tiles.ceil_div(steps, splits)
     splits = tiles.ceil_div(steps, tiles_per_split)
     target = sums.partials(splits, dweight) if splits > 1 else dweight
@@ -291,11 +292,6 @@ def _config(data):
     if data.element_size() == 4 and start.precision(data) == "ieee" and not amd:
         return _IEEE
     return _SHIPPED[tiles.family(architecture)][data.element_size()]
-
-
-def _wgrad_programs(config):
-    """Fewer than fprop's: each of them writes partial sums."""
-    return max(1, config.programs * 2 // 3)
 
 
 def _channel_block(config, c_small):

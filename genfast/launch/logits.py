@@ -106,7 +106,7 @@ def wgrad(big, small, geometry):
     block_k = _block(k, _COLUMNS)
     tiles_k = tiles.ceil_div(k, block_k)
     steps = tiles.ceil_div(n, _ROWS)
-    steps_per_split = tiles.ceil_div(steps, _splits(steps, tiles_k))
+    steps_per_split = tiles.ceil_div(steps, _splits(steps, tiles_k, passes.programs(big, 1)))
     splits = tiles.ceil_div(steps, steps_per_split)
     target = sums.partials(splits, dweight) if splits > 1 else dweight
     start.kernel(
@@ -130,10 +130,12 @@ def wgrad(big, small, geometry):
     return dweight
 
 
-def _splits(steps, tiles_k):
-    """In how many parts to cut wgrad's steps: more than one only where that pays for their sum."""
-    multiprocessors = max(passes.BUSY_PROGRAMS // 2, 1)
-    splits = min(max(multiprocessors // tiles_k, 1), steps)
+def _splits(steps, tiles_k, programs):
+    """In how many parts to cut wgrad's steps: more than one only where that pays for their sum.
+
+    programs: that fill the GPU, one a multiprocessor.
+    """
+    splits = min(max(programs // tiles_k, 1), steps)
     saved = steps - tiles.ceil_div(steps, splits)
     return splits if saved > _STEPS_OF_A_LAUNCH else 1
 

@@ -25,7 +25,7 @@ def logistic_loss(logits, targets, scale):
     acc_dtype = start.acc_dtype(logits.dtype)
     loss = torch.empty((), dtype=acc_dtype, device=logits.device)
     count = tiles.ceil_div(logits.numel(), _LOSS_TILE)
-    parts = 1 if count <= _LOSS_TILES_ALONE else min(count, max(1, 4 * passes.BUSY_PROGRAMS))
+    parts = 1 if count <= _LOSS_TILES_ALONE else min(count, passes.programs(logits, 8))
     tiles_per_part = tiles.ceil_div(count, parts)
     parts = tiles.ceil_div(count, tiles_per_part)
     partials = loss

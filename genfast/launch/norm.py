@@ -183,7 +183,7 @@ def backward_sums(g, z, vectors):
 def _backward_sums(grid, common):
     """Part by part, those of `norm_backward_reduce`."""
     vectors, channels = common["vectors_ptr"], common["channels"]
-    tiles_per_part = tiles.ceil_div(grid[0], passes.parts_of_pass(grid))
+    tiles_per_part = tiles.ceil_div(grid[0], passes.parts_of_pass(common["z_ptr"], grid))
     parts = tiles.ceil_div(grid[0], tiles_per_part)
     partials = vectors.new_empty((grid[2], parts, 2 * channels))
     start.kernel(
@@ -238,7 +238,7 @@ def statistics_of(z, groups):
     z = memory.nhwc(z)
     channels = z.shape[3]
     grid, rows, tile = passes.elementwise(z, groups)
-    tiles_per_part = tiles.ceil_div(grid[0], passes.parts_of_pass(grid))
+    tiles_per_part = tiles.ceil_div(grid[0], passes.parts_of_pass(z, grid))
     parts = tiles.ceil_div(grid[0], tiles_per_part)
     dtype = start.acc_dtype(z.dtype)
     mean, m2 = torch.empty((2, groups * parts, channels), dtype=dtype, device=z.device)

@@ -1,12 +1,18 @@
-"""The grids of passes over memory, and in how many parts their reductions are cut."""
+"""How many programs fill a GPU, and the grids of passes over memory."""
 
 import math
 
 from genfast.backend import INTERPRETING
-from genfast.launch import tiles
+from genfast.launch import predict, start, tiles
 
-# About how many programs keep a GPU busy with passes over memory: the H200 has 132 multiprocessors.
-BUSY_PROGRAMS = 264
+
+def programs(tensor, each):
+    """How many programs fill the GPU that a tensor is on, `each` on every multiprocessor.
+
+    All grids whose programs share work are sized by it. It follows the architecture and not the
+    card, so that sums over parts are added in one order on all cards of an architecture.
+    """
+    return each * predict.chip(start.architecture(tensor)).multiprocessors
 
 
 def elementwise(x, groups):
@@ -19,10 +25,10 @@ def elementwise(x, groups):
     return grid, rows, dict(BLOCK_R=block_r, BLOCK_C=block_c)
 
 
-def parts_of_pass(grid):
+def parts_of_pass(x, grid):
     """In how many parts a reduction over the tiles of `elementwise` keeps a GPU busy."""
     count, *others = grid
-    return min(count, max(1, 2 * BUSY_PROGRAMS // math.prod(others)))
+    return min(count, max(1, programs(x, 4) // math.prod(others)))
 
 
 def rows(x):

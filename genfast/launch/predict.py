@@ -1,9 +1,10 @@
 """How long a product would take, by a model: it chooses tiles and splits where nothing was timed.
 
 A launch costs the largest of what its programs issue, multiply and load, on the multiprocessor that
-has most of them, and what the whole GPU moves. The instructions are those counted in machine code
-for sm_90; `python -m benchmarks.model` counts them anew for each launch and tests/test_predict.py
-holds these numbers to that. It is a model: it ranks tiles, it proves no speed.
+has most of them, and what the whole GPU moves. The instructions are those counted in machine code,
+by descriptors for sm_90 and by pointers for sm_80; `python -m benchmarks.model` counts them anew
+for each launch and tests/test_predict.py holds these numbers to that. It is a model: it ranks
+tiles, it proves no speed.
 """
 
 import math
@@ -35,7 +36,7 @@ class Chip:
 
 
 CHIPS = {
-    "interpreter": Chip(16, 1024, 1000),
+    "interpreter": Chip(5, 1024, 1000),  # So few that a test's few tiles are several a program.
     "sm_80": Chip(108, 1024, 1300),  # A100
     "sm_86": Chip(82, 256, 500),  # RTX 3090
     "sm_89": Chip(128, 256, 360),  # RTX 4090
@@ -94,11 +95,19 @@ def _cycles(config, problem, chip, steps, programs):
 
 def _instructions(config, problem, steps):
     """What a warp executes."""
-    values = config.block_m * config.block_n // (32 * config.num_warps)  # Of a thread.
-    step, fixed, each = (170, 250, 10) if problem.operation == "wgrad" else (105, 230, 4)
-    if not config.descriptors:
-        products = 2 * config.block_m * config.block_n * config.block_k // (4096 * config.num_warps)
-        step += products + 60
+    threads = 32 * config.num_warps
+    values = config.block_m * config.block_n // threads  # Of a thread.
+    wgrad = problem.operation == "wgrad"
+    if config.descriptors:
+        step, fixed, each = (170, 250, 10) if wgrad else (105, 230, 4)
+    else:
+        surface = (config.block_m + config.block_n) * config.block_k
+        loads = surface * problem.itemsize / (16 * threads)  # Of 16 bytes.
+        loading = 28 + (24 if wgrad else 19.5) * loads
+        products = config.block_m * config.block_n * config.block_k / (2048 * config.num_warps)
+        step = loading + 1.1 * products
+        # All but one stage are filled before the loop.
+        fixed, each = 250 + (config.num_stages - 1) * loading, 8
     if problem.statistics:
         each += 6
     return step * steps + fixed + each * values

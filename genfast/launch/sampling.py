@@ -74,7 +74,7 @@ def _sampling_grid(mu):
     block_n = 256 // block_q  # Of a smaller batch too: a tile of its own would be a new kernel.
     row_tiles, column_tiles = tiles.ceil_div(rows, block_n), tiles.ceil_div(quarter, block_q)
     # A row is cut where there are too few of them to fill a GPU, and at the grid's limit.
-    parts = min(column_tiles, max(1, 8 * passes.BUSY_PROGRAMS // row_tiles))
+    parts = min(column_tiles, max(1, passes.programs(mu, 16) // row_tiles))
     tiles_per_part = tiles.ceil_div(column_tiles, parts)
     sizes = dict(
         N=rows, D=columns, quarter=quarter, tiles_per_part=tiles_per_part,

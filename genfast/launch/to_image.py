@@ -64,7 +64,7 @@ def dgrad(small, weight, geometry, epilogue, y=None, y_activation="identity", y_
     first_step, steps = _steps(h_big, geometry.stride[0], geometry.padding[0])
     warm_up = tiles.ceil_div(kh - geometry.stride[0], geometry.stride[0])
     groups = tiles.ceil_div(n, tile["BLOCK_N"]) * tile["tiles_w"]
-    segments = _segments(groups, steps, warm_up)
+    segments = _segments(groups, steps, warm_up, passes.programs(small, 1))
     steps_per_segment = tiles.ceil_div(steps, segments)
     segments = tiles.ceil_div(steps, steps_per_segment)
     start.kernel(
@@ -108,12 +108,11 @@ def _steps(h_big, stride, padding):
     return first, (h_big - 1 + padding) // stride - first + 1
 
 
-def _segments(groups, steps, warm_up):
+def _segments(groups, steps, warm_up, multiprocessors):
     """In how many parts to cut the steps of each group, by the time that the slowest chip part has.
 
     A multiprocessor with one program waits for memory about as long as two would take.
     """
-    multiprocessors = max(passes.BUSY_PROGRAMS // 2, 1)
 
     def time(segments):
         programs = max(tiles.ceil_div(groups * segments, multiprocessors), 2)

@@ -1,0 +1,83 @@
+"""Kernels whose big side is an image: cases of ahead_of_time.py."""
+
+from functools import partial
+
+import torch
+
+from benchmarks.model.recording import rounding
+from genfast.geometry import ConvGeometry
+from genfast.launch import from_image
+from genfast.launch.conv import Epilogue
+
+K4S2 = ConvGeometry.conv((64, 64), (4, 4), (2, 2), (1, 1))
+OTHER = ConvGeometry.conv((66, 38), (4, 4), (2, 2), (1, 1))
+K3S1 = ConvGeometry.conv((28, 28), (3, 3), (1, 1), (1, 1))
+K4S1 = ConvGeometry.conv((28, 28), (4, 4), (1, 1), (1, 1))
+K5S2 = ConvGeometry.conv((28, 28), (5, 5), (2, 2), (2, 2))
+K7S1 = ConvGeometry.conv((28, 28), (7, 7), (1, 1), (3, 3))
+
+
+def cases(architecture, few):
+    """(name, what to call); the few are what the tests look at."""
+    for dtype in (torch.bfloat16, torch.float16):
+        for name, case in _cases(dtype, few):
+            yield f"{str(dtype).removeprefix('torch.')} {name}", case
+    if few:
+        return
+    for precision in ("ieee", "tf32"):
+        for name, case in _cases(torch.float32, few):
+            yield f"{precision} {name}", partial(_rounded, precision, case)
+
+
+def _rounded(precision, case):
+    with rounding(precision):
+        case()
+
+
+def _cases(dtype, few):
+    leaky = dict(activation="leaky_relu", negative_slope=0.2)
+    yield "leaky relu", lambda: _fprop(K4S2, dtype, 64, Epilogue(**leaky))
+    yield "statistics", lambda: _fprop(K4S2, dtype, 64, Epilogue(groups=2))
+    yield "plain", lambda: _wgrad(K4S2, dtype, 64)
+    yield "leaky relu", lambda: _wgrad(K4S2, dtype, 64, y=True, **leaky)
+    yield "plain", lambda: from_image.padded(_image(3, K4S2.big, torch.float32), K4S2, dtype)
+    yield "stride 1", lambda: _fprop(K4S1, dtype, 64, Epilogue())
+    # The last batch of an epoch, and images of another size: nothing new to compile.
+    yield "leaky relu", lambda: _fprop(OTHER, dtype, 64, Epilogue(**leaky), batch=97)
+    yield "plain", lambda: _wgrad(OTHER, dtype, 64, batch=1)
+    yield "plain", lambda: from_image.padded(_image(3, OTHER.big, torch.float32, 97), OTHER, dtype)
+    if few:
+        return
+    image = _image(3, K4S2.big, dtype)
+    yield "tanh", lambda: from_image.padded(image, K4S2, y=image, activation="tanh")
+    bias, vectors = torch.empty(64, dtype=dtype), torch.empty(1, 5, 64)
+    every = Epilogue(bias=bias, vectors=vectors, activation="tanh")
+    yield "bias, norm, tanh", lambda: _fprop(K4S2, dtype, 64, every)
+    for c_small in (128, 32, 16, 40):
+        yield f"{c_small} channels", lambda c=c_small: _fprop(K4S2, dtype, c, Epilogue(**leaky))
+        yield f"{c_small} channels", lambda c=c_small: _fprop(K4S2, dtype, c, Epilogue(groups=1))
+        yield f"{c_small} channels", lambda c=c_small: _wgrad(K4S2, dtype, c)
+    for name, geometry in (("3x3", K3S1), ("5x5/2", K5S2), ("7x7", K7S1)):
+        yield name, lambda g=geometry: _fprop(g, dtype, 64, Epilogue(**leaky))
+        yield name, lambda g=geometry: _wgrad(g, dtype, 64)
+
+
+def _image(channels, size, dtype, batch=64):
+    x = torch.empty(batch, channels, *size, dtype=dtype)
+    return x.contiguous(memory_format=torch.channels_last)
+
+
+def _padded(geometry, dtype, batch):
+    data = torch.empty((batch, *from_image.padded_size(geometry), from_image.CHANNELS), dtype=dtype)
+    return from_image.Padded(data, geometry, 3)
+
+
+def _fprop(geometry, dtype, c_small, epilogue, batch=64):
+    weight = torch.empty(c_small, 3, *geometry.kernel_size, dtype=dtype)
+    from_image.fprop(_padded(geometry, dtype, batch), weight, epilogue)
+
+
+def _wgrad(geometry, dtype, c_small, batch=64, y=False, **activation):
+    small = _image(c_small, geometry.small, dtype, batch)
+    other = torch.empty_like(small) if y else None
+    from_image.wgrad(_padded(geometry, dtype, batch), small, other, **activation)

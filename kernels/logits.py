@@ -13,6 +13,7 @@ import triton.language as tl
 from .activation import activate
 from .loading import in_bounds
 from .normalizing import load_vectors, normalized, normalized_rows
+from .product import gradient_epilogue
 from .rounding import rounded
 
 
@@ -77,43 +78,75 @@ def logits_fprop(
         tl.store(out_ptr + n * C_SMALL + cs, logit.to(out_ptr.dtype.element_ty))
 
 
-@triton.jit(do_not_specialize=["N", "tiles_k"])
+@triton.jit(do_not_specialize=["N", "tiles_n", "tiles_k"])
 def logits_dgrad(
     small_ptr,
     weight_ptr,
     bias_ptr,
     out_ptr,
+    below_ptr,
+    vectors_ptr,
+    sums_ptr,
     N,
     K,
     C_big,
+    tiles_n,
     tiles_k,
     negative_slope,
     C_SMALL: tl.constexpr,
     HAS_BIAS: tl.constexpr,
+    HAS_BELOW: tl.constexpr,
+    HAS_NORM: tl.constexpr,
+    HAS_SUMS: tl.constexpr,
     ACTIVATION: tl.constexpr,
+    STORED_DTYPE: tl.constexpr,
     ACC_DTYPE: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
     """out[n, k] = act(sum over cs of small[n, cs] * weight[cs, k] + bias[k % C_big]).
 
-    Grid: (tiles of N * tiles of K).
+    With HAS_BELOW it is the gradient of a layer's output, `below`, of out's shape: see
+    `gradient_epilogue`, whose rows are the k and whose columns are images. N then counts the images
+    of one group, of which there are `tiles_n` tiles. Grid: (tiles of N, of all groups * tiles of
+    K).
     """
-    n = (tl.program_id(0) // tiles_k).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
+    tile = tl.program_id(0) // tiles_k
     k = tl.program_id(0) % tiles_k * BLOCK_K + tl.arange(0, BLOCK_K)
-    row = in_bounds(n, n < N)
+    if HAS_BELOW:
+        group = tile // tiles_n
+        n0 = (tile - group * tiles_n) * BLOCK_N
+        exists = n0 + tl.arange(0, BLOCK_N) < N
+        n = (group * N + n0).to(tl.int64) + tl.arange(0, BLOCK_N)
+    else:
+        n = tile.to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
+        exists = n < N
+    row = in_bounds(n, exists)
     acc = tl.zeros((BLOCK_N, BLOCK_K), ACC_DTYPE)
     for cs in tl.static_range(C_SMALL):
-        small = tl.load(small_ptr + row * C_SMALL + cs, mask=n < N, other=0.0).to(ACC_DTYPE)
+        small = tl.load(small_ptr + row * C_SMALL + cs, mask=exists, other=0.0).to(ACC_DTYPE)
         weight = tl.load(weight_ptr + cs * K + k % K, mask=k < K, other=0.0).to(ACC_DTYPE)
         acc += small[:, None] * weight[None, :]
-    if HAS_BIAS:
-        acc += tl.load(bias_ptr + k % C_big).to(ACC_DTYPE)[None, :]
-    acc = activate(acc, negative_slope, ACTIVATION)
+    if HAS_BELOW:
+        count = tl.minimum(N - n0, BLOCK_N)
+        below = tl.load(
+            below_ptr + row[:, None] * K + (k % K)[None, :],
+            mask=exists[:, None] & (k < K)[None, :],
+            other=0.0,
+        )
+        # acc is 0 where an image does not exist: small is.
+        acc = gradient_epilogue(
+            acc.T, below.T, count, tile, group, k, K, C_big, vectors_ptr, sums_ptr, negative_slope,
+            HAS_NORM, HAS_SUMS, ACTIVATION, STORED_DTYPE,
+        ).T  # fmt: skip
+    else:
+        if HAS_BIAS:
+            acc += tl.load(bias_ptr + k % C_big).to(ACC_DTYPE)[None, :]
+        acc = activate(acc, negative_slope, ACTIVATION)
     tl.store(
         out_ptr + n[:, None] * K + k[None, :],
         acc.to(out_ptr.dtype.element_ty),
-        mask=(n < N)[:, None] & (k < K)[None, :],
+        mask=exists[:, None] & (k < K)[None, :],
     )
 
 

@@ -39,6 +39,7 @@ SAMPLING = "test_sampling.py"
 FROM_IMAGE = "test_from_image.py::test_products"
 LOSSES = "test_losses.py"
 NORMALIZING = "test_normalizing.py::test_bits_are_those_of_the_pass_and_the_product"
+GRADIENT = "test_gradient_epilogue.py::test_gradient_of_the_layer_below"
 
 BUGS = (
     Bug(
@@ -103,6 +104,62 @@ BUGS = (
         "small.load([tile * PIXELS, c0])",
         "small.load([0, c0])",
         LOADERS,
+    ),
+    Bug(
+        "the gradient of a pixel beyond the edge is summed",
+        "kernels/product.py",
+        "        acc = tl.where(exists[None, :], acc, 0.0)",
+        "        acc = tl.where(exists[None, :], acc, acc)",
+        GRADIENT,
+    ),
+    Bug(
+        "sums of a gradient are of what is not stored",
+        "kernels/product.py",
+        "g = rounded(g, STORED_DTYPE)",
+        "g = g",
+        GRADIENT,
+    ),
+    Bug(
+        "all groups' gradients take the first group's vectors",
+        "kernels/product.py",
+        "vectors_ptr += group * 5 * channels",
+        "vectors_ptr += 0 * channels",
+        GRADIENT,
+    ),
+    Bug(
+        "a group's gradient is stored in the next one's images",
+        "genfast/launch/conv.py",
+        "apart = groups if boxed and",
+        "apart = groups if not boxed and",
+        GRADIENT,
+    ),
+    Bug(
+        "a phase's gradient takes the layer below at another phase",
+        "kernels/conv.py",
+        "values = below.load([n0, y0, py, x0,",
+        "values = below.load([n0, y0, px, x0,",
+        GRADIENT,
+    ),
+    Bug(
+        "pixels of the layer below lose their channel",
+        "kernels/conv.py",
+        "offset = run_in_bounds(row, row < C)[:, None] + first",
+        "offset = in_bounds(row, row < 0)[:, None] + first",
+        GRADIENT,
+    ),
+    Bug(
+        "an image's gradient takes the first group's vectors",
+        "kernels/from_image.py",
+        "acc, below.T, count, tile, group, cs,",
+        "acc, below.T, count, tile, 0, cs,",
+        GRADIENT,
+    ),
+    Bug(
+        "groups of logits overlap",
+        "kernels/logits.py",
+        "n = (group * N + n0)",
+        "n = (0 * N + n0)",
+        GRADIENT,
     ),
     Bug(
         "tiles of an image that are shared unevenly overlap",

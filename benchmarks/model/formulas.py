@@ -123,6 +123,11 @@ def _other_groups(end, group_rows, step_rows, steps, splits):
     return met / (splits * steps)
 
 
+def _images_of_logits(a):
+    """Of all groups; N counts one group's."""
+    return a.N * (a.grid[0] // (a.tiles_n * a.tiles_k))
+
+
 FORMULAS = {
     "fprop": Formula(_fprop_passes, _conv_flops(_images), _big_to_small, _about_images(_images)),
     "dgrad": Formula(_dgrad_passes, _conv_flops(_images), _small_to_big, _about_images(_images)),
@@ -173,9 +178,9 @@ FORMULAS = {
     ),
     "logits_dgrad": Formula(
         lambda a: {},
-        lambda a: 2 * a.N * a.K * a.C_SMALL,
+        lambda a: 2 * _images_of_logits(a) * a.K * a.C_SMALL,
         lambda a: f"{a.C_SMALL}->{a.K} ch logits",
-        lambda a: f"n {a.N}",
+        lambda a: f"n {_images_of_logits(a)}",
     ),
     "logits_wgrad": Formula(
         lambda a: {

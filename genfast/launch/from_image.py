@@ -13,7 +13,7 @@ import torch
 
 from genfast.backend import triton
 from genfast.geometry import ConvGeometry
-from genfast.launch import memory, norm, passes, start, sums, tiles
+from genfast.launch import memory, passes, start, sums, tiles
 
 if triton is not None:
     from genfast.kernels import from_image as kernels
@@ -186,52 +186,40 @@ def fprop(image, weight, epilogue):
     Args:
         image: a `Padded`.
         weight: (C_small, C_big, kh, kw).
-        epilogue: a `launch.conv.Epilogue` over C_small channels.
+        epilogue: an `Epilogue` over C_small channels.
 
     Returns:
-        (N, C_small, Ho, Wo), channels_last; its `TileStatistics` or None.
+        (N, C_small, Ho, Wo), channels_last; its `TileStatistics`, its sums as a gradient or None.
     """
     data, geometry = image.data, image.geometry
-    n, c_small, groups = data.shape[0], weight.shape[0], max(epilogue.groups, 1)
+    n, c_small, groups = data.shape[0], weight.shape[0], epilogue.parts_of_batch
     result = memory.channels_last((n, *geometry.small, c_small), data)
+    out = memory.nhwc(result)
     config = _config(data)
     block_m = _channel_block(config, c_small)
     pixels = n // groups * math.prod(geometry.small)
-    block_n = config.statistics_pixels if epilogue.groups else config.pixels
+    alone = epilogue.groups == 0 and epilogue.output is None
+    block_n = config.pixels if alone else config.statistics_pixels
     tiles_per_group = tiles.ceil_div(pixels, block_n)
     count = groups * tiles_per_group
     channel_tiles = tiles.ceil_div(c_small, block_m)
     filling = passes.programs(data, config.resident)
     programs = min(count, tiles.ceil_div(filling, channel_tiles))
-    statistics = None
-    if epilogue.groups:
-        acc_dtype = start.acc_dtype(data.dtype)
-        mean, m2 = torch.empty((2, count, c_small), dtype=acc_dtype, device=data.device)
-        counts = torch.empty(count, dtype=acc_dtype, device=data.device)
-        statistics = norm.TileStatistics(counts, mean, m2, 1, groups)
+    reductions = epilogue.reductions(out, count)
     start.kernel(
         kernels.fprop_image,
         (channel_tiles, programs),
         padded_ptr=data,
         weight_ptr=memory.nhwc(weight),
-        out_ptr=result,
-        bias_ptr=memory.dense(epilogue.bias, result),
-        vectors_ptr=result if epilogue.vectors is None else epilogue.vectors,
-        count_ptr=statistics.count if statistics else result,
-        mean_ptr=statistics.mean if statistics else result,
-        m2_ptr=statistics.m2 if statistics else result,
+        out_ptr=out,
+        below_ptr=epilogue.below(out),
         pixels=pixels,
         eighths=c_small // 8,
         tiles_per_group=tiles_per_group,
         tiles_per_program=count // programs,
         one_more=count % programs,
         **_windows(image),
-        negative_slope=epilogue.negative_slope,
-        HAS_BIAS=epilogue.bias is not None,
-        HAS_NORM=epilogue.vectors is not None,
-        HAS_STATISTICS=statistics is not None,
-        ACTIVATION=epilogue.activation,
-        STORED_DTYPE=start.tl_dtype(data.dtype),
+        **epilogue.arguments(out, reductions),
         **start.arithmetic(data),
         BLOCK_M=block_m,
         BLOCK_N=block_n,
@@ -239,7 +227,7 @@ def fprop(image, weight, epilogue):
         num_warps=_warps(config, block_m),
         num_stages=config.fprop_stages,
     )
-    return result, statistics
+    return result, reductions
 
 
 def wgrad(image, small, y=None, vectors=None, activation="identity", negative_slope=0.0):

@@ -69,34 +69,42 @@ def fprop(big, weight, geometry, epilogue, vectors=None, activation="identity", 
 
 
 def dgrad(small, weight, geometry, epilogue):
-    """As `conv.dgrad`, where `fits`: (N, C_big, *geometry.big), channels_last."""
+    """As `conv.dgrad`, where `fits`: (N, C_big, *geometry.big), channels_last; its sums or None."""
     small, weight = memory.nhwc(small), memory.nhwc(weight)
     n, _, _, c_small = small.shape
     c_big = weight.shape[3]
     result = memory.channels_last((n, *geometry.big, c_big), small)
+    out = memory.nhwc(result)
     k = geometry.taps * c_big
-    block_k = _block(k, 64 if INTERPRETING else 1024)
-    # A program reads its columns of the weight once for all of its rows.
-    tiles_k = tiles.ceil_div(k, block_k)
-    block_n = 2 if INTERPRETING else 4
+    # A program reads its columns of the weight once for all of its rows. Sums are of many rows: a
+    # program writes as many as it has columns.
+    rows, columns = (4, 1024) if epilogue.output is None else (16, 256)
+    block_n, block_k = (2, _block(k, 64)) if INTERPRETING else (rows, _block(k, columns))
+    groups = epilogue.parts_of_batch
+    tiles_n, tiles_k = tiles.ceil_div(n // groups, block_n), tiles.ceil_div(k, block_k)
+    sums_of_gradient = epilogue.reductions(out, groups * tiles_n, k)
     start.kernel(
         kernels.logits_dgrad,
-        (tiles.ceil_div(n, block_n) * tiles_k,),
+        (groups * tiles_n * tiles_k,),
         small_ptr=small,
         weight_ptr=weight,
         bias_ptr=memory.dense(epilogue.bias, result),
-        out_ptr=memory.nhwc(result),
-        N=n,
+        out_ptr=out,
+        below_ptr=epilogue.below(out),
+        N=n // groups,
         K=k,
         C_big=c_big,
+        tiles_n=tiles_n,
         tiles_k=tiles_k,
         C_SMALL=c_small,
-        **_epilogue(epilogue),
+        HAS_BIAS=epilogue.bias is not None,
+        STORED_DTYPE=start.tl_dtype(result.dtype),
+        **epilogue.of_gradient(out, sums_of_gradient),
         **_accumulator(small),
         BLOCK_N=block_n,
         BLOCK_K=block_k,
     )
-    return result
+    return result, sums_of_gradient
 
 
 def wgrad(big, small, geometry, vectors=None, activation="identity", negative_slope=0.0):

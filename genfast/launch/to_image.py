@@ -29,6 +29,8 @@ def why_not(geometry, c_small, c_big, epilogue):
         return "the kernel covers the whole image: a matrix product"
     if epilogue.groups or epilogue.vectors is not None:
         return "an image is not normalised"
+    if epilogue.output is not None:
+        return "an image is no layer's output"
     for kernel, stride in zip(geometry.kernel_size, geometry.stride, strict=True):
         if not max(stride, 2) <= kernel <= 8:
             return f"kernels are 2 to 8 wide and no narrower than their stride, not {kernel}"

@@ -194,7 +194,7 @@ FORMULAS = {
         lambda a: f"n {a.N}",
     ),
     "sum_partials": Formula(
-        lambda a: {"sum_partials.first": _ceil(a.parts, a.BLOCK_P)},
+        lambda a: {"sum_partials.first": _ceil(min(a.chunk, a.parts), a.BLOCK_P)},
         about=lambda a: f"{a.parts} parts of {a.rows * a.row_length}, {a.grid[1]} groups",
     ),
     "tile_statistics": Formula(

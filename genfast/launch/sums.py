@@ -1,5 +1,7 @@
 """Sums over parts, in an order that depends on the shape alone."""
 
+import math
+
 import torch
 
 from genfast.backend import triton
@@ -8,6 +10,9 @@ from genfast.launch import passes, start, tiles
 if triton is not None:
     from genfast.kernels import sums as kernels
 
+# One program adds this many parts; more of them are added by several first. Otherwise a program
+# waits for memory again and again: by the model 16,384 parts of 128 sums took 89 us on an H100.
+_CHUNK = 512
 # So many sums fill a GPU with tiles that are wide; fewer are cut finer, with more parts at a time.
 _MANY = 2**16
 
@@ -28,16 +33,27 @@ def sum_partials(partials, out, *, of_batch=False):
             and parts of any number are one kernel a length.
     """
     *groups, parts, length = partials.shape
-    rows, row_length = passes.rows(out) if of_batch else (1, length)
-    block_p, block = (64, 64) if of_batch else _tile(length)
+    while parts > _CHUNK:
+        chunks = tiles.ceil_div(parts, _CHUNK)
+        sums = partials.new_empty((*groups, chunks, length))
+        _sum(partials, sums, (1, length), _CHUNK, _tile(length))
+        partials, parts = sums, chunks
+    rows = passes.rows(out) if of_batch else (1, length)
+    _sum(partials, out, rows, parts, (64, 64) if of_batch else _tile(length))
+
+
+def _sum(partials, out, rows, chunk, tile):
+    *groups, parts, length = partials.shape
+    block_p, block = tile
     start.kernel(
         kernels.sum_partials,
-        (tiles.ceil_div(length, block), *groups),
+        (tiles.ceil_div(length, block), math.prod(groups), tiles.ceil_div(parts, chunk)),
         partials_ptr=partials,
         out_ptr=out,
-        rows=rows,
-        row_length=row_length,
+        rows=rows[0],
+        row_length=rows[1],
         parts=parts,
+        chunk=chunk,
         BLOCK_P=block_p,
         BLOCK=block,
     )

@@ -13,6 +13,7 @@ from genfast.backend import INTERPRETING, triton
 from genfast.geometry import ConvGeometry
 from genfast.launch import (
     conv,
+    from_image,
     logits,
     losses,
     norm,
@@ -231,6 +232,15 @@ def test_to_image(lanes, size, kernel, c_small):
     epilogue = conv.Epilogue(bias=torch.randn(3))
     to_image.dgrad(small, image(c_small, 3, (kernel,) * 2), geometry, epilogue, small, "relu")
     assert lanes.masked["to_image"] > 0
+
+
+@pytest.mark.parametrize("geometry", [K4S2, ODD, MIXED], ids=str)
+@pytest.mark.parametrize("channels", [1, 3])
+def test_join_images(lanes, channels, geometry):
+    reals = torch.randint(256, (3, channels, *geometry.big), dtype=torch.uint8)
+    fakes = image(3, channels, geometry.big, HALF)
+    from_image.joined(reals, fakes, geometry, HALF, 2 / 255, -1.0)
+    assert lanes.masked["join_images"] > 0
 
 
 def test_logits(lanes):

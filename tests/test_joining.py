@@ -20,7 +20,7 @@ from genfast.models import VAE, DCGANDiscriminator, DCGANGenerator
 from genfast.nn import FusedSequential
 from genfast.training import GANStep, VAEStep
 from genfast.training.pixels import normalize, scale_and_shift
-from genfast.training.steps import gan
+from genfast.training.steps import base, gan
 from genfast.training.steps.joining import joined
 
 kernels = pytest.mark.kernels
@@ -226,6 +226,42 @@ def test_uint8_images_are_those_floats_to_a_gan(precision, merge):
         results.append(train(step, None, 2, given))
     assert_same_bits(results[0], results[2])
     assert_same_bits(results[1], results[2])
+
+
+class Recorder:
+    """Stands in for a graph: replaying runs the function."""
+
+    def __init__(self, device):
+        self.device = device
+
+    def warm_up(self, function, times):
+        for _ in range(times):
+            function()
+
+    def record(self, function):
+        return function
+
+
+def test_a_captured_step_takes_uint8_images(monkeypatch):
+    first, second = levels(4, 1, 16, 16), levels(4, 1, 16, 16)
+    losses, dtypes = [], []
+    normalized = base.pixels.normalize
+
+    def noting(images, *args):
+        dtypes.append(images.dtype)
+        return normalized(images, *args)
+
+    for captured in (False, True):
+        if captured:
+            monkeypatch.setattr(base, "why_not_captured", lambda device, optimizers: None)
+            monkeypatch.setattr(base, "CUDARecorder", Recorder)
+            monkeypatch.setattr(base.pixels, "normalize", noting)
+        step = GANStep(*networks(), precision="fp32")
+        torch.manual_seed(1)
+        losses.append([t.item() for images in (first, second) for t in step(images)])
+    assert losses[0] == losses[1]
+    # The look at the first batch; three warm-ups and two replays, each of what was copied for it.
+    assert dtypes == 6 * [torch.uint8]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])

@@ -333,6 +333,7 @@ LOOPS = {
     ("fprop_image", "stride 1"): 480,
     ("wgrad_image", "plain"): 200,
     ("wgrad_image", "leaky relu"): 450,
+    ("wgrad_image", "of z"): 480,
 }
 
 # Of `join_images`, with the loads of both kinds, of which a program executes one.
@@ -366,5 +367,5 @@ def test_hopper_instructions():
     hashes = {}
     for f in facts:
         hashes.setdefault((f["kernel"], f["case"]), set()).add(f["hash"])
-    assert len(facts) == 2 * 13 and len(hashes) == 2 * 8
+    assert len(facts) == 2 * 14 and len(hashes) == 2 * 9
     assert all(len(found) == 1 for found in hashes.values()), hashes

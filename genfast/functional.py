@@ -11,6 +11,7 @@ import torch
 from genfast import autograd, cpu, layout, reference
 from genfast.backend import INTERPRETING, selected_backend, why_device_cannot_run_triton
 from genfast.geometry import ConvGeometry, pair
+from genfast.launch import from_image
 
 # Half precision needs fp32 accumulation and float64 an fp64 matrix product, which GPUs' tensor
 # cores offer too unevenly for one kernel; the interpreter does not care.
@@ -216,7 +217,9 @@ def chain(x, blocks, memory_format=None):
             for geometry, b in zip(geometries, blocks, strict=True)
         ]  # fmt: skip
         memory_format = memory_format or _pytorchs_format(x, blocks, geometries)
-        x = autograd.chain(layout.enter(x), links, blocks[-1].inplace)
+        if blocks[0].output_padding is not None or from_image.found(x, geometries[0]) is None:
+            x = layout.enter(x)
+        x = autograd.chain(x, links, blocks[-1].inplace)
     else:
         convolutions = cpu if ways == {"cpu"} else torch.nn.functional
         for b, geometry in zip(blocks, geometries, strict=True):

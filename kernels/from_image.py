@@ -33,6 +33,11 @@ _PAD_COUNTS = (
     "pad_h", "pad_w", "stride_xn", "stride_xc", "stride_xh", "stride_xw", "stride_yn", "stride_yc",
     "stride_yh", "stride_yw",
 )  # fmt: skip
+_JOIN_COUNTS = (
+    "pixels", "H", "W", "width_magic", "width_shift", "height_magic", "height_shift", "Hp", "Wp",
+    "pad_h", "pad_w", "stride_realn", "stride_realc", "stride_realh", "stride_realw",
+    "stride_faken", "stride_fakec", "stride_fakeh", "stride_fakew",
+)  # fmt: skip
 _FPROP_COUNTS = (
     "pixels", "tiles_per_group", "tiles_per_program", "one_more", "image_step", "row_step",
     "window_step", "width_magic", "width_shift", "height_magic", "height_shift",
@@ -80,14 +85,10 @@ def pad_image(
     u. `pixels` are the padded image's. Grid: (tiles of pixels).
     """
     pixel = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    row = _quotient(pixel, width_magic, width_shift)
-    n = _quotient(row, height_magic, height_shift)
-    Y = row - n * Hp - pad_h
-    X = pixel - row * Wp - pad_w
-    inside = (pixel < pixels) & (Y >= 0) & (Y < H) & (X >= 0) & (X < W)
-    n = in_bounds(n, inside).to(tl.int64)
-    Y = in_bounds(Y, inside).to(tl.int64)
-    X = in_bounds(X, inside).to(tl.int64)
+    n, Y, X, inside = _pixel_of_image(
+        pixel, pixels, H, W, width_magic, width_shift, height_magic, height_shift, Hp, Wp,
+        pad_h, pad_w,
+    )  # fmt: skip
     x_ptr += n * stride_xn + Y * stride_xh + X * stride_xw
     y_ptr += n * stride_yn + Y * stride_yh + X * stride_yw
 
@@ -107,14 +108,109 @@ def pad_image(
         x_ptr, y_ptr, 3, inside, stride_xc, stride_yc, negative_slope,
         C, HAS_Y, ACTIVATION, ACC_DTYPE,
     )  # fmt: skip
+    _store_pixels(padded_ptr, pixel, pixels, c0, c1, c2, c3)
+
+
+@triton.jit(do_not_specialize=_JOIN_COUNTS)
+def join_images(
+    real_ptr,
+    fake_ptr,
+    padded_ptr,
+    pixels,
+    H,
+    W,
+    width_magic,
+    width_shift,
+    height_magic,
+    height_shift,
+    Hp,
+    Wp,
+    pad_h,
+    pad_w,
+    stride_realn,
+    stride_realc,
+    stride_realh,
+    stride_realw,
+    stride_faken,
+    stride_fakec,
+    stride_fakeh,
+    stride_fakew,
+    scale,
+    shift,
+    C: tl.constexpr,
+    HAS_SCALE: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """As `pad_image`: first the real images, times `scale` plus `shift`, then the generated ones.
+
+    Without HAS_SCALE real images are taken as they are. `pixels` are one half's of the padded
+    images. Grid: (tiles of pixels, halves).
+    """
+    pixel = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    half = tl.program_id(1)
+    n, Y, X, inside = _pixel_of_image(
+        pixel, pixels, H, W, width_magic, width_shift, height_magic, height_shift, Hp, Wp,
+        pad_h, pad_w,
+    )  # fmt: skip
+    # A program has images of one kind, so the other kind is not loaded.
+    if half == 0:
+        real = real_ptr + n * stride_realn + Y * stride_realh + X * stride_realw
+        c0 = _join_channel(real, 0, inside, stride_realc, scale, shift, C, HAS_SCALE)
+        c1 = _join_channel(real, 1, inside, stride_realc, scale, shift, C, HAS_SCALE)
+        c2 = _join_channel(real, 2, inside, stride_realc, scale, shift, C, HAS_SCALE)
+        c3 = _join_channel(real, 3, inside, stride_realc, scale, shift, C, HAS_SCALE)
+    else:
+        fake = fake_ptr + n * stride_faken + Y * stride_fakeh + X * stride_fakew
+        c0 = _join_channel(fake, 0, inside, stride_fakec, scale, shift, C, False)
+        c1 = _join_channel(fake, 1, inside, stride_fakec, scale, shift, C, False)
+        c2 = _join_channel(fake, 2, inside, stride_fakec, scale, shift, C, False)
+        c3 = _join_channel(fake, 3, inside, stride_fakec, scale, shift, C, False)
+    padded_ptr += half.to(tl.int64) * pixels * 4
+    _store_pixels(padded_ptr, pixel, pixels, c0, c1, c2, c3)
+
+
+@triton.jit
+def _pixel_of_image(
+    pixel, pixels, H, W, width_magic, width_shift, height_magic, height_shift, Hp, Wp, pad_h, pad_w
+):  # fmt: skip
+    """(n, Y, X) of the image that padded pixels hold, in 64 bits, and whether there is one."""
+    row = _quotient(pixel, width_magic, width_shift)
+    n = _quotient(row, height_magic, height_shift)
+    Y = row - n * Hp - pad_h
+    X = pixel - row * Wp - pad_w
+    inside = (pixel < pixels) & (Y >= 0) & (Y < H) & (X >= 0) & (X < W)
+    n = in_bounds(n, inside).to(tl.int64)
+    Y = in_bounds(Y, inside).to(tl.int64)
+    X = in_bounds(X, inside).to(tl.int64)
+    return n, Y, X, inside
+
+
+@triton.jit
+def _store_pixels(padded_ptr, pixel, pixels, c0, c1, c2, c3):
     # A thread has a pixel's four channels, so joining them moves nothing.
-    values = tl.join(tl.join(c0, c2), tl.join(c1, c3)).reshape(BLOCK, 4)
+    values = tl.join(tl.join(c0, c2), tl.join(c1, c3)).reshape(pixel.shape[0], 4)
     offset = pixel.to(tl.int64)[:, None] * 4 + tl.arange(0, 4)[None, :]
     tl.store(
         padded_ptr + offset,
         values.to(padded_ptr.dtype.element_ty),
         mask=(pixel < pixels)[:, None],
     )
+
+
+@triton.jit
+def _join_channel(
+    x_ptr, channel: tl.constexpr, inside, stride_xc, scale, shift, C: tl.constexpr,
+    HAS_SCALE: tl.constexpr,
+):  # fmt: skip
+    """A channel of the pixels in float32, 0 where there is none."""
+    if channel >= C:
+        value = tl.zeros(inside.shape, dtype=tl.float32)
+    else:
+        offset = tl.cast(stride_xc, tl.int64) * channel
+        value = tl.load(x_ptr + offset, mask=inside, other=0).to(tl.float32)
+        if HAS_SCALE:
+            value = tl.where(inside, value * scale + shift, 0.0)
+    return value
 
 
 @triton.jit

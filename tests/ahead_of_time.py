@@ -36,6 +36,7 @@ CASES = ("every", "from_image", "outputs")
 ASSEMBLY = {
     "matrix": r"wgmma\.mma_async|tcgen05\.mma|mma\.sync|v_mfma",
     "wgmma": r"wgmma\.mma_async",
+    "fma": r"\bfma\.rn|v_fma|v_pk_fma",
     "tma": r"cp\.async\.bulk\.tensor",
 }
 

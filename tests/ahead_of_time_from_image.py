@@ -42,11 +42,15 @@ def _cases(dtype, few):
     yield "leaky relu", lambda: _wgrad(K4S2, dtype, 64, y=True, **leaky)
     yield "of z", lambda: _wgrad(K4S2, dtype, 64, groups=1, activation="relu")
     yield "plain", lambda: from_image.padded(_image(3, K4S2.big, torch.float32), K4S2, dtype)
+    yield "uint8", lambda: _joined(K4S2, torch.uint8, dtype)
+    yield "float", lambda: _joined(K4S2, torch.float32, dtype)
     yield "stride 1", lambda: _fprop(K4S1, dtype, 64, Epilogue())
     # The last batch of an epoch, and images of another size: nothing new to compile.
     yield "leaky relu", lambda: _fprop(OTHER, dtype, 64, Epilogue(**leaky), batch=97)
     yield "plain", lambda: _wgrad(OTHER, dtype, 64, batch=1)
     yield "plain", lambda: from_image.padded(_image(3, OTHER.big, torch.float32, 97), OTHER, dtype)
+    yield "uint8", lambda: _joined(OTHER, torch.uint8, dtype, 97)
+    yield "float", lambda: _joined(OTHER, torch.float32, dtype, 97)
     if few:
         return
     image = _image(3, K4S2.big, dtype)
@@ -71,6 +75,12 @@ def _cases(dtype, few):
 def _image(channels, size, dtype, batch=64):
     x = torch.empty(batch, channels, *size, dtype=dtype)
     return x.contiguous(memory_format=torch.channels_last)
+
+
+def _joined(geometry, real_dtype, dtype, batch=64):
+    reals, fakes = (_image(3, geometry.big, of, batch) for of in (real_dtype, dtype))
+    scale = (2 / 255, -1.0) if real_dtype == torch.uint8 else ()
+    from_image.joined(reals, fakes, geometry, dtype, *scale)
 
 
 def _padded(geometry, dtype, batch):

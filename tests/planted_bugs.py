@@ -176,6 +176,20 @@ BUGS = (
         FROM_IMAGE,
     ),
     Bug(
+        "the border of real images is what level 0 becomes",
+        "kernels/from_image.py",
+        "value = tl.where(inside, value * scale + shift, 0.0)",
+        "value = value * scale + shift",
+        "test_joining.py::test_what_is_joined_is_what_cat_makes",
+    ),
+    Bug(
+        "part of a joined batch is taken for all of it",
+        "genfast/launch/from_image.py",
+        "    return geometry, x.dtype, x.shape, x.stride(), x.storage_offset()",
+        "    return geometry, x.dtype, x.shape[1:], x.stride(), x.storage_offset()",
+        "test_joining.py::test_only_the_whole_batch_is_taken",
+    ),
+    Bug(
         "rows of an image lose the taps of the row before",
         "kernels/to_image.py",
         "rows[ky] + carry[ky] if ky < CARRIED else rows[ky]",

@@ -7,13 +7,14 @@ LEARNING_RATE = 2.0**-12
 SEED = 3
 
 
-def train(step, shape, steps=6):
+def train(step, shape, steps=6, images=None):
     """Make steps on images in [0, 1] of that shape, the same ones each time.
 
     Args:
         step: a `GANStep` or `VAEStep`, whose learning rates become LEARNING_RATE.
         shape: (N, C, H, W) of the batch.
         steps: how many.
+        images: the batch, in place of one of that shape.
 
     Returns:
         What came out and what changed, by name: the losses of each step; every entry of the step's
@@ -23,7 +24,8 @@ def train(step, shape, steps=6):
         for group in optimizer.param_groups:
             group["lr"] = LEARNING_RATE
     torch.manual_seed(SEED)
-    images = torch.rand(shape, device=step.device)
+    if images is None:
+        images = torch.rand(shape, device=step.device)
     losses = torch.stack([torch.stack(tuple(step(images))) for _ in range(steps)])
     following = torch.randn(3, device=step.device)
     return {"losses": losses, **dict(_entries(step.state_dict(), "")), "random numbers": following}

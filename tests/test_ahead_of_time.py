@@ -32,6 +32,7 @@ KERNELS = {
 # Tests of their own compile these, in more ways.
 ENDS = {
     "pad_image",
+    "join_images",
     "fprop_image",
     "wgrad_image",
     "to_image",

@@ -243,6 +243,15 @@ def test_to_image(lanes, size, kernel, c_small):
     )
 
 
+@pytest.mark.parametrize("geometry", [K4S2, ODD, MIXED], ids=str)
+@pytest.mark.parametrize("channels", [1, 3])
+def test_join_images(lanes, channels, geometry):
+    reals = torch.randint(256, (3, channels, *geometry.big), dtype=torch.uint8)
+    fakes = image(3, channels, geometry.big, HALF)
+    from_image.joined(reals, fakes, geometry, HALF, 2 / 255, -1.0)
+    assert lanes.masked["join_images"] > 0
+
+
 def test_logits(lanes):
     geometry = ConvGeometry.conv((3, 3), (3, 3), (1, 1), (0, 0))
     big, weight, small = image(19, 9, (3, 3)), image(3, 9, (3, 3)), image(19, 3, (1, 1))

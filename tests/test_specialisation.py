@@ -161,6 +161,14 @@ def logits(batch):
         losses.logistic_loss_backward(torch.empty(()), reconstruction, targets, 1.0)
 
 
+def joins(batch, layout):
+    size = 31 if batch % 2 else 64
+    geometry = ConvGeometry.conv((size, size), (4, 4), (2, 2), (1, 1))
+    reals = torch.empty(batch, 3, size, size, dtype=torch.uint8).to(memory_format=layout)
+    fakes = reals.to(torch.bfloat16)
+    from_image.joined(reals, fakes, geometry, torch.bfloat16, 2 / 255, -1.0)
+
+
 def partial_sums(batch):
     for length in (20, 1024, 2**17):
         sums.sum_partials(torch.empty(batch, length), torch.empty(length))
@@ -179,6 +187,8 @@ def partial_sums(batch):
         partial(latents, width=3),
         partial(latents, width=1037),  # wide enough for two programs a row
         logits,
+        partial(joins, layout=torch.channels_last),
+        partial(joins, layout=torch.contiguous_format),
         partial_sums,
     ],
     ids=lambda call: getattr(call, "__name__", None) or call.func.__name__,

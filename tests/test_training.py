@@ -318,7 +318,7 @@ def test_precision_is_that_of_the_steps_gpu_not_of_the_current_one(monkeypatch):
     ("images", "error", "message"),
     [
         (torch.zeros(4, 16, 16), ValueError, r"expected images of shape .*\(4, 16, 16\)"),
-        (torch.zeros(4, 1, 16, 16, dtype=torch.uint8), TypeError, "floating-point.*uint8"),
+        (torch.zeros(4, 1, 16, 16, dtype=torch.int64), TypeError, "or uint8 images.*int64"),
         (torch.zeros(4, 1, 16, 16, device="meta"), ValueError, "networks' device cpu, got meta"),
         (torch.zeros(4, 3, 16, 16), ValueError, r"\(4, 1, 16, 16\), got \(4, 3, 16, 16\)"),
         (torch.zeros(4, 1, 32, 32), ValueError, r"\(4, 1, 16, 16\), got \(4, 1, 32, 32\)"),

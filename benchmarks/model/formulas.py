@@ -138,6 +138,7 @@ FORMULAS = {
         _about_images(_all_images),
     ),
     "pad_image": Formula(about=_about_padded),
+    "join_images": Formula(about=_about_padded),
     "fprop_image": Formula(
         lambda a: {
             "fprop_image.step": _tiles_of_image(a) / a.grid[1],

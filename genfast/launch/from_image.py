@@ -4,9 +4,13 @@ why = from_image.why_not(geometry, c_small, c_big, images)     None: it fits
 image = from_image.padded(x, geometry)                         once an image
 small, statistics = from_image.fprop(image, weight, epilogue)
 dweight = from_image.wgrad(image, small)
+
+x = from_image.joined(reals, fakes, geometry, dtype)           two batches, in padded memory at once
+image = from_image.found(x, geometry)                          its `Padded`, without a pass
 """
 
 import math
+import weakref
 from dataclasses import dataclass
 
 import torch
@@ -22,8 +26,12 @@ if triton is not None:
 CHANNELS = 4
 # Pixels are divided by sizes through multiplications that are exact below this.
 _PIXEL_LIMIT = 2**30
-# Of `pad_image`: four pixels a thread.
+# Of `pad_image` and `join_images`: four pixels a thread.
 _PAD_BLOCK = 512
+# The storages that `joined` has written, and the `_signature` of what it returned.
+# PyTorch keeps a storage's Python object as long as the storage, whatever views come and go: here
+# what autograd saved is recognised, and the next owner of the same addresses is not.
+_written = weakref.WeakKeyDictionary()
 
 
 @dataclass(frozen=True)
@@ -142,15 +150,12 @@ def padded(x, geometry, dtype=None, y=None, activation="identity", negative_slop
         out: dense (N, Hp, Wp, 4) to write, a run of a larger batch for example, in place of a new
             tensor; its dtype counts.
     """
-    n, channels, height, width = x.shape
-    size = padded_size(geometry)
+    n, channels, *_ = x.shape
     x = _dense(x)
     if out is None:
-        out = torch.empty((n, *size, CHANNELS), dtype=dtype or x.dtype, device=x.device)
+        out = torch.empty(_padded_shape(n, geometry), dtype=dtype or x.dtype, device=x.device)
     other = x if y is None else _dense(y)
     pixels = out.numel() // CHANNELS
-    width_magic, width_shift = _magic(size[1])
-    height_magic, height_shift = _magic(size[0])
     start.kernel(
         kernels.pad_image,
         (tiles.ceil_div(pixels, _PAD_BLOCK),),
@@ -158,16 +163,7 @@ def padded(x, geometry, dtype=None, y=None, activation="identity", negative_slop
         y_ptr=other,
         padded_ptr=out,
         pixels=pixels,
-        H=height,
-        W=width,
-        width_magic=width_magic,
-        width_shift=width_shift,
-        height_magic=height_magic,
-        height_shift=height_shift,
-        Hp=size[0],
-        Wp=size[1],
-        pad_h=geometry.padding[0],
-        pad_w=geometry.padding[1],
+        **_places(geometry),
         **_strides("x", x),
         **_strides("y", other),
         negative_slope=negative_slope,
@@ -178,6 +174,61 @@ def padded(x, geometry, dtype=None, y=None, activation="identity", negative_slop
         BLOCK=_PAD_BLOCK,
     )
     return Padded(out, geometry, channels)
+
+
+def joined(reals, fakes, geometry, dtype, scale=1.0, shift=0.0):
+    """Real and generated images as one batch, which the kernels here then read where it lies.
+
+    Args:
+        reals: (N, C, H, W) of `geometry.big`, of 1 to 4 channels, uint8 or floating point up to
+            float32, of any strides.
+        fakes: likewise, floating point.
+        geometry: of the convolution that will read them; `fits` holds for 2N images.
+        dtype: of the batch: float32 or half precision.
+        scale, shift: a real pixel p becomes p * scale + shift, rounded in float32 after each.
+
+    Returns:
+        (2N, C, H, W), first the real images: a view of padded memory, which `found` knows again.
+        Whoever changes it in place changes what the kernels read.
+    """
+    n, channels, *_ = reals.shape
+    data = torch.empty(_padded_shape(2 * n, geometry), dtype=dtype, device=reals.device)
+    pixels = data.numel() // (2 * CHANNELS)
+    start.kernel(
+        kernels.join_images,
+        (tiles.ceil_div(pixels, _PAD_BLOCK), 2),
+        real_ptr=reals,
+        fake_ptr=fakes,
+        padded_ptr=data,
+        pixels=pixels,
+        **_places(geometry),
+        **_strides("real", reals),
+        **_strides("fake", fakes),
+        scale=scale,
+        shift=shift,
+        C=channels,
+        HAS_SCALE=(scale, shift) != (1.0, 0.0),
+        BLOCK=_PAD_BLOCK,
+        enable_fp_fusion=False,  # Two roundings, as in PyTorch's operations.
+    )
+    (top, left), (height, width) = geometry.padding, geometry.big
+    inside = data[:, top : top + height, left : left + width, :channels]
+    x = inside.permute(0, 3, 1, 2)
+    _written[x.untyped_storage()] = _signature(x, geometry)
+    return x
+
+
+def found(x, geometry):
+    """The `Padded` that x lies in, if it is all of what `joined` gave for this geometry; or None.
+
+    Nothing but what x holds can have been changed there: the border and missing channels are zeros.
+    """
+    if _written.get(x.untyped_storage()) != _signature(x, geometry):
+        return None
+    n, channels, *_ = x.shape
+    shape = _padded_shape(n, geometry)
+    dense = [math.prod(shape[i + 1 :]) for i in range(4)]
+    return Padded(x.detach().as_strided(shape, dense, 0), geometry, channels)
 
 
 def fprop(image, weight, epilogue):
@@ -294,6 +345,33 @@ def wgrad(image, small, y=None, vectors=None, activation="identity", negative_sl
     if splits > 1:
         sums.sum_partials(target, dweight)
     return dweight
+
+
+def _padded_shape(n, geometry):
+    return n, *padded_size(geometry), CHANNELS
+
+
+def _signature(x, geometry):
+    return geometry, x.dtype, x.shape, x.stride(), x.storage_offset()
+
+
+def _places(geometry):
+    """What tells which pixel of an image a pixel of the padded one holds."""
+    size = padded_size(geometry)
+    width_magic, width_shift = _magic(size[1])
+    height_magic, height_shift = _magic(size[0])
+    return dict(
+        H=geometry.big[0],
+        W=geometry.big[1],
+        width_magic=width_magic,
+        width_shift=width_shift,
+        height_magic=height_magic,
+        height_shift=height_shift,
+        Hp=size[0],
+        Wp=size[1],
+        pad_h=geometry.padding[0],
+        pad_w=geometry.padding[1],
+    )
 
 
 def _config(data):

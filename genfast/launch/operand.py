@@ -51,6 +51,8 @@ class Operand:
 
     def padded(self, geometry):
         """A `from_image.Padded`, multiplied by act'(u)."""
+        if self.image is None and self.y is None:
+            self.image = from_image.found(self.value, geometry)
         if self.image is None:
             value, how = self.as_read()
             self.image = from_image.padded(value, geometry, **how)

@@ -36,7 +36,9 @@ def _interpret(kernel, grid, arguments):
             return TensorDescriptor(widen(a.base), a.shape, a.strides, a.block_shape)
         if not isinstance(a, torch.Tensor) or a.element_size() != 2:
             return a
-        return copies.setdefault(a.data_ptr(), (a, a.float()))[1]
+        if a.data_ptr() not in copies:
+            copies[a.data_ptr()] = a, _as_float32(a)
+        return copies[a.data_ptr()][1]
 
     kernel[grid](**{name: widen(a) for name, a in arguments.items()})
     for half, wide in copies.values():
@@ -44,6 +46,12 @@ def _interpret(kernel, grid, arguments):
         # What the kernel only read stays untouched: autograd counts every writing.
         if not torch.equal(rounded.view(torch.int16), half.view(torch.int16)):
             half.copy_(rounded)
+
+
+def _as_float32(t):
+    """A copy with the strides of t, whatever lies between its elements."""
+    span = 1 + sum((n - 1) * step for n, step in zip(t.shape, t.stride(), strict=True))
+    return t.as_strided((span,), (1,)).float().as_strided(t.shape, t.stride(), 0)
 
 
 def architecture(tensor):

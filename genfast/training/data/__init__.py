@@ -1,7 +1,8 @@
 """Images: where they come from, the batches drawn from them, and fetching those ahead."""
 
-from genfast.training.data.batches import Batches, normalize
+from genfast.training.data.batches import Batches
 from genfast.training.data.decoding import colour
 from genfast.training.data.sources import checksum, load_images, resize
+from genfast.training.pixels import normalize
 
 __all__ = ["Batches", "checksum", "colour", "load_images", "normalize", "resize"]

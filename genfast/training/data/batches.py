@@ -1,4 +1,4 @@
-"""Batches of float images drawn from uint8 ones, shuffled anew each epoch."""
+"""Batches of uint8 images, shuffled anew each epoch."""
 
 import time
 from functools import partial
@@ -9,12 +9,6 @@ import torch
 from genfast.training.data import sources
 from genfast.training.data.prefetch import CudaCopies, NoCopy, Prefetcher, WaitingClock
 from genfast.training.errors import BadInput
-
-
-def normalize(images, pixel_range):
-    """uint8 images to float32 with 0 and 255 at the ends of `pixel_range` = (low, high)."""
-    low, high = pixel_range
-    return images.float().mul_((high - low) / 255).add_(low)
 
 
 class Batches:

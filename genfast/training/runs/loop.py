@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 
 import genfast
-from genfast.training.data import Batches, normalize
+from genfast.training.data import Batches
 from genfast.training.errors import BadInput, Diverged, require
 from genfast.training.files import replacing
 from genfast.training.run_files import PICTURES, SETTINGS
@@ -130,7 +130,7 @@ def train(
             closing(batches.stream(done)) as stream,  # However this ends, so do its threads.
         ):
             for batch in islice(stream, total - done):
-                result = step(normalize(batch, step.pixel_range))
+                result = step(batch)
                 done += 1
                 epoch = math.ceil(done / len(batches))
                 loss_log.add(done, epoch, result)

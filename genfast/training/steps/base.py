@@ -4,6 +4,7 @@ from contextlib import contextmanager
 
 import torch
 
+from genfast.training import pixels
 from genfast.training.steps.capture import CapturedStep, CUDARecorder, why_not_captured
 from genfast.training.steps.precision import Precision
 
@@ -24,10 +25,11 @@ def _device_of(module):
 class Step:
     """What steps share: precision, capture, and the checks of a batch.
 
-    Subclasses have `_step(images) -> tuple of scalar tensors`, the attributes `pixel_range`,
-    `latent_shape` and `weights_reused` (whether a network takes part in more than one pass), and
-    `_draw(z)`, their images in `pixel_range`. They may have `_look(images)`, which learns from a
-    first batch what the steps need to know, and leaves no other trace.
+    Subclasses have `_step(images) -> tuple of scalar tensors`, whose images may be uint8 (`_floats`
+    converts them), the attributes `pixel_range`, `latent_shape` and `weights_reused` (whether a
+    network takes part in more than one pass), and `_draw(z)`, their images in `pixel_range`. They
+    may have `_look(images)`, which learns from a first batch of floats what the steps need to know,
+    and leaves no other trace.
     """
 
     def __init__(self, modules, optimizers, precision, capture):
@@ -72,16 +74,26 @@ class Step:
         return self._precision.why_no_half_weights
 
     def __call__(self, batch):
-        """Make one step: of images, or of a list or tuple that begins with them."""
+        """Make one step: of images, or of a list or tuple that begins with them.
+
+        Of uint8 images, level p is low + p * (high - low) / 255 in `pixel_range` = (low, high).
+        """
         images = _checked_images(_images_of(batch), self.device, self._dtype)
         with self._precision.products():
             if not self._looked:
-                self._look(images)
+                self._look(self._floats(images))
                 self._looked = True
             return self._result(*self._run(images))
 
     def _look(self, images):
         pass
+
+    def _floats(self, images):
+        """uint8 images in `pixel_range` and the networks' dtype; others are that already."""
+        if images.dtype != torch.uint8:
+            return images
+        wide = torch.promote_types(self._dtype, torch.float32)
+        return pixels.normalize(images, self.pixel_range, wide).to(self._dtype)
 
     def state_dict(self):
         """What the step has learnt: networks, optimizers and, in fp16, scalers of losses.
@@ -176,8 +188,8 @@ def _checked_images(images, device, dtype):
         raise ValueError(f"expected images of shape (N, C, H, W), got shape {tuple(images.shape)}")
     if not len(images):
         raise ValueError(f"expected at least one image, got shape {tuple(images.shape)}")
-    if not images.is_floating_point():
-        raise TypeError(f"expected floating-point images, got {images.dtype}")
+    if not (images.is_floating_point() or images.dtype == torch.uint8):
+        raise TypeError(f"expected floating-point or uint8 images, got {images.dtype}")
     if images.dtype == torch.float64 != dtype:
         raise TypeError(f"expected images of the networks' dtype {dtype}, got {images.dtype}")
     if images.device != device:

@@ -10,6 +10,7 @@ from genfast import losses
 from genfast.nn import statistics_groups
 from genfast.training.memory import missing_memory
 from genfast.training.steps.base import Step, adam, evaluating
+from genfast.training.steps.joining import joined
 from genfast.training.steps.judge import Judge, describe
 from genfast.training.steps.merging import (
     converts_its_input,
@@ -53,9 +54,10 @@ class GANStep(Step):
         output: a function that picks the logits out of what the discriminator returns, or "logits":
             what it returns are logits, whatever it looks like. None: that is checked.
 
-    Calling it with float images (N, C, H, W) in [-1, 1], or with what a loader gives, a list or
-    tuple that begins with them, makes one step and returns a `GANResult`. The first call also runs
-    the networks to learn how they are to be run, and puts back what that moved.
+    Calling it with images (N, C, H, W), floats in [-1, 1] or uint8 from 0 to 255, or with what a
+    loader gives, a list or tuple that begins with them, makes one step and returns a `GANResult`.
+    Level p of uint8 images is taken for p * 2 / 255 - 1. The first call also runs the networks to
+    learn how they are to be run, and puts back what that moved.
 
     Attributes:
         why_not_merged, why_not_captured, why_no_half_weights: why not, in words; None where it is.
@@ -99,7 +101,8 @@ class GANStep(Step):
             )
         g_optimizer, d_optimizer = optimizers
         never, unknown = why_two_passes(discriminator), why_unknown(discriminator)
-        self._converts = not (never or unknown) and converts_its_input(discriminator)
+        self._known = not (never or unknown)
+        self._converts = self._known and converts_its_input(discriminator)
         self._merge_if_equal = merge is None and not never and unknown is not None
         self.why_not_merged = never or unknown
         if merge is not None:
@@ -152,7 +155,8 @@ class GANStep(Step):
 
     def _generate(self, images):
         """As many images as these are, by the generator."""
-        z = torch.randn(len(images), *self.latent_shape, device=images.device, dtype=images.dtype)
+        dtype = images.dtype if images.is_floating_point() else self._dtype
+        z = torch.randn(len(images), *self.latent_shape, device=images.device, dtype=dtype)
         with self._precision.autocast():
             return self.generator(z)
 
@@ -168,19 +172,32 @@ class GANStep(Step):
     def _update_discriminator(self, reals, fakes):
         if self.why_not_merged:
             # The first pass's graph is gone before the second pass.
-            loss = self._backward(self._logits(reals), self.loss.real, "discriminator")
+            loss = self._backward(
+                self._logits(self._floats(reals)), self.loss.real, "discriminator"
+            )
             loss = loss + self._backward(self._logits(fakes), self.loss.fake, "discriminator")
         else:
-            if self._converts:
-                reals = reals.to(fakes.dtype)  # Less to concatenate than what `cat` would make.
+            both = self._both(reals, fakes)
             with statistics_groups(self.discriminator, 2):
-                logits = self._logits(torch.cat([reals, fakes]))
+                logits = self._logits(both)
             loss = self._backward(logits, self.loss.discriminator, "discriminator")
         self._precision.update("discriminator")
         # The gradients' memory serves the generator's update.
         self.optimizers["discriminator"].zero_grad(set_to_none=True)
         self._precision.refresh("discriminator")
         return loss
+
+    def _both(self, reals, fakes):
+        """Real images, then generated ones: a batch of the discriminator."""
+        if self._known:
+            with self._precision.autocast():
+                both = joined(self.discriminator, reals, fakes, self.pixel_range)
+            if both is not None:
+                return both
+        reals = self._floats(reals)
+        if self._converts:
+            reals = reals.to(fakes.dtype)  # Less to concatenate than what `cat` would make.
+        return torch.cat([reals, fakes])
 
     def _update_generator(self, fakes):
         with _frozen(self.discriminator):

@@ -55,7 +55,8 @@ class VAEStep(Step):
             parts are called otherwise. It draws the latent itself.
         image_shape: (C, H, W), to which `sample` brings rows of pixels. None: as in the first step.
 
-    Calling it with float images (N, C, H, W) in [0, 1] makes one step and returns a `VAEResult`.
+    Calling it with images (N, C, H, W), floats in [0, 1] or uint8, of which level p is taken for
+    p / 255, makes one step and returns a `VAEResult`.
 
     Attributes:
         why_not_captured: why not, in words; None where it is.
@@ -225,6 +226,7 @@ class VAEStep(Step):
         return self.likelihood == "gaussian" and self._end in ("tanh", "open")
 
     def _step(self, images):
+        images = self._floats(images)
         self.optimizers["model"].zero_grad(set_to_none=True)
         with vae_form.skipped(self._skipped) as skips:
             if self._compiled_terms is None:

@@ -1,0 +1,15 @@
+"""Pixels as files keep them, 256 levels of uint8, and as the networks take them, floats."""
+
+import torch
+
+
+def scale_and_shift(pixel_range):
+    """(scale, shift) with which level p is p * scale + shift in `pixel_range` = (low, high)."""
+    low, high = pixel_range
+    return (high - low) / 255, low
+
+
+def normalize(images, pixel_range, dtype=torch.float32):
+    """uint8 images to `dtype` with 0 and 255 at the ends of `pixel_range` = (low, high)."""
+    scale, shift = scale_and_shift(pixel_range)
+    return images.to(dtype, copy=True).mul_(scale).add_(shift)

@@ -1,0 +1,580 @@
+"""Adam's update by one kernel: PyTorch's numbers, and PyTorch itself wherever there is a reason."""
+
+import copy
+import warnings
+
+import pytest
+import torch
+from oracle import assert_close
+from torch import nn
+
+from genfast.backend import INTERPRETING, use_backend
+from genfast.launch import adam, start
+from genfast.models import DCGANDiscriminator, DCGANGenerator
+from genfast.training import GANStep, VAEStep
+from genfast.training.steps import half_weights, updates
+from genfast.training.steps.half_weights import HalfWeights
+from genfast.training.steps.updates import Update, recording
+
+pytestmark = pytest.mark.kernels
+
+# Less than a vector, an odd count, more than a chunk by one and by a vector and a half.
+SHAPES = ((1,), (7,), (1025,), (3, 2, 7, 25), (4, 3, 4, 4))
+
+
+def parameters(shapes=SHAPES, dtype=torch.float32, device="cpu"):
+    made = [nn.Parameter(torch.randn(shape, device=device, dtype=dtype)) for shape in shapes]
+    if len(shapes[-1]) == 4:
+        made[-1].data = made[-1].data.contiguous(memory_format=torch.channels_last)
+    return made
+
+
+def twin(given, dtype):
+    return [nn.Parameter(p.detach().to(dtype, copy=True)) for p in given]
+
+
+def make_groups(given, weight_decay):
+    """Two groups, of other rates."""
+    common = dict(weight_decay=weight_decay)
+    return [
+        dict(params=given[:2], lr=2e-4, betas=(0.5, 0.999), **common),
+        dict(params=given[2:], lr=3e-2, betas=(0.9, 0.99), eps=1e-5, **common),
+    ]
+
+
+def optimizer_of(given, weight_decay=0.0, **options):
+    return torch.optim.Adam(make_groups(given, weight_decay), fused=True, **options)
+
+
+@pytest.fixture
+def started(monkeypatch):
+    """The names of started kernels."""
+    names, run = [], start.kernel
+
+    def starting(kernel, grid, **arguments):
+        names.append(kernel.__name__)
+        return run(kernel, grid, **arguments)
+
+    monkeypatch.setattr(start, "kernel", starting)
+    return names
+
+
+def set_gradients(given, gradients):
+    for p, gradient in zip(given, gradients, strict=True):
+        p.grad = None
+        if gradient is not None:
+            p.grad = torch.empty_like(p).copy_(gradient)
+
+
+def trained(optimizer, given, gradients, step):
+    """Parameters and state after updates by these gradients, by name."""
+    for of_step in gradients:
+        set_gradients(given, of_step)
+        step()
+    results = {}
+    for i, p in enumerate(given):
+        results[f"p{i}"] = p.detach().clone()
+        state = optimizer.state[p]
+        results |= {f"{name}{i}": t.clone() for name, t in state.items() if name != "step"}
+        assert state["step"].item() == sum(g[i] is not None for g in gradients)
+    return results
+
+
+def draw_gradients(shapes, steps, device="cpu"):
+    """Of many sizes; the second parameter has none in the second step."""
+    drawn = [[torch.randn(s, device=device) * 10.0 ** -(i % 4) for s in shapes] for i in range(steps)]
+    drawn[1][1] = None
+    return drawn
+
+
+@pytest.mark.parametrize("weight_decay", [0.0, 0.1])
+def test_updates_are_pytorchs(weight_decay, started, device):
+    def all_three(seed):
+        torch.manual_seed(seed)
+        given, gradients = parameters(device=device), draw_gradients(SHAPES, 5, device)
+        eager, exact = twin(given, torch.float32), twin(given, torch.float64)
+        optimizers = [optimizer_of(p, weight_decay) for p in (given, eager, exact)]
+        steps = Update(optimizers[0]).step, optimizers[1].step, optimizers[2].step
+        return [
+            trained(o, p, gradients, step)
+            for o, p, step in zip(optimizers, (given, eager, exact), steps, strict=True)
+        ]
+
+    ours, eager, exact = all_three(0)
+    assert started == ["adam"] * 2 * 4
+    assert_close(ours, exact, [(eager, exact), *(all_three(seed)[1:] for seed in range(1, 4))])
+    again, *_ = all_three(0)
+    for name, tensor in ours.items():
+        assert torch.equal(tensor, again[name]), name
+
+
+def test_early_and_late_updates_correct_the_bias(started, device):
+    """The corrections are exact at every count, where they are close to 0 and where to 1."""
+    for count in (1, 2, 30, 500, 501, 5000, 100000):
+        results = []
+        for dtype in (torch.float32, torch.float64):
+            p = nn.Parameter(torch.zeros(3, device=device, dtype=dtype))
+            optimizer = torch.optim.Adam([p], 1.0, (0.5, 0.999), fused=True)
+            update = Update(optimizer)
+            p.grad = torch.ones_like(p)
+            update.step() if dtype == torch.float32 else optimizer.step()
+            optimizer.state[p]["step"].fill_(count - 1)
+            with torch.no_grad():
+                p.zero_()
+            update.step() if dtype == torch.float32 else optimizer.step()
+            results.append(p.detach().double())
+        ours, exact = results
+        # Four roundings or so of a result that is a quotient of a few factors.
+        assert ((ours - exact) / exact).abs().max() <= 8 * torch.finfo(torch.float32).eps, count
+    assert started == ["adam"] * 7
+
+
+def test_an_infinite_second_moment_stops_its_weight(device):
+    p = nn.Parameter(torch.ones(5, device=device))
+    update = Update(torch.optim.Adam([p], fused=True))
+    p.grad = torch.ones_like(p)
+    update.step()
+    before = p.detach().clone()
+    p.grad[2] = 1e30
+    update.step()
+    p.grad[2] = 1.0
+    update.step()
+    assert p.isfinite().all() and p[2] == before[2] and (p[:2] < before[:2]).all()
+
+
+class Layers(nn.Module):
+    """Weights with copies and one without, as a batch norm's."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.last = nn.Linear(41, 25), nn.Linear(25, 1)
+        self.scale = nn.Parameter(torch.ones(25))
+
+
+@pytest.fixture
+def known_forward(monkeypatch):
+    monkeypatch.setattr(half_weights, "why_not_copied", lambda network: None)
+
+
+def run_halves(network, update, half, seeds, refresh):
+    copies = {}
+    for seed in seeds:
+        torch.manual_seed(seed)
+        network.zero_grad()
+        with half_weights.in_use(half):
+            for p in network.parameters():  # The copies.
+                p.grad = torch.randn_like(p)
+            update.step(refresh)
+            copies = {n: p.detach().clone() for n, p in network.named_parameters()}
+    return copies
+
+
+@pytest.mark.parametrize("refresh", [True, False])
+def test_half_precision_copies_and_their_gradients(refresh, started, device, known_forward):
+    torch.manual_seed(0)
+    ours = Layers().to(device)
+    theirs = copy.deepcopy(ours)
+    halves = [HalfWeights(n, torch.bfloat16) for n in (ours, theirs)]
+    optimizers = [torch.optim.Adam(n.parameters(), 1e-2, fused=True) for n in (ours, theirs)]
+    update = Update(optimizers[0], halves[0])
+
+    class ByPyTorch:
+        def step(self, refresh):
+            halves[1].hand_over_gradients()
+            optimizers[1].step()
+            if refresh:
+                half_weights.refresh(halves[1])
+
+    copies = run_halves(ours, update, halves[0], range(3), refresh)
+    others = run_halves(theirs, ByPyTorch(), halves[1], range(3), refresh)
+    assert started == ["adam"] * 2
+    assert ours.first.weight.grad is None and ours.scale.grad is not None
+    for name, p in ours.named_parameters():
+        q = theirs.get_parameter(name)
+        torch.testing.assert_close(p, q, rtol=2**-22, atol=2**-26)
+        if copies[name].dtype == torch.bfloat16:
+            # Of what it stands for, to nearest: after the last update or before it.
+            assert copies[name].dtype == others[name].dtype
+            if refresh:
+                assert torch.equal(copies[name], p.bfloat16()), name
+            else:
+                assert not torch.equal(copies[name], p.bfloat16()), name
+    assert {t.dtype for t in copies.values()} == {torch.bfloat16, torch.float32}
+
+
+def test_gradients_of_two_backward_passes_are_added_in_float32(started, device, known_forward):
+    network = Layers().to(device)
+    half = HalfWeights(network, torch.bfloat16)
+    optimizer = torch.optim.Adam(network.parameters(), fused=True)
+    update = Update(optimizer, half)
+    run_halves(network, update, half, [0], True)
+    network.zero_grad()
+    weight, small = network.last.weight, 2.0**-12
+    with half_weights.in_use(half):
+        network.last.weight.grad = torch.ones_like(network.last.weight)
+        half.hand_over_gradients()
+        network.last.weight.grad = torch.full_like(network.last.weight, small)
+        update.step(True)
+    assert started == ["adam"]
+    assert weight.grad.eq(1 + small).all()
+
+
+def test_a_gradient_of_a_weight_that_is_not_held_is_handed_over(device, known_forward):
+    network = Layers().to(device)
+    half = HalfWeights(network, torch.bfloat16)
+    update = Update(torch.optim.Adam(network.first.parameters(), fused=True), half)
+    run_halves(network, update, half, [0, 1], True)
+    assert network.last.weight.grad is not None and network.first.weight.grad is None
+
+
+def test_states_are_interchanged_with_pytorchs(started, device):
+    given, gradients = parameters(device=device), draw_gradients(SHAPES, 6, device)
+    theirs = twin(given, torch.float32)
+    ours_by, theirs_by = optimizer_of(given), optimizer_of(theirs)
+    update = Update(ours_by)
+    trained(ours_by, given, gradients[:3], update.step)
+    trained(theirs_by, theirs, gradients[:3], theirs_by.step)
+    for a, b in ((ours_by, theirs_by), (theirs_by, ours_by)):
+        state, other = a.state_dict(), b.state_dict()
+        assert state["param_groups"] == other["param_groups"]
+        for i, of_parameter in state["state"].items():
+            assert of_parameter.keys() == other["state"][i].keys()
+            for name, t in of_parameter.items():
+                u = other["state"][i][name]
+                assert (t.dtype, t.device, t.stride()) == (u.dtype, u.device, u.stride())
+    # Each goes on from the other's.
+    saved = copy.deepcopy([ours_by.state_dict(), theirs_by.state_dict()])
+    ours_by.load_state_dict(saved[1])
+    theirs_by.load_state_dict(saved[0])
+    started.clear()
+    for of_step in gradients[3:]:
+        set_gradients(given, of_step)
+        update.step()
+        set_gradients(theirs, of_step)
+        theirs_by.step()
+    assert started == ["adam"] * 6
+    for p, q in zip(given, theirs, strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-5, atol=1e-6)
+        assert ours_by.state[p]["step"] == theirs_by.state[q]["step"]
+    # And PyTorch goes on after the kernel, with the same optimizer.
+    set_gradients(given, gradients[0])
+    count = ours_by.state[given[0]]["step"].item()
+    ours_by.step()
+    assert ours_by.state[given[0]]["step"].item() == count + 1
+
+
+@pytest.mark.parametrize("on_device", [False, True])
+def test_schedulers_set_the_rate(on_device, started, device):
+    results = []
+    for kernel in (True, False):
+        torch.manual_seed(0)
+        p = nn.Parameter(torch.zeros(5, device=device))
+        lr = torch.tensor(0.5, device=device) if on_device else 0.5
+        optimizer = torch.optim.Adam([p], lr, fused=True)
+        step = Update(optimizer).step if kernel else optimizer.step
+        p.grad = torch.ones_like(p)
+        step()
+        scheduler = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.5)
+        values = []
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")  # It says so if it thinks that no update was made.
+            for _ in range(3):
+                step()
+                scheduler.step()
+                values.append(p.detach().clone())
+        results.append(torch.stack(values))
+    assert started == ["adam"] * 2
+    torch.testing.assert_close(*results, rtol=1e-6, atol=0)
+
+
+class OwnAdam(torch.optim.Adam):
+    """A subclass, which may do anything."""
+
+
+def _hooked(optimizer):
+    optimizer.register_step_post_hook(lambda *_: None)
+
+
+def _replaced(optimizer):
+    step = optimizer.step
+    optimizer.step = lambda: step()
+
+
+def _moved(optimizer):
+    p = optimizer.param_groups[0]["params"][1]
+    p.data = torch.empty(len(p) + 1)[1:].copy_(p.data)
+
+
+def _strided(optimizer):
+    p = optimizer.param_groups[0]["params"][1]
+    p.data = torch.empty(2 * len(p))[::2].copy_(p.data)
+
+
+def _grouped(name, value):
+    return lambda optimizer: optimizer.param_groups[0].update({name: value})
+
+
+def _state(name, value):
+    def spoil(optimizer):
+        p = optimizer.param_groups[0]["params"][1]
+        optimizer.state[p][name] = value(optimizer.state[p].get(name))
+
+    return spoil
+
+
+REASONS = {
+    "AdamW": (torch.optim.AdamW, {}, None, "the kernel is Adam's, got AdamW"),
+    "subclass": (OwnAdam, {}, None, "the kernel is Adam's, got OwnAdam"),
+    "amsgrad": (torch.optim.Adam, dict(amsgrad=True), None, "the kernel has no amsgrad"),
+    "maximize": (torch.optim.Adam, dict(maximize=True), None, "the kernel has no maximize"),
+    "decoupled": (
+        torch.optim.Adam, dict(decoupled_weight_decay=True), None,
+        "the kernel has no decoupled_weight_decay",
+    ),
+    "differentiable": (
+        torch.optim.Adam, dict(fused=False, differentiable=True), None,
+        "the kernel has no differentiable",
+    ),
+    "hook": (torch.optim.Adam, {}, _hooked, "the optimizer has a hook"),
+    "replaced step": (torch.optim.Adam, {}, _replaced, "the optimizer's step was replaced"),
+    "betas": (
+        torch.optim.Adam, {}, _grouped("betas", (torch.tensor(0.5), torch.tensor(0.9))),
+        "the betas are tensors",
+    ),
+    "rate's device": (
+        torch.optim.Adam, {}, _grouped("lr", torch.tensor(0.5, device="meta")),
+        "the learning rate is on meta, the parameters on cpu",
+    ),
+    "state's dtype": (
+        torch.optim.Adam, {}, _state("exp_avg", lambda t: t.double()),
+        "of a parameter of shape (7,): its state is not in float32 on its device",
+    ),
+    "another state": (
+        torch.optim.Adam, {}, _state("max_exp_avg_sq", lambda t: torch.zeros(7)),
+        "of a parameter of shape (7,): its state is not Adam's",
+    ),
+    "counter's device": (
+        torch.optim.Adam, {}, _state("step", lambda t: t.to("meta")),
+        "of a parameter of shape (7,): its step counter is not on its device, as fused=True or "
+        "capturable=True put it",
+    ),
+    "state's layout": (
+        torch.optim.Adam, {}, _state("exp_avg", lambda t: torch.zeros(14)[::2]),
+        "of a parameter of shape (7,): its gradient or state lies in memory in another order",
+    ),
+    "place": (
+        torch.optim.Adam, {}, _moved,
+        "of a parameter of shape (7,): it, its gradient or its state begins at no multiple of 16 "
+        "bytes",
+    ),
+    "gaps": (torch.optim.Adam, {}, _strided, "of a parameter of shape (7,): it has gaps in memory"),
+}  # fmt: skip
+
+
+@pytest.mark.skipif(not INTERPRETING, reason="of tensors on the CPU")
+@pytest.mark.parametrize("case", REASONS.values(), ids=REASONS)
+def test_reasons_for_pytorchs_own_step(case, started):
+    kind, options, spoil, reason = case
+    given = parameters(SHAPES[:2])
+    optimizer = kind(given, **dict(fused=True) | options)
+    update = Update(optimizer)
+    if not options:
+        set_gradients(given, [torch.ones(s) for s in SHAPES[:2]])
+        update.step()
+    if spoil:
+        spoil(optimizer)
+    assert update.why_not == reason
+    called = []
+    vars(optimizer)["step"] = lambda: called.append(True)
+    set_gradients(given, [torch.ones(s) for s in SHAPES[:2]])
+    update.step()
+    assert called == [True] and not started
+
+
+@pytest.mark.skipif(not INTERPRETING, reason="of tensors on the CPU")
+def test_other_dtypes_devices_and_backends_are_pytorchs():
+    double = Update(torch.optim.Adam(parameters(dtype=torch.float64), fused=True))
+    assert double.why_not == "of a parameter of shape (1,): the kernel takes float32, got torch.float64"
+    two = [nn.Parameter(torch.ones(1)), nn.Parameter(torch.ones(1, device="meta"))]
+    update = Update(torch.optim.Adam(two))
+    assert update.why_not == "the parameters are on more than one device"
+    update = Update(torch.optim.Adam(parameters(), fused=True))
+    assert update.why_not is None
+    with use_backend("reference"):
+        assert update.why_not == "the backend is PyTorch"
+    empty = Update(torch.optim.Adam([nn.Parameter(torch.empty(0))], fused=True))
+    assert empty.why_not.endswith("there is nothing to compute in an empty tensor")
+
+
+@pytest.mark.skipif(not INTERPRETING, reason="of tensors on the CPU")
+@pytest.mark.parametrize(
+    ("gradient", "reason"),
+    [
+        (torch.randn(4, 6).t(), "lies in memory in another order"),
+        (torch.randn(25)[1:].view(6, 4), "begins at no multiple of 16 bytes"),
+    ],
+)
+def test_a_gradient_that_does_not_fit_is_pytorchs(gradient, reason, started):
+    p = nn.Parameter(torch.randn(6, 4))
+    optimizer = torch.optim.Adam([p])  # Not fused: PyTorch's fused step does not take it either.
+    optimizer.param_groups[0]["fused"] = True
+    update = Update(optimizer)
+    p.grad = torch.randn(6, 4)
+    update.step()
+    p.grad = gradient
+    called = []
+    optimizer.step, update._called = None, None
+    del optimizer.step
+    step, torch.optim.Adam.step = torch.optim.Adam.step, lambda self: called.append(True)
+    try:
+        update.step()
+    finally:
+        torch.optim.Adam.step = step
+    assert called == [True] and not started and reason in update.why_not
+    p.grad = torch.randn(6, 4)
+    update.step()
+    assert started == ["adam"] and update.why_not is None
+
+
+class Graph:
+    """Stands in for a CUDA graph: starts of kernels are recorded, and replayed as they were."""
+
+    def __init__(self, monkeypatch):
+        self._patch, self.starts = monkeypatch, []
+        self.capturing = False
+        monkeypatch.setattr(updates, "_is_capturing", lambda device: self.capturing)
+
+    def record(self, function):
+        run = start.kernel
+        self.capturing = True
+        with self._patch.context() as patch:
+            patch.setattr(start, "kernel", lambda *a, **k: self.starts.append((a, k)))
+            patch.setattr(torch, "_foreach_add_", lambda *a: self.starts.append((a, None)))
+            function()
+        self.capturing = False
+        return run
+
+    def replay(self):
+        for arguments, named in self.starts:
+            if named is None:
+                torch._foreach_add_(*arguments)
+            else:
+                start.kernel(*arguments, **named)
+
+
+def test_a_recorded_update_replays_with_the_addresses_of_the_recording(monkeypatch):
+    given, gradients = parameters(SHAPES[:3]), draw_gradients(SHAPES[:3], 4)
+    theirs = twin(given, torch.float32)
+    optimizer, other = (torch.optim.Adam(p, 1e-2, fused=True) for p in (given, theirs))
+    update, graph = Update(optimizer), Graph(monkeypatch)
+    # On a GPU memory for the table is there after one update by the kernel outside the graph.
+    for of_step in (gradients[0], gradients[2]):
+        set_gradients(given, of_step)
+        update.step()
+    update._spare[0] = torch.full((64,), -1)
+    kept = [torch.empty_like(p) for p in given]
+    for p, gradient in zip(given, kept, strict=True):
+        p.grad = gradient
+    with recording(update):
+        graph.record(update.step)
+        assert graph.starts[1][1]["table_ptr"].eq(-1).all()  # Nothing can be copied there yet.
+    # Updates outside the graph, with gradients elsewhere, leave it alone.
+    set_gradients(given, gradients[3])
+    update.step()
+    for gradient, value in zip(kept, gradients[2], strict=True):
+        gradient.copy_(value)
+    graph.replay()
+    for i in (0, 2, 3, 2):
+        set_gradients(theirs, gradients[i])
+        other.step()
+    for p, q in zip(given, theirs, strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-5, atol=1e-6)
+        assert optimizer.state[p]["step"].item() == 4
+
+
+def test_somebody_elses_graph_records_pytorchs_own_step(monkeypatch, started):
+    given = parameters(SHAPES[:2])
+    optimizer = torch.optim.Adam(given, fused=True)
+    update, graph = Update(optimizer), Graph(monkeypatch)
+    set_gradients(given, [torch.ones(s) for s in SHAPES[:2]])
+    update.step()
+    graph.capturing = True
+    update.step()
+    assert not started and optimizer.state[given[0]]["step"] == 2
+    assert update.why_not == "a CUDA graph records that is not the step's own"
+
+
+def test_a_network_of_any_size_is_the_same_kernel(monkeypatch):
+    from test_specialisation import Keys
+
+    keys = Keys()
+    monkeypatch.setattr(start, "architecture", lambda tensor: "sm_90")
+    for shapes, lr in (((3,),), 0.5), (((16, 16), (5,), (1,)), 1.0), (((4096, 3),), 0.0):
+        given = parameters(shapes)
+        weights = [adam.Weight(p, p, p, torch.ones(()), p, p.bfloat16()) for p in given]
+        monkeypatch.setattr(start, "kernel", keys.add)
+        adam.adam(adam.table(weights), weights, lr=lr, betas=(0.5, 0.9), eps=1e-8, weight_decay=0.0)
+    assert len(keys.found) == 1
+    adam.adam(adam.table(weights), weights, lr=lr, betas=(0.5, 0.9), eps=1e-8, weight_decay=0.5)
+    assert len(keys.found) == 2
+
+
+@pytest.mark.skipif(not INTERPRETING, reason="looks at addresses in the interpreter")
+def test_masked_lanes_stay_inside(monkeypatch, device):
+    from triton.runtime import interpreter
+
+    given = parameters()
+    update = Update(optimizer_of(given))
+    set_gradients(given, [torch.ones_like(p) for p in given])
+    update.step()
+    spans, masked = [], []
+    load = interpreter.InterpreterBuilder.create_masked_load
+    run = start.kernel
+
+    def starting(kernel, grid, reads=(), **arguments):
+        reached = [*reads, arguments["table_ptr"]]
+        spans[:] = [(t.data_ptr(), t.data_ptr() + t.nbytes) for t in reached]
+        return run(kernel, grid, reads=reads, **arguments)
+
+    def loading(builder, pointers, mask, *args):
+        low, high = int(pointers.data.min()), int(pointers.data.max())
+        assert any(first <= low and high < end for first, end in spans)
+        masked.append(int((~mask.data.astype(bool)).sum()))
+        return load(builder, pointers, mask, *args)
+
+    monkeypatch.setattr(start, "kernel", starting)
+    monkeypatch.setattr(interpreter.InterpreterBuilder, "create_masked_load", loading)
+    update.step()
+    assert sum(masked) > 0
+
+
+@pytest.mark.parametrize("merge", [True, False])
+def test_a_gan_trains_as_with_pytorchs_own_step(merge, started):
+    losses, weights = [], []
+    for by_kernel in (True, False):
+        torch.manual_seed(0)
+        networks = DCGANGenerator(5, 4, 1, 16), DCGANDiscriminator(1, 4, 16)
+        with use_backend("reference"):  # The kernels of layers are slow in the interpreter.
+            step = GANStep(*networks, precision="bf16", merge=merge)
+            torch.manual_seed(1)
+            images = torch.rand(4, 1, 16, 16)
+            context = pytest.MonkeyPatch.context()
+            with context as patch:
+                if by_kernel:
+                    patch.setattr(updates, "selected_backend", lambda: "triton")
+                    assert step.why_not_adam_kernel is None
+                else:
+                    assert step.why_not_adam_kernel.startswith("the generator: the backend")
+                losses.append([[t.item() for t in step(images)] for _ in range(4)])
+        weights.append([p.detach().clone() for n in networks for p in n.parameters()])
+    assert started.count("adam") == 2 * 3
+    torch.testing.assert_close(torch.tensor(losses[0]), torch.tensor(losses[1]), rtol=1e-2, atol=0)
+
+
+def test_fp16_and_a_vae_say_what_they_do():
+    step = GANStep(DCGANGenerator(5, 4, 1, 16), DCGANDiscriminator(1, 4, 16), precision="fp16")
+    assert step.why_not_adam_kernel == "fp16 scales its losses, and PyTorch's own step knows how"
+    from genfast.models import VAE
+
+    step = VAEStep(VAE(16, 8, 2), precision="fp32", compile=False)
+    assert step.why_not_adam_kernel is None

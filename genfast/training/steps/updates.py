@@ -22,9 +22,10 @@ _VARIANTS = ("amsgrad", "maximize", "differentiable", "decoupled_weight_decay")
 class Update:
     """Steps the optimizer of one network.
 
-    By the kernel wherever `why_not` has no reason. The state stays PyTorch's, made by its own
-    `step`: so the first update is PyTorch's, and the first after a scheduler wrapped `step`, which
-    counts its calls. Parameters whose gradient was in half precision then have no `grad`.
+    By the kernel wherever `why_not` has no reason. The state is made by PyTorch's own `step`, so
+    the first update of a parameter is PyTorch's: it is the state that decides, and training that
+    goes on from a saved one has the same bits. Parameters whose gradient was in half precision
+    have no `grad` after an update by the kernel.
 
     Args:
         optimizer: a `torch.optim.Optimizer`.
@@ -33,8 +34,7 @@ class Update:
 
     def __init__(self, optimizer, half=None):
         self._optimizer, self._half = optimizer, half
-        self._called = _NEVER  # The `step` that was called last, of the instance.
-        self._why_not_the_last = None
+        self._told = self._why_not_the_last = None
         # By group: what the table holds, and the table; memory for one that a graph reads; what a
         # recording put into such memory, and those that are in a graph.
         self._tables, self._spare, self._recorded, self._in_graph = {}, {}, None, ()
@@ -60,10 +60,10 @@ class Update:
             if self._half:
                 self._half.hand_over_gradients()
             self._optimizer.step()
-            self._called = _own_step(self._optimizer)
             if refresh and self._half:
                 half_weights.refresh(self._half)
             return
+        self._tell_scheduler()
         for group, (weights, table) in groups:
             torch._foreach_add_([w.step for w in weights], 1)
             adam.adam(
@@ -87,8 +87,6 @@ class Update:
     def _ready_groups(self, refresh):
         """[(group, (weights, table))] for the kernel, or None."""
         self._why_not_the_last = None
-        if _own_step(self._optimizer) is not self._called:
-            return None
         copies, groups = self._copies, self._optimizer.param_groups
         parameters = [p for group in groups for p in group["params"]]
         if any(p in copies and None not in (p.grad, copies[p].grad) for p in parameters):
@@ -118,6 +116,20 @@ class Update:
                     return None
                 ready.append((group, (weights, table)))
         return ready
+
+    def _tell_scheduler(self):
+        """Let a learning-rate scheduler know of an update: it wraps `step`, and warns without."""
+        step = _own_step(self._optimizer)
+        if step is None or step is self._told:
+            return
+        parameters = [p for group in self._optimizer.param_groups for p in group["params"]]
+        gradients = [p.grad for p in parameters]
+        for p in parameters:
+            p.grad = None
+        self._optimizer.step()  # Which changes nothing without a gradient.
+        for p, gradient in zip(parameters, gradients, strict=True):
+            p.grad = gradient
+        self._told = step
 
     def _table(self, i, weights):
         """The table of group i on the device; None if a graph could not read it."""
@@ -163,9 +175,6 @@ def recording(*updates):
         yield
 
 
-_NEVER = object()
-
-
 def _is_capturing(device):
     return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
@@ -202,6 +211,9 @@ def _why_not(optimizer):
         if reason:
             return reason
     for p in parameters:
+        reason = functional.why_not_triton(p)
+        if reason:
+            return reason
         reason = _why_not_parameter(p, optimizer.state.get(p))
         if reason:
             return f"of a parameter of shape {tuple(p.shape)}: {reason}"
@@ -227,9 +239,6 @@ def _why_not_group(group, device):
 
 
 def _why_not_parameter(p, state):
-    reason = functional.why_not_triton(p)
-    if reason:
-        return reason
     if p.dtype != torch.float32:
         return f"the kernel takes float32, got {p.dtype}"
     if not state:

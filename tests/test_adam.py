@@ -370,12 +370,11 @@ REASONS = {
     ),
     "state's layout": (
         torch.optim.Adam, {}, _state("exp_avg", lambda t: torch.zeros(14)[::2]),
-        "of a parameter of shape (7,): its gradient or state lies in memory in another order",
+        "of a parameter of shape (7,): what belongs to it lies in memory in another order",
     ),
     "place": (
         torch.optim.Adam, {}, _moved,
-        "of a parameter of shape (7,): it, its gradient or its state begins at no multiple of 16 "
-        "bytes",
+        "of a parameter of shape (7,): it or what belongs to it begins at no multiple of 16 bytes",
     ),
     "gaps": (torch.optim.Adam, {}, _strided, "of a parameter of shape (7,): it has gaps in memory"),
 }  # fmt: skip
@@ -417,30 +416,37 @@ def test_other_dtypes_devices_and_backends_are_pytorchs():
     assert empty.why_not.endswith("there is nothing to compute in an empty tensor")
 
 
-@pytest.mark.skipif(not INTERPRETING, reason="of tensors on the CPU")
-@pytest.mark.parametrize(
-    ("gradient", "reason"),
-    [
-        (torch.randn(4, 6).t(), "lies in memory in another order"),
-        (torch.randn(25)[1:].view(6, 4), "begins at no multiple of 16 bytes"),
-    ],
-)
-def test_a_gradient_that_does_not_fit_is_pytorchs(gradient, reason, started):
-    p = nn.Parameter(torch.randn(6, 4))
-    optimizer = torch.optim.Adam([p])  # Not fused: PyTorch's fused step does not take it either.
-    optimizer.param_groups[0]["fused"] = True
+def test_gradients_that_lie_otherwise_are_copied(started, device):
+    torch.manual_seed(0)
+    given = [nn.Parameter(torch.randn(shape, device=device)) for shape in ((6, 4), (5,), (5,))]
+    theirs, exact = twin(given, torch.float32), twin(given, torch.float64)
+    optimizer, *others = (torch.optim.Adam(p, 1e-2, fused=True) for p in (given, theirs, exact))
     update = Update(optimizer)
-    p.grad = torch.randn(6, 4)
-    update.step()
-    p.grad = gradient
-    called = []
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(torch.optim.Adam, "step", lambda self: called.append(True))
+    for i in range(3):
+        of_norm = torch.randn(2, 5, device=device)
+        gradients = torch.randn(4, 6, device=device).t(), of_norm[0], of_norm[1]
+        set_gradients(given, gradients)
+        if i > 0:  # PyTorch's fused step, which is the first one, takes none that lies otherwise.
+            for p, gradient in zip(given, gradients, strict=True):
+                p.grad = gradient
         update.step()
-    assert called == [True] and not started and reason in update.why_not
-    p.grad = torch.randn(6, 4)
+        for of, other in zip((theirs, exact), others, strict=True):
+            set_gradients(of, gradients)
+            other.step()
+        assert all(torch.equal(p.grad, g) for p, g in zip(given, gradients, strict=True))
+    assert started == ["adam"] * 2 and update.why_not is None
+    assert_same(given, theirs, exact)
+
+
+def test_a_sparse_gradient_is_pytorchs(started, device):
+    p = nn.Parameter(torch.randn(6, 4, device=device))
+    update = Update(torch.optim.Adam([p], fused=True))
+    p.grad = torch.ones_like(p)
     update.step()
-    assert started == ["adam"] and update.why_not is None
+    p.grad = torch.ones_like(p).to_sparse()
+    with pytest.raises(RuntimeError, match="Adam does not support sparse gradients"):
+        update.step()
+    assert not started and update.why_not == "a gradient is no dense tensor"
 
 
 class Graph:

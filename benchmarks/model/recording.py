@@ -335,7 +335,8 @@ def _distinct_bytes(values):
     import torch
 
     tensors = [v for v in values if isinstance(v, torch.Tensor)]
-    return sum({(t.untyped_storage()._cdata, t.nbytes): t.nbytes for t in tensors}.values())
+    places = {(t.untyped_storage()._cdata, t.storage_offset(), t.nbytes) for t in tensors}
+    return sum(nbytes for *_, nbytes in places)
 
 
 def main():

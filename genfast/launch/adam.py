@@ -47,9 +47,9 @@ def why_not(p, *others):
     if not _is_dense(p):
         return "it has gaps in memory"
     if any(_layout(t) != _layout(p) for t in others):
-        return "its gradient or state lies in memory in another order"
+        return "what belongs to it lies in memory in another order"
     if any(t.data_ptr() % _ALIGNMENT for t in (p, *others)):
-        return f"it, its gradient or its state begins at no multiple of {_ALIGNMENT} bytes"
+        return f"it or what belongs to it begins at no multiple of {_ALIGNMENT} bytes"
     return None
 
 

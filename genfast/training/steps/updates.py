@@ -89,27 +89,26 @@ class Update:
         self._why_not_the_last = None
         copies, groups = self._copies, self._optimizer.param_groups
         parameters = [p for group in groups for p in group["params"]]
-        if any(p in copies and None not in (p.grad, copies[p].grad) for p in parameters):
+        if any(p.grad is not None and _gradient(copies.get(p)) is not None for p in parameters):
             self._half.hand_over_gradients()  # Sums of gradients are in float32.
         ready = []
         for i, group in enumerate(groups):
             weights = []
             for p in group["params"]:
                 copy = copies.get(p)
-                gradient = p.grad if copy is None or copy.grad is None else copy.grad
+                gradient = p.grad if _gradient(copy) is None else copy.grad
                 if gradient is None:
                     continue
+                if gradient.layout != torch.strided or type(gradient) is not torch.Tensor:
+                    self._why_not_the_last = "a gradient is no dense tensor"
+                    return None
                 state = self._optimizer.state.get(p)
                 if not state:
                     return None
                 given = (state["exp_avg"], state["exp_avg_sq"], state["step"], gradient)
                 weights.append(adam.Weight(p, *given, copy if refresh else None))
-            self._why_not_the_last = next(
-                filter(None, map(_why_gradient_does_not_fit, weights)), None
-            )
-            if self._why_not_the_last:
-                return None
             if weights:
+                _lay_out(weights)
                 table = self._table(i, weights)
                 if table is None:
                     self._why_not_the_last = "a CUDA graph records that is not the step's own"
@@ -252,10 +251,17 @@ def _why_not_parameter(p, state):
     return adam.why_not(p, state["exp_avg"], state["exp_avg_sq"])
 
 
-def _why_gradient_does_not_fit(weight):
-    gradient = weight.gradient
-    if gradient.layout != torch.strided or type(gradient) is not torch.Tensor:
-        return "a gradient is no dense tensor"
-    copied = [] if weight.copy is None else [weight.copy]
-    reason = adam.why_not(weight.p, gradient, *copied)
-    return reason and f"of a parameter of shape {tuple(weight.p.shape)}: {reason}"
+def _gradient(copy):
+    return None if copy is None else copy.grad
+
+
+@torch.no_grad()
+def _lay_out(weights):
+    """Copy gradients that do not lie like their parameters, such as halves of one odd tensor."""
+    misfits = [i for i, w in enumerate(weights) if adam.why_not(w.p, w.gradient)]
+    if misfits:
+        fitting = [torch.empty_like(weights[i].p) for i in misfits]
+        torch._foreach_copy_(fitting, [weights[i].gradient for i in misfits])
+        for i, gradient in zip(misfits, fitting, strict=True):
+            weights[i].p.grad = gradient
+            weights[i] = weights[i]._replace(gradient=gradient)

@@ -22,10 +22,9 @@ _VARIANTS = ("amsgrad", "maximize", "differentiable", "decoupled_weight_decay")
 class Update:
     """Steps the optimizer of one network.
 
-    By the kernel wherever `why_not` has no reason. The state is made by PyTorch's own `step`, so
-    the first update of a parameter is PyTorch's: it is the state that decides, and training that
-    goes on from a saved one has the same bits. Parameters whose gradient was in half precision
-    have no `grad` after an update by the kernel.
+    By the kernel wherever `why_not` has no reason. The state is what PyTorch makes, so either can
+    go on after the other. Parameters whose gradient was in half precision have no `grad` after an
+    update by the kernel.
 
     Args:
         optimizer: a `torch.optim.Optimizer`.
@@ -102,9 +101,9 @@ class Update:
                 if gradient.layout != torch.strided or type(gradient) is not torch.Tensor:
                     self._why_not_the_last = "a gradient is no dense tensor"
                     return None
-                state = self._optimizer.state.get(p)
+                state = self._optimizer.state[p]
                 if not state:
-                    return None
+                    state.update(_made_state(p))
                 given = (state["exp_avg"], state["exp_avg_sq"], state["step"], gradient)
                 weights.append(adam.Weight(p, *given, copy if refresh else None))
             if weights:
@@ -219,6 +218,15 @@ def _why_not(optimizer):
     return None
 
 
+def _made_state(p):
+    """What PyTorch's fused Adam begins with."""
+    return {
+        "step": torch.zeros((), dtype=torch.float32, device=p.device),
+        "exp_avg": torch.zeros_like(p, memory_format=torch.preserve_format),
+        "exp_avg_sq": torch.zeros_like(p, memory_format=torch.preserve_format),
+    }
+
+
 def _is_schedulers(step, optimizer):
     """Whether this is what a learning-rate scheduler wraps an optimizer's own `step` in."""
     wraps = getattr(step, "__wrapped__", None) is type(optimizer).step
@@ -229,6 +237,8 @@ def _why_not_group(group, device):
     for name in _VARIANTS:
         if group.get(name):
             return f"the kernel has no {name}"
+    if not (group["fused"] or group["capturable"]):
+        return "step counters are on the CPU without fused=True or capturable=True"
     if any(isinstance(beta, torch.Tensor) for beta in group["betas"]):
         return "the betas are tensors"
     lr = group["lr"]
@@ -245,7 +255,7 @@ def _why_not_parameter(p, state):
     if state.keys() != _STATE or not all(isinstance(t, torch.Tensor) for t in state.values()):
         return "its state is not Adam's"
     if state["step"].device != p.device:
-        return "its step counter is not on its device, as fused=True or capturable=True put it"
+        return "its step counter is on another device"
     if any(t.dtype != torch.float32 or t.device != p.device for t in state.values()):
         return "its state is not in float32 on its device"
     return adam.why_not(p, state["exp_avg"], state["exp_avg_sq"])

@@ -14,6 +14,7 @@ from genfast.models import DCGANDiscriminator, DCGANGenerator
 from genfast.training import GANStep, VAEStep
 from genfast.training.steps import half_weights, updates
 from genfast.training.steps.half_weights import HalfWeights
+from genfast.training.steps.precision import Precision
 from genfast.training.steps.updates import Update, recording
 
 pytestmark = pytest.mark.kernels
@@ -223,6 +224,18 @@ def test_gradients_of_two_backward_passes_are_added_in_float32(started, device, 
         update.step(True)
     assert started == ["adam"]
     assert weight.grad.eq(1 + small).all()
+
+
+def test_two_backward_passes_of_a_step_add_in_float32(started, device, known_forward):
+    network = Layers().to(device)
+    optimizer = torch.optim.Adam(network.parameters(), fused=True)
+    precision = Precision("bf16", device, dict(model=network), dict(model=optimizer))
+    with precision.weights():
+        for factor in (1.0, 2.0**-12):
+            precision.backward(factor * network.last.weight.float().sum(), "model")
+        precision.update("model")
+    assert started == ["adam"]
+    assert network.last.weight.grad.eq(1 + 2.0**-12).all()
 
 
 def test_a_gradient_of_a_weight_that_is_not_held_is_handed_over(device, known_forward):

@@ -7,12 +7,13 @@ import pytest
 import torch
 from oracle import assert_close, assert_same_losses
 from torch import nn
+from torch.optim import optimizer as torch_optimizer
 
 from genfast.backend import INTERPRETING, use_backend
 from genfast.launch import adam, start
 from genfast.models import DCGANDiscriminator, DCGANGenerator
 from genfast.training import GANStep, VAEStep
-from genfast.training.steps import half_weights, updates
+from genfast.training.steps import base, half_weights, updates
 from genfast.training.steps.half_weights import HalfWeights
 from genfast.training.steps.precision import Precision
 from genfast.training.steps.updates import Update, recording
@@ -414,6 +415,36 @@ def test_reasons_for_pytorchs_own_step(case, started):
     assert called == [True] and not started
 
 
+@pytest.mark.parametrize("when", ["pre", "post"])
+def test_a_hook_of_every_optimizer_is_a_reason(when):
+    update = Update(torch.optim.Adam(parameters(), fused=True))
+    register = getattr(torch_optimizer, f"register_optimizer_step_{when}_hook")
+    handle = register(lambda *_: None)
+    try:
+        assert update.why_not == "the optimizer has a hook"
+    finally:
+        handle.remove()
+    assert update.why_not is None
+
+
+def test_an_update_waits_for_nothing(monkeypatch, device):
+    """A number that is asked from a GPU waits for it, and breaks a recording."""
+    p = nn.Parameter(torch.ones(5, device=device))
+    update = Update(torch.optim.Adam([p], torch.tensor(0.1, device=device), fused=True))
+    p.grad = torch.ones_like(p)
+    update.step()
+    started = []
+
+    def fail(*_):
+        raise AssertionError("waits")
+
+    monkeypatch.setattr(start, "kernel", lambda *a, **k: started.append(k))
+    for name in ("item", "tolist", "__float__", "__int__", "__bool__", "cpu", "numpy"):
+        monkeypatch.setattr(torch.Tensor, name, fail)
+    update.step()
+    assert len(started) == 1
+
+
 @pytest.mark.skipif(not INTERPRETING, reason="of tensors on the CPU")
 def test_other_dtypes_devices_and_backends_are_pytorchs():
     double = Update(torch.optim.Adam(parameters(dtype=torch.float64), fused=True))
@@ -522,6 +553,7 @@ def test_somebody_elses_graph_records_pytorchs_own_step(monkeypatch, started):
     set_gradients(given, [torch.ones(s) for s in SHAPES[:2]])
     update.step()
     started.clear()
+    update._spare[0] = torch.empty(64, dtype=torch.int64)
     graph.capturing = True
     update.step()
     assert not started and optimizer.state[given[0]]["step"] == 2
@@ -583,7 +615,7 @@ def by_kernel(monkeypatch):
 def gan(seed, **options):
     torch.manual_seed(seed)
     networks = DCGANGenerator(5, 4, 1, 16), DCGANDiscriminator(1, 4, 16)
-    return GANStep(*networks, precision="bf16", capture=False, **options)
+    return GANStep(*networks, precision="bf16", **options)
 
 
 def run(step, steps):
@@ -604,6 +636,31 @@ def test_a_loaded_step_goes_on_to_the_bit(by_kernel, started):
         other.load_state_dict(copy.deepcopy(state))
         assert run(other, 3) == expected
         assert started == ["adam"] * 6
+
+
+def test_a_captured_step_records_its_updates_and_has_the_same_bits(by_kernel, monkeypatch):
+    recorded = []
+
+    class Recorder:
+        device = torch.device("cpu")
+
+        def warm_up(self, function, times):
+            function()
+
+        def record(self, function):
+            recorded.append([u._recorded is not None for u in step._precision.updates.values()])
+            return function
+
+    monkeypatch.setattr(base, "why_not_captured", lambda device, optimizers: None)
+    monkeypatch.setattr(base, "CUDARecorder", lambda device: Recorder())
+    step = gan(0)
+    run(step, 3)
+    assert recorded == [[True, True]]
+    other = gan(0, capture=False)
+    run(other, 3)
+    for name, module in step.modules.items():
+        for p, q in zip(module.parameters(), other.modules[name].parameters(), strict=True):
+            assert torch.equal(p, q), name
 
 
 @pytest.mark.parametrize("merge", [True, False])

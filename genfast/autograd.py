@@ -308,8 +308,9 @@ def _backward(dy, x, kinds, parameters, outputs, need_x, needs):
     """
     found = [[None] * 4 for _ in kinds]
     lowest = 0 if need_x else next(i for i, need in enumerate(needs) if any(need))
-    dx = waiting = partials = None  # `waiting`: for the input of a weight's gradient.
-    gradient = dy  # Of the link's output; inside the chain, before its activation.
+    dx = waiting = None  # `waiting`: a dz, for what the gradient of its link's weight reads.
+    # Of the last link's output. Inside the chain it comes multiplied by act'(u), with its sums.
+    gradient, partials = dy, None
     for i in reversed(range(lowest, len(kinds))):
         kind, output = kinds[i], outputs[i]
         weight, bias, gamma, beta = parameters[i]
@@ -320,9 +321,11 @@ def _backward(dy, x, kinds, parameters, outputs, need_x, needs):
             if i == len(kinds) - 1 and kind.activation != "identity":
                 dz = Operand(gradient, output.value, kind.activation, kind.negative_slope)
             if need_bias:
-                found[i][1] = dz.tensor().sum((0, 2, 3))
+                total = dz.tensor().sum((0, 2, 3)) if partials is None else partials.sum((0, 1))
+                found[i][1] = total.to(bias.dtype)
         else:
             need_dz = passes_on or need_weight or (need_bias and not kind.by_batch)
+            made = waiting is not None and _wgrad_makes(output, kinds[i + 1], parameters[i + 1][0])
             dz, sums, y = norm.norm_backward(
                 gradient,
                 output.value,
@@ -332,7 +335,7 @@ def _backward(dy, x, kinds, parameters, outputs, need_x, needs):
                 activation=kind.activation,
                 negative_slope=kind.negative_slope,
                 partials=partials,
-                want_y=need_dz and waiting is not None,
+                want_y=need_dz and waiting is not None and not made,
             )
             output.remember(y)
             if need_bias:
@@ -346,7 +349,9 @@ def _backward(dy, x, kinds, parameters, outputs, need_x, needs):
             output.release()
         waiting = dz if need_weight else None
         if i > lowest:
-            gradient, partials = _shim(dz, weight, kind, outputs[i - 1])
+            sums = kinds[i - 1].by_batch is None and needs[i - 1][1]
+            epilogue = Epilogue(output=outputs[i - 1], sums=sums)
+            gradient, partials = _input_gradient(dz, weight, kind, epilogue)
         elif need_x:
             dx, _ = _input_gradient(dz, weight, kind)
     if waiting is not None:
@@ -402,11 +407,11 @@ def _input_gradient(dz, weight, kind, epilogue=conv.PLAIN):
     return convolve(dz, weight, kind.geometry, epilogue)
 
 
-def _shim(dz, weight, kind, output):
-    dy, _ = _input_gradient(dz, weight, kind)
-    if output.vectors is None:
-        dy = norm.activation_backward(dy, output.value, output.activation, output.negative_slope)
-    return dy, None
+def _wgrad_makes(output, kind, weight):
+    """Whether the gradient of a weight makes what it needs of an `Output` itself, as it reads."""
+    images = output.value.shape[0]
+    possible = conv.wgrad_makes(not kind.transposed, weight, kind.geometry, images)
+    return output.is_made_reading and possible
 
 
 def _weight_gradient(source, dz, kind):

@@ -23,6 +23,12 @@ judges real and generated images in one pass. N counts the images of one group. 
 end may hold images of the next one: they count in no statistics here, and are stored as the next
 group's own boxes store them, the same bits once more.
 
+With HAS_BELOW what is computed is the gradient of a layer's output, and `below` that output, of the
+result's shape: see `gradient_epilogue`. There groups differ in what they multiply by, so that boxes
+of several images are GROUPED: a descriptor's first axis is the group, and images beyond a group's
+end are beyond the end of the second one. `big` then is [groups, N, H / STRIDE_H, STRIDE_H * W /
+STRIDE_W, STRIDE_W * C], of which a box is one of a phase's pixels where it is as wide as they are.
+
 Addresses are 64-bit: an activation may hold more than 2^31 elements. Pixels are fewer than 2^30, so
 they are numbered in 32 bits: a 64-bit division is a function of 80 instructions. A pixel that is
 masked may have any number, the sum of one that wrapped around too.
@@ -35,7 +41,7 @@ import triton
 import triton.language as tl
 
 from .loading import aligned, in_bounds, in_range, run_in_bounds, wide_product
-from .product import dot, epilogue
+from .product import dot, epilogue, gradient_epilogue, zero_beyond
 
 # A row or column that is in no image, whatever tap is added.
 OUTSIDE = tl.constexpr(-(2**30))
@@ -53,6 +59,8 @@ def fprop(
     count_ptr,
     mean_ptr,
     m2_ptr,
+    below,
+    sums_ptr,
     N,
     H_big,
     W_big,
@@ -72,6 +80,8 @@ def fprop(
     HAS_BIAS: tl.constexpr,
     HAS_NORM: tl.constexpr,
     HAS_STATISTICS: tl.constexpr,
+    HAS_BELOW: tl.constexpr,
+    HAS_SUMS: tl.constexpr,
     ACTIVATION: tl.constexpr,
     STORED_DTYPE: tl.constexpr,
     ACC_DTYPE: tl.constexpr,
@@ -80,6 +90,7 @@ def fprop(
     SMALL_ALIGNMENT: tl.constexpr,
     DESCRIPTORS: tl.constexpr,
     STORE_DESCRIPTOR: tl.constexpr,
+    GROUPED: tl.constexpr,
     PACKED: tl.constexpr,
     BOX_N: tl.constexpr,
     BOX_H: tl.constexpr,
@@ -145,12 +156,32 @@ def fprop(
             acc = dot(a, b.T, acc, PRECISION)
 
     row = cs0 + tl.arange(0, BLOCK_M)
-    acc = epilogue(
-        acc, exists, count, tile, row, C_small, channels, bias_ptr, vectors_ptr,
-        count_ptr, mean_ptr, m2_ptr, negative_slope, HAS_BIAS, HAS_NORM, HAS_STATISTICS, ACTIVATION,
-        STORED_DTYPE,
-    )  # fmt: skip
-    if STORE_DESCRIPTOR:
+    group = tile // tiles_per_group
+    if HAS_BELOW:
+        if HAS_SUMS:
+            acc = zero_beyond(acc, exists, count)
+        if GROUPED:
+            box = below.load([group, n0 - group * N, y0, x0, cs0])
+            values = box.reshape(BLOCK_N, BLOCK_M).T
+        elif STORE_DESCRIPTOR:
+            values = below.load([n0, y0, x0, cs0]).reshape(BLOCK_N, BLOCK_M).T
+        else:
+            pixel = (n * H_small + y) * W_small + x
+            values = _load_below(below, pixel, exists, row, C_small)
+        acc = gradient_epilogue(
+            acc, values, count, tile, group, row, C_small, channels, vectors_ptr, sums_ptr,
+            negative_slope, HAS_NORM, HAS_SUMS, ACTIVATION, STORED_DTYPE,
+        )  # fmt: skip
+    else:
+        acc = epilogue(
+            acc, exists, count, tile, row, C_small, channels, bias_ptr, vectors_ptr, count_ptr,
+            mean_ptr, m2_ptr, negative_slope, HAS_BIAS, HAS_NORM, HAS_STATISTICS, ACTIVATION,
+            STORED_DTYPE,
+        )  # fmt: skip
+    if GROUPED:
+        box = acc.to(out.dtype).T.reshape(1, BOX_N, BOX_H, BOX_W, BLOCK_M)
+        out.store([group, n0 - group * N, y0, x0, cs0], box)
+    elif STORE_DESCRIPTOR:
         out.store([n0, y0, x0, cs0], acc.to(out.dtype).T.reshape(BOX_N, BOX_H, BOX_W, BLOCK_M))
     else:
         stored = (n * H_small + y) * W_small + x
@@ -171,6 +202,8 @@ def dgrad(
     count_ptr,
     mean_ptr,
     m2_ptr,
+    below,
+    sums_ptr,
     N,
     H_big,
     W_big,
@@ -190,6 +223,8 @@ def dgrad(
     HAS_BIAS: tl.constexpr,
     HAS_NORM: tl.constexpr,
     HAS_STATISTICS: tl.constexpr,
+    HAS_BELOW: tl.constexpr,
+    HAS_SUMS: tl.constexpr,
     ACTIVATION: tl.constexpr,
     STORED_DTYPE: tl.constexpr,
     ACC_DTYPE: tl.constexpr,
@@ -199,6 +234,7 @@ def dgrad(
     DESCRIPTORS: tl.constexpr,
     SMALL_DESCRIPTOR: tl.constexpr,
     STORE_DESCRIPTOR: tl.constexpr,
+    GROUPED: tl.constexpr,
     BOX_N: tl.constexpr,
     BOX_H: tl.constexpr,
     BOX_W: tl.constexpr,
@@ -277,12 +313,33 @@ def dgrad(
     # A group's statistics lie together: its phases, and their tiles.
     part = (group * PHASES + phase) * tiles_per_group + tile
     row = cb0 + tl.arange(0, BLOCK_M)
-    acc = epilogue(
-        acc, exists, count, part, row, C_big, channels, bias_ptr, vectors_ptr,
-        count_ptr, mean_ptr, m2_ptr, negative_slope, HAS_BIAS, HAS_NORM, HAS_STATISTICS, ACTIVATION,
-        STORED_DTYPE,
-    )  # fmt: skip
-    if STORE_DESCRIPTOR:
+    if HAS_BELOW:
+        if HAS_SUMS:
+            acc = zero_beyond(acc, exists, count)
+        if GROUPED:
+            column = py * (W_big // STRIDE_W) + x0
+            box = below.load([group, n0 - group * N, y0, column, px * C_big + cb0])
+            values = box.reshape(BLOCK_N, BLOCK_M).T
+        elif STORE_DESCRIPTOR:
+            values = below.load([n0, y0, py, x0, px * C_big + cb0]).reshape(BLOCK_N, BLOCK_M).T
+        else:
+            pixel = (n * H_big + y * STRIDE_H + py) * W_big + x * STRIDE_W + px
+            values = _load_below(below, pixel, exists, row, C_big)
+        acc = gradient_epilogue(
+            acc, values, count, part, group, row, C_big, channels, vectors_ptr, sums_ptr,
+            negative_slope, HAS_NORM, HAS_SUMS, ACTIVATION, STORED_DTYPE,
+        )  # fmt: skip
+    else:
+        acc = epilogue(
+            acc, exists, count, part, row, C_big, channels, bias_ptr, vectors_ptr, count_ptr,
+            mean_ptr, m2_ptr, negative_slope, HAS_BIAS, HAS_NORM, HAS_STATISTICS, ACTIVATION,
+            STORED_DTYPE,
+        )  # fmt: skip
+    if GROUPED:
+        box = acc.to(out.dtype).T.reshape(1, BOX_N, BOX_H, BOX_W, BLOCK_M)
+        column = py * (W_big // STRIDE_W) + x0
+        out.store([group, n0 - group * N, y0, column, px * C_big + cb0], box)
+    elif STORE_DESCRIPTOR:
         box = acc.to(out.dtype).T.reshape(BOX_N, BOX_H, 1, BOX_W, BLOCK_M)
         out.store([n0, y0, py, x0, px * C_big + cb0], box)
     else:
@@ -541,6 +598,14 @@ def _load_small_transposed(
             other=0.0,
         )
     return values
+
+
+@triton.jit
+def _load_below(below, pixel, exists, row, C):
+    """[rows, pixels] of the layer below: what lies where the result will, by the same addresses."""
+    first = in_bounds(pixel, exists).to(tl.int64) * C
+    offset = run_in_bounds(row, row < C)[:, None] + first[None, :]
+    return tl.load(below + offset, mask=(row < C)[:, None] & exists[None, :], other=0.0)
 
 
 @triton.jit

@@ -22,7 +22,9 @@ import triton.language as tl
 
 from .activation import activation_backward
 from .loading import in_bounds, run_in_bounds
-from .product import dot, epilogue
+from .normalizing import load_vectors, normalized_rows
+from .product import dot, epilogue, gradient_epilogue, zero_beyond
+from .rounding import as_stored
 
 # What only counts must not compile a kernel anew, neither for a last batch that is smaller nor for
 # another size of image. Channels decide about vector loads.
@@ -37,7 +39,7 @@ _FPROP_COUNTS = (
 )  # fmt: skip
 _WGRAD_COUNTS = (
     "pixels", "tiles_per_split", "image_step", "row_step", "window_step", "width_magic",
-    "width_shift", "height_magic", "height_shift",
+    "width_shift", "height_magic", "height_shift", "group_pixels",
 )  # fmt: skip
 
 
@@ -141,6 +143,8 @@ def fprop_image(
     count_ptr,
     mean_ptr,
     m2_ptr,
+    below_ptr,
+    sums_ptr,
     pixels,
     eighths,
     tiles_per_group,
@@ -162,6 +166,8 @@ def fprop_image(
     HAS_BIAS: tl.constexpr,
     HAS_NORM: tl.constexpr,
     HAS_STATISTICS: tl.constexpr,
+    HAS_BELOW: tl.constexpr,
+    HAS_SUMS: tl.constexpr,
     ACTIVATION: tl.constexpr,
     STORED_DTYPE: tl.constexpr,
     ACC_DTYPE: tl.constexpr,
@@ -206,11 +212,26 @@ def fprop_image(
                 window = _load_window(padded_ptr, corner, k0, window_step, KH, KW, UNIT, BLOCK_K)
                 weight = _load_weight(weight_ptr, cs, k0, C_small, C_BIG, KH, KW, BLOCK_K)
                 acc = dot(weight, window.T, acc, PRECISION)
-        acc = epilogue(
-            acc, column < count, count, tile, cs, C_small, C_small, bias_ptr, vectors_ptr,
-            count_ptr, mean_ptr, m2_ptr, negative_slope, HAS_BIAS, HAS_NORM, HAS_STATISTICS,
-            ACTIVATION, STORED_DTYPE,
-        )  # fmt: skip
+        if HAS_BELOW:
+            if HAS_SUMS:
+                acc = zero_beyond(acc, column < count, count)
+            offset = in_bounds(column, column < count)[:, None] * C_small
+            channel = run_in_bounds(cs, cs < C_small)
+            below = tl.load(
+                below_ptr + pixel.to(tl.int64) * C_small + offset + channel[None, :],
+                mask=(column < count)[:, None] & (cs < C_small)[None, :],
+                other=0.0,
+            )
+            acc = gradient_epilogue(
+                acc, below.T, count, tile, group, cs, C_small, C_small, vectors_ptr, sums_ptr,
+                negative_slope, HAS_NORM, HAS_SUMS, ACTIVATION, STORED_DTYPE,
+            )  # fmt: skip
+        else:
+            acc = epilogue(
+                acc, column < count, count, tile, cs, C_small, C_small, bias_ptr, vectors_ptr,
+                count_ptr, mean_ptr, m2_ptr, negative_slope, HAS_BIAS, HAS_NORM, HAS_STATISTICS,
+                ACTIVATION, STORED_DTYPE,
+            )  # fmt: skip
         tl.store(
             out_ptr + pixel.to(tl.int64) * C_small + column[:, None] * C_small + cs[None, :],
             acc.to(out_ptr.dtype.element_ty).T,
@@ -235,15 +256,21 @@ def wgrad_image(
     height_magic,
     height_shift,
     negative_slope,
+    vectors_ptr,
+    group_pixels,
     C_BIG: tl.constexpr,
     KH: tl.constexpr,
     KW: tl.constexpr,
     STRIDE_W: tl.constexpr,
     UNIT: tl.constexpr,
     HAS_Y: tl.constexpr,
+    HAS_NORM: tl.constexpr,
+    GROUPED: tl.constexpr,
     ACTIVATION: tl.constexpr,
+    STORED_DTYPE: tl.constexpr,
     ACC_DTYPE: tl.constexpr,
     PRECISION: tl.constexpr,
+    SWAPPED: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -251,8 +278,10 @@ def wgrad_image(
     """out[split, cs, ky, kx, cb] = sum over the split's pixels of small * window.
 
     M = C_small, N = KH * KW * 4, K = pixels. With HAS_Y, small is the gradient of y = act(u), and
-    is taken times act'(u). `sum_partials` adds the splits in a fixed order. Grid: (tiles of
-    C_small, tiles of KH * KW * 4, splits).
+    is taken times act'(u). With HAS_NORM, small is normalised and activated as it is read, each
+    group of `group_pixels` pixels by its own vectors. `sum_partials` adds the splits in a fixed
+    order. SWAPPED computes the product's transpose. Grid: (tiles of C_small, tiles of KH * KW * 4,
+    splits).
     """
     C_small = eighths * 8
     cs = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -260,7 +289,14 @@ def wgrad_image(
     split = tl.program_id(2)
     # Channels beyond the end read the first ones; their rows are not stored.
     channel = run_in_bounds(cs, cs < C_small)
-    acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=ACC_DTYPE)
+    if HAS_NORM:
+        tl.static_assert(not HAS_Y)
+        group = tl.minimum(split * tiles_per_split * BLOCK_K, pixels - 1) // group_pixels
+        mean, scale, shift = load_vectors(vectors_ptr, group, C_small, channel)
+    if SWAPPED:
+        acc = tl.zeros((BLOCK_N, BLOCK_M), dtype=ACC_DTYPE)
+    else:
+        acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=ACC_DTYPE)
     for step in range(0, tiles_per_split):
         p = (split * tiles_per_split + step) * BLOCK_K + tl.arange(0, BLOCK_K)
         pixel = tl.minimum(p, pixels - 1)
@@ -277,7 +313,20 @@ def wgrad_image(
             small = activation_backward(
                 small.to(ACC_DTYPE), y.to(ACC_DTYPE), negative_slope, ACTIVATION
             ).to(small.dtype)
-        acc = dot(small.T, window, acc, PRECISION)
+        if HAS_NORM:
+            first = (split * tiles_per_split + step) * BLOCK_K
+            normal = normalized_rows(
+                small, p, first, tl.minimum(first + BLOCK_K, pixels) - 1, group_pixels, group,
+                mean, scale, shift, vectors_ptr, C_small, channel, negative_slope, GROUPED,
+                ACTIVATION,
+            )  # fmt: skip
+            small = as_stored(normal, inside, small.dtype, STORED_DTYPE)
+        if SWAPPED:
+            acc = dot(window.T, small, acc, PRECISION)
+        else:
+            acc = dot(small.T, window, acc, PRECISION)
+    if SWAPPED:
+        acc = acc.T
 
     k = k0 + tl.arange(0, BLOCK_N)
     in_kernel = (k < KH * KW * 4) & (k % 4 < C_BIG)

@@ -3,14 +3,17 @@
 import triton
 import triton.language as tl
 
-from .activation import activate
-from .norm import MEAN, SCALE, SHIFT
+from .activation import activate, activation_backward
+from .norm import MEAN, RSTD, SCALE, SHIFT
 from .rounding import rounded
 
 # Columns of a ragged tile whose masks are in registers at a time: with those of 128 columns at once
 # a tile of 128 x 128 takes 173 registers on sm_90, with 32 it takes 124, and two programs share a
 # multiprocessor.
 MASKED_AT_ONCE = tl.constexpr(32)
+# Columns whose gradient is computed at a time, of which a thread then has 4 elements: where those
+# of all 128 columns may be computed at once, a tile of 128 x 128 takes 180 registers.
+GRADIENT_AT_ONCE = tl.constexpr(8)
 
 
 @triton.jit
@@ -56,6 +59,106 @@ def epilogue(
         shift = tl.load(vectors_ptr + SHIFT * channels + channel)
         acc = (acc - mean[:, None]) * scale[:, None] + shift[:, None]
     return activate(acc, negative_slope, ACTIVATION)
+
+
+@triton.jit
+def zero_beyond(acc, exists, count):
+    """acc with zeros for pixels that do not exist: they then count in no sum of gradients."""
+    if count < acc.shape[1]:
+        acc = tl.where(exists[None, :], acc, 0.0)
+    return acc
+
+
+@triton.jit
+def gradient_epilogue(
+    acc, below, count, part, group, row, rows, channels, vectors_ptr, sums_ptr, negative_slope,
+    HAS_NORM: tl.constexpr, HAS_SUMS: tl.constexpr, ACTIVATION: tl.constexpr,
+    STORED_DTYPE: tl.constexpr,
+):  # fmt: skip
+    """acc, the gradient of the output of the layer below, times act'(u); this tile's sums of that.
+
+    `below` is that output where it has the tile's elements: y or, with HAS_NORM, what its batch
+    norm took, z, of which u is made again as kernels/norm.py makes it, by vectors[group]. The sums
+    are of the values as they are stored, since those get read. Where a pixel does not exist, acc is
+    0 (see `zero_beyond`) and `below` finite.
+
+        HAS_NORM   sums[part * repeat + row / channels] = [2, channels]: of g and g * xhat
+        otherwise  sums[part * repeat + row / channels] = [channels]: of g
+
+    repeat = rows / channels is 1, unless the channels of several pixels are one pixel's here.
+    """
+    channel = row % channels
+    mean = 0.0
+    scale = 0.0
+    shift = 0.0
+    if HAS_NORM:
+        vectors_ptr += group * 5 * channels
+        mean = tl.load(vectors_ptr + MEAN * channels + channel)[:, None]
+        scale = tl.load(vectors_ptr + SCALE * channels + channel)[:, None]
+        shift = tl.load(vectors_ptr + SHIFT * channels + channel)[:, None]
+    COLUMNS: tl.constexpr = min(acc.shape[1], GRADIENT_AT_ONCE)
+    nothing = tl.zeros((acc.shape[0], COLUMNS), acc.dtype)
+    g, sum_g, sum_g_centred = _gradient_in_pieces(
+        acc, below, nothing, nothing, mean, scale, shift, count, -1, negative_slope,
+        HAS_NORM, HAS_SUMS, ACTIVATION, STORED_DTYPE,
+    )  # fmt: skip
+    if HAS_SUMS:
+        sum_g = tl.sum(sum_g, axis=1)
+        if HAS_NORM:
+            # All xhat of a row have the factor.
+            rstd = tl.load(vectors_ptr + RSTD * channels + channel)
+            sum_g_xhat = tl.sum(sum_g_centred, axis=1) * rstd
+            offset = tl.cast(part, tl.int64) * 2 * rows + 2 * row - channel
+            tl.store(sums_ptr + offset, sum_g, mask=row < rows)
+            tl.store(sums_ptr + channels + offset, sum_g_xhat, mask=row < rows)
+        else:
+            tl.store(sums_ptr + tl.cast(part, tl.int64) * rows + row, sum_g, mask=row < rows)
+    return g
+
+
+@triton.jit
+def _gradient_in_pieces(
+    acc, below, sum_g, sum_g_centred, mean, scale, shift, count, LAST: tl.constexpr, negative_slope,
+    HAS_NORM: tl.constexpr, HAS_SUMS: tl.constexpr, ACTIVATION: tl.constexpr,
+    STORED_DTYPE: tl.constexpr,
+):  # fmt: skip
+    """g = acc * act'(u); sum_g and sum_g_centred, the sums of g and of g * (z - mean) over columns
+    that are GRADIENT_AT_ONCE apart.
+
+    LAST: negative, and greater from piece to piece. A count is above it, which the compiler does
+    not know: so each piece is computed under a condition of its own, where the compiler neither
+    makes vectors of the operations of all pieces nor puts the sums off until all are there.
+    """
+    ROWS: tl.constexpr = acc.shape[0]
+    COLUMNS: tl.constexpr = acc.shape[1]
+    if COLUMNS > GRADIENT_AT_ONCE:
+        left, right = acc.reshape(ROWS, 2, COLUMNS // 2).permute(0, 2, 1).split()
+        below_left, below_right = below.reshape(ROWS, 2, COLUMNS // 2).permute(0, 2, 1).split()
+        left, sum_g, sum_g_centred = _gradient_in_pieces(
+            left, below_left, sum_g, sum_g_centred, mean, scale, shift, count, LAST - COLUMNS,
+            negative_slope, HAS_NORM, HAS_SUMS, ACTIVATION, STORED_DTYPE,
+        )  # fmt: skip
+        right, sum_g, sum_g_centred = _gradient_in_pieces(
+            right, below_right, sum_g, sum_g_centred, mean, scale, shift, count, LAST,
+            negative_slope, HAS_NORM, HAS_SUMS, ACTIVATION, STORED_DTYPE,
+        )  # fmt: skip
+        g = tl.join(left, right).permute(0, 2, 1).reshape(ROWS, COLUMNS)
+    else:
+        g = acc
+        if count > LAST:
+            y = below.to(acc.dtype)
+            if HAS_NORM:
+                centred = y - mean
+                y = centred * scale + shift
+                if ACTIVATION == "tanh" or ACTIVATION == "sigmoid":
+                    y = activate(y, negative_slope, ACTIVATION)  # Of others u's sign is enough.
+            g = activation_backward(acc, y, negative_slope, ACTIVATION)
+            if HAS_SUMS:
+                g = rounded(g, STORED_DTYPE)
+                sum_g += g
+                if HAS_NORM:
+                    sum_g_centred += g * centred
+    return g, sum_g, sum_g_centred
 
 
 @triton.jit

@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 
 # Whether kernels are interpreted is settled when they are decorated.
-_INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
+INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 
 
 @triton.jit
@@ -22,18 +22,18 @@ def rounded(x, DTYPE: tl.constexpr):
         y = x
     else:
         tl.static_assert(x.dtype == tl.float32)
-        if _INTERPRETED and DTYPE.is_bf16():
+        if INTERPRETED and DTYPE.is_bf16():
             # The interpreter would truncate. bfloat16 is the upper half of a float32. Adding just
             # under half of its last bit, or exactly half where that bit is 1, carries where the
             # value is to round up: from subnormals on, and at the end into infinity.
             bits = x.to(tl.uint32, bitcast=True)
             bits = (bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000
             y = tl.where(x == x, bits.to(tl.float32, bitcast=True), x)
-        elif not _INTERPRETED and tl.target_info.is_cuda() and DTYPE.is_bf16():
+        elif not INTERPRETED and tl.target_info.is_cuda() and DTYPE.is_bf16():
             y = _rounded_pairs(
                 x, "cvt.rn.bf16x2.f32 p, $3, $2; shl.b32 $0, p, 16; and.b32 $1, p, 0xffff0000;"
             )
-        elif not _INTERPRETED and tl.target_info.is_cuda() and DTYPE.is_fp16():
+        elif not INTERPRETED and tl.target_info.is_cuda() and DTYPE.is_fp16():
             y = _rounded_pairs(
                 x,
                 "cvt.rn.f16x2.f32 p, $3, $2; mov.b32 {low, high}, p; "
@@ -42,6 +42,52 @@ def rounded(x, DTYPE: tl.constexpr):
         else:
             y = x.to(DTYPE).to(x.dtype)
     return y
+
+
+@triton.jit
+def widened(x, DTYPE: tl.constexpr):
+    """x.to(DTYPE), the accumulator's."""
+    if x.dtype == tl.bfloat16 and tl.target_info.is_cuda():
+        # An instruction an element, of which the compiler makes three a pair.
+        y = tl.inline_asm_elementwise(
+            "shl.b32 $0, $2, 16; and.b32 $1, $2, 0xffff0000;", "=f,=f,r", [x], tl.float32,
+            is_pure=True, pack=2,
+        )  # fmt: skip
+    else:
+        y = x.to(DTYPE)
+    return y
+
+
+@triton.jit
+def as_stored(x, exists, READ_DTYPE: tl.constexpr, STORED_DTYPE: tl.constexpr):
+    """x, in the accumulator's dtype, as a kernel would read it back; 0 where it does not exist.
+
+    Rounded to STORED_DTYPE, and in READ_DTYPE, that of the kernel's pointers to such memory: the
+    same unless half precision is interpreted. `exists` broadcasts to x.
+    """
+    if READ_DTYPE != STORED_DTYPE:
+        y = tl.where(exists, rounded(x.to(READ_DTYPE), STORED_DTYPE), 0.0)
+    elif not INTERPRETED and tl.target_info.is_cuda() and READ_DTYPE.is_bf16():
+        # Casts and selects would do. But the compiler moves selects, those of an activation too,
+        # across casts, and then takes pairs apart and puts bits of masks together.
+        y = tl.inline_asm_elementwise(
+            "{ .reg .b32 p; cvt.rn.bf16x2.f32 p, $2, $1; and.b32 $0, p, $3; }", "=r,f,f,r,r",
+            [x, _ones_where(exists, x)], tl.bfloat16, is_pure=True, pack=2,
+        )  # fmt: skip
+    elif not INTERPRETED and tl.target_info.is_cuda() and READ_DTYPE.is_fp16():
+        y = tl.inline_asm_elementwise(
+            "{ .reg .b32 p; cvt.rn.f16x2.f32 p, $2, $1; and.b32 $0, p, $3; }", "=r,f,f,r,r",
+            [x, _ones_where(exists, x)], tl.float16, is_pure=True, pack=2,
+        )  # fmt: skip
+    else:
+        y = tl.where(exists, x, 0.0).to(READ_DTYPE)
+    return y
+
+
+@triton.jit
+def _ones_where(exists, x):
+    """32 bits of 1 for each element of x that exists, others of 0."""
+    return tl.broadcast_to(tl.where(exists, -1, 0), x.shape)
 
 
 @triton.jit

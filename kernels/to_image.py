@@ -17,7 +17,9 @@ import triton.language as tl
 
 from .activation import activate, activation_backward
 from .loading import in_bounds
+from .normalizing import load_vectors, normalized_rows
 from .product import dot
+from .rounding import as_stored
 
 # So many of the product's columns belong to a tap: an image has 1 to 4 channels.
 CHANNELS = tl.constexpr(4)
@@ -27,6 +29,7 @@ CHANNELS = tl.constexpr(4)
     do_not_specialize=[
         "N", "H_small", "W_small", "H_big", "W_big",
         "tiles_w", "tile_w", "first_x", "segments", "first_step", "steps_per_segment",
+        "group_images",
     ]
 )  # fmt: skip
 def to_image(
@@ -49,6 +52,8 @@ def to_image(
     steps_per_segment,
     negative_slope,
     y_slope,
+    vectors_ptr,
+    group_images,
     C_BIG: tl.constexpr,
     KH: tl.constexpr,
     KW: tl.constexpr,
@@ -58,7 +63,11 @@ def to_image(
     PAD_W: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     ACTIVATION: tl.constexpr,
+    HAS_Y: tl.constexpr,
+    HAS_NORM: tl.constexpr,
+    GROUPED: tl.constexpr,
     Y_ACTIVATION: tl.constexpr,
+    STORED_DTYPE: tl.constexpr,
     ACC_DTYPE: tl.constexpr,
     PRECISION: tl.constexpr,
     CHUNKED: tl.constexpr,
@@ -71,7 +80,9 @@ def to_image(
 ):
     """out[n, Y, X, cb] = act(sum over taps and cs of small * act'(y) * weight).
 
-    With Y_ACTIVATION, small is the gradient of y and becomes that of y's input as it is loaded.
+    With HAS_Y, small is the gradient of y = act(u) and becomes that of u as it is loaded. With
+    HAS_NORM, it is y's batch norm's input and becomes y, each group of `group_images` images by its
+    own vectors. Y_ACTIVATION is what made y.
 
     A tile is BLOCK_N images by BLOCK_W pixels of a row of small, from first_x + a multiple of
     tile_w on; it makes STRIDE_W * tile_w pixels of STRIDE_H rows of the image in each step, at most
@@ -90,6 +101,14 @@ def to_image(
     cs = tl.arange(0, BLOCK_C)
     if not CHUNKED:
         weight = _load_weight(weight_ptr, cs, C_small, C_BIG, KH, KW, BLOCK_KH, BLOCK_KW)
+    if HAS_NORM:
+        tl.static_assert(not HAS_Y)
+        first_image = n0.to(tl.int32)
+        last_image = tl.minimum(first_image + BLOCK_N, N) - 1
+        group = first_image // group_images
+        if not CHUNKED:
+            # Of channels that do not exist others', and z = 0: their weights are 0.
+            mean, scale, shift = load_vectors(vectors_ptr, group, C_small, cs % C_small)
     p = tl.arange(0, BLOCK_P)
     n = n0 + p // BLOCK_W
     x = x0 + p % BLOCK_W
@@ -113,6 +132,9 @@ def to_image(
     first = first_step + segment * steps_per_segment
     for step in range(first - WARM_UP, first + steps_per_segment):
         row_exists = exists & (step >= 0) & (step < H_small)
+        if HAS_NORM:
+            # The same, made again: it would be carried along with the loads, a bit an element.
+            on_map = (exists & ((step >= 0) & (step < H_small)))[:, None]
         row = pixel + tl.cast(step, tl.int64) * W_small
         pixel_offset = in_bounds(row * C_small, row_exists)
         if CHUNKED:
@@ -120,15 +142,29 @@ def to_image(
             for c0 in range(0, C_small, BLOCK_C):
                 a = _load_small(
                     small_ptr, y_ptr, pixel_offset, row_exists, c0 + cs, C_small, y_slope,
-                    Y_ACTIVATION, ACC_DTYPE,
+                    HAS_Y, Y_ACTIVATION, ACC_DTYPE,
                 )  # fmt: skip
+                if HAS_NORM:
+                    channel = (c0 + cs) % C_small
+                    mean, scale, shift = load_vectors(vectors_ptr, group, C_small, channel)
+                    a = normalized_rows(
+                        a, n, first_image, last_image, group_images, group, mean, scale, shift,
+                        vectors_ptr, C_small, channel, y_slope, GROUPED, Y_ACTIVATION,
+                    )  # fmt: skip
+                    a = as_stored(a, on_map, small_ptr.dtype.element_ty, STORED_DTYPE)
                 b = _load_weight(weight_ptr, c0 + cs, C_small, C_BIG, KH, KW, BLOCK_KH, BLOCK_KW)
                 acc = dot(a, b, acc, PRECISION)
         else:
             a = _load_small(
                 small_ptr, y_ptr, pixel_offset, row_exists, cs, C_small, y_slope,
-                Y_ACTIVATION, ACC_DTYPE,
+                HAS_Y, Y_ACTIVATION, ACC_DTYPE,
             )  # fmt: skip
+            if HAS_NORM:
+                a = normalized_rows(
+                    a, n, first_image, last_image, group_images, group, mean, scale, shift,
+                    vectors_ptr, C_small, cs % C_small, y_slope, GROUPED, Y_ACTIVATION,
+                )  # fmt: skip
+                a = as_stored(a, on_map, small_ptr.dtype.element_ty, STORED_DTYPE)
             acc = tl.dot(a, weight, input_precision=PRECISION, out_dtype=ACC_DTYPE)
 
         rows = _split_rows(acc.reshape(BLOCK_P, BLOCK_KW // 2, BLOCK_KH, CHANNELS, 2))
@@ -152,7 +188,7 @@ def to_image(
 @triton.jit
 def _load_small(
     small_ptr, y_ptr, pixel_offset, exists, cs, C_small, y_slope,
-    Y_ACTIVATION: tl.constexpr, ACC_DTYPE: tl.constexpr,
+    HAS_Y: tl.constexpr, Y_ACTIVATION: tl.constexpr, ACC_DTYPE: tl.constexpr,
 ):  # fmt: skip
     """[BLOCK_P, BLOCK_C]: channels cs of small, or of the gradient of y's input."""
     # Channels that small does not have are masked, and point at others that it has. After a
@@ -160,7 +196,7 @@ def _load_small(
     offset = pixel_offset[:, None] + (cs % C_small)[None, :]
     inside = exists[:, None] & (cs < C_small)[None, :]
     values = tl.load(small_ptr + offset, mask=inside, other=0.0)
-    if Y_ACTIVATION != "identity":
+    if HAS_Y and Y_ACTIVATION != "identity":
         y = tl.load(y_ptr + offset, mask=inside, other=0.0).to(ACC_DTYPE)
         du = activation_backward(values.to(ACC_DTYPE), y, y_slope, Y_ACTIVATION)
         values = du.to(small_ptr.dtype.element_ty)

@@ -40,6 +40,7 @@ def _cases(dtype, few):
     yield "statistics", lambda: _fprop(K4S2, dtype, 64, Epilogue(groups=2))
     yield "plain", lambda: _wgrad(K4S2, dtype, 64)
     yield "leaky relu", lambda: _wgrad(K4S2, dtype, 64, y=True, **leaky)
+    yield "of z", lambda: _wgrad(K4S2, dtype, 64, groups=1, activation="relu")
     yield "plain", lambda: from_image.padded(_image(3, K4S2.big, torch.float32), K4S2, dtype)
     yield "stride 1", lambda: _fprop(K4S1, dtype, 64, Epilogue())
     # The last batch of an epoch, and images of another size: nothing new to compile.
@@ -53,6 +54,11 @@ def _cases(dtype, few):
     bias, vectors = torch.empty(64, dtype=dtype), torch.empty(1, 5, 64)
     every = Epilogue(bias=bias, vectors=vectors, activation="tanh")
     yield "bias, norm, tanh", lambda: _fprop(K4S2, dtype, 64, every)
+    for groups in (1, 2):
+        for c_small in (128, 64, 40):
+            of_z = dict(groups=groups, **leaky)
+            yield f"{c_small} channels of z", lambda c=c_small, z=of_z: _wgrad(K4S2, dtype, c, **z)
+    yield "7x7 of z", lambda: _wgrad(K7S1, dtype, 64, groups=1, activation="tanh")
     for c_small in (128, 32, 16, 40):
         yield f"{c_small} channels", lambda c=c_small: _fprop(K4S2, dtype, c, Epilogue(**leaky))
         yield f"{c_small} channels", lambda c=c_small: _fprop(K4S2, dtype, c, Epilogue(groups=1))
@@ -77,7 +83,8 @@ def _fprop(geometry, dtype, c_small, epilogue, batch=64):
     from_image.fprop(_padded(geometry, dtype, batch), weight, epilogue)
 
 
-def _wgrad(geometry, dtype, c_small, batch=64, y=False, **activation):
+def _wgrad(geometry, dtype, c_small, batch=64, y=False, groups=0, **activation):
     small = _image(c_small, geometry.small, dtype, batch)
     other = torch.empty_like(small) if y else None
-    from_image.wgrad(_padded(geometry, dtype, batch), small, other, **activation)
+    vectors = torch.empty(groups, 5, c_small) if groups else None
+    from_image.wgrad(_padded(geometry, dtype, batch), small, other, vectors, **activation)

@@ -39,6 +39,8 @@ SAMPLING = "test_sampling.py"
 FROM_IMAGE = "test_from_image.py::test_products"
 LOSSES = "test_losses.py"
 ADAM = "test_adam.py::test_updates_are_pytorchs"
+NORMALIZING = "test_normalizing.py::test_bits_are_those_of_the_pass_and_the_product"
+GRADIENT = "test_gradient_epilogue.py::test_gradient_of_the_layer_below"
 
 BUGS = (
     Bug(
@@ -133,6 +135,62 @@ BUGS = (
         LOADERS,
     ),
     Bug(
+        "the gradient of a pixel beyond the edge is summed",
+        "kernels/product.py",
+        "        acc = tl.where(exists[None, :], acc, 0.0)",
+        "        acc = tl.where(exists[None, :], acc, acc)",
+        GRADIENT,
+    ),
+    Bug(
+        "sums of a gradient are of what is not stored",
+        "kernels/product.py",
+        "g = rounded(g, STORED_DTYPE)",
+        "g = g",
+        GRADIENT,
+    ),
+    Bug(
+        "all groups' gradients take the first group's vectors",
+        "kernels/product.py",
+        "vectors_ptr += group * 5 * channels",
+        "vectors_ptr += 0 * channels",
+        GRADIENT,
+    ),
+    Bug(
+        "a group's gradient is stored in the next one's images",
+        "genfast/launch/conv.py",
+        "apart = groups if boxed and",
+        "apart = groups if not boxed and",
+        GRADIENT,
+    ),
+    Bug(
+        "a phase's gradient takes the layer below at another phase",
+        "kernels/conv.py",
+        "values = below.load([n0, y0, py, x0,",
+        "values = below.load([n0, y0, px, x0,",
+        GRADIENT,
+    ),
+    Bug(
+        "pixels of the layer below lose their channel",
+        "kernels/conv.py",
+        "offset = run_in_bounds(row, row < C)[:, None] + first",
+        "offset = in_bounds(row, row < 0)[:, None] + first",
+        GRADIENT,
+    ),
+    Bug(
+        "an image's gradient takes the first group's vectors",
+        "kernels/from_image.py",
+        "acc, below.T, count, tile, group, cs,",
+        "acc, below.T, count, tile, 0, cs,",
+        GRADIENT,
+    ),
+    Bug(
+        "groups of logits overlap",
+        "kernels/logits.py",
+        "n = (group * N + n0)",
+        "n = (0 * N + n0)",
+        GRADIENT,
+    ),
+    Bug(
         "tiles of an image that are shared unevenly overlap",
         "kernels/from_image.py",
         "first = program * tiles_per_program + tl.minimum(program, one_more)",
@@ -152,6 +210,41 @@ BUGS = (
         "rows[ky] + carry[ky] if ky < CARRIED else rows[ky]",
         "rows[ky]",
         "test_to_image.py::test_borders",
+    ),
+    Bug(
+        "pixels beyond what is normalised are the activation of a shift",
+        "kernels/to_image.py",
+        "on_map = (exists & ((step >= 0) & (step < H_small)))[:, None]",
+        "on_map = (n >= 0)[:, None]",
+        NORMALIZING,
+    ),
+    Bug(
+        "pixels after the last that is normalised count",
+        "kernels/from_image.py",
+        "small = as_stored(normal, inside, small.dtype, STORED_DTYPE)",
+        "small = as_stored(normal, inside | (p >= 0)[:, None], small.dtype, STORED_DTYPE)",
+        NORMALIZING,
+    ),
+    Bug(
+        "a logit is normalised by the first group's vectors",
+        "kernels/logits.py",
+        "group = tl.program_id(0) // group_images",
+        "group = tl.program_id(0) * 0",
+        NORMALIZING,
+    ),
+    Bug(
+        "a logit's weight gradient is of what is not rounded",
+        "kernels/logits.py",
+        "big = tl.where((n < N)[:, None], rounded(big, STORED_DTYPE), 0.0)",
+        "big = tl.where((n < N)[:, None], big, 0.0)",
+        NORMALIZING,
+    ),
+    Bug(
+        "a step with images of two groups normalises all like the last",
+        "kernels/normalizing.py",
+        "y = tl.where((row >= other * group_rows)[:, None], others, y)",
+        "y = others",
+        NORMALIZING,
     ),
     Bug(
         "splits of a logit's weight gradient overlap",

@@ -13,6 +13,7 @@ from genfast.backend import INTERPRETING, triton
 from genfast.geometry import ConvGeometry
 from genfast.launch import (
     conv,
+    from_image,
     logits,
     losses,
     norm,
@@ -22,6 +23,7 @@ from genfast.launch import (
     tiles,
     to_image,
 )
+from genfast.launch.operand import Output
 
 if triton is not None:
     from triton.runtime import interpreter
@@ -186,13 +188,16 @@ def test_masked_lanes_stay_inside(kernels, call, arguments, lanes):
 
 
 def convolutions(geometry, c_small, c_big, batch, dtype, groups):
-    """The three products with statistics, by pointers."""
+    """The three products with statistics, and gradients of the layer below, by pointers."""
     big = image(batch, c_big, geometry.big, dtype)
     small = image(batch, c_small, geometry.small, dtype)
     weight = torch.randn(c_small, c_big, *geometry.kernel_size).to(dtype)
     conv.fprop(big, weight, geometry, conv.Epilogue(bias=torch.ones(c_small), groups=groups))
     conv.dgrad(small, weight, geometry, conv.Epilogue(bias=torch.ones(c_big), groups=groups))
     conv.wgrad(big, small, geometry)
+    for tensor, convolve, other in ((small, conv.fprop, big), (big, conv.dgrad, small)):
+        output = Output(tensor, torch.rand(groups, 5, tensor.shape[1]), "relu", 0.0)
+        convolve(other, weight, geometry, conv.Epilogue(output=output))
 
 
 K4S2 = ConvGeometry((10, 6), (5, 3), (4, 4), (2, 2), (1, 1))
@@ -229,8 +234,13 @@ def test_to_image(lanes, size, kernel, c_small):
     geometry = ConvGeometry.conv_transpose(size, (kernel,) * 2, (stride,) * 2, (1, 1), (0, 0))
     small = image(3, c_small, size)
     epilogue = conv.Epilogue(bias=torch.randn(3))
-    to_image.dgrad(small, image(c_small, 3, (kernel,) * 2), geometry, epilogue, small, "relu")
+    to_image.dgrad(
+        small, image(c_small, 3, (kernel,) * 2), geometry, epilogue, y=small, activation="relu"
+    )
     assert lanes.masked["to_image"] > 0
+    to_image.dgrad(
+        small, image(c_small, 3, (kernel,) * 2), geometry, epilogue, **normalization(c_small)
+    )
 
 
 def test_logits(lanes):
@@ -239,5 +249,35 @@ def test_logits(lanes):
     logits.fprop(big, weight, geometry, conv.Epilogue(bias=torch.randn(3)))
     logits.dgrad(small, weight, geometry, conv.Epilogue(bias=torch.randn(9)))
     logits.wgrad(big, small, geometry)
+    output = Output(big[:18], torch.rand(2, 5, 9), "relu", 0.0)
+    logits.dgrad(small[:18], weight, geometry, conv.Epilogue(output=output))
     for kernel in ("logits_fprop", "logits_dgrad", "logits_wgrad"):
         assert lanes.masked[kernel] > 0
+
+
+def normalization(channels, groups=3):
+    return dict(vectors=torch.rand(groups, 5, channels), activation="sigmoid")
+
+
+@pytest.mark.parametrize(("size", "channels"), [((3, 3), 9), ((1, 3), 16)], ids=str)
+def test_logits_of_what_is_normalised(lanes, size, channels):
+    geometry = ConvGeometry.conv(size, size, (1, 1), (0, 0))
+    big, weight = image(21, channels, size), image(3, channels, size)
+    logits.fprop(big, weight, geometry, conv.Epilogue(), **normalization(channels))
+    logits.wgrad(big, image(21, 3, (1, 1)), geometry, **normalization(channels))
+    assert lanes.masked["logits_fprop"] > 0 and lanes.masked["logits_wgrad"] > 0
+
+
+def test_wgrad_of_an_image_and_what_is_normalised(lanes):
+    geometry = ConvGeometry.conv((9, 7), (3, 3), (2, 2), (1, 1))
+    padded = from_image.padded(image(6, 3, geometry.big), geometry)
+    from_image.wgrad(padded, image(6, 40, geometry.small), **normalization(40))
+    assert lanes.masked["wgrad_image"] > 0
+
+
+def test_gradient_below_an_image(lanes):
+    geometry = ConvGeometry.conv((10, 14), (4, 4), (2, 2), (1, 1))
+    padded = from_image.padded(image(4, 3, (10, 14)), geometry)
+    output = Output(image(4, 40, (5, 7)), torch.rand(2, 5, 40), "relu", 0.0)
+    from_image.fprop(padded, image(40, 3, (4, 4)), conv.Epilogue(output=output))
+    assert lanes.masked["fprop_image"] > 0

@@ -10,7 +10,11 @@ from functools import partial
 import pytest
 import torch
 
-from genfast.launch import losses, norm, sampling, start, sums
+from genfast.geometry import ConvGeometry
+from genfast.launch import conv, from_image, losses, norm, sampling, start, sums, to_image
+from genfast.launch import logits as logit_products
+from genfast.launch.conv import PLAIN
+from genfast.launch.operand import Output
 from genfast.models import DCGANDiscriminator, DCGANGenerator
 from genfast.training import GANStep
 
@@ -96,6 +100,21 @@ def norms(batch):
         norm.norm_backward(z, z, vectors, **options)
 
 
+def normalising(batch, groups):
+    """The products that normalise as they read."""
+    n = batch * groups
+    normalization = dict(vectors=torch.empty(groups, 5, 8), activation="relu")
+    k4s2 = ConvGeometry.conv((50, 50), (4, 4), (2, 2), (1, 1))
+    weight = torch.empty(8, 3, 4, 4, dtype=torch.bfloat16)
+    small = images(n, 8, 25)
+    to_image.dgrad(small, weight, k4s2, PLAIN, **normalization)
+    from_image.wgrad(from_image.padded(images(n, 3, 50), k4s2), small, **normalization)
+    whole = ConvGeometry.conv((4, 4), (4, 4), (1, 1), (0, 0))
+    big, logit = images(n, 8, 4).float(), images(n, 1, 1).float()
+    logit_products.fprop(big, big[:1], whole, PLAIN, **normalization)
+    logit_products.wgrad(big, logit, whole, **normalization)
+
+
 def activations(batch):
     y = images(batch, 3, 31)
     norm.activation_backward(y, y, "tanh", 0.0)
@@ -106,6 +125,26 @@ def chunks_of_statistics(batch):
     mean, m2 = torch.empty(2, parts, 64)
     statistics = norm.TileStatistics(torch.empty(parts), mean, m2, 1, 1)
     norm.batch_statistics(statistics, None, None, 1e-5)
+
+
+def gradients(batch, groups):
+    """Of the layer below by each kernel that finishes them, for as many images in each group."""
+    product = ConvGeometry.conv((4, 4), (4, 4), (1, 1), (0, 0))
+    strided = ConvGeometry.conv((8, 8), (4, 4), (2, 2), (1, 1))
+    n = groups * batch
+    for operation, geometry, c_small, c_big in (
+        (conv.fprop, strided, 128, 64),
+        (conv.dgrad, strided, 128, 64),
+        (conv.dgrad, strided, 128, 50),  # stored by pointers
+        (conv.fprop, strided, 64, 3),
+        (conv.dgrad, product, 1, 64),
+    ):
+        sides = [(c_big, geometry.big), (c_small, geometry.small)]
+        source, result = sides if operation is conv.fprop else sides[::-1]
+        x, value = (images(n, c, size[0]) for c, size in (source, result))
+        weight = torch.empty(c_small, c_big, 4, 4, dtype=torch.bfloat16)
+        output = Output(value, torch.empty(groups, 5, result[0]), "relu", 0.0)
+        operation(x, weight, geometry, conv.Epilogue(output=output))
 
 
 def latents(batch, width):
@@ -131,6 +170,8 @@ def partial_sums(batch):
     "call",
     [
         norms,
+        partial(normalising, groups=1),
+        partial(normalising, groups=2),
         activations,
         chunks_of_statistics,
         partial(latents, width=128),
@@ -140,7 +181,7 @@ def partial_sums(batch):
         logits,
         partial_sums,
     ],
-    ids=lambda call: getattr(call, "__name__", "latents"),
+    ids=lambda call: getattr(call, "__name__", None) or call.func.__name__,
 )
 def test_any_batch_is_the_same_kernels(call, keys):
     call(128)
@@ -148,6 +189,16 @@ def test_any_batch_is_the_same_kernels(call, keys):
     assert known
     for batch in (97, 16, 2, 1, 1000):
         call(batch)
+    assert_no_new(keys, known)
+
+
+@pytest.mark.parametrize("groups", [1, 2])
+def test_any_batch_of_a_tile_has_the_same_gradients(groups, keys):
+    gradients(128, groups)
+    known = set(keys.found)
+    assert {name for name, *_ in known} >= {"fprop", "dgrad", "fprop_image", "logits_dgrad"}
+    for batch in (97, 61, 33, 1000):
+        gradients(batch, groups)
     assert_no_new(keys, known)
 
 

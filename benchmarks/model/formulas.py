@@ -108,6 +108,26 @@ def _flops_of_image(a, pixels):
     return 2 * pixels * 8 * a.eighths * a.KH * a.KW * a.C_BIG
 
 
+def _other_groups(end, group_rows, step_rows, steps, splits):
+    """How often a mean step of `normalized_rows` meets another group than its program's first.
+
+    end: rows of the batch. group_rows: of each group. step_rows: of a step. steps: of a program.
+    splits: programs that share the rows.
+    """
+    met = 0
+    for split in range(splits):
+        group = min(split * steps * step_rows, end - 1) // group_rows
+        for first in range(split * steps * step_rows, (split + 1) * steps * step_rows, step_rows):
+            last = (min(first + step_rows, end) - 1) // group_rows
+            met += max(last + 1 - max(group + 1, first // group_rows), 0)
+    return met / (splits * steps)
+
+
+def _images_of_logits(a):
+    """Of all groups; N counts one group's."""
+    return a.N * (a.grid[0] // (a.tiles_n * a.tiles_k))
+
+
 FORMULAS = {
     "fprop": Formula(_fprop_passes, _conv_flops(_images), _big_to_small, _about_images(_images)),
     "dgrad": Formula(_dgrad_passes, _conv_flops(_images), _small_to_big, _about_images(_images)),
@@ -128,7 +148,12 @@ FORMULAS = {
         _about_padded,
     ),
     "wgrad_image": Formula(
-        lambda a: {"wgrad_image.step": a.tiles_per_split},
+        lambda a: {
+            "wgrad_image.step": a.tiles_per_split,
+            "normalized_rows.other": _other_groups(
+                a.pixels, a.group_pixels, a.BLOCK_K, a.tiles_per_split, a.grid[2]
+            ),
+        },
         lambda a: _flops_of_image(a, a.pixels),
         lambda a: f"{a.C_BIG}->{8 * a.eighths} ch image",
         _about_padded,
@@ -137,6 +162,9 @@ FORMULAS = {
         lambda a: {
             "to_image.step": a.steps_per_segment + _ceil(a.KH - a.STRIDE_H, a.STRIDE_H),
             "to_image.c0": _ceil(a.C_small, a.BLOCK_C),
+            "normalized_rows.other": _other_groups(
+                a.N, a.group_images, a.BLOCK_N, 1, _ceil(a.N, a.BLOCK_N)
+            ),
         },
         lambda a: 2 * a.N * a.H_small * a.W_small * a.C_small * a.KH * a.KW * a.C_BIG,
         lambda a: f"{a.C_small}->{a.C_BIG} ch {a.H_small}x{a.W_small}->{a.H_big}x{a.W_big}",
@@ -150,12 +178,17 @@ FORMULAS = {
     ),
     "logits_dgrad": Formula(
         lambda a: {},
-        lambda a: 2 * a.N * a.K * a.C_SMALL,
+        lambda a: 2 * _images_of_logits(a) * a.K * a.C_SMALL,
         lambda a: f"{a.C_SMALL}->{a.K} ch logits",
-        lambda a: f"n {a.N}",
+        lambda a: f"n {_images_of_logits(a)}",
     ),
     "logits_wgrad": Formula(
-        lambda a: {"logits_wgrad.step": a.steps_per_split},
+        lambda a: {
+            "logits_wgrad.step": a.steps_per_split,
+            "normalized_rows.other": _other_groups(
+                a.N, a.group_images, a.REPEATS * a.BLOCK_N, a.steps_per_split, a.grid[1]
+            ),
+        },
         lambda a: 2 * a.N * a.K * a.C_SMALL,
         lambda a: f"{a.K}->{a.C_SMALL} ch logits",
         lambda a: f"n {a.N}",

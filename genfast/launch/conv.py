@@ -1,7 +1,7 @@
 """The three products of a convolution: fprop, dgrad and wgrad, with what rides on them."""
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import torch
 
@@ -9,31 +9,13 @@ from genfast import library, reference
 from genfast.backend import triton
 from genfast.geometry import ConvGeometry
 from genfast.launch import from_image, logits, memory, norm, start, sums, tiles, to_image
+from genfast.launch.epilogue import PLAIN, Epilogue
 from genfast.launch.operand import operand
 
 if triton is not None:
     from genfast.kernels import conv as kernels
 
-
-@dataclass(frozen=True)
-class Epilogue:
-    """What a convolution does to its accumulator before it stores it, in this order.
-
-    bias: (channels,) added, or None.
-    groups: to return each tile's batch statistics, where no tile holds images of two of so many
-        equal parts of the batch; 0 for no statistics.
-    vectors: (1, 5, channels) to normalise by, or None.
-    activation, negative_slope: as in `functional.conv_block`.
-    """
-
-    bias: torch.Tensor | None = None
-    groups: int = 0
-    vectors: torch.Tensor | None = None
-    activation: str = "identity"
-    negative_slope: float = 0.0
-
-
-PLAIN = Epilogue()
+__all__ = ["PLAIN", "Epilogue", "dgrad", "fprop", "wgrad"]
 # The least K of a matrix unit's step in half precision.
 _LEAST_DEPTH = 16
 # The kernels divide numbers of pixels in 32 bits, a tile beyond the last one too.
@@ -45,18 +27,20 @@ def fprop(big, weight, geometry, epilogue=PLAIN):
     """`conv2d`, or the input gradient of `conv_transpose2d`.
 
     Args:
-        big: (N, C_big, H, W) of `geometry.big`, or an `Operand` of such.
+        big: (N, C_big, H, W) of `geometry.big`, or an `Operand` or `Output` of such.
         weight: (C_small, C_big, kh, kw).
         geometry: a `ConvGeometry`.
         epilogue: an `Epilogue` over C_small channels.
 
     Returns:
-        (N, C_small, Ho, Wo) of `geometry.small`, channels_last; its `TileStatistics` or None.
+        (N, C_small, Ho, Wo) of `geometry.small`, channels_last; and its `TileStatistics`, its sums
+        (groups, parts, 2 * channels or channels) as a gradient, or None: see `Epilogue`.
     """
     big = operand(big)
     c_small, c_big = weight.shape[:2]
-    if logits.fits(geometry, c_small, epilogue):
-        return logits.fprop(big.tensor(), weight, geometry, epilogue), None
+    if logits.fits(geometry, c_small, epilogue) and epilogue.output is None:
+        value, how = big.unnormalized()
+        return logits.fprop(value, weight, geometry, epilogue, **how), None
     if from_image.fits(geometry, c_small, c_big, big.value.shape[0]):
         return from_image.fprop(big.padded(geometry), weight, epilogue)
     return _conv("fprop", big.tensor(), weight, geometry, epilogue)
@@ -71,12 +55,10 @@ def dgrad(small, weight, geometry, epilogue=PLAIN):
     small = operand(small)
     c_small, c_big = weight.shape[:2]
     if logits.fits(geometry, c_small, epilogue):
-        return logits.dgrad(small.tensor(), weight, geometry, epilogue), None
+        return logits.dgrad(small.tensor(), weight, geometry, epilogue)
     if to_image.fits(geometry, c_small, c_big, epilogue):
-        small = small if hasattr(small, "y") else operand(small.tensor())
-        made_by = dict(y_activation=small.activation, y_negative_slope=small.negative_slope)
-        result = to_image.dgrad(small.value, weight, geometry, epilogue, y=small.y, **made_by)
-        return result, None
+        value, how = small.as_read()
+        return to_image.dgrad(value, weight, geometry, epilogue, **how), None
     return _conv("dgrad", small.tensor(), weight, geometry, epilogue)
 
 
@@ -84,18 +66,34 @@ def wgrad(big, small, geometry):
     """The weight gradient of `conv2d` and `conv_transpose2d`: (C_small, C_big, kh, kw).
 
     Args:
-        big: (N, C_big, H, W) of `geometry.big`, or an `Operand` of such.
+        big: (N, C_big, H, W) of `geometry.big`, or an `Operand` or `Output` of such.
         small: (N, C_small, Ho, Wo) of `geometry.small`, likewise.
         geometry: a `ConvGeometry`.
     """
     big, small = operand(big), operand(small)
     c_small, c_big = small.value.shape[1], big.value.shape[1]
     if logits.fits(geometry, c_small, PLAIN):
-        return logits.wgrad(big.tensor(), small.tensor(), geometry)
+        value, how = big.unnormalized()
+        return logits.wgrad(value, small.tensor(), geometry, **how)
     if from_image.fits(geometry, c_small, c_big, big.value.shape[0]):
-        small = small if hasattr(small, "y") else operand(small.tensor())
-        return from_image.wgrad(big.padded(geometry), small.value, **small.derivative)
+        value, how = small.as_read()
+        return from_image.wgrad(big.padded(geometry), value, **how)
     return _wgrad(big.tensor(), small.tensor(), geometry)
+
+
+def wgrad_makes(source_is_big, weight, geometry, images):
+    """Whether `wgrad` can make an `Output` of its value as it reads it; see `Output.as_read`.
+
+    Args:
+        source_is_big: the side that the output is.
+        weight: (C_small, C_big, kh, kw).
+        geometry: a `ConvGeometry`.
+        images: of the batch.
+    """
+    c_small, c_big = weight.shape[:2]
+    if logits.fits(geometry, c_small, PLAIN):
+        return source_is_big
+    return from_image.fits(geometry, c_small, c_big, images) and not source_is_big
 
 
 def _wgrad(big, small, geometry):
@@ -165,17 +163,18 @@ def _wgrad(big, small, geometry):
 
 def _conv(direction, source, weight, geometry, epilogue):
     to_small = direction == "fprop"
-    statistics = epilogue.groups > 0
-    config, _ = _config(direction, source, geometry, *weight.shape[:2], statistics)
+    reduces = epilogue.groups > 0 or epilogue.sums_per_channel > 0
+    config, _ = _config(direction, source, geometry, *weight.shape[:2], reduces)
     if config.library:
         return _through_library(direction, source, weight, geometry, epilogue)
     source, weight = memory.nhwc(source), memory.nhwc(weight)
     c_small, c_big = weight.shape[0], weight.shape[3]
     channels = c_small if to_small else c_big
-    n, groups = source.shape[0], max(epilogue.groups, 1)
+    n, groups = source.shape[0], epilogue.parts_of_batch
     out_size = geometry.small if to_small else geometry.big
     result = memory.channels_last((n, *out_size, channels), source)
     out = memory.nhwc(result)
+    below = epilogue.below(out)
 
     # From here on, in the terms of the matrix product that runs.
     big, small = (source, out) if to_small else (out, source)
@@ -208,16 +207,11 @@ def _conv(direction, source, weight, geometry, epilogue):
     pixels = n // groups, *size
     tiles_per_group = tiles.pixel_tiles(pixels, config.block_n, box if boxed else None)
     parts = groups * tiles_per_group * phases
-    statistics = None
-    if epilogue.groups:
-        acc_dtype = start.acc_dtype(source.dtype)
-        empty = torch.empty((2, parts, rows), dtype=acc_dtype, device=source.device)
-        repeat = rows // channels
-        mean, m2 = empty.view(2, parts * repeat, channels)
-        count = torch.empty(parts, dtype=acc_dtype, device=source.device)
-        statistics = norm.TileStatistics(count, mean, m2, repeat, groups)
+    reductions = epilogue.reductions(out, parts, rows)
 
     stored_boxed = small_boxed
+    # Groups whose boxes may end in images of the next one, for which they have the wrong vectors.
+    apart = groups if boxed and box[0] > 1 and epilogue.sums_per_channel == 2 and groups > 1 else 0
     if boxed:
         block_big, block_small = (
             (config.block_k, config.block_m) if to_small else (config.block_m, config.block_k)
@@ -227,18 +221,24 @@ def _conv(direction, source, weight, geometry, epilogue):
             # that.
             whole = geometry.stride[1] == 1 or c_big % config.block_m == 0
             stored_boxed = whole and memory.descriptor_fits(big)
+        if apart and not to_small:
+            # A box as wide as a phase is one of pixels in a row of all phases, too.
+            stored_boxed &= geometry.stride[0] == 1 or size[1] == box[2]
+        apart = apart if stored_boxed else 0
+        if epilogue.output is not None and stored_boxed:
+            below = below if memory.descriptor_fits(below) else below.clone()
+            if to_small:
+                below = _small_descriptor(below, box, block_small, apart)
+            else:
+                below = _big_descriptor(below.view(big.shape), geometry, box, block_big, apart)
         if to_small or stored_boxed:
-            big = _big_descriptor(big, geometry, box, block_big)
+            big = _big_descriptor(big, geometry, box, block_big, 0 if to_small else apart)
         if small_boxed:
-            small = memory.descriptor(small, [*box, block_small])
+            small = _small_descriptor(small, box, block_small, apart if to_small else 0)
         weight = memory.descriptor(weight, [block_small, block_big])
     shared = dict(
         weight=weight,
-        bias_ptr=memory.dense(epilogue.bias, out),
-        vectors_ptr=epilogue.vectors if epilogue.vectors is not None else out,
-        count_ptr=statistics.count if statistics else out,
-        mean_ptr=statistics.mean if statistics else out,
-        m2_ptr=statistics.m2 if statistics else out,
+        below=below,
         N=n // groups,
         H_big=geometry.big[0],
         W_big=geometry.big[1],
@@ -248,20 +248,19 @@ def _conv(direction, source, weight, geometry, epilogue):
         C_small=c_small,
         channels=channels,
         tiles_per_group=tiles_per_group,
-        negative_slope=epilogue.negative_slope,
         KH=geometry.kernel_size[0],
         KW=geometry.kernel_size[1],
         **_stride_and_padding(geometry),
         **_alignments(c_big, c_small),
-        HAS_BIAS=epilogue.bias is not None,
-        HAS_NORM=epilogue.vectors is not None,
-        HAS_STATISTICS=statistics is not None,
-        ACTIVATION=epilogue.activation,
-        STORED_DTYPE=start.tl_dtype(result.dtype),
+        **epilogue.arguments(out, reductions),
         **start.arithmetic(source),
         DESCRIPTORS=boxed,
         STORE_DESCRIPTOR=stored_boxed,
+        GROUPED=apart > 0,
         **_tile(config, box),
+        **_registers(
+            config, small_boxed and stored_boxed and epilogue.sums_per_channel > 0, source
+        ),
     )
     grid = (parts * tiles.ceil_div(rows, config.block_m),)
     if to_small:
@@ -270,7 +269,7 @@ def _conv(direction, source, weight, geometry, epilogue):
         start.kernel(
             kernels.dgrad, grid, small=small, out=big, SMALL_DESCRIPTOR=small_boxed, **shared
         )
-    return result, statistics
+    return result, reductions
 
 
 def _through_library(direction, source, weight, geometry, epilogue):
@@ -278,6 +277,8 @@ def _through_library(direction, source, weight, geometry, epilogue):
     convolve = library.fprop if direction == "fprop" else library.dgrad
     z = convolve(source, weight, geometry, epilogue.bias)
     z = z.contiguous(memory_format=torch.channels_last)
+    if epilogue.output is not None:
+        return _gradient_of_output(z, epilogue)
     statistics = norm.statistics_of(z, epilogue.groups) if epilogue.groups else None
     activation = epilogue.activation, epilogue.negative_slope
     if epilogue.vectors is not None:
@@ -285,6 +286,17 @@ def _through_library(direction, source, weight, geometry, epilogue):
     else:
         z = reference.activate(z, *activation, inplace=True)
     return z, statistics
+
+
+def _gradient_of_output(dy, epilogue):
+    """dy times act'(u) of the epilogue's output, and its sums, by passes of their own."""
+    output = epilogue.output
+    g = norm.activation_backward(dy, output.tensor(), output.activation, output.negative_slope)
+    if output.vectors is not None:
+        return g, norm.backward_sums(g, output.value, output.vectors)
+    if epilogue.sums:
+        return g, g.sum((0, 2, 3), dtype=start.acc_dtype(g.dtype)).view(1, 1, -1)
+    return g, None
 
 
 def _config(operation, tensor, geometry, c_small, c_big, statistics=False):
@@ -337,12 +349,26 @@ def _stride_divides_kernel(geometry):
     return all(k % s == 0 for k, s in zip(geometry.kernel_size, geometry.stride, strict=True))
 
 
-def _big_descriptor(big, geometry, box, block_channels):
-    """big as [N, H / sh, sh, W / sw, sw * C]: a tap's or a phase's pixels are a box of it."""
+def _big_descriptor(big, geometry, box, block_channels, groups=0):
+    """big as [N, H / sh, sh, W / sw, sw * C]: a tap's or a phase's pixels are a box of it.
+
+    With groups as [groups, N / groups, H / sh, sh * W / sw, sw * C]: see `kernels.conv`.
+    """
     n, h, w, c = big.shape
     sh, sw = geometry.stride
+    if groups:
+        rows = big.view(groups, n // groups, h // sh, sh * (w // sw), sw * c)
+        return memory.descriptor(rows, [1, *box, block_channels])
     folded = big.view(n, h // sh, sh, w // sw, sw * c)
     return memory.descriptor(folded, [box[0], box[1], 1, box[2], block_channels])
+
+
+def _small_descriptor(small, box, block_channels, groups=0):
+    """small as [N, H, W, C], or with groups as [groups, N / groups, H, W, C]."""
+    if groups:
+        small = small.unflatten(0, (groups, -1))
+        return memory.descriptor(small, [1, *box, block_channels])
+    return memory.descriptor(small, [*box, block_channels])
 
 
 def _stride_and_padding(geometry):
@@ -352,6 +378,16 @@ def _stride_and_padding(geometry):
         PAD_H=geometry.padding[0],
         PAD_W=geometry.padding[1],
     )
+
+
+def _registers(config, described, tensor):
+    """Compiler options of sums of gradients, where all tiles are moved by descriptors.
+
+    On Hopper they then fit the registers of which two programs of 8 warps share a multiprocessor's;
+    the compiler, unasked, would rather have more in flight.
+    """
+    shared = described and config.num_warps == 8 and start.architecture(tensor) == "sm_90"
+    return dict(maxnreg=128) if shared else {}
 
 
 def _tile(config, box):

@@ -13,7 +13,7 @@ import torch
 
 from genfast.backend import triton
 from genfast.geometry import ConvGeometry
-from genfast.launch import memory, norm, passes, start, sums, tiles
+from genfast.launch import memory, passes, start, sums, tiles
 
 if triton is not None:
     from genfast.kernels import from_image as kernels
@@ -186,52 +186,40 @@ def fprop(image, weight, epilogue):
     Args:
         image: a `Padded`.
         weight: (C_small, C_big, kh, kw).
-        epilogue: a `launch.conv.Epilogue` over C_small channels.
+        epilogue: an `Epilogue` over C_small channels.
 
     Returns:
-        (N, C_small, Ho, Wo), channels_last; its `TileStatistics` or None.
+        (N, C_small, Ho, Wo), channels_last; its `TileStatistics`, its sums as a gradient or None.
     """
     data, geometry = image.data, image.geometry
-    n, c_small, groups = data.shape[0], weight.shape[0], max(epilogue.groups, 1)
+    n, c_small, groups = data.shape[0], weight.shape[0], epilogue.parts_of_batch
     result = memory.channels_last((n, *geometry.small, c_small), data)
+    out = memory.nhwc(result)
     config = _config(data)
     block_m = _channel_block(config, c_small)
     pixels = n // groups * math.prod(geometry.small)
-    block_n = config.statistics_pixels if epilogue.groups else config.pixels
+    alone = epilogue.groups == 0 and epilogue.output is None
+    block_n = config.pixels if alone else config.statistics_pixels
     tiles_per_group = tiles.ceil_div(pixels, block_n)
     count = groups * tiles_per_group
     channel_tiles = tiles.ceil_div(c_small, block_m)
     filling = passes.programs(data, config.resident)
     programs = min(count, tiles.ceil_div(filling, channel_tiles))
-    statistics = None
-    if epilogue.groups:
-        acc_dtype = start.acc_dtype(data.dtype)
-        mean, m2 = torch.empty((2, count, c_small), dtype=acc_dtype, device=data.device)
-        counts = torch.empty(count, dtype=acc_dtype, device=data.device)
-        statistics = norm.TileStatistics(counts, mean, m2, 1, groups)
+    reductions = epilogue.reductions(out, count)
     start.kernel(
         kernels.fprop_image,
         (channel_tiles, programs),
         padded_ptr=data,
         weight_ptr=memory.nhwc(weight),
-        out_ptr=result,
-        bias_ptr=memory.dense(epilogue.bias, result),
-        vectors_ptr=result if epilogue.vectors is None else epilogue.vectors,
-        count_ptr=statistics.count if statistics else result,
-        mean_ptr=statistics.mean if statistics else result,
-        m2_ptr=statistics.m2 if statistics else result,
+        out_ptr=out,
+        below_ptr=epilogue.below(out),
         pixels=pixels,
         eighths=c_small // 8,
         tiles_per_group=tiles_per_group,
         tiles_per_program=count // programs,
         one_more=count % programs,
         **_windows(image),
-        negative_slope=epilogue.negative_slope,
-        HAS_BIAS=epilogue.bias is not None,
-        HAS_NORM=epilogue.vectors is not None,
-        HAS_STATISTICS=statistics is not None,
-        ACTIVATION=epilogue.activation,
-        STORED_DTYPE=start.tl_dtype(data.dtype),
+        **epilogue.arguments(out, reductions),
         **start.arithmetic(data),
         BLOCK_M=block_m,
         BLOCK_N=block_n,
@@ -239,17 +227,19 @@ def fprop(image, weight, epilogue):
         num_warps=_warps(config, block_m),
         num_stages=config.fprop_stages,
     )
-    return result, statistics
+    return result, reductions
 
 
-def wgrad(image, small, y=None, activation="identity", negative_slope=0.0):
+def wgrad(image, small, y=None, vectors=None, activation="identity", negative_slope=0.0):
     """The weight gradient of `conv2d` and `conv_transpose2d`: (C_small, C_big, kh, kw).
 
     Args:
         image: a `Padded`.
         small: (N, C_small, Ho, Wo) of `geometry.small`, in the image's dtype.
         y: like small, or None: act(u), where small is the gradient of y, and that of u is meant.
-        activation, negative_slope: of y, as in `functional.conv_block`.
+        vectors: None, or (groups, 5, C_small) of a batch norm whose input small is, and whose
+            activated output is meant. Not together with y.
+        activation, negative_slope: of y, or of that output, as in `functional.conv_block`.
     """
     data, geometry, c_big = image.data, image.geometry, image.c_big
     small = memory.nhwc(small)
@@ -282,9 +272,19 @@ def wgrad(image, small, y=None, activation="identity", negative_slope=0.0):
         tiles_per_split=tiles_per_split,
         **_windows(image),
         negative_slope=negative_slope,
+        vectors_ptr=small if vectors is None else vectors,
+        group_pixels=pixels // (1 if vectors is None else vectors.shape[0]),
         HAS_Y=y is not small,
+        HAS_NORM=vectors is not None,
+        GROUPED=vectors is not None and vectors.shape[0] > 1,
         ACTIVATION=activation,
+        STORED_DTYPE=start.tl_dtype(data.dtype),
         **start.arithmetic(data),
+        # An operand that a program computed is written to shared memory in rows only if it is the
+        # second one; wgmma's first one would be put together in registers, 2 bytes at a time.
+        SWAPPED=(
+            vectors is not None and start.architecture(data) == "sm_90" and data.element_size() == 2
+        ),
         BLOCK_M=block_m,
         BLOCK_N=block_n,
         BLOCK_K=config.reduced,

@@ -35,12 +35,21 @@ def why_not(geometry, c_small, epilogue):
     return None
 
 
-def fprop(big, weight, geometry, epilogue):
-    """As `conv.fprop`, where `fits`: (N, C_small, 1, 1), channels_last."""
+def fprop(big, weight, geometry, epilogue, vectors=None, activation="identity", negative_slope=0.0):
+    """As `conv.fprop`, where `fits`: (N, C_small, 1, 1), channels_last.
+
+    Args:
+        big, weight, geometry, epilogue: as there, big being a tensor.
+        vectors: None, or (groups, 5, C_big) of a batch norm whose input big is, and whose activated
+            output is meant.
+        activation, negative_slope: of that output, as in `functional.conv_block`.
+    """
     big, weight = memory.nhwc(big), memory.nhwc(weight)
     c_small = weight.shape[0]
+    c_big = big.shape[3]
     result = memory.channels_last((big.shape[0], *geometry.small, c_small), big)
-    k = geometry.taps * big.shape[3]
+    k = geometry.taps * c_big
+    block_k = _block(k, 64 if INTERPRETING else 4096)
     start.kernel(
         kernels.logits_fprop,
         (big.shape[0],),
@@ -51,45 +60,60 @@ def fprop(big, weight, geometry, epilogue):
         K=k,
         C_SMALL=c_small,
         **_epilogue(epilogue),
+        **_normalization(big, vectors, activation, negative_slope),
         **_accumulator(big),
-        BLOCK_K=_block(k, 64 if INTERPRETING else 4096),
-    )
-    return result
-
-
-def dgrad(small, weight, geometry, epilogue):
-    """As `conv.dgrad`, where `fits`: (N, C_big, *geometry.big), channels_last."""
-    small, weight = memory.nhwc(small), memory.nhwc(weight)
-    n, _, _, c_small = small.shape
-    c_big = weight.shape[3]
-    result = memory.channels_last((n, *geometry.big, c_big), small)
-    k = geometry.taps * c_big
-    block_k = _block(k, 64 if INTERPRETING else 1024)
-    # A program reads its columns of the weight once for all of its rows.
-    tiles_k = tiles.ceil_div(k, block_k)
-    block_n = 2 if INTERPRETING else 4
-    start.kernel(
-        kernels.logits_dgrad,
-        (tiles.ceil_div(n, block_n) * tiles_k,),
-        small_ptr=small,
-        weight_ptr=weight,
-        bias_ptr=memory.dense(epilogue.bias, result),
-        out_ptr=memory.nhwc(result),
-        N=n,
-        K=k,
-        C_big=c_big,
-        tiles_k=tiles_k,
-        C_SMALL=c_small,
-        **_epilogue(epilogue),
-        **_accumulator(small),
-        BLOCK_N=block_n,
+        CHANNELS=c_big if vectors is not None and block_k % c_big == 0 else 0,
         BLOCK_K=block_k,
     )
     return result
 
 
-def wgrad(big, small, geometry):
-    """As `conv.wgrad`, where `fits`: (C_small, C_big, kh, kw), channels_last."""
+def dgrad(small, weight, geometry, epilogue):
+    """As `conv.dgrad`, where `fits`: (N, C_big, *geometry.big), channels_last; its sums or None."""
+    small, weight = memory.nhwc(small), memory.nhwc(weight)
+    n, _, _, c_small = small.shape
+    c_big = weight.shape[3]
+    result = memory.channels_last((n, *geometry.big, c_big), small)
+    out = memory.nhwc(result)
+    k = geometry.taps * c_big
+    # A program reads its columns of the weight once for all of its rows. Sums are of many rows: a
+    # program writes as many as it has columns.
+    rows, columns = (4, 1024) if epilogue.output is None else (16, 256)
+    block_n, block_k = (2, _block(k, 64)) if INTERPRETING else (rows, _block(k, columns))
+    groups = epilogue.parts_of_batch
+    tiles_n, tiles_k = tiles.ceil_div(n // groups, block_n), tiles.ceil_div(k, block_k)
+    sums_of_gradient = epilogue.reductions(out, groups * tiles_n, k)
+    start.kernel(
+        kernels.logits_dgrad,
+        (groups * tiles_n * tiles_k,),
+        small_ptr=small,
+        weight_ptr=weight,
+        bias_ptr=memory.dense(epilogue.bias, result),
+        out_ptr=out,
+        below_ptr=epilogue.below(out),
+        N=n // groups,
+        K=k,
+        C_big=c_big,
+        tiles_n=tiles_n,
+        tiles_k=tiles_k,
+        C_SMALL=c_small,
+        HAS_BIAS=epilogue.bias is not None,
+        STORED_DTYPE=start.tl_dtype(result.dtype),
+        **epilogue.of_gradient(out, sums_of_gradient),
+        **_accumulator(small),
+        BLOCK_N=block_n,
+        BLOCK_K=block_k,
+    )
+    return result, sums_of_gradient
+
+
+def wgrad(big, small, geometry, vectors=None, activation="identity", negative_slope=0.0):
+    """As `conv.wgrad`, where `fits`: (C_small, C_big, kh, kw), channels_last.
+
+    Args:
+        big, small, geometry: as there, both being tensors.
+        vectors, activation, negative_slope: as in `fprop`.
+    """
     big, small = memory.nhwc(big), memory.nhwc(small)
     n, _, _, c_small = small.shape
     c_big = big.shape[3]
@@ -111,6 +135,8 @@ def wgrad(big, small, geometry):
         K=k,
         steps_per_split=steps_per_split,
         C_SMALL=c_small,
+        **_normalization(big, vectors, activation, negative_slope),
+        GROUPED=vectors is not None and vectors.shape[0] > 1,
         **_accumulator(big),
         REPEATS=_REPEATS,
         BLOCK_N=_ROWS // _REPEATS,
@@ -141,6 +167,19 @@ def _epilogue(epilogue):
         negative_slope=epilogue.negative_slope,
         HAS_BIAS=epilogue.bias is not None,
         ACTIVATION=epilogue.activation,
+    )
+
+
+def _normalization(big, vectors, activation, negative_slope):
+    """big: (N, H, W, C_big) memory."""
+    return dict(
+        vectors_ptr=big if vectors is None else vectors,
+        C_big=big.shape[3],
+        group_images=big.shape[0] // (1 if vectors is None else vectors.shape[0]),
+        big_slope=negative_slope,
+        HAS_NORM=vectors is not None,
+        BIG_ACTIVATION=activation,
+        STORED_DTYPE=start.tl_dtype(big.dtype),
     )
 
 

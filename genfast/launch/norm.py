@@ -155,33 +155,22 @@ def norm_backward(
         dz (N, C, H, W), None unless `need_dz`; (2, C): the gradients of beta and of gamma; and y,
         None unless `want_y`.
     """
-    dy, z = memory.nhwc(dy), memory.nhwc(z)
-    channels, groups = z.shape[3], vectors.shape[0]
-    grid, rows, tile = passes.elementwise(z, groups)
-    common = dict(
-        dy_ptr=dy,
-        z_ptr=z,
-        vectors_ptr=vectors,
-        rows=rows,
-        channels=channels,
-        negative_slope=negative_slope,
-        ACTIVATION=activation,
-        **tile,
-    )
+    grid, common = _backward(dy, z, vectors, activation, negative_slope)
     at_norm = partials is not None
     if not at_norm:
-        partials = _reduce(vectors, grid, common)
+        partials = _backward_sums(grid, common)
+    groups, parts, _ = partials.shape
+    channels = common["channels"]
     total = vectors.new_empty((2, channels))
     if not need_dz:
         sums.sum_partials(partials.flatten(0, 1), total)
         return None, total, None
-    parts = partials.shape[1]
     if parts > _PARTS_ADDED_BY_ALL:
         totals = vectors.new_empty((groups, 2, channels))
         sums.sum_partials(partials, totals)
         partials, parts = totals, 1
-    dz = memory.channels_last(z.shape, z)
-    y = memory.channels_last(z.shape, z) if want_y else None
+    dz = torch.empty_like(z, memory_format=torch.channels_last)
+    y = torch.empty_like(dz) if want_y else None
     start.kernel(
         kernels.norm_backward,
         grid,
@@ -200,11 +189,22 @@ def norm_backward(
     return dz, total, y
 
 
-def _reduce(vectors, grid, common):
-    """The partial sums that `norm_backward` takes, (groups, parts, 2 * C), of its arguments."""
+def backward_sums(g, z, vectors):
+    """The sums of a gradient g at a norm's output and of g * xhat, (groups, parts, 2 * channels).
+
+    Args:
+        g, z: (N, C, H, W); z is what the norm took.
+        vectors: (groups, 5, channels).
+    """
+    return _backward_sums(*_backward(g, z, vectors, "identity", 0.0))
+
+
+def _backward_sums(grid, common):
+    """Part by part, those of `norm_backward_reduce`."""
+    vectors, channels = common["vectors_ptr"], common["channels"]
     tiles_per_part = tiles.ceil_div(grid[0], passes.parts_of_pass(common["z_ptr"], grid))
     parts = tiles.ceil_div(grid[0], tiles_per_part)
-    partials = vectors.new_empty((vectors.shape[0], parts, 2 * common["channels"]))
+    partials = vectors.new_empty((grid[2], parts, 2 * channels))
     start.kernel(
         kernels.norm_backward_reduce,
         (parts, *grid[1:]),
@@ -213,6 +213,22 @@ def _reduce(vectors, grid, common):
         **common,
     )
     return partials
+
+
+def _backward(dy, z, vectors, activation, negative_slope):
+    """The grid of a pass over a gradient and z, and the arguments that the passes share."""
+    dy, z = memory.nhwc(dy), memory.nhwc(z)
+    grid, rows, tile = passes.elementwise(z, vectors.shape[0])
+    return grid, dict(
+        dy_ptr=dy,
+        z_ptr=z,
+        vectors_ptr=vectors,
+        rows=rows,
+        channels=z.shape[3],
+        negative_slope=negative_slope,
+        ACTIVATION=activation,
+        **tile,
+    )
 
 
 def activation_backward(dy, y, activation, negative_slope):

@@ -25,10 +25,15 @@ class Operand:
     image: from_image.Padded | None = None
     _tensor: torch.Tensor | None = None
 
-    @property
-    def derivative(self):
-        """y and what made it, as arguments of the kernels that multiply by act'(u) themselves."""
-        return dict(y=self.y, activation=self.activation, negative_slope=self.negative_slope)
+    def as_read(self):
+        """A tensor, and how to make the operand of it: arguments of kernels that do so reading."""
+        return self.value, dict(
+            y=self.y, activation=self.activation, negative_slope=self.negative_slope
+        )
+
+    def unnormalized(self):
+        """As `as_read`, for kernels that can normalise and nothing else."""
+        return self.tensor(), {}
 
     def tensor(self):
         """(N, C, H, W), multiplied by act'(u)."""
@@ -47,7 +52,8 @@ class Operand:
     def padded(self, geometry):
         """A `from_image.Padded`, multiplied by act'(u)."""
         if self.image is None:
-            self.image = from_image.padded(self.value, geometry, **self.derivative)
+            value, how = self.as_read()
+            self.image = from_image.padded(value, geometry, **how)
         return self.image
 
 
@@ -67,13 +73,22 @@ class Output:
     _tensor: torch.Tensor | None = None
 
     @property
-    def normalization(self):
-        """How to make y of `value`, as arguments of the kernels that do so as they read it."""
-        if self.vectors is None:
-            return {}
-        return dict(
+    def is_made_reading(self):
+        """Whether kernels that can make y as they read `value` should."""
+        # Exponentials take longer than memory does, in each of the programs that read an element.
+        return self.vectors is not None and self.activation not in ("tanh", "sigmoid")
+
+    def as_read(self):
+        """As `Operand.as_read`."""
+        if not self.is_made_reading:
+            return self.tensor(), {}
+        return self.value, dict(
             vectors=self.vectors, activation=self.activation, negative_slope=self.negative_slope
         )
+
+    def unnormalized(self):
+        """As `as_read`: to normalise is all there is to do."""
+        return self.as_read()
 
     def tensor(self):
         """y (N, C, H, W), channels_last; made once."""

@@ -29,13 +29,18 @@ def why_not(geometry, c_small, c_big, epilogue):
         return "the kernel covers the whole image: a matrix product"
     if epilogue.groups or epilogue.vectors is not None:
         return "an image is not normalised"
+    if epilogue.output is not None:
+        return "an image is no layer's output"
     for kernel, stride in zip(geometry.kernel_size, geometry.stride, strict=True):
         if not max(stride, 2) <= kernel <= 8:
             return f"kernels are 2 to 8 wide and no narrower than their stride, not {kernel}"
     return None
 
 
-def dgrad(small, weight, geometry, epilogue, y=None, y_activation="identity", y_negative_slope=0.0):
+def dgrad(
+    small, weight, geometry, epilogue, y=None, vectors=None, activation="identity",
+    negative_slope=0.0,
+):  # fmt: skip
     """As `conv.dgrad`, where `fits`.
 
     Args:
@@ -45,13 +50,15 @@ def dgrad(small, weight, geometry, epilogue, y=None, y_activation="identity", y_
         epilogue: an `Epilogue` over C_big channels, without statistics and vectors.
         y: None, or a tensor like `small` of which that is the gradient. What is convolved then is
             small * act'(u) where y = act(u): the gradient of u.
-        y_activation, y_negative_slope: what made y.
+        vectors: None, or (groups, 5, C_small) of a batch norm whose input `small` is: what is
+            convolved then is its activated output. Not together with y.
+        activation, negative_slope: of y, or of that output, as in `functional.conv_block`.
 
     Returns:
         (N, C_big, H, W) of `geometry.big`, channels_last.
     """
     small, weight = memory.nhwc(small), memory.nhwc(weight)
-    y = small if y is None else memory.nhwc(y)
+    y = None if y is None else memory.nhwc(y)
     n, h_small, w_small, c_small = small.shape
     h_big, w_big = geometry.big
     c_big = weight.shape[3]
@@ -69,7 +76,7 @@ def dgrad(small, weight, geometry, epilogue, y=None, y_activation="identity", y_
         kernels.to_image,
         (groups * segments,),
         small_ptr=small,
-        y_ptr=y,
+        y_ptr=small if y is None else y,
         weight_ptr=weight,
         bias_ptr=memory.dense(epilogue.bias, result),
         out_ptr=memory.nhwc(result),
@@ -83,7 +90,9 @@ def dgrad(small, weight, geometry, epilogue, y=None, y_activation="identity", y_
         first_step=first_step,
         steps_per_segment=steps_per_segment,
         negative_slope=epilogue.negative_slope,
-        y_slope=y_negative_slope,
+        y_slope=negative_slope,
+        vectors_ptr=small if vectors is None else vectors,
+        group_images=n // (1 if vectors is None else vectors.shape[0]),
         C_BIG=c_big,
         KH=kh,
         KW=kw,
@@ -93,7 +102,11 @@ def dgrad(small, weight, geometry, epilogue, y=None, y_activation="identity", y_
         PAD_W=geometry.padding[1],
         HAS_BIAS=epilogue.bias is not None,
         ACTIVATION=epilogue.activation,
-        Y_ACTIVATION=y_activation,
+        HAS_Y=y is not None,
+        HAS_NORM=vectors is not None,
+        GROUPED=vectors is not None and vectors.shape[0] > 1,
+        Y_ACTIVATION=activation,
+        STORED_DTYPE=start.tl_dtype(small.dtype),
         **start.arithmetic(small),
         **tile,
     )

@@ -110,7 +110,7 @@ def _rounded_pairs(x, ASM: tl.constexpr):
 @triton.jit
 def to_memory(x, DTYPE: tl.constexpr):
     """x, float32, in DTYPE for memory that is reached by its address alone: rounded to nearest."""
-    if _INTERPRETED:
+    if INTERPRETED:
         # Of half precision in fact, where that of arguments is widened.
         x = rounded(x, DTYPE)
     return x.to(DTYPE)

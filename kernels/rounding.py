@@ -105,3 +105,12 @@ def _rounded_pairs(x, ASM: tl.constexpr):
         is_pure=True,
         pack=2,
     )
+
+
+@triton.jit
+def to_memory(x, DTYPE: tl.constexpr):
+    """x, float32, in DTYPE for memory that is reached by its address alone: rounded to nearest."""
+    if INTERPRETED:
+        # Of half precision in fact, where that of arguments is widened.
+        x = rounded(x, DTYPE)
+    return x.to(DTYPE)

@@ -9,7 +9,7 @@ import torch
 from benchmarks.gpu.problems import call, forced
 from benchmarks.model.recording import rounding
 from genfast.geometry import ConvGeometry
-from genfast.launch import conv, losses, norm, sampling, tiles
+from genfast.launch import adam, conv, losses, norm, sampling, tiles
 from genfast.launch.conv import Epilogue
 
 OPERATIONS = ("fprop", "dgrad", "wgrad")
@@ -141,3 +141,12 @@ def _around(dtype, activations):
         for targets in (0, 1, 64, logits):
             losses.logistic_loss(logits, targets, 1.0)
             losses.logistic_loss_backward(torch.empty(()), logits, targets, 1.0)
+    _adam(dtype)
+
+
+def _adam(half):
+    """The update of a weight with a gradient and a copy in half precision, in a captured step."""
+    p, step = torch.empty(64, 64), torch.empty(())
+    weights = [adam.Weight(p, p, p, step, p.to(half), p.to(half))]
+    numbers = dict(betas=(0.5, 0.999), eps=1e-8, weight_decay=0.0)
+    adam.adam(adam.table(weights), weights, lr=torch.empty(()), **numbers)

@@ -38,10 +38,39 @@ REDUCTIONS = "test_blocks.py::test_few_programs_share_long_reductions"
 SAMPLING = "test_sampling.py"
 FROM_IMAGE = "test_from_image.py::test_products"
 LOSSES = "test_losses.py"
+ADAM = "test_adam.py::test_updates_are_pytorchs"
 NORMALIZING = "test_normalizing.py::test_bits_are_those_of_the_pass_and_the_product"
 GRADIENT = "test_gradient_epilogue.py::test_gradient_of_the_layer_below"
 
 BUGS = (
+    Bug(
+        "Adam's second moment keeps its bias",
+        "kernels/adam.py",
+        "root2 = tl.sqrt(_one_minus_exp(t * log_beta2))",
+        "root2 = 1.0",
+        ADAM,
+    ),
+    Bug(
+        "Adam's chunks count from the first weight",
+        "kernels/adam.py",
+        "first = (chunk - tl.load(row + FIRST_CHUNK)) * BLOCK",
+        "first = chunk * BLOCK",
+        ADAM,
+    ),
+    Bug(
+        "Adam rounds the corrections of a beta close to 1",
+        "kernels/adam.py",
+        "return tl.where(x > -0.5, -x * series, 1.0 - tl.exp(x))",
+        "return 1.0 - tl.exp(x)",
+        "test_adam.py::test_early_and_late_updates_correct_the_bias",
+    ),
+    Bug(
+        "gradients of two backward passes are added in half precision",
+        "genfast/training/steps/precision.py",
+        "if kept:  # Gradients of an earlier backward pass: their sum is in float32.",
+        "if False:",
+        "test_adam.py::test_two_backward_passes_of_a_step_add_in_float32",
+    ),
     Bug(
         "fprop drops the last tap",
         "kernels/conv.py",

@@ -28,6 +28,7 @@ KERNELS = {
     "reparameterize_backward",
     "logistic_loss",
     "logistic_loss_backward",
+    "adam",
 }
 # Tests of their own compile these, in more ways.
 ENDS = {

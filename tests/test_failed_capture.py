@@ -68,10 +68,10 @@ def _make(monkeypatch, precision, recorder, lr=2**-12):
         owner = step.scalers.get("discriminator", step._precision)
         update = owner.update
 
-        def breaking(*args):
+        def breaking(*args, **kwargs):
             if precision == "fp16":
                 recorder.break_down()
-            update(*args)
+            update(*args, **kwargs)
             if precision != "fp16":
                 recorder.break_down()
 

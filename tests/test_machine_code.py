@@ -9,7 +9,7 @@ import pytest
 
 pytest.importorskip("triton", reason="compiles Triton kernels")
 
-from benchmarks.model.cost import TENSOR_OVERHEAD
+from benchmarks.model.cost import GPUS, TENSOR_OVERHEAD, programs_per_multiprocessor
 from benchmarks.model.prediction import recorded
 
 # Descriptors move multiples of 16 bytes; beside one of them latents, with 100 channels, are loaded
@@ -71,3 +71,19 @@ def test_products_by_pointers_multiply_for_longer_than_they_issue(model):
         # Smaller tiles are for few channels, where memory decides.
         if a["BLOCK_M"] * a["BLOCK_N"] >= 64 * 64:
             assert loop.instructions < CYCLES_OF_A_MULTIPLICATION * loop.count("HMMA"), launch
+
+
+def test_adam_moves_vectors_and_fits_four_times():
+    """Beside vectors, the masked path of a last chunk moves single elements."""
+    recording, codes = recorded("dcgan", 128, "sm_90")
+    launches = [launch for launch in recording.launches if launch.name == "adam"]
+    assert len(launches) == 2
+    for launch in launches:
+        code, compiled = codes[launch.compiled], recording.code[launch.compiled]
+        (straight,) = code.regions
+        # Gradient in float32, p, m and v; a gradient in half precision is 8 bytes of a thread, as
+        # an address is.
+        assert straight.widths("LDG")[16] == 4 and straight.widths("STG")[16] == 3, launch
+        assert straight.widths("STG")[8] == 1, launch
+        assert not straight.count("BAR") and compiled.shared == 0 and code.spills == 0, launch
+        assert programs_per_multiprocessor(GPUS["h100"], code.registers, compiled.warps, 0) >= 4

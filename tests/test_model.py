@@ -264,6 +264,23 @@ def test_the_recorded_launches_are_those_of_a_step(monkeypatch):
     assert [launch.name for launch in recording.launches] == names
 
 
+def test_an_update_reads_and_writes_each_weight_once():
+    recording, _ = recorded("dcgan", 128, "sm_90")
+    # In the order of the step: only the discriminator runs once more, with fresh copies.
+    networks = (DCGANDiscriminator(), 2), (DCGANGenerator(), 0)
+    launches = [launch for launch in recording.launches if launch.name == "adam"]
+    for launch, (network, copy) in zip(launches, networks, strict=True):
+        expected = 0
+        for p in network.parameters():
+            gradient = 2 if p.dim() == 4 else 4  # That of a batch norm is in float32.
+            each = 3 * 4 + 3 * 4 + gradient + (copy if p.dim() == 4 else 0)
+            step = 4
+            expected += each * p.numel() + step
+        # And a table of 8 bytes for each chunk, and for each of 9 facts about a weight.
+        table = 8 * (launch.programs + 9 * len(list(network.parameters())))
+        assert launch.bytes == expected + table
+
+
 def test_a_product_counts_the_multiplications_of_its_layer():
     launch = _launch("logits_wgrad")
     formula, arguments = formulas.formula(launch)

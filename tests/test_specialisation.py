@@ -33,7 +33,7 @@ class Keys:
         self._backend = make_backend(GPUTarget("cuda", 90, 32))
         self._binders = {}
 
-    def add(self, kernel, grid, **arguments):
+    def add(self, kernel, grid, *, reads=(), writes=(), **arguments):
         name = kernel.__name__
         if name not in self._binders:
             self._binders[name] = self._binder(kernel)

@@ -224,6 +224,7 @@ FORMULAS = {
         },
         about=_rows_about,
     ),
+    "adam": Formula(about=lambda a: f"{a.grid[0]} chunks of {a.BLOCK}"),
     "activation_backward_from_output": Formula(about=lambda a: f"{a.rows * a.row_length} elements"),
     "reparameterize": Formula(
         lambda a: {"reparameterize.step": a.tiles_per_part}, about=lambda a: f"{a.N} x {a.D}"

@@ -33,8 +33,8 @@ class Launch:
     """One kernel that a step starts.
 
     name: of the kernel, or of PyTorch's operation.
-    bytes: of its distinct tensors, each counted once; for PyTorch's operation what it reads and
-        what it writes.
+    bytes: of its distinct tensors, each counted once; of what it reaches by addresses in memory, as
+        for PyTorch's operation, what it reads and what it writes.
     grid: programs along each axis; () for PyTorch's operation.
     arguments: by name, what is neither tensor nor descriptor: numbers, constants, compiler options.
     tensors: by name, the shapes of tensors and of what descriptors describe.
@@ -247,7 +247,7 @@ class Recorder:
         triton.runtime.driver.set_active(AbsentDriver(architecture))
         self.launches, self.code = [], {}
 
-    def start(self, kernel, grid, **arguments):
+    def start(self, kernel, grid, *, reads=(), writes=(), **arguments):
         """In place of `genfast.launch.start.kernel`: note the launch; returns what was compiled."""
         compiled = kernel.warmup(**arguments, grid=grid)
         if compiled.hash not in self.code:
@@ -260,11 +260,12 @@ class Recorder:
                 assembly=compiled.asm["ptx" if nvidia else "amdgcn"],
                 ttgir=compiled.asm["ttgir"],
             )
-        self.launches.append(_launch(kernel.__name__, grid, arguments, compiled.hash))
+        moved = _distinct_bytes(reads) + _distinct_bytes(writes)
+        self.launches.append(_launch(kernel.__name__, grid, arguments, compiled.hash, moved))
         return compiled
 
 
-def _launch(name, grid, arguments, compiled):
+def _launch(name, grid, arguments, compiled, moved):
     import torch
 
     tensors = {k: getattr(v, "base", v) for k, v in arguments.items()}
@@ -278,7 +279,7 @@ def _launch(name, grid, arguments, compiled):
         tensors={k: list(v.shape) for k, v in tensors.items()},
         dtype=next(dtypes, "").removeprefix("torch."),
         # Absent tensors are stood in for by others, which the same address gives away.
-        bytes=sum({v.data_ptr(): v.nbytes for v in tensors.values()}.values()),
+        bytes=moved + sum({v.data_ptr(): v.nbytes for v in tensors.values()}.values()),
         compiled=compiled,
     )
 
@@ -334,7 +335,8 @@ def _distinct_bytes(values):
     import torch
 
     tensors = [v for v in values if isinstance(v, torch.Tensor)]
-    return sum({(t.untyped_storage()._cdata, t.nbytes): t.nbytes for t in tensors}.values())
+    places = {(t.untyped_storage()._cdata, t.storage_offset(), t.nbytes) for t in tensors}
+    return sum(nbytes for *_, nbytes in places)
 
 
 def main():

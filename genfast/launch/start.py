@@ -13,8 +13,13 @@ if triton is not None:
     from triton.tools.tensor_descriptor import TensorDescriptor
 
 
-def kernel(kernel, grid, **arguments):
+def kernel(kernel, grid, *, reads=(), writes=(), **arguments):
     """Start a kernel on the device its tensors are on (Triton starts on the current device).
+
+    Args:
+        reads, writes: the tensors that it reaches by addresses which it finds in memory, for
+            whoever counts bytes; one that is read and written is in both.
+        arguments: the kernel's own.
 
     Returns what Triton compiled; None where it interprets.
     """
@@ -61,6 +66,10 @@ def architecture(tensor):
     if torch.version.hip:
         return properties.gcnArchName.split(":")[0]
     return f"sm_{properties.major}{properties.minor}"
+
+
+def threads_of_a_warp(tensor):
+    return 64 if architecture(tensor).startswith("gfx9") else 32
 
 
 def precision(tensor):

@@ -56,6 +56,7 @@ class Step:
                 list(self.scalers.values()),
                 CUDARecorder(self.device),
                 list(self._precision.half_weights.values()),
+                list(self._precision.updates.values()),
             )
 
     @property
@@ -72,6 +73,14 @@ class Step:
     def why_no_half_weights(self):
         """Why autocast converts the weights of a network at each use, in words; None if of none."""
         return self._precision.why_no_half_weights
+
+    @property
+    def why_not_adam_kernel(self):
+        """Why an optimizer's own `step` makes an update, in words; None if of no network.
+
+        Elsewhere one kernel does, and leaves no `grad` of weights with half-precision copies.
+        """
+        return self._precision.why_not_adam_kernel
 
     def __call__(self, batch):
         """Make one step: of images, or of a list or tuple that begins with them.

@@ -10,6 +10,7 @@ import torch
 
 from genfast.training.steps.built_in import BuiltIn
 from genfast.training.steps.snapshot import Snapshot
+from genfast.training.steps.updates import recording
 
 _WARMUP_STEPS = 3
 # A recording can fail by what another thread does meanwhile.
@@ -49,15 +50,16 @@ class CapturedStep:
         scalers: the gradient scalers it uses.
         recorder: makes of a function without arguments one that replays it: `CUDARecorder`.
         half_weights: the `HalfWeights` it uses.
+        updates: the `Update` of each optimizer.
 
     Attributes:
         failure: why capturing failed; None as long as it has not.
     """
 
-    def __init__(self, step, modules, optimizers, scalers, recorder, half_weights=()):
+    def __init__(self, step, modules, optimizers, scalers, recorder, half_weights=(), updates=()):
         self._step = step
         self._modules, self._optimizers, self._scalers = modules, optimizers, scalers
-        self._half_weights = half_weights
+        self._half_weights, self._updates = half_weights, updates
         self._recorder = recorder
         self._rates = [
             [_rate_on_device(group, recorder.device) for group in optimizer.param_groups]
@@ -105,7 +107,8 @@ class CapturedStep:
                 self._recorder.warm_up(lambda: self._step(self._images), _WARMUP_STEPS)
                 before.put_values_back()
                 warm = True
-                self._replay = self._recorder.record(self._record)
+                with recording(*self._updates):
+                    self._replay = self._recorder.record(self._record)
                 self._built_in = BuiltIn(
                     [*self._modules, *self._optimizers, *self._scalers], self._recorder.device
                 )

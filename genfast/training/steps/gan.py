@@ -60,7 +60,8 @@ class GANStep(Step):
     learn how they are to be run, and puts back what that moved.
 
     Attributes:
-        why_not_merged, why_not_captured, why_no_half_weights: why not, in words; None where it is.
+        why_not_merged, why_not_captured, why_no_half_weights, why_not_adam_kernel: why not, in
+            words; None where it is.
             Where only the first batch can tell, `why_not_merged` is final after the first call.
         final_sigmoid: the name of the Sigmoid in which the discriminator ends; None if in none.
 
@@ -181,10 +182,9 @@ class GANStep(Step):
             with statistics_groups(self.discriminator, 2):
                 logits = self._logits(both)
             loss = self._backward(logits, self.loss.discriminator, "discriminator")
-        self._precision.update("discriminator")
+        self._precision.update("discriminator", refresh=True)
         # The gradients' memory serves the generator's update.
         self.optimizers["discriminator"].zero_grad(set_to_none=True)
-        self._precision.refresh("discriminator")
         return loss
 
     def _both(self, reals, fakes):

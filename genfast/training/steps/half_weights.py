@@ -44,6 +44,11 @@ class HalfWeights:
         self._network, self._dtype = network, dtype
         self._copies, self._gradients = {}, {}  # By parameter.
 
+    @property
+    def copies(self):
+        """The copies by the parameters they stand in for."""
+        return self._copies
+
     def set_aside(self):
         """Begin anew, without copies; returns a function that takes those of now back."""
         before = self._copies, self._gradients

@@ -7,6 +7,7 @@ import torch
 from genfast import cpu
 from genfast.training.steps import half_weights
 from genfast.training.steps.product_settings import products_in
+from genfast.training.steps.updates import Update
 
 PRECISIONS = ("auto", "fp32", "tf32", "bf16", "fp16")
 _AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
@@ -54,6 +55,7 @@ class Precision:
         name: the precision, resolved.
         scalers: for "fp16" a `torch.amp.GradScaler` for each optimizer, by its name; else empty.
         half_weights: the `HalfWeights` of each network by its name; empty if there are none.
+        updates: the `Update` of each optimizer by its name.
     """
 
     def __init__(self, precision, device, networks, optimizers, weights_reused=True):
@@ -79,6 +81,19 @@ class Precision:
             self.half_weights = {
                 name: half_weights.HalfWeights(network, dtype) for name, network in networks.items()
             }
+
+        self.updates = {
+            name: Update(optimizer, self.half_weights.get(name))
+            for name, optimizer in optimizers.items()
+        }
+
+    @property
+    def why_not_adam_kernel(self):
+        """Why PyTorch's own `step` updates a network, in words; None if of none."""
+        if self.scalers:
+            return "fp16 scales its losses, and PyTorch's own step knows how"
+        reasons = {name: update.why_not for name, update in self.updates.items()}
+        return "; ".join(f"the {name}: {why}" for name, why in reasons.items() if why) or None
 
     @property
     def why_no_half_weights(self):
@@ -124,23 +139,29 @@ class Precision:
             if loss.dtype not in self._ones:
                 self._ones[loss.dtype] = torch.ones_like(loss, requires_grad=False)
             one = self._ones[loss.dtype]
+        half = self.half_weights.get(optimizer)
+        kept = half and not scaler and self.updates[optimizer].takes_half
+        if kept:  # Gradients of an earlier backward pass: their sum is in float32.
+            half.hand_over_gradients()
         loss.backward(one)
-        if optimizer in self.half_weights:
-            self.half_weights[optimizer].hand_over_gradients()
+        if half and not kept:
+            half.hand_over_gradients()
 
-    def update(self, optimizer):
-        """Step the optimizer of that name."""
+    def update(self, optimizer, refresh=False):
+        """Step the optimizer of that name.
+
+        Args:
+            optimizer: the name.
+            refresh: whether its network runs once more within `weights`.
+        """
         scaler = self.scalers.get(optimizer)
         if scaler is None:
-            self._optimizers[optimizer].step()
+            self.updates[optimizer].step(refresh)
             return
         scaler.step(self._optimizers[optimizer])
         scaler.update()
-
-    def refresh(self, network):
-        """Within `weights`, let the network of that name use its weights as an update left them."""
-        if network in self.half_weights:
-            half_weights.refresh(self.half_weights[network])
+        if refresh and optimizer in self.half_weights:
+            half_weights.refresh(self.half_weights[optimizer])
 
 
 def _share_parameters(networks):

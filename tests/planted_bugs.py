@@ -277,8 +277,8 @@ BUGS = (
     Bug(
         "the last partial sum is dropped",
         "kernels/sums.py",
-        "in_p = p < parts",
-        "in_p = p < tl.maximum(parts - 1, 1)",
+        "in_p = p < end",
+        "in_p = p < tl.maximum(end - 1, 1)",
         REDUCTIONS,
     ),
     Bug(

@@ -72,7 +72,9 @@ def test_block(case, device):
 
 @pytest.mark.parametrize("case", TWICE, ids=str)
 def test_block_twice(case, device):
-    assert gradgradcheck(*block_and_inputs(case, device), fast_mode=True)
+    # A gradient that nobody gave is looked at above.
+    inputs = block_and_inputs(case, device)
+    assert gradgradcheck(*inputs, fast_mode=True, check_undefined_grad=False)
 
 
 @pytest.mark.parametrize("mode", ["training", "evaluation", "plain"])

@@ -18,7 +18,8 @@ from genfast.training import GANStep
 
 pytestmark = pytest.mark.kernels
 
-MOST_KERNELS = 97
+# By batch: sums over many tiles take another kernel.
+MOST_KERNELS = {64: 94, 128: 94, 1024: 106}
 # Beside views: operations that take memory without writing to it, and the profiler's marks.
 _START_NOTHING = (
     "_record_function_enter_new", "_record_function_exit", "detach", "empty", "empty_like",
@@ -76,4 +77,4 @@ def test_a_step_starts_few_kernels(batch_size, started):
     # Each network's step counters, and all else of its update.
     assert counts["_foreach_add_"] == counts["adam"] == 2 and not counts["_fused_adam_"]
     stacks_losses = 1  # In a captured step.
-    assert len(started) + stacks_losses <= MOST_KERNELS, started
+    assert len(started) + stacks_losses <= MOST_KERNELS[batch_size], started

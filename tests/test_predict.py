@@ -30,6 +30,8 @@ def test_instructions_are_about_those_of_machine_code(gpu, descriptors):
             continue
         if a["C_small"] % 16 or a["C_big"] % 16:  # Elements are loaded one by one.
             continue
+        if a.get("HAS_BELOW"):  # The tile is chosen without what finishes a gradient.
+            continue
         config = tiles.GemmConfig(
             a["BLOCK_M"], a["BLOCK_N"], a["BLOCK_K"], a["num_warps"], a["num_stages"], descriptors
         )
@@ -45,7 +47,8 @@ def test_instructions_are_about_those_of_machine_code(gpu, descriptors):
         rel = 0.35 if like.statistics else 0.15
         assert predict._instructions(config, like, steps) == pytest.approx(counted, rel=rel), cost
         checked.add((cost.launch.name, like.statistics))
-    assert len(checked) == 5  # wgrad has no statistics.
+    # In a step every product forward has statistics, and every one backward finishes a gradient.
+    assert checked == {("fprop", True), ("dgrad", True), ("wgrad", False)}
 
 
 @pytest.mark.parametrize("operation", ["fprop", "dgrad", "wgrad"])

@@ -1,13 +1,16 @@
 """Run every kernel on small, ragged tensors: python -m benchmarks.gpu.each_kernel.
 
 Both operand loaders, a layer with few channels and one without a multiple of 16, statistics in two
-groups, evaluation, sampling and losses; for tools that watch a GPU at work, and slow it down.
+groups, evaluation, joined images, updates, sampling and losses; for tools that watch a GPU at work,
+and slow it down.
 """
 
 import torch
 
 from genfast import functional, losses, use_backend
 from genfast.functional import reparameterize_with_kl
+from genfast.geometry import ConvGeometry
+from genfast.launch import adam, from_image
 
 # (transposed, c_in, c_out, input size, kernel, stride, padding), all with a batch of 6.
 LAYERS = (
@@ -58,6 +61,13 @@ def main(device="cuda", layers=LAYERS, dtypes=(torch.bfloat16, torch.float32)):
         (
             loss + losses.reconstruction_loss(logits, logits.detach().sigmoid(), logits=True)
         ).backward()
+        images = torch.randn(2, 6, 3, 16, 16, device=device, dtype=dtype)
+        from_image.joined(*images, ConvGeometry.conv((16, 16), (4, 4), (2, 2), (1, 1)), dtype)
+        p, m, v, gradient = torch.rand(4, 1024, device=device)
+        counter = torch.ones((), device=device)
+        weights = [adam.Weight(p, m, v, counter, gradient.to(dtype), None)]
+        constants = dict(lr=1e-4, betas=(0.5, 0.9), eps=1e-8, weight_decay=0.0)
+        adam.adam(adam.table(weights).to(device), weights, **constants)
     print("every kernel ran")
 
 

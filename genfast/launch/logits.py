@@ -79,7 +79,9 @@ def dgrad(small, weight, geometry, epilogue):
     # A program reads its columns of the weight once for all of its rows. Sums are of many rows: a
     # program writes as many as it has columns.
     rows, columns = (4, 1024) if epilogue.output is None else (16, 256)
-    block_n, block_k = (2, _block(k, 64)) if INTERPRETING else (rows, _block(k, columns))
+    if start.architecture(small) == "interpreter":
+        rows, columns = 2, 64
+    block_n, block_k = rows, _block(k, columns)
     groups = epilogue.parts_of_batch
     tiles_n, tiles_k = tiles.ceil_div(n // groups, block_n), tiles.ceil_div(k, block_k)
     sums_of_gradient = epilogue.reductions(out, groups * tiles_n, k)

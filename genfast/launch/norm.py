@@ -14,7 +14,7 @@ if triton is not None:
 MEAN, UNBIASED_VAR, RSTD, SCALE, SHIFT = range(5)
 
 # One program of `combine_statistics` combines this many tiles; more tiles take another round.
-_STATISTICS_CHUNK = 1024
+_STATISTICS_CHUNK = 512
 # Every program of `norm_backward` adds up to this many parts of two sums itself; for more of them
 # a kernel of their own is less work.
 _PARTS_ADDED_BY_ALL = 64

@@ -107,11 +107,11 @@ def test_ragged_tiles(case, device):
     assert_block(case, device)
 
 
-# Parts of the batch with statistics of their own. A box may hold images of one group only: with 6
-# images of 8 x 8 pixels in 3 groups it would hold two.
+# Parts of the batch with statistics of their own. A box counts images of one group only: with 3
+# images a group of 4 x 4 pixels it holds some of the next one.
 GROUPED_ALIGNED = (
     Case(False, Geometry(4, 2, 1, (8, 8), (4, 4)), (64, 40), 8, torch.bfloat16, groups=2),
-    Case(True, Geometry(4, 2, 1, (16, 16), (8, 8)), (40, 64), 6, groups=3),
+    Case(True, Geometry(4, 2, 1, (8, 8), (4, 4)), (40, 64), 9, groups=3),
     Case(False, Geometry(4, 2, 1, (8, 8), (4, 4)), (64, 40), 6, groups=2),
     Case(True, Geometry(4, 1, 0, (4, 4), (1, 1)), (100, 12), 140, groups=2),
 )

@@ -17,7 +17,7 @@ from genfast.training.steps.stock import StockGANStep
 
 pytestmark = pytest.mark.kernels
 
-STEPS = 30
+STEPS = 20
 FEW_STEPS = 5  # Of larger models.
 
 

@@ -41,7 +41,7 @@ import triton
 import triton.language as tl
 
 from .loading import aligned, in_bounds, in_range, run_in_bounds, wide_product
-from .product import dot, epilogue, gradient_epilogue, zero_beyond
+from .product import dot, finished
 
 # A row or column that is in no image, whatever tap is added.
 OUTSIDE = tl.constexpr(-(2**30))
@@ -157,34 +157,27 @@ def fprop(
 
     row = cs0 + tl.arange(0, BLOCK_M)
     group = tile // tiles_per_group
+    stored = (n * H_small + y) * W_small + x
+    values = acc
     if HAS_BELOW:
-        if HAS_SUMS:
-            acc = zero_beyond(acc, exists, count)
         if GROUPED:
             box = below.load([group, n0 - group * N, y0, x0, cs0])
             values = box.reshape(BLOCK_N, BLOCK_M).T
         elif STORE_DESCRIPTOR:
             values = below.load([n0, y0, x0, cs0]).reshape(BLOCK_N, BLOCK_M).T
         else:
-            pixel = (n * H_small + y) * W_small + x
-            values = _load_below(below, pixel, exists, row, C_small)
-        acc = gradient_epilogue(
-            acc, values, count, tile, group, row, C_small, channels, vectors_ptr, sums_ptr,
-            negative_slope, HAS_NORM, HAS_SUMS, ACTIVATION, STORED_DTYPE,
-        )  # fmt: skip
-    else:
-        acc = epilogue(
-            acc, exists, count, tile, row, C_small, channels, bias_ptr, vectors_ptr, count_ptr,
-            mean_ptr, m2_ptr, negative_slope, HAS_BIAS, HAS_NORM, HAS_STATISTICS, ACTIVATION,
-            STORED_DTYPE,
-        )  # fmt: skip
+            values = _load_below(below, stored, exists, row, C_small)
+    acc = finished(
+        acc, values, exists, count, tile, group, row, C_small, channels, bias_ptr, vectors_ptr,
+        count_ptr, mean_ptr, m2_ptr, sums_ptr, negative_slope, HAS_BIAS, HAS_NORM, HAS_STATISTICS,
+        HAS_BELOW, HAS_SUMS, ACTIVATION, STORED_DTYPE,
+    )  # fmt: skip
     if GROUPED:
         box = acc.to(out.dtype).T.reshape(1, BOX_N, BOX_H, BOX_W, BLOCK_M)
         out.store([group, n0 - group * N, y0, x0, cs0], box)
     elif STORE_DESCRIPTOR:
         out.store([n0, y0, x0, cs0], acc.to(out.dtype).T.reshape(BOX_N, BOX_H, BOX_W, BLOCK_M))
     else:
-        stored = (n * H_small + y) * W_small + x
         tl.store(
             out + stored.to(tl.int64)[None, :] * C_small + row[:, None],
             acc.to(out.dtype.element_ty),
@@ -313,37 +306,29 @@ def dgrad(
     # A group's statistics lie together: its phases, and their tiles.
     part = (group * PHASES + phase) * tiles_per_group + tile
     row = cb0 + tl.arange(0, BLOCK_M)
+    stored = (n * H_big + y * STRIDE_H + py) * W_big + x * STRIDE_W + px
+    column = py * (W_big // STRIDE_W) + x0  # Of all phases' pixels in a row: see GROUPED.
+    values = acc
     if HAS_BELOW:
-        if HAS_SUMS:
-            acc = zero_beyond(acc, exists, count)
         if GROUPED:
-            column = py * (W_big // STRIDE_W) + x0
             box = below.load([group, n0 - group * N, y0, column, px * C_big + cb0])
             values = box.reshape(BLOCK_N, BLOCK_M).T
         elif STORE_DESCRIPTOR:
             values = below.load([n0, y0, py, x0, px * C_big + cb0]).reshape(BLOCK_N, BLOCK_M).T
         else:
-            pixel = (n * H_big + y * STRIDE_H + py) * W_big + x * STRIDE_W + px
-            values = _load_below(below, pixel, exists, row, C_big)
-        acc = gradient_epilogue(
-            acc, values, count, part, group, row, C_big, channels, vectors_ptr, sums_ptr,
-            negative_slope, HAS_NORM, HAS_SUMS, ACTIVATION, STORED_DTYPE,
-        )  # fmt: skip
-    else:
-        acc = epilogue(
-            acc, exists, count, part, row, C_big, channels, bias_ptr, vectors_ptr, count_ptr,
-            mean_ptr, m2_ptr, negative_slope, HAS_BIAS, HAS_NORM, HAS_STATISTICS, ACTIVATION,
-            STORED_DTYPE,
-        )  # fmt: skip
+            values = _load_below(below, stored, exists, row, C_big)
+    acc = finished(
+        acc, values, exists, count, part, group, row, C_big, channels, bias_ptr, vectors_ptr,
+        count_ptr, mean_ptr, m2_ptr, sums_ptr, negative_slope, HAS_BIAS, HAS_NORM, HAS_STATISTICS,
+        HAS_BELOW, HAS_SUMS, ACTIVATION, STORED_DTYPE,
+    )  # fmt: skip
     if GROUPED:
         box = acc.to(out.dtype).T.reshape(1, BOX_N, BOX_H, BOX_W, BLOCK_M)
-        column = py * (W_big // STRIDE_W) + x0
         out.store([group, n0 - group * N, y0, column, px * C_big + cb0], box)
     elif STORE_DESCRIPTOR:
         box = acc.to(out.dtype).T.reshape(BOX_N, BOX_H, 1, BOX_W, BLOCK_M)
         out.store([n0, y0, py, x0, px * C_big + cb0], box)
     else:
-        stored = (n * H_big + y * STRIDE_H + py) * W_big + x * STRIDE_W + px
         tl.store(
             out + stored.to(tl.int64)[None, :] * C_big + row[:, None],
             acc.to(out.dtype.element_ty),

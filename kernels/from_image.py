@@ -23,7 +23,7 @@ import triton.language as tl
 from .activation import activation_backward
 from .loading import in_bounds, run_in_bounds
 from .normalizing import load_vectors, normalized_rows
-from .product import dot, epilogue, gradient_epilogue, zero_beyond
+from .product import dot, finished
 from .rounding import as_stored
 
 # What only counts must not compile a kernel anew, neither for a last batch that is smaller nor for
@@ -308,26 +308,20 @@ def fprop_image(
                 window = _load_window(padded_ptr, corner, k0, window_step, KH, KW, UNIT, BLOCK_K)
                 weight = _load_weight(weight_ptr, cs, k0, C_small, C_BIG, KH, KW, BLOCK_K)
                 acc = dot(weight, window.T, acc, PRECISION)
+        below = acc
         if HAS_BELOW:
-            if HAS_SUMS:
-                acc = zero_beyond(acc, column < count, count)
             offset = in_bounds(column, column < count)[:, None] * C_small
             channel = run_in_bounds(cs, cs < C_small)
             below = tl.load(
                 below_ptr + pixel.to(tl.int64) * C_small + offset + channel[None, :],
                 mask=(column < count)[:, None] & (cs < C_small)[None, :],
                 other=0.0,
-            )
-            acc = gradient_epilogue(
-                acc, below.T, count, tile, group, cs, C_small, C_small, vectors_ptr, sums_ptr,
-                negative_slope, HAS_NORM, HAS_SUMS, ACTIVATION, STORED_DTYPE,
-            )  # fmt: skip
-        else:
-            acc = epilogue(
-                acc, column < count, count, tile, cs, C_small, C_small, bias_ptr, vectors_ptr,
-                count_ptr, mean_ptr, m2_ptr, negative_slope, HAS_BIAS, HAS_NORM, HAS_STATISTICS,
-                ACTIVATION, STORED_DTYPE,
-            )  # fmt: skip
+            ).T
+        acc = finished(
+            acc, below, column < count, count, tile, group, cs, C_small, C_small, bias_ptr,
+            vectors_ptr, count_ptr, mean_ptr, m2_ptr, sums_ptr, negative_slope, HAS_BIAS, HAS_NORM,
+            HAS_STATISTICS, HAS_BELOW, HAS_SUMS, ACTIVATION, STORED_DTYPE,
+        )  # fmt: skip
         tl.store(
             out_ptr + pixel.to(tl.int64) * C_small + column[:, None] * C_small + cs[None, :],
             acc.to(out_ptr.dtype.element_ty).T,

@@ -4,7 +4,8 @@ import triton
 import triton.language as tl
 
 from .activation import activate, activation_backward
-from .norm import MEAN, RSTD, SCALE, SHIFT
+from .norm import RSTD
+from .normalizing import load_vectors
 from .rounding import rounded
 
 # Columns of a ragged tile whose masks are in registers at a time: with those of 128 columns at once
@@ -20,6 +21,34 @@ GRADIENT_AT_ONCE = tl.constexpr(8)
 def dot(a, b, acc, PRECISION: tl.constexpr):
     """acc + a b, in acc's dtype."""
     return tl.dot(a, b, acc, input_precision=PRECISION, out_dtype=acc.dtype)
+
+
+@triton.jit
+def finished(
+    acc, below, exists, count, part, group, row, rows, channels, bias_ptr, vectors_ptr,
+    count_ptr, mean_ptr, m2_ptr, sums_ptr, negative_slope,
+    HAS_BIAS: tl.constexpr, HAS_NORM: tl.constexpr, HAS_STATISTICS: tl.constexpr,
+    HAS_BELOW: tl.constexpr, HAS_SUMS: tl.constexpr, ACTIVATION: tl.constexpr,
+    STORED_DTYPE: tl.constexpr,
+):  # fmt: skip
+    """What is stored of acc: by `gradient_epilogue` where there is a layer below, else `epilogue`.
+
+    below: of that layer the tile's elements, anything without HAS_BELOW.
+    """
+    if HAS_BELOW:
+        if HAS_SUMS:
+            acc = zero_beyond(acc, exists, count)
+        acc = gradient_epilogue(
+            acc, below, count, part, group, row, rows, channels, vectors_ptr, sums_ptr,
+            negative_slope, HAS_NORM, HAS_SUMS, ACTIVATION, STORED_DTYPE,
+        )  # fmt: skip
+    else:
+        acc = epilogue(
+            acc, exists, count, part, row, rows, channels, bias_ptr, vectors_ptr, count_ptr,
+            mean_ptr, m2_ptr, negative_slope, HAS_BIAS, HAS_NORM, HAS_STATISTICS, ACTIVATION,
+            STORED_DTYPE,
+        )  # fmt: skip
+    return acc
 
 
 @triton.jit
@@ -54,9 +83,7 @@ def epilogue(
         # Every channel's program stores the same count, so no one needs to be chosen.
         tl.store(count_ptr + tile, count.to(acc.dtype))
     if HAS_NORM:
-        mean = tl.load(vectors_ptr + MEAN * channels + channel)
-        scale = tl.load(vectors_ptr + SCALE * channels + channel)
-        shift = tl.load(vectors_ptr + SHIFT * channels + channel)
+        mean, scale, shift = load_vectors(vectors_ptr, 0, channels, channel)
         acc = (acc - mean[:, None]) * scale[:, None] + shift[:, None]
     return activate(acc, negative_slope, ACTIVATION)
 
@@ -92,10 +119,8 @@ def gradient_epilogue(
     scale = 0.0
     shift = 0.0
     if HAS_NORM:
-        vectors_ptr += group * 5 * channels
-        mean = tl.load(vectors_ptr + MEAN * channels + channel)[:, None]
-        scale = tl.load(vectors_ptr + SCALE * channels + channel)[:, None]
-        shift = tl.load(vectors_ptr + SHIFT * channels + channel)[:, None]
+        mean, scale, shift = load_vectors(vectors_ptr, group, channels, channel)
+        mean, scale, shift = mean[:, None], scale[:, None], shift[:, None]
     COLUMNS: tl.constexpr = min(acc.shape[1], GRADIENT_AT_ONCE)
     nothing = tl.zeros((acc.shape[0], COLUMNS), acc.dtype)
     g, sum_g, sum_g_centred = _gradient_in_pieces(
@@ -106,7 +131,7 @@ def gradient_epilogue(
         sum_g = tl.sum(sum_g, axis=1)
         if HAS_NORM:
             # All xhat of a row have the factor.
-            rstd = tl.load(vectors_ptr + RSTD * channels + channel)
+            rstd = tl.load(vectors_ptr + group * 5 * channels + RSTD * channels + channel)
             sum_g_xhat = tl.sum(sum_g_centred, axis=1) * rstd
             offset = tl.cast(part, tl.int64) * 2 * rows + 2 * row - channel
             tl.store(sums_ptr + offset, sum_g, mask=row < rows)

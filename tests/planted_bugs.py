@@ -151,8 +151,8 @@ BUGS = (
     Bug(
         "all groups' gradients take the first group's vectors",
         "kernels/product.py",
-        "vectors_ptr += group * 5 * channels",
-        "vectors_ptr += 0 * channels",
+        "load_vectors(vectors_ptr, group, channels, channel)",
+        "load_vectors(vectors_ptr, 0, channels, channel)",
         GRADIENT,
     ),
     Bug(
@@ -179,8 +179,8 @@ BUGS = (
     Bug(
         "an image's gradient takes the first group's vectors",
         "kernels/from_image.py",
-        "acc, below.T, count, tile, group, cs,",
-        "acc, below.T, count, tile, 0, cs,",
+        "acc, below, column < count, count, tile, group, cs,",
+        "acc, below, column < count, count, tile, 0, cs,",
         GRADIENT,
     ),
     Bug(

@@ -17,7 +17,7 @@ import torch
 
 from genfast.backend import triton
 from genfast.geometry import ConvGeometry
-from genfast.launch import memory, passes, start, sums, tiles
+from genfast.launch import memory, norm, passes, start, sums, tiles
 
 if triton is not None:
     from genfast.kernels import from_image as kernels
@@ -294,7 +294,8 @@ def wgrad(image, small, y=None, vectors=None, activation="identity", negative_sl
     """
     data, geometry, c_big = image.data, image.geometry, image.c_big
     small = memory.nhwc(small)
-    y = small if y is None else memory.nhwc(y)
+    y = None if y is None else memory.nhwc(y)
+    groups, normalization = norm.reading(small, vectors)
     c_small = small.shape[3]
     dweight = memory.channels_last((c_small, *geometry.kernel_size, c_big), data)
     config = _config(data)
@@ -316,20 +317,18 @@ def wgrad(image, small, y=None, vectors=None, activation="identity", negative_sl
         (*mn_tiles, splits),
         padded_ptr=data,
         small_ptr=small,
-        y_ptr=y,
+        y_ptr=small if y is None else y,
         out_ptr=target,
         pixels=pixels,
         eighths=c_small // 8,
         tiles_per_split=tiles_per_split,
         **_windows(image),
         negative_slope=negative_slope,
-        vectors_ptr=small if vectors is None else vectors,
-        group_pixels=pixels // (1 if vectors is None else vectors.shape[0]),
-        HAS_Y=y is not small,
-        HAS_NORM=vectors is not None,
-        GROUPED=vectors is not None and vectors.shape[0] > 1,
+        group_pixels=pixels // groups,
+        HAS_Y=y is not None,
+        GROUPED=groups > 1,
+        **normalization,
         ACTIVATION=activation,
-        STORED_DTYPE=start.tl_dtype(data.dtype),
         **start.arithmetic(data),
         # An operand that a program computed is written to shared memory in rows only if it is the
         # second one; wgmma's first one would be put together in registers, 2 bytes at a time.

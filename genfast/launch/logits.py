@@ -1,7 +1,7 @@
 """The products of a kernel that covers the whole map and leaves few channels, as dot products."""
 
 from genfast.backend import INTERPRETING, triton
-from genfast.launch import memory, passes, start, sums, tiles
+from genfast.launch import memory, norm, passes, start, sums, tiles
 
 if triton is not None:
     from genfast.kernels import logits as kernels
@@ -174,14 +174,12 @@ def _epilogue(epilogue):
 
 def _normalization(big, vectors, activation, negative_slope):
     """big: (N, H, W, C_big) memory."""
-    return dict(
-        vectors_ptr=big if vectors is None else vectors,
+    groups, normalization = norm.reading(big, vectors)
+    return normalization | dict(
         C_big=big.shape[3],
-        group_images=big.shape[0] // (1 if vectors is None else vectors.shape[0]),
+        group_images=big.shape[0] // groups,
         big_slope=negative_slope,
-        HAS_NORM=vectors is not None,
         BIG_ACTIVATION=activation,
-        STORED_DTYPE=start.tl_dtype(big.dtype),
     )
 
 

@@ -136,6 +136,21 @@ def normalize_activate(z, vectors, activation, negative_slope):
     return y
 
 
+def reading(source, vectors):
+    """Of kernels that can normalise `source` as they read it: the groups, and arguments.
+
+    Args:
+        source: dense, what they read.
+        vectors: (groups, 5, channels), or None to take it as it is.
+    """
+    groups = 1 if vectors is None else vectors.shape[0]
+    return groups, dict(
+        vectors_ptr=source if vectors is None else vectors,
+        HAS_NORM=vectors is not None,
+        STORED_DTYPE=start.tl_dtype(source.dtype),
+    )
+
+
 def norm_backward(
     dy, z, vectors, *, training, need_dz, activation, negative_slope, partials=None, want_y=False
 ):

@@ -1,7 +1,7 @@
 """dgrad to an image of few channels: a generator's last layer, a discriminator's input gradient."""
 
 from genfast.backend import INTERPRETING, triton
-from genfast.launch import memory, passes, start, tiles
+from genfast.launch import memory, norm, passes, start, tiles
 
 if triton is not None:
     from genfast.kernels import to_image as kernels
@@ -59,6 +59,7 @@ def dgrad(
     """
     small, weight = memory.nhwc(small), memory.nhwc(weight)
     y = None if y is None else memory.nhwc(y)
+    groups, normalization = norm.reading(small, vectors)
     n, h_small, w_small, c_small = small.shape
     h_big, w_big = geometry.big
     c_big = weight.shape[3]
@@ -68,13 +69,13 @@ def dgrad(
     tile = _tile(start.architecture(small), start.precision(small), small, geometry, c_big)
     first_step, steps = _steps(h_big, geometry.stride[0], geometry.padding[0])
     warm_up = tiles.ceil_div(kh - geometry.stride[0], geometry.stride[0])
-    groups = tiles.ceil_div(n, tile["BLOCK_N"]) * tile["tiles_w"]
-    segments = _segments(groups, steps, warm_up, passes.programs(small, 1))
+    strips = tiles.ceil_div(n, tile["BLOCK_N"]) * tile["tiles_w"]
+    segments = _segments(strips, steps, warm_up, passes.programs(small, 1))
     steps_per_segment = tiles.ceil_div(steps, segments)
     segments = tiles.ceil_div(steps, steps_per_segment)
     start.kernel(
         kernels.to_image,
-        (groups * segments,),
+        (strips * segments,),
         small_ptr=small,
         y_ptr=small if y is None else y,
         weight_ptr=weight,
@@ -91,8 +92,7 @@ def dgrad(
         steps_per_segment=steps_per_segment,
         negative_slope=epilogue.negative_slope,
         y_slope=negative_slope,
-        vectors_ptr=small if vectors is None else vectors,
-        group_images=n // (1 if vectors is None else vectors.shape[0]),
+        group_images=n // groups,
         C_BIG=c_big,
         KH=kh,
         KW=kw,
@@ -103,10 +103,9 @@ def dgrad(
         HAS_BIAS=epilogue.bias is not None,
         ACTIVATION=epilogue.activation,
         HAS_Y=y is not None,
-        HAS_NORM=vectors is not None,
-        GROUPED=vectors is not None and vectors.shape[0] > 1,
+        GROUPED=groups > 1,
+        **normalization,
         Y_ACTIVATION=activation,
-        STORED_DTYPE=start.tl_dtype(small.dtype),
         **start.arithmetic(small),
         **tile,
     )
@@ -119,14 +118,14 @@ def _steps(h_big, stride, padding):
     return first, (h_big - 1 + padding) // stride - first + 1
 
 
-def _segments(groups, steps, warm_up, multiprocessors):
-    """In how many parts to cut the steps of each group, by the time that the slowest chip part has.
+def _segments(strips, steps, warm_up, multiprocessors):
+    """In how many parts to cut the steps of each strip, by the time that the slowest chip part has.
 
     A multiprocessor with one program waits for memory about as long as two would take.
     """
 
     def time(segments):
-        programs = max(tiles.ceil_div(groups * segments, multiprocessors), 2)
+        programs = max(tiles.ceil_div(strips * segments, multiprocessors), 2)
         return programs * (_PROLOGUE + warm_up + tiles.ceil_div(steps, segments))
 
     # A segment first reads warm_up rows of its neighbour: no more of these than of its own.

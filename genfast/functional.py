@@ -325,6 +325,14 @@ def implementation(*tensors, **settings):
     return "cpu" if on_cpu and _why_not_plain(tensors) is None else "reference"
 
 
+def autocast_dtype(device):
+    """The dtype that autocast converts to on a device now; None where it does not."""
+    kind = device.type
+    if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
+        return torch.get_autocast_dtype(kind)
+    return None
+
+
 def _pytorchs_format(x, blocks, geometries):
     """The memory format that PyTorch's layers would give the output of the last block."""
     channels_last = layout.is_channels_last(x)
@@ -344,10 +352,9 @@ def _autocast(x, blocks):
     for block in blocks:
         if x.dtype != block.weight.dtype and torch.float64 in (x.dtype, block.weight.dtype):
             raise TypeError(f"expected x of the weight's dtype {block.weight.dtype}, got {x.dtype}")
-    device = x.device.type
-    if not (torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)):
+    dtype = autocast_dtype(x.device)
+    if dtype is None:
         return x, blocks
-    dtype = torch.get_autocast_dtype(device)
 
     def cast(t):
         if t is None or not t.is_floating_point() or t.dtype == torch.float64:

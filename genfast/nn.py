@@ -6,6 +6,7 @@ optimizers are what they were; only the execution changes. No class name holds "
 """
 
 from contextlib import contextmanager
+from itertools import islice, takewhile
 from typing import NamedTuple
 
 import torch
@@ -359,7 +360,7 @@ class FusedSequential(nn.Sequential):
         """Run the children in order, fused where they can be."""
         if selected_backend() == "reference":
             return super().forward(x)
-        names, modules = tuple(self._modules), tuple(self._modules.values())
+        modules = tuple(self._modules.values())
         known, first = {}, 0
         while first < len(modules):
             way = "reference"
@@ -368,11 +369,15 @@ class FusedSequential(nn.Sequential):
                 way = known.get(kind) or known.setdefault(kind, functional.implementation(x))
                 if way == "cpu" and not cpu.may_gain(_convolution_of(modules[first]), x):
                     way = "reference"
-            runs = [] if way == "reference" else self._fused_from(names, modules, first)
+            runs = []
+            if way != "reference":
+                fused = takewhile(lambda run: run.fused, self._runs(first))
+                # On a CPU each by itself: one that gains nothing runs as PyTorch runs it.
+                runs = list(islice(fused, 2 if way == "cpu" else None))
             if not runs:
                 x = modules[first](x)
                 first += 1
-            elif way == "cpu":  # Each by itself: one that gains nothing runs as PyTorch runs it.
+            elif way == "cpu":
                 x = functional.chain(x, [runs[0].block(inplace=len(runs) > 1)])
                 first += len(runs[0].modules)
             else:
@@ -380,37 +385,27 @@ class FusedSequential(nn.Sequential):
                 first += sum(len(run.modules) for run in runs)
         return x
 
-    def _fused_from(self, names, modules, first):
-        """The fused `Run`s one after the other from this child on."""
-        runs = []
+    def _runs(self, first=0):
+        """`plan` from the child of this number on, each `Run` looked up as it is asked for."""
+        names, modules = tuple(self._modules), tuple(self._modules.values())
         while first < len(modules):
             run = self._run_at(names, modules, first)
-            if not run.fused:
-                break
-            runs.append(run)
+            yield run
             first += len(run.modules)
-        return runs
 
     def plan(self):
         """The children as a list of `Run`s: what fuses, what does not, and why."""
-        runs, first = [], 0
-        names, modules = tuple(self._modules), tuple(self._modules.values())
-        while first < len(modules):
-            runs.append(self._run_at(names, modules, first))
-            first += len(runs[-1].modules)
-        return runs
+        return list(self._runs())
 
     def _run_at(self, names, modules, first):
         """The run that begins with this child."""
-        end, fused, reason = first + 1, False, ""
-        if isinstance(modules[first], FusedBlock):
+        end, reason = first + 1, ""
+        begins = isinstance(modules[first], _FIRST_OF_A_BLOCK)
+        if begins:
             reason = self._why_not_fused(names[first], modules[first])
-            fused = not reason
-        elif isinstance(modules[first], _CONVOLUTIONS):
-            reason = self._why_not_fused(names[first], modules[first])
-            if not reason:
-                fused = True
-                end, reason = self._end_of_block(names, modules, first)
+        fused = begins and not reason
+        if fused and not isinstance(modules[first], FusedBlock):
+            end, reason = self._end_of_block(names, modules, first)
         return Run(names[first:end], modules[first:end], fused, reason)
 
     def _end_of_block(self, names, modules, first):
@@ -427,6 +422,11 @@ class FusedSequential(nn.Sequential):
 
     def _why_not_fused(self, name, module):
         return self.unfusable.get(name) or why_not_fused(module)
+
+
+def first_run(container):
+    """The `Run` that a `FusedSequential`, not an empty one, begins with."""
+    return next(container._runs())
 
 
 class GaussianSampler(nn.Module):

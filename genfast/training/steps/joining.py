@@ -9,7 +9,7 @@ import torch
 from genfast import functional
 from genfast.geometry import ConvGeometry, pair
 from genfast.launch import from_image
-from genfast.nn import FusedSequential
+from genfast.nn import FusedSequential, first_run
 from genfast.training import pixels
 
 # In float64 kernels run interpreted only, and would round what lies between to float32.
@@ -34,12 +34,11 @@ def joined(discriminator, reals, fakes, pixel_range):
     block = _first_block(discriminator)
     if block is None or block.output_padding is not None or reals.device != fakes.device:
         return None
-    dtype = block.weight.dtype
-    device = fakes.device.type
-    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
-        dtype = torch.get_autocast_dtype(device)
-    elif fakes.dtype != dtype:
-        return None  # The layer will raise an error.
+    dtype = functional.autocast_dtype(fakes.device)
+    if dtype is None:
+        dtype = block.weight.dtype
+        if fakes.dtype != dtype:
+            return None  # The layer will raise an error.
     if not {dtype, block.weight.dtype, fakes.dtype, reals.dtype} - {torch.uint8} <= _DTYPES:
         return None
     vectors = [t for t in block.vectors.values() if t is not None]
@@ -58,7 +57,7 @@ def _first_block(discriminator):
     """What the images meet first, a `functional.Block` of a chain; None if it is something else."""
     for module in discriminator.modules():
         if isinstance(module, FusedSequential) and len(module):
-            run = module.plan()[0]
+            run = first_run(module)
             if run.fused:
                 return run.block()
         elif not any(module.children()):

@@ -16,7 +16,7 @@ from torch.autograd import Function
 from genfast import reference
 from genfast.geometry import ConvGeometry
 from genfast.launch import conv, losses, norm, sampling
-from genfast.launch.conv import Epilogue
+from genfast.launch.epilogue import PLAIN, Epilogue
 from genfast.launch.operand import Operand, Output
 
 
@@ -397,12 +397,12 @@ def _differentiable_backward(dy, x, kinds, parameters, outputs, need_x, needs):
     return dx, [gradients[4 * i : 4 * i + 4] for i in range(len(kinds))]
 
 
-def _convolve(source, weight, kind, epilogue=conv.PLAIN):
+def _convolve(source, weight, kind, epilogue=PLAIN):
     convolve = conv.dgrad if kind.transposed else conv.fprop
     return convolve(source, weight, kind.geometry, epilogue)
 
 
-def _input_gradient(dz, weight, kind, epilogue=conv.PLAIN):
+def _input_gradient(dz, weight, kind, epilogue=PLAIN):
     convolve = conv.fprop if kind.transposed else conv.dgrad
     return convolve(dz, weight, kind.geometry, epilogue)
 

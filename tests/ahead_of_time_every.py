@@ -10,7 +10,7 @@ from benchmarks.gpu.problems import call, forced
 from benchmarks.model.recording import rounding
 from genfast.geometry import ConvGeometry
 from genfast.launch import adam, conv, losses, norm, sampling, tiles
-from genfast.launch.conv import Epilogue
+from genfast.launch.epilogue import Epilogue
 
 OPERATIONS = ("fprop", "dgrad", "wgrad")
 ACTIVATIONS = ("relu", "leaky_relu", "tanh", "sigmoid", "identity")

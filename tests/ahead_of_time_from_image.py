@@ -7,7 +7,7 @@ import torch
 from benchmarks.model.recording import rounding
 from genfast.geometry import ConvGeometry
 from genfast.launch import from_image
-from genfast.launch.conv import Epilogue
+from genfast.launch.epilogue import Epilogue
 
 K4S2 = ConvGeometry.conv((64, 64), (4, 4), (2, 2), (1, 1))
 OTHER = ConvGeometry.conv((66, 38), (4, 4), (2, 2), (1, 1))

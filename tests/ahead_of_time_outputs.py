@@ -7,7 +7,7 @@ import torch
 from benchmarks.model.recording import rounding
 from genfast.geometry import ConvGeometry
 from genfast.launch import logits, to_image
-from genfast.launch.conv import Epilogue
+from genfast.launch.epilogue import Epilogue
 
 
 def cases(architecture, few):

@@ -61,3 +61,44 @@ def environment(request, monkeypatch):
     with use_backend("triton"):
         yield
     torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture
+def started(monkeypatch):
+    """The names of the kernels that are started, in order."""
+    from genfast.launch import start
+
+    names, run = [], start.kernel
+
+    def starting(kernel, grid, **arguments):
+        names.append(kernel.__name__)
+        return run(kernel, grid, **arguments)
+
+    monkeypatch.setattr(start, "kernel", starting)
+    return names
+
+
+class _Recorder:
+    """Stands in for a graph: replaying runs the function."""
+
+    def __init__(self, device):
+        self.device = device
+
+    def warm_up(self, function, times):
+        for _ in range(times):
+            function()
+
+    def record(self, function):
+        return function
+
+
+@pytest.fixture
+def capture_anyway(monkeypatch):
+    """Call it, and steps made from then on are captured without a GPU too."""
+    from genfast.training.steps import base
+
+    def switch_on():
+        monkeypatch.setattr(base, "why_not_captured", lambda device, optimizers: None)
+        monkeypatch.setattr(base, "CUDARecorder", _Recorder)
+
+    return switch_on

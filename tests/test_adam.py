@@ -52,19 +52,6 @@ def optimizer_of(given, weight_decay=0.0, **options):
     return torch.optim.Adam(make_groups(given, weight_decay), fused=True, **options)
 
 
-@pytest.fixture
-def started(monkeypatch):
-    """The names of started kernels."""
-    names, run = [], start.kernel
-
-    def starting(kernel, grid, **arguments):
-        names.append(kernel.__name__)
-        return run(kernel, grid, **arguments)
-
-    monkeypatch.setattr(start, "kernel", starting)
-    return names
-
-
 def set_gradients(given, gradients):
     for p, gradient in zip(given, gradients, strict=True):
         p.grad = None

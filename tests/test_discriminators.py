@@ -15,7 +15,6 @@ from genfast import use_backend
 from genfast.models import GANDiscriminator, GANGenerator
 from genfast.nn import DiscriminatorBlock
 from genfast.training import GANStep
-from genfast.training.steps import base
 from genfast.training.steps.judge import Judge
 from genfast.training.steps.stock import StockGANStep
 
@@ -163,26 +162,11 @@ def test_a_final_sigmoid_on_the_kernels(name, device):
     assert judge.sigmoid == where and logits.min() < 0
 
 
-class _Recorder:
-    """Stands in for a graph: replaying runs the function."""
-
-    def __init__(self, device):
-        self.device = device
-
-    def warm_up(self, function, times):
-        for _ in range(times):
-            function()
-
-    def record(self, function):
-        return function
-
-
-def test_what_a_first_batch_tells_survives_capture(monkeypatch):
+def test_what_a_first_batch_tells_survives_capture(capture_anyway):
     losses, images = [], _images()
     for captured in (False, True):
         if captured:
-            monkeypatch.setattr(base, "why_not_captured", lambda device, optimizers: None)
-            monkeypatch.setattr(base, "CUDARecorder", _Recorder)
+            capture_anyway()
         torch.manual_seed(0)
         step = _step(Example())
         with pytest.warns(UserWarning, match=ENDS_IN_SIGMOID):

@@ -12,7 +12,7 @@ from genfast import reference
 from genfast.backend import INTERPRETING
 from genfast.geometry import ConvGeometry
 from genfast.launch import from_image, norm, start
-from genfast.launch.conv import PLAIN, Epilogue
+from genfast.launch.epilogue import PLAIN, Epilogue
 
 kernels = pytest.mark.kernels
 

@@ -20,7 +20,7 @@ from oracle import DRAWS, assert_close
 from genfast import reference
 from genfast.geometry import ConvGeometry
 from genfast.launch import conv, norm, start, tiles, to_image
-from genfast.launch.conv import Epilogue
+from genfast.launch.epilogue import Epilogue
 from genfast.launch.operand import Output
 
 pytest.importorskip("triton", reason="it is about Triton kernels")

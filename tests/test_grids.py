@@ -10,7 +10,7 @@ pytest.importorskip("triton", reason="prepares Triton's launches")
 
 from genfast.geometry import ConvGeometry
 from genfast.launch import from_image, logits, losses, norm, predict, sampling, start, to_image
-from genfast.launch.conv import Epilogue
+from genfast.launch.epilogue import Epilogue
 
 K4S2 = ConvGeometry.conv((64, 64), (4, 4), (2, 2), (1, 1))
 WHOLE = ConvGeometry.conv((4, 4), (4, 4), (1, 1), (0, 0))

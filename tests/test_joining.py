@@ -14,7 +14,7 @@ import genfast
 from genfast import functional
 from genfast.backend import use_backend
 from genfast.geometry import ConvGeometry
-from genfast.launch import from_image, start
+from genfast.launch import from_image
 from genfast.launch.operand import Operand
 from genfast.models import VAE, DCGANDiscriminator, DCGANGenerator
 from genfast.nn import FusedSequential
@@ -31,19 +31,6 @@ K4S2 = ConvGeometry.conv((10, 7), (4, 4), (2, 2), (1, 1))
 
 def levels(*shape):
     return torch.randint(256, shape, dtype=torch.uint8)
-
-
-@pytest.fixture
-def started(monkeypatch):
-    """The names of the kernels that were started."""
-    names, run = [], start.kernel
-
-    def starting(kernel, grid, **arguments):
-        names.append(kernel.__name__)
-        return run(kernel, grid, **arguments)
-
-    monkeypatch.setattr(start, "kernel", starting)
-    return names
 
 
 @kernels
@@ -228,21 +215,7 @@ def test_uint8_images_are_those_floats_to_a_gan(precision, merge):
     assert_same_bits(results[1], results[2])
 
 
-class Recorder:
-    """Stands in for a graph: replaying runs the function."""
-
-    def __init__(self, device):
-        self.device = device
-
-    def warm_up(self, function, times):
-        for _ in range(times):
-            function()
-
-    def record(self, function):
-        return function
-
-
-def test_a_captured_step_takes_uint8_images(monkeypatch):
+def test_a_captured_step_takes_uint8_images(monkeypatch, capture_anyway):
     first, second = levels(4, 1, 16, 16), levels(4, 1, 16, 16)
     losses, dtypes = [], []
     normalized = base.pixels.normalize
@@ -253,8 +226,7 @@ def test_a_captured_step_takes_uint8_images(monkeypatch):
 
     for captured in (False, True):
         if captured:
-            monkeypatch.setattr(base, "why_not_captured", lambda device, optimizers: None)
-            monkeypatch.setattr(base, "CUDARecorder", Recorder)
+            capture_anyway()
             monkeypatch.setattr(base.pixels, "normalize", noting)
         step = GANStep(*networks(), precision="fp32")
         torch.manual_seed(1)

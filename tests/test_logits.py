@@ -12,7 +12,7 @@ from oracle import DRAWS, assert_close
 from genfast import reference
 from genfast.geometry import ConvGeometry
 from genfast.launch import logits
-from genfast.launch.conv import Epilogue
+from genfast.launch.epilogue import Epilogue
 
 SLOPE = 0.3
 # Of the big side: its size and channels. 4 x 5 x 9 elements are three of the interpreter's tiles,

@@ -23,6 +23,7 @@ from genfast.launch import (
     tiles,
     to_image,
 )
+from genfast.launch.epilogue import Epilogue
 from genfast.launch.operand import Output
 
 if triton is not None:
@@ -192,12 +193,12 @@ def convolutions(geometry, c_small, c_big, batch, dtype, groups):
     big = image(batch, c_big, geometry.big, dtype)
     small = image(batch, c_small, geometry.small, dtype)
     weight = torch.randn(c_small, c_big, *geometry.kernel_size).to(dtype)
-    conv.fprop(big, weight, geometry, conv.Epilogue(bias=torch.ones(c_small), groups=groups))
-    conv.dgrad(small, weight, geometry, conv.Epilogue(bias=torch.ones(c_big), groups=groups))
+    conv.fprop(big, weight, geometry, Epilogue(bias=torch.ones(c_small), groups=groups))
+    conv.dgrad(small, weight, geometry, Epilogue(bias=torch.ones(c_big), groups=groups))
     conv.wgrad(big, small, geometry)
     for tensor, convolve, other in ((small, conv.fprop, big), (big, conv.dgrad, small)):
         output = Output(tensor, torch.rand(groups, 5, tensor.shape[1]), "relu", 0.0)
-        convolve(other, weight, geometry, conv.Epilogue(output=output))
+        convolve(other, weight, geometry, Epilogue(output=output))
 
 
 K4S2 = ConvGeometry((10, 6), (5, 3), (4, 4), (2, 2), (1, 1))
@@ -233,7 +234,7 @@ def test_to_image(lanes, size, kernel, c_small):
     stride = 2 if kernel == 4 else 1
     geometry = ConvGeometry.conv_transpose(size, (kernel,) * 2, (stride,) * 2, (1, 1), (0, 0))
     small = image(3, c_small, size)
-    epilogue = conv.Epilogue(bias=torch.randn(3))
+    epilogue = Epilogue(bias=torch.randn(3))
     to_image.dgrad(
         small, image(c_small, 3, (kernel,) * 2), geometry, epilogue, y=small, activation="relu"
     )
@@ -255,11 +256,11 @@ def test_join_images(lanes, channels, geometry):
 def test_logits(lanes):
     geometry = ConvGeometry.conv((3, 3), (3, 3), (1, 1), (0, 0))
     big, weight, small = image(19, 9, (3, 3)), image(3, 9, (3, 3)), image(19, 3, (1, 1))
-    logits.fprop(big, weight, geometry, conv.Epilogue(bias=torch.randn(3)))
-    logits.dgrad(small, weight, geometry, conv.Epilogue(bias=torch.randn(9)))
+    logits.fprop(big, weight, geometry, Epilogue(bias=torch.randn(3)))
+    logits.dgrad(small, weight, geometry, Epilogue(bias=torch.randn(9)))
     logits.wgrad(big, small, geometry)
     output = Output(big[:18], torch.rand(2, 5, 9), "relu", 0.0)
-    logits.dgrad(small[:18], weight, geometry, conv.Epilogue(output=output))
+    logits.dgrad(small[:18], weight, geometry, Epilogue(output=output))
     for kernel in ("logits_fprop", "logits_dgrad", "logits_wgrad"):
         assert lanes.masked[kernel] > 0
 
@@ -272,7 +273,7 @@ def normalization(channels, groups=3):
 def test_logits_of_what_is_normalised(lanes, size, channels):
     geometry = ConvGeometry.conv(size, size, (1, 1), (0, 0))
     big, weight = image(21, channels, size), image(3, channels, size)
-    logits.fprop(big, weight, geometry, conv.Epilogue(), **normalization(channels))
+    logits.fprop(big, weight, geometry, Epilogue(), **normalization(channels))
     logits.wgrad(big, image(21, 3, (1, 1)), geometry, **normalization(channels))
     assert lanes.masked["logits_fprop"] > 0 and lanes.masked["logits_wgrad"] > 0
 
@@ -288,5 +289,5 @@ def test_gradient_below_an_image(lanes):
     geometry = ConvGeometry.conv((10, 14), (4, 4), (2, 2), (1, 1))
     padded = from_image.padded(image(4, 3, (10, 14)), geometry)
     output = Output(image(4, 40, (5, 7)), torch.rand(2, 5, 40), "relu", 0.0)
-    from_image.fprop(padded, image(40, 3, (4, 4)), conv.Epilogue(output=output))
+    from_image.fprop(padded, image(40, 3, (4, 4)), Epilogue(output=output))
     assert lanes.masked["fprop_image"] > 0

@@ -13,7 +13,8 @@ from oracle import DRAWS, assert_close
 
 from genfast import reference
 from genfast.geometry import ConvGeometry
-from genfast.launch import conv, logits, norm, start
+from genfast.launch import conv, logits, norm
+from genfast.launch.epilogue import Epilogue
 from genfast.launch.operand import Output
 
 pytestmark = pytest.mark.kernels
@@ -99,7 +100,7 @@ class Case:
 
     def run(self, source, tensors):
         """The product of the normalised side, a tensor or an `Output`, and the rest."""
-        epilogue = conv.Epilogue(bias=tensors["bias"], activation="tanh")
+        epilogue = Epilogue(bias=tensors["bias"], activation="tanh")
         weight, other = (LAYOUTS[self.layout](tensors[name]) for name in ("weight", "other"))
         if self.product == "to_image":
             return conv.dgrad(source, weight, self.geometry, epilogue)[0]
@@ -125,20 +126,6 @@ def whatever_the_activation(monkeypatch):
     """The kernels can do what would not pay."""
     made = property(lambda output: output.vectors is not None)
     monkeypatch.setattr(Output, "is_made_reading", made)
-
-
-@pytest.fixture
-def started(monkeypatch):
-    """The names of the kernels that are started."""
-    names = []
-    run = start.kernel
-
-    def starting(kernel, grid, **arguments):
-        names.append(kernel.__name__)
-        return run(kernel, grid, **arguments)
-
-    monkeypatch.setattr(start, "kernel", starting)
-    return names
 
 
 @pytest.mark.parametrize("case", CASES[::2], ids=str)

@@ -13,7 +13,7 @@ import torch
 from genfast.geometry import ConvGeometry
 from genfast.launch import conv, from_image, losses, norm, sampling, start, sums, to_image
 from genfast.launch import logits as logit_products
-from genfast.launch.conv import PLAIN
+from genfast.launch.epilogue import PLAIN, Epilogue
 from genfast.launch.operand import Output
 from genfast.models import DCGANDiscriminator, DCGANGenerator
 from genfast.training import GANStep
@@ -144,7 +144,7 @@ def gradients(batch, groups):
         x, value = (images(n, c, size[0]) for c, size in (source, result))
         weight = torch.empty(c_small, c_big, 4, 4, dtype=torch.bfloat16)
         output = Output(value, torch.empty(groups, 5, result[0]), "relu", 0.0)
-        operation(x, weight, geometry, conv.Epilogue(output=output))
+        operation(x, weight, geometry, Epilogue(output=output))
 
 
 def latents(batch, width):

@@ -18,7 +18,7 @@ from genfast.kernels.rounding import rounded
 
 from genfast.geometry import ConvGeometry
 from genfast.launch import conv, norm, start
-from genfast.launch.conv import Epilogue
+from genfast.launch.epilogue import Epilogue
 
 pytestmark = pytest.mark.kernels
 

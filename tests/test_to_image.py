@@ -9,7 +9,7 @@ from oracle import DRAWS, assert_close
 from genfast import reference
 from genfast.geometry import ConvGeometry
 from genfast.launch import to_image
-from genfast.launch.conv import Epilogue
+from genfast.launch.epilogue import Epilogue
 
 SLOPE, Y_SLOPE = 0.3, 0.2
 ACTIVATIONS = ("identity", "relu", "leaky_relu", "tanh", "sigmoid")

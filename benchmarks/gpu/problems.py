@@ -8,7 +8,7 @@ import torch
 from benchmarks.workloads import Workload
 from genfast.geometry import ConvGeometry
 from genfast.launch import conv, tiles
-from genfast.launch.conv import PLAIN, Epilogue
+from genfast.launch.epilogue import PLAIN, Epilogue
 from genfast.training import GANStep, VAEStep
 
 

@@ -9,13 +9,12 @@ from genfast import library, reference
 from genfast.backend import triton
 from genfast.geometry import ConvGeometry
 from genfast.launch import from_image, logits, memory, norm, start, sums, tiles, to_image
-from genfast.launch.epilogue import PLAIN, Epilogue
+from genfast.launch.epilogue import PLAIN
 from genfast.launch.operand import operand
 
 if triton is not None:
     from genfast.kernels import conv as kernels
 
-__all__ = ["PLAIN", "Epilogue", "dgrad", "fprop", "wgrad"]
 # The least K of a matrix unit's step in half precision.
 _LEAST_DEPTH = 16
 # The kernels divide numbers of pixels in 32 bits, a tile beyond the last one too.

@@ -6,7 +6,6 @@ the gradient is asked for (`create_graph=True`) through batch norm, sampling or 
 taken through PyTorch instead, which can differentiate its own.
 """
 
-import collections
 import itertools
 from typing import NamedTuple
 
@@ -15,7 +14,7 @@ from torch.autograd import Function
 
 from genfast import reference
 from genfast.geometry import ConvGeometry
-from genfast.launch import conv, losses, norm, sampling
+from genfast.launch import conv, from_image, losses, norm, sampling, tape
 from genfast.launch.epilogue import PLAIN, Epilogue
 from genfast.launch.operand import Operand, Output
 
@@ -28,6 +27,9 @@ class Kind(NamedTuple):
     by_batch: whether batch norm takes the batch's own statistics; None without batch norm.
     eps: of the batch norm.
     activation, negative_slope: as in `functional.conv_block`.
+    groups: the equal parts of a batch that have statistics of their own.
+    moves: whether a batch moves the running statistics.
+    momentum: with which, where that is a number.
     """
 
     geometry: ConvGeometry
@@ -36,34 +38,70 @@ class Kind(NamedTuple):
     eps: float
     activation: str
     negative_slope: float
+    groups: int = 1
+    moves: bool = False
+    momentum: float = 0.0
 
 
 class Link(NamedTuple):
-    """A block of a chain: its `Kind`, the convolution's tensors, and a `reference.Norm` or None."""
+    """A block of a chain: its `Kind`, and its tensors, None where absent.
+
+    weight, bias: of the convolution.
+    gamma, beta, running_mean, running_var, counter: of the batch norm, counter being
+        `num_batches_tracked`.
+    momentum: with which running statistics move, where that is a tensor.
+    """
 
     kind: Kind
     weight: torch.Tensor
-    bias: torch.Tensor | None
-    batch_norm: reference.Norm | None
+    bias: torch.Tensor | None = None
+    gamma: torch.Tensor | None = None
+    beta: torch.Tensor | None = None
+    running_mean: torch.Tensor | None = None
+    running_var: torch.Tensor | None = None
+    counter: torch.Tensor | None = None
+    momentum: torch.Tensor | None = None
 
-    @property
-    def parameters(self):
-        """What may want a gradient: weight, bias, gamma and beta, None where absent."""
-        n = self.batch_norm
-        return self.weight, self.bias, *((None, None) if n is None else (n.weight, n.bias))
+    @classmethod
+    def of(cls, weight, bias, batch_norm, **kind):
+        """A link of a `reference.Norm`, or None, and of the fields of its `Kind`."""
+        n = batch_norm
+        if n is None:
+            return cls(Kind(by_batch=None, eps=0.0, **kind), weight, bias)
+        momentum, tensor = n.momentum, None
+        if isinstance(momentum, torch.Tensor):
+            momentum, tensor = 0.0, momentum
+        kind = Kind(
+            by_batch=n.by_batch, eps=n.eps, groups=n.groups, moves=n.moves, momentum=momentum,
+            **kind,
+        )  # fmt: skip
+        return cls(
+            kind, weight, bias, n.weight, n.bias, n.running_mean, n.running_var,
+            n.num_batches_tracked, tensor,
+        )  # fmt: skip
+
+
+# The tensors of a link that may want a gradient come first: weight, bias, gamma, beta.
+_PARAMETERS = 4
+_TENSORS = len(Link._fields) - 1
 
 
 def chain(x, links, inplace):
     """Blocks, one after the other, on the kernels: `functional.chain`.
 
-    The arguments have been checked; x and the weights are channels_last, and so is the output.
+    Args:
+        x: (N, C, H, W), channels_last or as `from_image.joined` gives it.
+        links: a list of `Link`s, checked, with weights in channels_last.
+        inplace: of the last link's "leaky_relu", as in `functional.conv_block`.
+
+    Returns:
+        The last link's output, channels_last.
     """
-    parameters = [t for link in links for t in link.parameters]
-    inputs = x, *parameters
-    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs):
-        return _Chain.apply(x, links, inplace, *parameters)
-    (last,) = collections.deque(_outputs(x, links, keep=False), maxlen=1)
-    return last.tensor()
+    kinds = tuple(link.kind for link in links)
+    tensors = [t for link in links for t in link[1:]]
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, *tensors)):
+        return _Chain.apply(x, kinds, inplace, *tensors)
+    return tape.run(_forward, [x, _image_of(x, kinds[0]), *tensors], kinds, False)[-1]
 
 
 def reparameterize(mu, logvar, seed):
@@ -78,7 +116,28 @@ def reparameterize_with_kl(mu, logvar, seed):
 
 def logistic_loss(logits, targets, scale):
     """`functional.logistic_loss` on the kernels: contiguous logits, and targets of their shape."""
-    return _LogisticLoss.apply(logits, targets, scale)
+    # Labels are those of a GAN's logits, which are few: their gradient takes no time beside them.
+    wanted = isinstance(targets, int) and torch.is_grad_enabled() and logits.requires_grad
+    return _LogisticLoss.apply(logits, targets, scale, wanted)
+
+
+def one(loss):
+    """A gradient of 1 to begin the backward pass of a loss with: a scalar, the same at each call.
+
+    What comes to a loss as this very tensor is known to be 1 without a look at the device.
+    """
+    kind = loss.dtype, loss.device
+    if kind not in _ones:
+        _ones[kind] = torch.ones((), dtype=loss.dtype, device=loss.device)
+    return _ones[kind]
+
+
+_ones = {}
+
+
+def _is_one(dloss):
+    known = _ones.get((dloss.dtype, dloss.device))
+    return known is not None and known.data_ptr() == dloss.data_ptr() and known._version == 0
 
 
 class _Convolution(Function):
@@ -152,59 +211,63 @@ class _Chain(Function):
     changed in place, unless it is itself in place. The last block's output then is looked at only
     as long as nobody has changed it, else computed again.
 
-    Gradients go to the `parameters`, which are those of the links: autograd sees those alone that
-    are arguments themselves.
+    The tensors are those of the links, one after the other.
     """
 
     @staticmethod
-    def forward(ctx, x, links, inplace, *parameters):
-        outputs = list(_outputs(x, links, keep=True))
-        y, last = outputs[-1].tensor(), links[-1].kind
-        kept = [output.value for output in outputs]
+    def forward(ctx, x, kinds, inplace, *tensors):
+        n, last = len(kinds), kinds[-1]
+        made = tape.run(_forward, [x, _image_of(x, kinds[0]), *tensors], kinds, True)
+        kept, vectors, y = made[:n], made[n:-1], made[-1]
         ctx.changeable = None
         if last.by_batch is None:
             if last.activation == "leaky_relu" and not inplace:
                 ctx.changeable = y.detach(), y._version
             if last.activation == "identity" or ctx.changeable:
                 kept[-1] = None
-        ctx.kinds = [link.kind for link in links]
-        ctx.save_for_backward(x, *parameters, *kept, *(output.vectors for output in outputs))
+        ctx.kinds = kinds
+        parameters = [t for i in range(n) for t in tensors[_TENSORS * i :][:_PARAMETERS]]
+        ctx.save_for_backward(x, *parameters, *kept, *vectors)
         return y
 
     @staticmethod
     def backward(ctx, dy):
         kinds, (x, *tensors) = ctx.kinds, ctx.saved_tensors
         n = len(kinds)
-        parameters, kept, vectors = tensors[: 4 * n], tensors[4 * n : 5 * n], tensors[5 * n :]
-        parameters = [parameters[4 * i : 4 * i + 4] for i in range(n)]
-        outputs = [
-            Output(value, of, kind.activation, kind.negative_slope)
-            for value, of, kind in zip(kept, vectors, kinds, strict=True)
-        ]
-        source = outputs[-2] if n > 1 else Operand(x)
-        _Chain._put_back_output(ctx, source, parameters[-1], outputs[-1])
         need_x, _, _, *needs = ctx.needs_input_grad
-        needs = [needs[4 * i : 4 * i + 4] for i in range(n)]
-        backward = _differentiable_backward if torch.is_grad_enabled() else _backward
-        dx, found = backward(dy, x, kinds, parameters, outputs, need_x, needs)
-        return dx, None, None, *itertools.chain.from_iterable(found)
+        needs = tuple(tuple(needs[_TENSORS * i :][:_PARAMETERS]) for i in range(n))
+        value = _Chain._put_back_output(ctx, x, tensors)
+        if value is not None:
+            tensors[_PARAMETERS * n + n - 1] = value
+        if torch.is_grad_enabled():
+            dx, *found = _differentiable_backward(dy, x, kinds, tensors, need_x, needs)
+        else:
+            image = _image_of(x, kinds[0])
+            given = [dy, x, image, *tensors]
+            dx, *found = tape.run(_backward, given, kinds, need_x, needs)
+        rest = (None,) * (_TENSORS - _PARAMETERS)
+        gradients = (found[_PARAMETERS * i :][:_PARAMETERS] for i in range(n))
+        return dx, None, None, *itertools.chain.from_iterable((*g, *rest) for g in gradients)
 
     @staticmethod
-    def _put_back_output(ctx, source, parameters, output):
-        """The last block's output as it was made, where it was not kept and is needed."""
-        kind = ctx.kinds[-1]
-        if output.value is not None or kind.activation == "identity":
-            return
+    def _put_back_output(ctx, x, tensors):
+        """The last block's output as it was made, where it was not kept and is needed; or None."""
+        kinds = ctx.kinds
+        parameters, outputs = _saved(kinds, tensors)
+        last = kinds[-1]
+        if outputs[-1].value is not None or last.activation == "identity":
+            return None
         # Let go, as backward lets go of what was saved; a second backward computes it again.
         (y, version), ctx.changeable = ctx.changeable or (None, None), None
-        if y is None or y._version != version:
-            weight, bias, *_ = parameters
-            epilogue = Epilogue(
-                bias=bias, activation=kind.activation, negative_slope=kind.negative_slope
-            )
-            with torch.no_grad():
-                y, _ = _convolve(source, weight, kind, epilogue)
-        output.value = y
+        if y is not None and y._version == version:
+            return y
+        weight, bias, *_ = parameters[-1]
+        epilogue = Epilogue(
+            bias=bias, activation=last.activation, negative_slope=last.negative_slope
+        )
+        source = outputs[-2] if len(kinds) > 1 else Operand(x)
+        with torch.no_grad():
+            return _convolve(source, weight, last, epilogue)[0]
 
 
 class _Known(Function):
@@ -253,60 +316,116 @@ class _Reparameterize(Function):
 
 
 class _LogisticLoss(Function):
-    """Saves the logits and the targets; only the logits get a gradient."""
+    """Saves the logits, the targets and, `with_gradient`, the gradient for a dloss of `one`.
+
+    Only the logits get a gradient.
+    """
 
     @staticmethod
-    def forward(ctx, logits, targets, scale):
+    def forward(ctx, logits, targets, scale, with_gradient):
         labelled = isinstance(targets, int)
-        ctx.save_for_backward(logits, None if labelled else targets)
+        loss, dlogits = losses.logistic_loss(logits, targets, scale, with_gradient)
+        ctx.save_for_backward(logits, None if labelled else targets, dlogits)
         ctx.ones, ctx.scale = targets if labelled else None, scale
-        return losses.logistic_loss(logits, targets, scale)
+        return loss
 
     @staticmethod
     def backward(ctx, dloss):
-        logits, targets = ctx.saved_tensors
-        gradient = losses.logistic_loss_backward
-        if torch.is_grad_enabled():
-            gradient = reference.logistic_loss_gradient
+        logits, targets, dlogits = ctx.saved_tensors
         labels = ctx.ones if targets is None else targets
-        return gradient(dloss, logits, labels, ctx.scale), None, None
+        if torch.is_grad_enabled():
+            dlogits = reference.logistic_loss_gradient(dloss, logits, labels, ctx.scale)
+        elif dlogits is None or not _is_one(dloss):
+            dlogits = losses.logistic_loss_backward(dloss, logits, labels, ctx.scale)
+        return dlogits, None, None, None
 
 
-def _outputs(x, links, keep):
-    """The `Output` of each link. With `keep` they are what backward needs."""
-    source = Operand(x)
-    for link in links:
-        kind, n = link.kind, link.batch_norm
-        act = kind.activation, kind.negative_slope
-        vectors = None
-        if n is None:
-            epilogue = Epilogue(link.bias, activation=act[0], negative_slope=act[1])
-        elif kind.by_batch:
-            epilogue = Epilogue(link.bias, groups=n.groups)
-        else:
-            vectors = _vectors(n, x.dtype)
-            epilogue = Epilogue(link.bias)
-            if not keep:  # Batch norm is an epilogue then: its input is never stored.
-                epilogue = Epilogue(link.bias, 0, vectors, *act)
-                vectors = None
-        z, statistics = _convolve(source, link.weight, kind, epilogue)
-        if kind.by_batch:
-            vectors = _batch_statistics(statistics, n)
-        source.release()
-        source = Output(z, vectors, *act)
-        yield source
+def _image_of(x, kind):
+    """The padded memory that x lies in or was copied to, if the first block's kernels read that."""
+    if x.shape[1] > from_image.CHANNELS or kind.transposed:
+        return None
+    image = from_image.found(x, kind.geometry)
+    return None if image is None else image.data
 
 
-def _backward(dy, x, kinds, parameters, outputs, need_x, needs):
-    """dx and the gradients of each link's parameters, None where not needed.
+def _operand(x, image, kind):
+    """x as an operand of the first block."""
+    if image is None:
+        return Operand(x)
+    return Operand(x, image=from_image.Padded(image, kind.geometry, x.shape[1]))
+
+
+def _forward(tensors, kinds, keep):
+    """The forward pass of a chain.
 
     Args:
-        dy: the gradient of the last link's output.
-        x, kinds, parameters, outputs: what the chain read, and each link's `Kind`, parameters and
-            `Output`.
+        tensors: x, its padded image or None, and those of each `Link`.
+        kinds: of the links.
+        keep: whether backward needs what lies between.
+
+    Returns:
+        With `keep` the value of each link's `Output`, then the vectors of each; and the output.
+    """
+    x, image, *tensors = tensors
+    source = _operand(x, image, kinds[0])
+    links = [Link(kind, *tensors[_TENSORS * i :][:_TENSORS]) for i, kind in enumerate(kinds)]
+    values, vectors = [], []
+    for link in links:
+        output = _output(source, link, keep)
+        source.release()
+        source = output
+        if keep:
+            values.append(output.value)
+            vectors.append(output.vectors)
+    return [*values, *vectors, source.tensor()]
+
+
+def _output(source, link, keep):
+    """The `Output` of a link. With `keep` it is what backward needs."""
+    kind = link.kind
+    act = kind.activation, kind.negative_slope
+    vectors = None
+    if kind.by_batch is None:
+        epilogue = Epilogue(link.bias, activation=act[0], negative_slope=act[1])
+    elif kind.by_batch:
+        epilogue = Epilogue(link.bias, groups=kind.groups)
+    else:
+        vectors = _vectors(link, source.value.dtype)
+        epilogue = Epilogue(link.bias)
+        if not keep:  # Batch norm is an epilogue then: its input is never stored.
+            epilogue = Epilogue(link.bias, 0, vectors, *act)
+            vectors = None
+    z, statistics = _convolve(source, link.weight, kind, epilogue)
+    if kind.by_batch:
+        vectors = _batch_statistics(statistics, link)
+    return Output(z, vectors, *act)
+
+
+def _saved(kinds, tensors):
+    """The parameters of each link, and each one's `Output`, of what a chain saved beside x."""
+    n = len(kinds)
+    parameters = [tensors[_PARAMETERS * i :][:_PARAMETERS] for i in range(n)]
+    values, vectors = tensors[_PARAMETERS * n :][:n], tensors[_PARAMETERS * n + n :]
+    outputs = [
+        Output(value, of, kind.activation, kind.negative_slope)
+        for value, of, kind in zip(values, vectors, kinds, strict=True)
+    ]
+    return parameters, outputs
+
+
+def _backward(tensors, kinds, need_x, needs):
+    """dx and the gradients of each link's parameters, None where not needed: a list.
+
+    Args:
+        tensors: dy, x, its padded image or None, the parameters of each link, and the value and
+            then the vectors of each link's `Output`.
+        kinds: of the links.
         need_x, needs: whether x, and each link's parameters, need a gradient.
     """
-    found = [[None] * 4 for _ in kinds]
+    dy, x, image, *tensors = tensors
+    parameters, outputs = _saved(kinds, tensors)
+    x = _operand(x, image, kinds[0])
+    found = [[None] * _PARAMETERS for _ in kinds]
     lowest = 0 if need_x else next(i for i, need in enumerate(needs) if any(need))
     dx = waiting = None  # `waiting`: a dz, for what the gradient of its link's weight reads.
     # Of the last link's output. Inside the chain it comes multiplied by act'(u), with its sums.
@@ -355,20 +474,21 @@ def _backward(dy, x, kinds, parameters, outputs, need_x, needs):
         elif need_x:
             dx, _ = _input_gradient(dz, weight, kind)
     if waiting is not None:
-        source = outputs[lowest - 1] if lowest else Operand(x)
+        source = outputs[lowest - 1] if lowest else x
         found[lowest][0] = _weight_gradient(source, waiting, kinds[lowest])
-    return dx, found
+    return [dx, *itertools.chain.from_iterable(found)]
 
 
-def _differentiable_backward(dy, x, kinds, parameters, outputs, need_x, needs):
+def _differentiable_backward(dy, x, kinds, tensors, need_x, needs):
     """As `_backward`, differentiable itself: through a graph of the chain with its known values."""
+    parameters, outputs = _saved(kinds, tensors)
     # Aliases: the gradient stops at them, also where one input was computed from another.
     x, *inputs = (
         t if t is None else t.view_as(t) for t in (x, *itertools.chain.from_iterable(parameters))
     )
     y = x
     for i, (kind, output) in enumerate(zip(kinds, outputs, strict=True)):
-        weight, bias, gamma, beta = inputs[4 * i : 4 * i + 4]
+        weight, bias, gamma, beta = inputs[_PARAMETERS * i :][:_PARAMETERS]
         # What is not kept is the result of an identity: nobody reads it, so dy may stand in for it.
         known = dy if output.value is None else output.value
         if kind.by_batch is None:
@@ -393,8 +513,7 @@ def _differentiable_backward(dy, x, kinds, parameters, outputs, need_x, needs):
     given = torch.autograd.grad(y, [all_inputs[i] for i in wanted], dy, create_graph=True)
     for i, gradient in zip(wanted, given, strict=True):
         gradients[i] = gradient
-    dx, *gradients = gradients
-    return dx, [gradients[4 * i : 4 * i + 4] for i in range(len(kinds))]
+    return gradients
 
 
 def _convolve(source, weight, kind, epilogue=PLAIN):
@@ -430,30 +549,29 @@ def _convolution_backward(dz, x, weight, geometry, transposed, needs_input_grad)
     return dx, dw
 
 
-def _batch_statistics(statistics, batch_norm):
+def _batch_statistics(statistics, link):
     """The vectors of the batch's own statistics; running statistics and the counter move."""
-    n = batch_norm
-    given = statistics, n.weight, n.bias, n.eps
-    if not n.moves:
+    kind = link.kind
+    given = statistics, link.gamma, link.beta, kind.eps
+    if not kind.moves:
         return norm.batch_statistics(*given)
-    mean, var, momentum, counter = n.running_mean, n.running_var, n.momentum, n.num_batches_tracked
-    if not isinstance(momentum, torch.Tensor):
-        return norm.batch_statistics(*given, mean, var, momentum, counter)
+    mean, var = link.running_mean, link.running_var
+    if link.momentum is None:
+        return norm.batch_statistics(*given, mean, var, kind.momentum, link.counter)
     # A cumulative average: the weight of each group is on the device, to be read there.
-    vectors = norm.batch_statistics(*given, counter=counter)
-    for group, weight in zip(vectors, momentum.expand(len(vectors)), strict=True):
+    vectors = norm.batch_statistics(*given, counter=link.counter)
+    for group, weight in zip(vectors, link.momentum.expand(len(vectors)), strict=True):
         mean.lerp_(group[norm.MEAN].to(mean.dtype), weight)
         var.lerp_(group[norm.UNBIASED_VAR].to(var.dtype), weight)
     return vectors
 
 
-def _vectors(batch_norm, dtype):
+def _vectors(link, dtype):
     """Known statistics in the form that `norm.batch_statistics` gives the batch's."""
-    n = batch_norm
     dtype = torch.float64 if dtype == torch.float64 else torch.float32
     with torch.no_grad():
-        mean, var = n.running_mean.to(dtype), n.running_var.to(dtype)
-        rstd = (var + n.eps).rsqrt()
-        scale = rstd if n.weight is None else rstd * n.weight
-        shift = torch.zeros_like(mean) if n.bias is None else n.bias.to(dtype)
+        mean, var = link.running_mean.to(dtype), link.running_var.to(dtype)
+        rstd = (var + link.kind.eps).rsqrt()
+        scale = rstd if link.gamma is None else rstd * link.gamma
+        shift = torch.zeros_like(mean) if link.beta is None else link.beta.to(dtype)
         return torch.stack([mean, var, rstd, scale, shift])[None]

@@ -205,19 +205,15 @@ def chain(x, blocks, memory_format=None):
             x = chain(x, [block])
     elif ways == {"triton"}:
         links = [
-            autograd.Link(
-                autograd.Kind(
-                    geometry, b.output_padding is not None,
-                    None if b.batch_norm is None else b.batch_norm.by_batch,
-                    0.0 if b.batch_norm is None else b.batch_norm.eps,
-                    b.activation, b.negative_slope,
-                ),
-                layout.enter(b.weight), b.bias, b.batch_norm,
+            autograd.Link.of(
+                layout.enter(b.weight), b.bias, b.batch_norm, geometry=geometry,
+                transposed=b.output_padding is not None, activation=b.activation,
+                negative_slope=b.negative_slope,
             )
             for geometry, b in zip(geometries, blocks, strict=True)
         ]  # fmt: skip
         memory_format = memory_format or _pytorchs_format(x, blocks, geometries)
-        if blocks[0].output_padding is not None or from_image.found(x, geometries[0]) is None:
+        if blocks[0].output_padding is not None or not from_image.lies_padded(x, geometries[0]):
             x = layout.enter(x)
         x = autograd.chain(x, links, blocks[-1].inplace)
     else:

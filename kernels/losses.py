@@ -17,6 +17,7 @@ def logistic_loss(
     logits_ptr,
     targets_ptr,
     out_ptr,
+    dlogits_ptr,
     rows,
     row_length,
     ones,
@@ -24,9 +25,13 @@ def logistic_loss(
     tiles_per_part,
     ACC_DTYPE: tl.constexpr,
     HAS_TARGETS: tl.constexpr,
+    HAS_GRADIENT: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """out[part] = scale * the sum over the part's tiles of BLOCK values. Grid: (parts,)."""
+    """out[part] = scale * the sum over the part's tiles of BLOCK values. Grid: (parts,).
+
+    With HAS_GRADIENT also what `logistic_loss_backward` makes of dloss = 1.
+    """
     part = tl.program_id(0).to(tl.int64)
     loss = tl.zeros((BLOCK,), dtype=ACC_DTYPE)
     for step in range(0, tiles_per_part):
@@ -43,6 +48,9 @@ def logistic_loss(
             rest = tl.where(wrong > 0, wrong, 0.0)
         # softplus(x) - max(x, 0), which also lets NaN through.
         loss += tl.where(exists, rest + _log1p(tl.exp(-tl.abs(x))), 0.0)
+        if HAS_GRADIENT:
+            dx = _gradient(x, targets_ptr, i, exists, ones, HAS_TARGETS) * scale
+            tl.store(dlogits_ptr + i, dx.to(dlogits_ptr.dtype.element_ty), mask=exists)
     tl.store(out_ptr + part, scale * tl.sum(loss))
 
 
@@ -66,14 +74,17 @@ def logistic_loss_backward(
     exists = i < rows.to(tl.int64) * row_length
     i = run_in_bounds(i, exists)
     x = tl.load(logits_ptr + i, mask=exists, other=0.0).to(ACC_DTYPE)
-    if HAS_TARGETS:
-        t = tl.load(targets_ptr + i, mask=exists, other=0.0).to(ACC_DTYPE)
-        dx = _sigmoid(x) - t
-    else:
-        # sigmoid(x) - 1 = -sigmoid(-x), whose digits stay where x is large.
-        dx = tl.where(i < ones, -_sigmoid(-x), _sigmoid(x))
-    dx *= factor
+    dx = _gradient(x, targets_ptr, i, exists, ones, HAS_TARGETS) * factor
     tl.store(dlogits_ptr + i, dx.to(dlogits_ptr.dtype.element_ty), mask=exists)
+
+
+@triton.jit
+def _gradient(x, targets_ptr, i, exists, ones, HAS_TARGETS: tl.constexpr):
+    """sigmoid(x) - t."""
+    if HAS_TARGETS:
+        return _sigmoid(x) - tl.load(targets_ptr + i, mask=exists, other=0.0).to(x.dtype)
+    # sigmoid(x) - 1 = -sigmoid(-x), whose digits stay where x is large.
+    return tl.where(i < ones, -_sigmoid(-x), _sigmoid(x))
 
 
 @triton.jit

@@ -139,7 +139,8 @@ def _around(dtype, activations):
         sampling.reparameterize_backward(mu, mu[:, 0] if with_kl else None, mu, mu, seed)
     for logits in (torch.empty(128, dtype=dtype), torch.empty(128 * 784, dtype=dtype)):
         for targets in (0, 1, 64, logits):
-            losses.logistic_loss(logits, targets, 1.0)
+            for with_gradient in (False, True):
+                losses.logistic_loss(logits, targets, 1.0, with_gradient)
             losses.logistic_loss_backward(torch.empty(()), logits, targets, 1.0)
     _adam(dtype)
 

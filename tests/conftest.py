@@ -12,6 +12,7 @@ os.environ["TRITON_INTERPRET"] = "0" if torch.cuda.is_available() else "1"
 os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"
 
 from genfast.backend import INTERPRETING, triton, use_backend
+from genfast.launch import tape
 
 # Whoever starts the tests in the background may have them ignore interrupts, and so all that they
 # start, which some tests interrupt.
@@ -58,6 +59,7 @@ def environment(request, monkeypatch):
         pytest.skip("Triton is not installed")
     # PyTorch then also fills what torch.empty gives with NaN: a kernel must write every element.
     torch.use_deterministic_algorithms(True)
+    tape.forget()  # Tests change what kernels are chosen by.
     with use_backend("triton"):
         yield
     torch.use_deterministic_algorithms(False)

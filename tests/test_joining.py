@@ -15,7 +15,6 @@ from genfast import functional
 from genfast.backend import use_backend
 from genfast.geometry import ConvGeometry
 from genfast.launch import from_image
-from genfast.launch.operand import Operand
 from genfast.models import VAE, DCGANDiscriminator, DCGANGenerator
 from genfast.nn import FusedSequential
 from genfast.training import GANStep, VAEStep
@@ -147,6 +146,52 @@ def test_only_the_whole_batch_is_taken(device):
 
 
 @kernels
+@pytest.mark.parametrize("layout", ["channels_last", "contiguous"])
+def test_generated_images_are_found_where_they_were_joined(layout, device, started):
+    reals, fakes = torch.randn(2, 2, 3, 10, 7).to(device)
+    fakes = LAYOUTS[layout](fakes).requires_grad_()
+    weight = torch.randn(16, 3, 4, 4, device=device)
+
+    def run(x):
+        out = functional.conv_block(x, weight, stride=2, padding=1, activation="leaky_relu")
+        (dx,) = torch.autograd.grad(out.square().sum(), x, retain_graph=True)
+        return out, dx
+
+    expected = run(fakes)
+    joined = from_image.joined(reals, fakes.detach(), K4S2, torch.float32)
+    copy = from_image.found(fakes, K4S2).data
+    assert torch.equal(copy, from_image.padded(fakes.detach(), K4S2).data)
+    assert copy.untyped_storage().data_ptr() == joined.untyped_storage().data_ptr()
+    started.clear()
+    found = run(fakes)
+    # Of contiguous images the gradient is to be contiguous, so those enter as a copy.
+    assert ("pad_image" in started) is (layout == "contiguous")
+    for ours, theirs in zip(found, expected, strict=True):
+        assert torch.equal(ours, theirs) and ours.stride() == theirs.stride()
+
+
+@kernels
+def test_generated_images_are_not_found_where_either_changed(device):
+    def join(dtype=torch.float32):
+        reals, fakes = torch.randn(2, 2, 3, 10, 7).to(device)
+        fakes = LAYOUTS["channels_last"](fakes)
+        x = from_image.joined(reals, fakes, K4S2, dtype)
+        return x, fakes
+
+    x, fakes = join()
+    for other in (fakes[:1], fakes[:, :2], fakes[:, :, 1:], fakes.clone(), fakes.flip(0)):
+        assert from_image.found(other, K4S2) is None
+    assert from_image.found(fakes, ConvGeometry.conv(K4S2.big, (4, 4), (2, 2), (1, 0))) is None
+    assert from_image.found(fakes, K4S2) is not None
+    x.mul_(2)
+    assert from_image.found(fakes, K4S2) is None
+    x, fakes = join()
+    fakes.add_(1)
+    assert from_image.found(fakes, K4S2) is None
+    assert from_image.found(join(torch.bfloat16)[1], K4S2) is None  # Rounded, they are others.
+
+
+@kernels
 def test_a_strangers_memory_is_not_taken(device, started):
     x = join(device)
     stranger = torch.empty_like(from_image.found(x, K4S2).data)[:, 1:11, 1:8, :3]
@@ -155,8 +200,10 @@ def test_a_strangers_memory_is_not_taken(device, started):
     assert stranger.storage_offset() == x.storage_offset()
     assert from_image.found(stranger, K4S2) is None
     started.clear()
-    assert torch.equal(Operand(stranger).padded(K4S2).data, Operand(x).padded(K4S2).data)
-    assert started == ["pad_image"]
+    weight = torch.randn(16, 3, 4, 4).to(device, x.dtype)
+    outputs = [functional.conv_block(t, weight, stride=2, padding=1) for t in (stranger, x)]
+    assert torch.equal(*outputs)
+    assert started == ["pad_image", "fprop_image", "fprop_image"]
 
 
 @kernels

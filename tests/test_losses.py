@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from oracle import DRAWS, assert_close
 
-from genfast import losses, use_backend
+from genfast import autograd, losses, use_backend
 from genfast.launch import losses as launched
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -170,3 +170,31 @@ def test_bad_input():
     meta = torch.rand(2, 5, device="meta")
     with pytest.raises(ValueError, match="on the device of its images, got cpu and meta"):
         losses.reconstruction_loss(torch.randn(2, 5), meta)
+
+
+@pytest.mark.kernels
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("count", COUNTS)
+def test_the_gradient_for_a_dloss_of_one_is_there_already(count, dtype, device, started):
+    logits = (3 * torch.randn(count, device=device)).to(dtype).requires_grad_()
+    for loss_of in (losses.fake_loss, losses.discriminator_loss):
+        (expected,) = torch.autograd.grad(loss_of(logits), logits)  # PyTorch's own 1.
+        assert started.count("logistic_loss_backward") == 1
+        loss = loss_of(logits) + 0.0
+        one = autograd.one(loss)
+        (gradient,) = torch.autograd.grad(loss, logits, one, retain_graph=True)
+        assert started.count("logistic_loss_backward") == 1
+        assert torch.equal(gradient, expected)
+        # The same memory, of which nobody knows any more what it holds.
+        (of_changed,) = torch.autograd.grad(loss, logits, one.mul_(2), retain_graph=True)
+        (doubled,) = torch.autograd.grad(loss, logits, torch.full_like(loss, 2))
+        assert torch.equal(of_changed, doubled) and not torch.equal(doubled, expected)
+        autograd._ones.clear()
+        started.clear()
+    with torch.no_grad():
+        losses.fake_loss(logits)
+    assert started == launched_for(count)
+
+
+def launched_for(count):
+    return ["logistic_loss"] if count <= 4096 else ["logistic_loss", "sum_partials"]

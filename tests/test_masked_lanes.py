@@ -129,7 +129,8 @@ def reparameterized(shape, dtype, with_kl):
 def logistic(shape, labels, dtype):
     logits = torch.randn(shape).to(dtype)
     targets = torch.rand(shape).to(dtype) if labels is None else labels
-    losses.logistic_loss(logits, targets, 0.5)
+    for with_gradient in (False, True):
+        losses.logistic_loss(logits, targets, 0.5, with_gradient)
     losses.logistic_loss_backward(torch.ones(()), logits, targets, 0.5)
 
 

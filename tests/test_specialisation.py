@@ -157,7 +157,7 @@ def latents(batch, width):
 def logits(batch):
     reconstruction = torch.empty(batch, 784)
     for targets in (batch, reconstruction):
-        losses.logistic_loss(reconstruction, targets, 1.0)
+        losses.logistic_loss(reconstruction, targets, 1.0, with_gradient=targets is batch)
         losses.logistic_loss_backward(torch.empty(()), reconstruction, targets, 1.0)
 
 

@@ -8,7 +8,7 @@ import torch
 from genfast import library, reference
 from genfast.backend import triton
 from genfast.geometry import ConvGeometry
-from genfast.launch import from_image, logits, memory, norm, start, sums, tiles, to_image
+from genfast.launch import from_image, logits, memory, norm, start, sums, tape, tiles, to_image
 from genfast.launch.epilogue import PLAIN
 from genfast.launch.operand import operand
 
@@ -131,7 +131,7 @@ def _wgrad(big, small, geometry):
         big = _big_descriptor(big, geometry, box, config.block_n)
     if small_boxed:
         small = memory.descriptor(small.view(-1, c_small), [config.block_k, config.block_m])
-    start.kernel(
+    tape.start(
         kernels.wgrad,
         (mn_tiles, taps, splits),
         big=big,
@@ -263,9 +263,9 @@ def _conv(direction, source, weight, geometry, epilogue):
     )
     grid = (parts * tiles.ceil_div(rows, config.block_m),)
     if to_small:
-        start.kernel(kernels.fprop, grid, big=big, out=small, PACKED=packed, **shared)
+        tape.start(kernels.fprop, grid, big=big, out=small, PACKED=packed, **shared)
     else:
-        start.kernel(
+        tape.start(
             kernels.dgrad, grid, small=small, out=big, SMALL_DESCRIPTOR=small_boxed, **shared
         )
     return result, reductions

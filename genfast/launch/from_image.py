@@ -17,7 +17,7 @@ import torch
 
 from genfast.backend import triton
 from genfast.geometry import ConvGeometry
-from genfast.launch import memory, norm, passes, start, sums, tiles
+from genfast.launch import memory, norm, passes, start, sums, tape, tiles
 
 if triton is not None:
     from genfast.kernels import from_image as kernels
@@ -28,10 +28,12 @@ CHANNELS = 4
 _PIXEL_LIMIT = 2**30
 # Of `pad_image` and `join_images`: four pixels a thread.
 _PAD_BLOCK = 512
-# The storages that `joined` has written, and the `_signature` of what it returned.
+# The storages that `joined` has written, and the `_signature` of what it returned; and those that
+# it has read last, the `_signature` of the generated images there, and a `_Copy` of them.
 # PyTorch keeps a storage's Python object as long as the storage, whatever views come and go: here
 # what autograd saved is recognised, and the next owner of the same addresses is not.
 _written = weakref.WeakKeyDictionary()
+_copied = weakref.WeakKeyDictionary()
 
 
 @dataclass(frozen=True)
@@ -47,6 +49,15 @@ class Padded:
     data: torch.Tensor
     geometry: ConvGeometry
     c_big: int
+
+
+@dataclass(frozen=True)
+class _Copy:
+    """Images as they were at a version of theirs, at a version of the padded memory they are in."""
+
+    images_version: int
+    data: torch.Tensor
+    data_version: int
 
 
 @dataclass(frozen=True)
@@ -156,7 +167,7 @@ def padded(x, geometry, dtype=None, y=None, activation="identity", negative_slop
         out = torch.empty(_padded_shape(n, geometry), dtype=dtype or x.dtype, device=x.device)
     other = x if y is None else _dense(y)
     pixels = out.numel() // CHANNELS
-    start.kernel(
+    tape.start(
         kernels.pad_image,
         (tiles.ceil_div(pixels, _PAD_BLOCK),),
         x_ptr=x,
@@ -189,12 +200,13 @@ def joined(reals, fakes, geometry, dtype, scale=1.0, shift=0.0):
 
     Returns:
         (2N, C, H, W), first the real images: a view of padded memory, which `found` knows again.
-        Whoever changes it in place changes what the kernels read.
+        Whoever changes it in place changes what the kernels read. As long as nobody does, `found`
+        also knows that the fakes are in there, if they were of `dtype`.
     """
     n, channels, *_ = reals.shape
     data = torch.empty(_padded_shape(2 * n, geometry), dtype=dtype, device=reals.device)
     pixels = data.numel() // (2 * CHANNELS)
-    start.kernel(
+    tape.start(
         kernels.join_images,
         (tiles.ceil_div(pixels, _PAD_BLOCK), 2),
         real_ptr=reals,
@@ -215,20 +227,33 @@ def joined(reals, fakes, geometry, dtype, scale=1.0, shift=0.0):
     inside = data[:, top : top + height, left : left + width, :channels]
     x = inside.permute(0, 3, 1, 2)
     _written[x.untyped_storage()] = _signature(x, geometry)
+    if fakes.dtype == dtype:
+        copy = _Copy(fakes._version, data[n:], data._version)
+        _copied[fakes.untyped_storage()] = _signature(fakes, geometry), copy
     return x
 
 
+def lies_padded(x, geometry):
+    """Whether x is all of what `joined` gave for this geometry."""
+    return _written.get(x.untyped_storage()) == _signature(x, geometry)
+
+
 def found(x, geometry):
-    """The `Padded` that x lies in, if it is all of what `joined` gave for this geometry; or None.
+    """The `Padded` of x that `joined` has written for this geometry; None if it has not.
 
     Nothing but what x holds can have been changed there: the border and missing channels are zeros.
     """
-    if _written.get(x.untyped_storage()) != _signature(x, geometry):
-        return None
     n, channels, *_ = x.shape
-    shape = _padded_shape(n, geometry)
-    dense = [math.prod(shape[i + 1 :]) for i in range(4)]
-    return Padded(x.detach().as_strided(shape, dense, 0), geometry, channels)
+    if lies_padded(x, geometry):
+        shape = _padded_shape(n, geometry)
+        dense = [math.prod(shape[i + 1 :]) for i in range(4)]
+        return Padded(x.detach().as_strided(shape, dense, 0), geometry, channels)
+    signature, copy = _copied.get(x.untyped_storage(), (None, None))
+    if signature != _signature(x, geometry):
+        return None
+    if (x._version, copy.data._version) != (copy.images_version, copy.data_version):
+        return None
+    return Padded(copy.data, geometry, channels)
 
 
 def fprop(image, weight, epilogue):
@@ -257,7 +282,7 @@ def fprop(image, weight, epilogue):
     filling = passes.programs(data, config.resident)
     programs = min(count, tiles.ceil_div(filling, channel_tiles))
     reductions = epilogue.reductions(out, count)
-    start.kernel(
+    tape.start(
         kernels.fprop_image,
         (channel_tiles, programs),
         padded_ptr=data,
@@ -312,7 +337,7 @@ def wgrad(image, small, y=None, vectors=None, activation="identity", negative_sl
     tiles_per_split = tiles.ceil_div(steps, splits)
     splits = tiles.ceil_div(steps, tiles_per_split)
     target = sums.partials(splits, dweight) if splits > 1 else dweight
-    start.kernel(
+    tape.start(
         kernels.wgrad_image,
         (*mn_tiles, splits),
         padded_ptr=data,

@@ -1,7 +1,7 @@
 """The products of a kernel that covers the whole map and leaves few channels, as dot products."""
 
 from genfast.backend import INTERPRETING, triton
-from genfast.launch import memory, norm, passes, start, sums, tiles
+from genfast.launch import memory, norm, passes, start, sums, tape, tiles
 
 if triton is not None:
     from genfast.kernels import logits as kernels
@@ -50,7 +50,7 @@ def fprop(big, weight, geometry, epilogue, vectors=None, activation="identity", 
     result = memory.channels_last((big.shape[0], *geometry.small, c_small), big)
     k = geometry.taps * c_big
     block_k = _block(k, 64 if INTERPRETING else 4096)
-    start.kernel(
+    tape.start(
         kernels.logits_fprop,
         (big.shape[0],),
         big_ptr=big,
@@ -85,7 +85,7 @@ def dgrad(small, weight, geometry, epilogue):
     groups = epilogue.parts_of_batch
     tiles_n, tiles_k = tiles.ceil_div(n // groups, block_n), tiles.ceil_div(k, block_k)
     sums_of_gradient = epilogue.reductions(out, groups * tiles_n, k)
-    start.kernel(
+    tape.start(
         kernels.logits_dgrad,
         (groups * tiles_n * tiles_k,),
         small_ptr=small,
@@ -127,7 +127,7 @@ def wgrad(big, small, geometry, vectors=None, activation="identity", negative_sl
     steps_per_split = tiles.ceil_div(steps, _splits(steps, tiles_k, passes.programs(big, 1)))
     splits = tiles.ceil_div(steps, steps_per_split)
     target = sums.partials(splits, dweight) if splits > 1 else dweight
-    start.kernel(
+    tape.start(
         kernels.logits_wgrad,
         (tiles_k, splits),
         big_ptr=big,

@@ -3,7 +3,7 @@
 import torch
 
 from genfast.backend import triton
-from genfast.launch import passes, start, sums, tiles
+from genfast.launch import passes, start, sums, tape, tiles
 
 if triton is not None:
     from genfast.kernels import losses as kernels
@@ -14,14 +14,19 @@ _LOSS_TILE = 1024
 _LOSS_TILES_ALONE = 4
 
 
-def logistic_loss(logits, targets, scale):
+def logistic_loss(logits, targets, scale, with_gradient=False):
     """scale * sum(softplus(logits) - targets * logits): a scalar, float32 or wider.
 
     Args:
         logits: of any shape, contiguous.
         targets: alike; or a number of labels 1, which come first and labels 0 after them.
         scale: a number.
+        with_gradient: whether the gradient of the logits is wanted too.
+
+    Returns:
+        The loss, and what `logistic_loss_backward` gives for a dloss of 1, None if not wanted.
     """
+    dlogits = torch.empty_like(logits) if with_gradient else None
     acc_dtype = start.acc_dtype(logits.dtype)
     loss = torch.empty((), dtype=acc_dtype, device=logits.device)
     count = tiles.ceil_div(logits.numel(), _LOSS_TILE)
@@ -31,22 +36,24 @@ def logistic_loss(logits, targets, scale):
     partials = loss
     if parts > 1:
         partials = torch.empty(parts, dtype=acc_dtype, device=logits.device)
-    start.kernel(
+    tape.start(
         kernels.logistic_loss,
         (parts,),
         out_ptr=partials,
+        dlogits_ptr=dlogits if with_gradient else logits,
         tiles_per_part=tiles_per_part,
+        HAS_GRADIENT=with_gradient,
         **_logits_and_targets(logits, targets, scale),
     )
     if parts > 1:
         sums.sum_partials(partials[:, None], loss)
-    return loss
+    return loss, dlogits
 
 
 def logistic_loss_backward(dloss, logits, targets, scale):
     """The gradient of the logits, in their dtype. dloss is a scalar tensor."""
     dlogits = torch.empty_like(logits)
-    start.kernel(
+    tape.start(
         kernels.logistic_loss_backward,
         (tiles.ceil_div(logits.numel(), _LOSS_TILE),),
         dloss_ptr=dloss,

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 
 from genfast.backend import triton
-from genfast.launch import memory, passes, start, sums, tiles
+from genfast.launch import memory, passes, start, sums, tape, tiles
 
 if triton is not None:
     from genfast.kernels import norm as kernels
@@ -48,7 +48,7 @@ def batch_statistics(
     vectors = statistics.mean.new_empty((groups, 5, channels))
     # The kernel steps through memory one by one; what it wrote into a copy goes back.
     running = [memory.dense(t, vectors) for t in (running_mean, running_var)]
-    start.kernel(
+    tape.start(
         kernels.batch_statistics,
         (tiles.ceil_div(channels, _statistics_block(channels)),),
         count_ptr=statistics.count,
@@ -86,7 +86,7 @@ def _combine_chunks(statistics):
         chunks = tiles.ceil_div(parts, _STATISTICS_CHUNK)
         mean, m2 = statistics.mean.new_empty((2, groups * chunks, channels))
         count = statistics.mean.new_empty(groups * chunks)
-        start.kernel(
+        tape.start(
             kernels.combine_statistics,
             (tiles.ceil_div(channels, _statistics_block(channels)), chunks, groups),
             count_ptr=statistics.count,
@@ -121,7 +121,7 @@ def normalize_activate(z, vectors, activation, negative_slope):
     z = memory.nhwc(z)
     y = memory.channels_last(z.shape, z)
     grid, rows, tile = passes.elementwise(z, vectors.shape[0])
-    start.kernel(
+    tape.start(
         kernels.normalize_activate,
         grid,
         z_ptr=z,
@@ -174,27 +174,23 @@ def norm_backward(
     at_norm = partials is not None
     if not at_norm:
         partials = _backward_sums(grid, common)
-    groups, parts, _ = partials.shape
     channels = common["channels"]
     total = vectors.new_empty((2, channels))
     if not need_dz:
         sums.sum_partials(partials.flatten(0, 1), total)
         return None, total, None
-    if parts > _PARTS_ADDED_BY_ALL:
-        totals = vectors.new_empty((groups, 2, channels))
-        sums.sum_partials(partials, totals)
-        partials, parts = totals, 1
+    partials = sums.in_fewer_parts(partials, _PARTS_ADDED_BY_ALL)
     dz = torch.empty_like(z, memory_format=torch.channels_last)
     y = torch.empty_like(dz) if want_y else None
-    start.kernel(
+    tape.start(
         kernels.norm_backward,
         grid,
         sums_ptr=partials,
         total_ptr=total,
         dz_ptr=dz,
         y_ptr=y if want_y else dz,
-        parts=parts,
-        groups=groups,
+        parts=partials.shape[1],
+        groups=partials.shape[0],
         TRAINING=training,
         AT_NORM=at_norm,
         WRITES_Y=want_y,
@@ -220,7 +216,7 @@ def _backward_sums(grid, common):
     tiles_per_part = tiles.ceil_div(grid[0], passes.parts_of_pass(common["z_ptr"], grid))
     parts = tiles.ceil_div(grid[0], tiles_per_part)
     partials = vectors.new_empty((grid[2], parts, 2 * channels))
-    start.kernel(
+    tape.start(
         kernels.norm_backward_reduce,
         (parts, *grid[1:]),
         partials_ptr=partials,
@@ -251,7 +247,7 @@ def activation_backward(dy, y, activation, negative_slope):
     dy, y = memory.nhwc(dy), memory.nhwc(y)
     du = memory.channels_last(y.shape, y)
     rows, row_length = passes.rows(y)
-    start.kernel(
+    tape.start(
         kernels.activation_backward_from_output,
         (tiles.ceil_div(y.numel(), 1024),),
         dy_ptr=dy,
@@ -277,7 +273,7 @@ def statistics_of(z, groups):
     dtype = start.acc_dtype(z.dtype)
     mean, m2 = torch.empty((2, groups * parts, channels), dtype=dtype, device=z.device)
     count = torch.empty(groups * parts, dtype=dtype, device=z.device)
-    start.kernel(
+    tape.start(
         kernels.tile_statistics,
         (parts, *grid[1:]),
         z_ptr=z,

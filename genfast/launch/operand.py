@@ -15,7 +15,7 @@ class Operand:
     y: None, or like `value`: y = act(u), where `value` is the gradient of y and the operand that
         of u. Some kernels multiply by act'(u) as they read it; for others a pass does.
     activation, negative_slope: of y, as in `functional.conv_block`.
-    image: the `from_image.Padded` copy, once something needed it.
+    image: the `from_image.Padded` copy, where there is one or once something needed it.
     """
 
     value: torch.Tensor
@@ -51,8 +51,6 @@ class Operand:
 
     def padded(self, geometry):
         """A `from_image.Padded`, multiplied by act'(u)."""
-        if self.image is None and self.y is None:
-            self.image = from_image.found(self.value, geometry)
         if self.image is None:
             value, how = self.as_read()
             self.image = from_image.padded(value, geometry, **how)

@@ -3,7 +3,7 @@
 import torch
 
 from genfast.backend import triton
-from genfast.launch import passes, start, sums, tiles
+from genfast.launch import passes, start, sums, tape, tiles
 
 if triton is not None:
     from genfast.kernels import sampling as kernels
@@ -26,7 +26,7 @@ def reparameterize(mu, logvar, seed, *, with_kl):
         kl = partials = torch.empty(rows, dtype=acc_dtype, device=mu.device)
         if parts > 1:
             partials = torch.empty((parts, rows), dtype=acc_dtype, device=mu.device)
-    start.kernel(
+    tape.start(
         kernels.reparameterize,
         grid,
         mu_ptr=mu,
@@ -48,7 +48,7 @@ def reparameterize_backward(dz, dkl, mu, logvar, seed):
     mu, logvar = mu.contiguous(), logvar.contiguous()
     dmu, dlogvar = torch.empty_like(mu), torch.empty_like(logvar)
     grid, sizes = _sampling_grid(mu)
-    start.kernel(
+    tape.start(
         kernels.reparameterize_backward,
         grid,
         dz_ptr=mu if dz is None else dz.contiguous(),

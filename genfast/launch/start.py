@@ -3,8 +3,6 @@
 Everything else in this package prepares: layouts, allocation, descriptors, grids.
 """
 
-import contextlib
-
 import torch
 
 from genfast.backend import INTERPRETING, triton
@@ -13,10 +11,11 @@ if triton is not None:
     from triton.tools.tensor_descriptor import TensorDescriptor
 
 
-def kernel(kernel, grid, *, reads=(), writes=(), **arguments):
+def kernel(kernel, grid, *, device=None, reads=(), writes=(), **arguments):
     """Start a kernel on the device its tensors are on (Triton starts on the current device).
 
     Args:
+        device: where, if the caller knows it.
         reads, writes: the tensors that it reaches by addresses which it finds in memory, for
             whoever counts bytes; one that is read and written is in both.
         arguments: the kernel's own.
@@ -25,9 +24,11 @@ def kernel(kernel, grid, *, reads=(), writes=(), **arguments):
     """
     if INTERPRETING:
         return _interpret(kernel, grid, arguments)
-    device = next(a.device for a in arguments.values() if isinstance(a, torch.Tensor))
-    guard = torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
-    with guard:
+    if device is None:
+        device = next(a.device for a in arguments.values() if isinstance(a, torch.Tensor))
+    if device.type != "cuda" or device.index == torch.cuda.current_device():
+        return kernel[grid](**arguments)
+    with torch.cuda.device(device):
         return kernel[grid](**arguments)
 
 

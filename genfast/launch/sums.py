@@ -5,7 +5,7 @@ import math
 import torch
 
 from genfast.backend import triton
-from genfast.launch import passes, start, tiles
+from genfast.launch import passes, start, tape, tiles
 
 if triton is not None:
     from genfast.kernels import sums as kernels
@@ -32,20 +32,27 @@ def sum_partials(partials, out, *, of_batch=False):
         of_batch: out has a row for each image. Any number of those is one kernel; any other length
             and parts of any number are one kernel a length.
     """
-    *groups, parts, length = partials.shape
-    while parts > _CHUNK:
-        chunks = tiles.ceil_div(parts, _CHUNK)
-        sums = partials.new_empty((*groups, chunks, length))
-        _sum(partials, sums, (1, length), _CHUNK, _tile(length))
-        partials, parts = sums, chunks
+    partials = in_fewer_parts(partials, _CHUNK)
+    parts, length = partials.shape[-2:]
     rows = passes.rows(out) if of_batch else (1, length)
     _sum(partials, out, rows, parts, (64, 64) if of_batch else _tile(length))
+
+
+def in_fewer_parts(partials, most):
+    """The same sums in at most so many parts: (..., parts, length) to (..., fewer, length)."""
+    *groups, parts, length = partials.shape
+    while parts > most:
+        parts = tiles.ceil_div(parts, _CHUNK)
+        sums = partials.new_empty((*groups, parts, length))
+        _sum(partials, sums, (1, length), _CHUNK, _tile(length))
+        partials = sums
+    return partials
 
 
 def _sum(partials, out, rows, chunk, tile):
     *groups, parts, length = partials.shape
     block_p, block = tile
-    start.kernel(
+    tape.start(
         kernels.sum_partials,
         (tiles.ceil_div(length, block), math.prod(groups), tiles.ceil_div(parts, chunk)),
         partials_ptr=partials,

@@ -1,7 +1,7 @@
 """dgrad to an image of few channels: a generator's last layer, a discriminator's input gradient."""
 
 from genfast.backend import INTERPRETING, triton
-from genfast.launch import memory, norm, passes, start, tiles
+from genfast.launch import memory, norm, passes, start, tape, tiles
 
 if triton is not None:
     from genfast.kernels import to_image as kernels
@@ -73,7 +73,7 @@ def dgrad(
     segments = _segments(strips, steps, warm_up, passes.programs(small, 1))
     steps_per_segment = tiles.ceil_div(steps, segments)
     segments = tiles.ceil_div(steps, steps_per_segment)
-    start.kernel(
+    tape.start(
         kernels.to_image,
         (strips * segments,),
         small_ptr=small,

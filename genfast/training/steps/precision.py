@@ -4,7 +4,7 @@ from contextlib import ExitStack
 
 import torch
 
-from genfast import cpu
+from genfast import autograd, cpu
 from genfast.training.steps import half_weights
 from genfast.training.steps.product_settings import products_in
 from genfast.training.steps.updates import Update
@@ -64,7 +64,6 @@ class Precision:
         self._optimizers = optimizers
         scaled = optimizers if self.name == "fp16" else ()
         self.scalers = {name: torch.amp.GradScaler(device.type) for name in scaled}
-        self._ones = {}
         self._networks = networks
         self.half_weights = {}
         self._why_no_half_weights = None
@@ -133,12 +132,8 @@ class Precision:
         """Backward of a loss that the optimizer of that name minimises."""
         scaler = self.scalers.get(optimizer)
         loss = scaler.scale(loss) if scaler else loss
-        one = None
-        if loss.dim() == 0:
-            # Where autograd starts, made once, not by one more kernel at each step.
-            if loss.dtype not in self._ones:
-                self._ones[loss.dtype] = torch.ones_like(loss, requires_grad=False)
-            one = self._ones[loss.dtype]
+        # Where autograd starts: not made by one more kernel at each step.
+        one = autograd.one(loss) if loss.dim() == 0 else None
         half = self.half_weights.get(optimizer)
         kept = half and not scaler and self.updates[optimizer].takes_half
         if kept:  # Gradients of an earlier backward pass: their sum is in float32.

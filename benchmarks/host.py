@@ -1,0 +1,150 @@
+"""The time that Python takes for a block, forward and backward: a fast GPU waits for it.
+
+    python -m benchmarks.host                       of this checkout
+    python -m benchmarks.host --against COMMIT      beside that of a commit, in turns
+
+No kernel starts: Triton's own part of a launch, and the GPU's, are left out. What remains is ours
+and PyTorch's: checks, choices, memory, autograd. Tensors are on the CPU, of few images, and the
+kernels' code is that for an H100.
+"""
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+TURNS = 12
+CALLS = 200
+# Where the commits have kept the name of the GPU that kernels are chosen for.
+_ARCHITECTURES = (("genfast.launch.start", "architecture"), ("genfast.launch", "_architecture"))
+
+
+def main(arguments=None):
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.host", description=__doc__)
+    parser.add_argument("--against", metavar="COMMIT", help="another commit to time beside")
+    parser.add_argument("--turns", type=int, default=TURNS, help="of each (default %(default)s)")
+    options = parser.parse_args(arguments)
+    with tempfile.TemporaryDirectory() as folder:
+        trees = {"this checkout": ROOT}
+        if options.against:
+            trees[options.against] = _extract(options.against, Path(folder))
+        found = {name: [] for name in trees}
+        for _ in range(options.turns):
+            for name, tree in trees.items():
+                found[name].append(_measure_in_process(tree))
+    print(_table(found))
+
+
+def _extract(commit, folder):
+    """The files of a commit, in a folder of their own."""
+    archive = subprocess.run(
+        ["git", "archive", commit], cwd=ROOT, check=True, stdout=subprocess.PIPE
+    ).stdout
+    subprocess.run(["tar", "-x", "-C", str(folder)], input=archive, check=True)
+    return folder
+
+
+def _measure_in_process(tree):
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    environment |= {"PYTHONPATH": str(tree), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, str(Path(__file__).resolve()), "--measure"]
+    done = subprocess.run(command, cwd=tree, env=environment, capture_output=True, text=True)
+    if done.returncode != 0:
+        raise RuntimeError(f"expected to time {tree}, got:\n{done.stderr[-3000:]}")
+    return json.loads(done.stdout)
+
+
+def _table(found):
+    """Microseconds: the median over turns, and how they compare turn by turn."""
+    names = list(found)
+    lines = [" " * 34 + "".join(f"{name:>22}" for name in names)]
+    for what in found[names[0]][0]:
+        times = [[turn[what] for turn in found[name]] for name in names]
+        line = f"{what:34}" + "".join(f"{statistics.median(t):19.1f} us" for t in times)
+        if len(times) == 2:
+            ratio = statistics.median(a / b for a, b in zip(*times, strict=True))
+            line += f"   ratio {ratio:.2f}"
+        lines.append(line)
+    return "\n".join(lines)
+
+
+def _measure():
+    """Microseconds of each part, by what it is."""
+    import importlib
+
+    import torch
+    from triton.runtime.jit import JITFunction
+
+    from genfast import functional, use_backend
+
+    JITFunction.run = lambda *args, **kwargs: None
+    functional.why_device_cannot_run_triton = lambda device: None
+    for module, name in _ARCHITECTURES:
+        try:
+            owner = importlib.import_module(module)
+        except ImportError:
+            continue
+        if hasattr(owner, name):
+            setattr(owner, name, lambda tensor: "sm_90")
+    torch.set_num_threads(1)
+    times = {}
+    with use_backend("triton"):
+        for name, block, size in (
+            ("generator block 128 -> 64", functional.conv_transpose_block, (128, 64, 8)),
+            ("discriminator block 64 -> 128", functional.conv_block, (64, 128, 16)),
+        ):
+            forward, backward = _block(torch, block, *size)
+            times[f"{name}, forward"], times[f"{name}, backward"] = forward, backward
+    print(json.dumps(times))
+
+
+def _block(torch, block, in_channels, out_channels, size):
+    """Microseconds of its forward and of its backward pass, in bf16 with weights of that dtype."""
+    from genfast import functional
+
+    half = dict(dtype=torch.bfloat16)
+    x = torch.randn(4, in_channels, size, size, **half).requires_grad_()
+    shape = (out_channels, in_channels, 4, 4)
+    if block is functional.conv_transpose_block:
+        shape = (in_channels, out_channels, 4, 4)
+    x, weight = (
+        t.contiguous(memory_format=torch.channels_last).detach().requires_grad_()
+        for t in (x, torch.randn(shape, **half))
+    )
+    gamma, beta = (torch.ones(out_channels).requires_grad_() for _ in range(2))
+    mean, var = torch.zeros(out_channels), torch.ones(out_channels)
+    counter = torch.tensor(0)
+    inputs = x, weight, gamma, beta
+
+    def run():
+        return block(
+            x, weight, stride=2, padding=1, norm=True, norm_weight=gamma, norm_bias=beta,
+            running_mean=mean, running_var=var, num_batches_tracked=counter,
+            activation="leaky_relu",
+        )  # fmt: skip
+
+    dy = torch.empty_like(run())
+    forward, backward = [], []
+    for _ in range(CALLS):
+        started = time.perf_counter()
+        y = run()
+        between = time.perf_counter()
+        torch.autograd.grad(y, inputs, dy)
+        ended = time.perf_counter()
+        forward.append(between - started)
+        backward.append(ended - between)
+    # The first calls choose tiles and fill caches.
+    return [1e6 * statistics.median(times[CALLS // 4 :]) for times in (forward, backward)]
+
+
+if __name__ == "__main__":
+    if sys.argv[1:] == ["--measure"]:
+        _measure()
+    else:
+        main()

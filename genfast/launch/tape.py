@@ -60,7 +60,12 @@ def run(function, tensors, *settings):
         tensors: a list of tensors and Nones, the first a tensor that says how products round.
         settings: hashable; all else that the function depends on.
     """
-    key = function, settings, starting.precision(tensors[0]), tuple(map(_kind, tensors))
+    key = (
+        function, settings, starting.precision(tensors[0]), tensors[0].device,
+        # All of a tensor that a launch depends on.
+        *[None if t is None else (t.shape, t.stride(), t.dtype, t.data_ptr() % 16)
+          for t in tensors],
+    )  # fmt: skip
     known = _tapes.get(key)
     if isinstance(known, Tape):
         return known.play(tensors)
@@ -88,13 +93,6 @@ def _remember(key, value):
     if key not in _tapes and len(_tapes) >= _LIMIT:
         _tapes.pop(next(iter(_tapes)), None)
     _tapes[key] = value
-
-
-def _kind(t):
-    """All of a tensor that a launch depends on."""
-    if t is None:
-        return None
-    return t.shape, t.stride(), t.dtype, t.device, t.data_ptr() % 16
 
 
 class Tape:

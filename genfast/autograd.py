@@ -62,43 +62,25 @@ class Link(NamedTuple):
     counter: torch.Tensor | None = None
     momentum: torch.Tensor | None = None
 
-    @classmethod
-    def of(cls, weight, bias, batch_norm, **kind):
-        """A link of a `reference.Norm`, or None, and of the fields of its `Kind`."""
-        n = batch_norm
-        if n is None:
-            return cls(Kind(by_batch=None, eps=0.0, **kind), weight, bias)
-        momentum, tensor = n.momentum, None
-        if isinstance(momentum, torch.Tensor):
-            momentum, tensor = 0.0, momentum
-        kind = Kind(
-            by_batch=n.by_batch, eps=n.eps, groups=n.groups, moves=n.moves, momentum=momentum,
-            **kind,
-        )  # fmt: skip
-        return cls(
-            kind, weight, bias, n.weight, n.bias, n.running_mean, n.running_var,
-            n.num_batches_tracked, tensor,
-        )  # fmt: skip
-
 
 # The tensors of a link that may want a gradient come first: weight, bias, gamma, beta.
 _PARAMETERS = 4
-_TENSORS = len(Link._fields) - 1
+TENSORS = len(Link._fields) - 1
 
 
-def chain(x, links, inplace):
+def chain(x, kinds, tensors, inplace):
     """Blocks, one after the other, on the kernels: `functional.chain`.
 
     Args:
         x: (N, C, H, W), channels_last or as `from_image.joined` gives it.
-        links: a list of `Link`s, checked, with weights in channels_last.
+        kinds: a tuple with the `Kind` of each `Link`.
+        tensors: a list of the tensors of one link after the other, checked, with weights in
+            channels_last.
         inplace: of the last link's "leaky_relu", as in `functional.conv_block`.
 
     Returns:
         The last link's output, channels_last.
     """
-    kinds = tuple(link.kind for link in links)
-    tensors = [t for link in links for t in link[1:]]
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, *tensors)):
         return _Chain.apply(x, kinds, inplace, *tensors)
     return tape.run(_forward, [x, _image_of(x, kinds[0]), *tensors], kinds, False)[-1]
@@ -226,7 +208,7 @@ class _Chain(Function):
             if last.activation == "identity" or ctx.changeable:
                 kept[-1] = None
         ctx.kinds = kinds
-        parameters = [t for i in range(n) for t in tensors[_TENSORS * i :][:_PARAMETERS]]
+        parameters = [t for i in range(n) for t in tensors[TENSORS * i :][:_PARAMETERS]]
         ctx.save_for_backward(x, *parameters, *kept, *vectors)
         return y
 
@@ -235,7 +217,7 @@ class _Chain(Function):
         kinds, (x, *tensors) = ctx.kinds, ctx.saved_tensors
         n = len(kinds)
         need_x, _, _, *needs = ctx.needs_input_grad
-        needs = tuple(tuple(needs[_TENSORS * i :][:_PARAMETERS]) for i in range(n))
+        needs = tuple(tuple(needs[TENSORS * i :][:_PARAMETERS]) for i in range(n))
         value = _Chain._put_back_output(ctx, x, tensors)
         if value is not None:
             tensors[_PARAMETERS * n + n - 1] = value
@@ -245,7 +227,7 @@ class _Chain(Function):
             image = _image_of(x, kinds[0])
             given = [dy, x, image, *tensors]
             dx, *found = tape.run(_backward, given, kinds, need_x, needs)
-        rest = (None,) * (_TENSORS - _PARAMETERS)
+        rest = (None,) * (TENSORS - _PARAMETERS)
         gradients = (found[_PARAMETERS * i :][:_PARAMETERS] for i in range(n))
         return dx, None, None, *itertools.chain.from_iterable((*g, *rest) for g in gradients)
 
@@ -253,19 +235,19 @@ class _Chain(Function):
     def _put_back_output(ctx, x, tensors):
         """The last block's output as it was made, where it was not kept and is needed; or None."""
         kinds = ctx.kinds
-        parameters, outputs = _saved(kinds, tensors)
-        last = kinds[-1]
-        if outputs[-1].value is not None or last.activation == "identity":
+        n, last = len(kinds), kinds[-1]
+        if last.activation == "identity" or tensors[_PARAMETERS * n + n - 1] is not None:
             return None
         # Let go, as backward lets go of what was saved; a second backward computes it again.
         (y, version), ctx.changeable = ctx.changeable or (None, None), None
         if y is not None and y._version == version:
             return y
+        parameters, outputs = _saved(kinds, tensors)
         weight, bias, *_ = parameters[-1]
         epilogue = Epilogue(
             bias=bias, activation=last.activation, negative_slope=last.negative_slope
         )
-        source = outputs[-2] if len(kinds) > 1 else Operand(x)
+        source = outputs[-2] if n > 1 else Operand(x)
         with torch.no_grad():
             return _convolve(source, weight, last, epilogue)[0]
 
@@ -368,7 +350,7 @@ def _forward(tensors, kinds, keep):
     """
     x, image, *tensors = tensors
     source = _operand(x, image, kinds[0])
-    links = [Link(kind, *tensors[_TENSORS * i :][:_TENSORS]) for i, kind in enumerate(kinds)]
+    links = [Link(kind, *tensors[TENSORS * i :][:TENSORS]) for i, kind in enumerate(kinds)]
     values, vectors = [], []
     for link in links:
         output = _output(source, link, keep)

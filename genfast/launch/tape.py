@@ -12,6 +12,7 @@ anything else that may change, such as what tensor an address belongs to.
 """
 
 import threading
+from typing import NamedTuple
 from weakref import WeakKeyDictionary
 
 import torch
@@ -55,11 +56,16 @@ def run(function, tensors, *settings):
     """function(tensors, *settings), from a `Tape` where there is one.
 
     Args:
-        function: gives a list of tensors and Nones, of which none shares memory with `tensors`.
-        tensors: a list of tensors and Nones.
+        function: gives a list of tensors and Nones.
+        tensors: a list of tensors and Nones, the first a tensor that says how products round.
         settings: hashable; all else that the function depends on.
     """
-    key = function, settings, tuple(map(_kind, tensors))
+    key = (
+        function, settings, starting.precision(tensors[0]), tensors[0].device,
+        # All of a tensor that a launch depends on.
+        *[None if t is None else (t.shape, t.stride(), t.dtype, t.data_ptr() % 16)
+          for t in tensors],
+    )  # fmt: skip
     known = _tapes.get(key)
     if isinstance(known, Tape):
         return known.play(tensors)
@@ -89,18 +95,13 @@ def _remember(key, value):
     _tapes[key] = value
 
 
-def _kind(t):
-    """All of a tensor that a launch depends on."""
-    if t is None:
-        return None
-    return t.shape, t.stride(), t.dtype, t.device, t.data_ptr() % 16
-
-
 class Tape:
     """Steps, each a function of a list of slots: the tensors given, then those that are made."""
 
     def __init__(self, steps, made, results):
-        self._steps, self._made, self._results = steps, (None,) * made, results
+        self._steps, self._made = steps, (None,) * made
+        self._results = [place for i, place in enumerate(results) if place not in results[:i]]
+        self._order = [self._results.index(place) for place in results]
 
     def play(self, tensors):
         """As the function that was recorded, of tensors of the same kinds."""
@@ -109,7 +110,8 @@ class Tape:
             step.do(slots)
             for slot in step.releases:
                 slots[slot] = None
-        return [None if place is None else place.tensor(slots) for place in self._results]
+        results = [None if place is None else place.tensor(slots) for place in self._results]
+        return [results[i] for i in self._order]
 
 
 class NoTape:
@@ -119,14 +121,14 @@ class NoTape:
         self.why = why
 
 
-class _Place:
+class _Place(NamedTuple):
     """Where a tensor is found: in a slot, and where it is a view of that, which.
 
     view: (size, stride, offset), the last in elements from the first of the slot's tensor; or None.
     """
 
-    def __init__(self, slot, view):
-        self.slot, self.view = slot, view
+    slot: int
+    view: tuple | None
 
     def tensor(self, slots):
         t = slots[self.slot]
@@ -192,13 +194,17 @@ class _Start:
 
     def __init__(self, kernel, grid, arguments, places, descriptors):
         self._kernel, self._grid, self._arguments = kernel, grid, arguments
-        self._places, self._descriptors = places, descriptors
+        self._whole = [(name, place.slot) for name, place in places if place.view is None]
+        self._views = [(name, place) for name, place in places if place.view]
+        self._descriptors = descriptors
         self.slots = {place.slot for _, place, *_ in (*places, *descriptors)}
         self._on = min(self.slots)
 
     def do(self, slots):
         arguments = self._arguments.copy()
-        for name, place in self._places:
+        for name, slot in self._whole:
+            arguments[name] = slots[slot]
+        for name, place in self._views:
             arguments[name] = place.tensor(slots)
         for name, place, fields in self._descriptors:
             # Of the same sizes and alignment as one that was checked.

@@ -200,7 +200,7 @@ def chain(x, blocks, memory_format=None):
             tensors[i] = layout.enter(tensors[i])
         if plan.x_enters and not _lies_padded(x, plan.kinds[0]):
             x = layout.enter(x)
-        x = autograd.chain(x, plan.kinds, tensors, blocks[-1].inplace)
+        x = autograd.chain(x, plan.kinds, tensors, blocks[-1].inplace, plan.look)
     else:
         convolutions = cpu if plan.ways == {"cpu"} else torch.nn.functional
         for b, kind in zip(blocks, plan.kinds, strict=True):
@@ -223,6 +223,7 @@ class _Plan(NamedTuple):
     memory_format: of the output; None for whatever the last operation gives.
     x_enters, weights_enter: whether x, and which of the tensors of all blocks, are brought into the
         memory format of the kernels.
+    look: stands for how all the tensors then look, for `tape.run`.
     """
 
     ways: set
@@ -230,6 +231,7 @@ class _Plan(NamedTuple):
     memory_format: torch.memory_format | None
     x_enters: bool = True
     weights_enter: tuple[int, ...] = ()
+    look: object = None
 
 
 # Of chains on the kernels, by all that was checked and decided by: on a GPU the checks of a block
@@ -319,6 +321,7 @@ def _plan(x, blocks, memory_format):
             for i, block in enumerate(blocks)
             if not layout.is_fresh_channels_last(block.weight)
         ),
+        object(),
     )
 
 

@@ -11,6 +11,7 @@ back costs nothing. The second is recorded, later ones are replays. A function m
 anything else that may change, such as what tensor an address belongs to.
 """
 
+import functools
 import threading
 from typing import NamedTuple
 from weakref import WeakKeyDictionary
@@ -52,20 +53,22 @@ def start(kernel, grid, **arguments):
         _thread.recorder, recorder.paused = recorder, False
 
 
-def run(function, tensors, *settings):
+def run(function, tensors, *settings, look=None):
     """function(tensors, *settings), from a `Tape` where there is one.
 
     Args:
         function: gives a list of tensors and Nones.
         tensors: a list of tensors and Nones, the first a tensor that says how products round.
         settings: hashable; all else that the function depends on.
+        look: hashable, stands for the shapes, strides, dtypes and device of all the tensors, for a
+            caller who knows them already.
     """
-    key = (
-        function, settings, starting.precision(tensors[0]), tensors[0].device,
-        # All of a tensor that a launch depends on.
-        *[None if t is None else (t.shape, t.stride(), t.dtype, t.data_ptr() % 16)
-          for t in tensors],
-    )  # fmt: skip
+    first = tensors[0]
+    if look is None:
+        kinds = [None if t is None else (t.shape, t.stride(), t.dtype) for t in tensors]
+        look = first.device, *kinds
+    places = [None if t is None else t.data_ptr() % 16 for t in tensors]
+    key = function, settings, starting.precision(first), look, *places
     known = _tapes.get(key)
     if isinstance(known, Tape):
         return known.play(tensors)
@@ -182,18 +185,20 @@ class _Allocate:
 
     def __init__(self, slot, tensor):
         self.slots, self._slot = {slot}, slot
-        self._size, self._stride = tensor.shape, tensor.stride()
-        self._kind = dict(dtype=tensor.dtype, device=tensor.device)
+        self._take = functools.partial(
+            torch.empty_strided, tensor.shape, tensor.stride(), dtype=tensor.dtype,
+            device=tensor.device,
+        )  # fmt: skip
 
     def do(self, slots):
-        slots[self._slot] = torch.empty_strided(self._size, self._stride, **self._kind)
+        slots[self._slot] = self._take()
 
 
 class _Start:
     """Start a kernel."""
 
-    def __init__(self, kernel, grid, arguments, places, descriptors):
-        self._kernel, self._grid, self._arguments = kernel, grid, arguments
+    def __init__(self, kernel, grid, constants, places, descriptors):
+        self._kernel, self._grid, self._constants = kernel, grid, constants
         self._whole = [(name, place.slot) for name, place in places if place.view is None]
         self._views = [(name, place) for name, place in places if place.view]
         self._descriptors = descriptors
@@ -201,9 +206,7 @@ class _Start:
         self._on = min(self.slots)
 
     def do(self, slots):
-        arguments = self._arguments.copy()
-        for name, slot in self._whole:
-            arguments[name] = slots[slot]
+        arguments = {name: slots[slot] for name, slot in self._whole}
         for name, place in self._views:
             arguments[name] = place.tensor(slots)
         for name, place, fields in self._descriptors:
@@ -211,8 +214,13 @@ class _Start:
             described = object.__new__(TensorDescriptor)
             described.__dict__ = fields | {"base": place.tensor(slots)}
             arguments[name] = described
-        device = slots[self._on].device
-        starting.kernel(self._kernel, self._grid, device=device, **arguments)
+        starting.kernel(
+            self._kernel,
+            self._grid,
+            constants=self._constants,
+            device=slots[self._on].device,
+            **arguments,
+        )
 
 
 class _Call:
@@ -291,7 +299,7 @@ class Recorder(TorchDispatchMode):
 
     def note_start(self, kernel, grid, arguments):
         """A kernel is about to start."""
-        plain, places, descriptors = {}, [], []
+        constants, places, descriptors = {}, [], []
         for name, value in arguments.items():
             if isinstance(value, torch.Tensor):
                 places.append((name, self._place(value, address=True)))
@@ -299,9 +307,9 @@ class Recorder(TorchDispatchMode):
                 fields = {k: v for k, v in vars(value).items() if k != "base"}
                 descriptors.append((name, self._place(value.base, address=True), fields))
             else:
-                plain[name] = value
+                constants[name] = value
         if not self._why:
-            self._steps.append(_Start(kernel, grid, plain, places, descriptors))
+            self._steps.append(_Start(kernel, grid, constants, places, descriptors))
 
     def tape(self, results):
         """The `Tape` of what happened, that gives these results; or a `NoTape`."""

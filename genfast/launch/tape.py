@@ -12,6 +12,7 @@ anything else that may change, such as what tensor an address belongs to.
 """
 
 import threading
+from contextlib import contextmanager
 from weakref import WeakKeyDictionary
 
 import torch
@@ -43,10 +44,20 @@ def start(kernel, grid, **arguments):
     if recorder is None:
         return starting.kernel(kernel, grid, **arguments)
     recorder.note_start(kernel, grid, arguments)
-    # What the interpreter does inside is no part of it.
+    with unnoticed():  # What the interpreter does inside is no part of it.
+        return starting.kernel(kernel, grid, **arguments)
+
+
+@contextmanager
+def unnoticed():
+    """Within, nothing is recorded: for what is done once, on tensors that nobody else sees."""
+    recorder = getattr(_thread, "recorder", None)
+    if recorder is None:
+        yield
+        return
     _thread.recorder, recorder.paused = None, True
     try:
-        return starting.kernel(kernel, grid, **arguments)
+        yield
     finally:
         _thread.recorder, recorder.paused = recorder, False
 

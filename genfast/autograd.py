@@ -62,24 +62,6 @@ class Link(NamedTuple):
     counter: torch.Tensor | None = None
     momentum: torch.Tensor | None = None
 
-    @classmethod
-    def of(cls, weight, bias, batch_norm, **kind):
-        """A link of a `reference.Norm`, or None, and of the fields of its `Kind`."""
-        n = batch_norm
-        if n is None:
-            return cls(Kind(by_batch=None, eps=0.0, **kind), weight, bias)
-        momentum, tensor = n.momentum, None
-        if isinstance(momentum, torch.Tensor):
-            momentum, tensor = 0.0, momentum
-        kind = Kind(
-            by_batch=n.by_batch, eps=n.eps, groups=n.groups, moves=n.moves, momentum=momentum,
-            **kind,
-        )  # fmt: skip
-        return cls(
-            kind, weight, bias, n.weight, n.bias, n.running_mean, n.running_var,
-            n.num_batches_tracked, tensor,
-        )  # fmt: skip
-
 
 # The tensors of a link that may want a gradient come first: weight, bias, gamma, beta.
 _PARAMETERS = 4

@@ -189,6 +189,107 @@ def chain(x, blocks, memory_format=None):
         As `conv_block`, before anything is computed.
     """
     x, blocks = _autocast(x, blocks)
+    plan = _plan_of(x, blocks, memory_format)
+    if len(plan.ways) > 1:
+        for block in blocks:
+            x = chain(x, [block])
+    elif plan.ways == {"triton"}:
+        links = [
+            autograd.Link(kind, layout.enter(weight), *others)
+            for kind, (weight, *others) in zip(plan.kinds, map(_tensors_of, blocks), strict=True)
+        ]
+        if plan.kinds[0].transposed or not from_image.lies_padded(x, plan.kinds[0].geometry):
+            x = layout.enter(x)
+        x = autograd.chain(x, links, blocks[-1].inplace)
+    else:
+        convolutions = cpu if plan.ways == {"cpu"} else torch.nn.functional
+        for b, kind in zip(blocks, plan.kinds, strict=True):
+            x = reference.block(
+                x, b.weight, b.bias, kind.geometry.stride, kind.geometry.padding, b.output_padding,
+                batch_norm=b.batch_norm, activation=b.activation, negative_slope=b.negative_slope,
+                inplace=b.inplace or b is not blocks[-1], convolutions=convolutions,
+            )  # fmt: skip
+    if plan.memory_format is None:  # PyTorch's own operations have chosen.
+        return x
+    channels_last = plan.memory_format == torch.channels_last
+    return layout.channels_last(x) if channels_last else layout.contiguous(x)
+
+
+class _Plan(NamedTuple):
+    """What is decided about a chain before anything is computed.
+
+    ways: a set of what runs its blocks, as `implementation` names it.
+    kinds: the `autograd.Kind` of each block.
+    memory_format: of the output; None for whatever the last operation gives.
+    """
+
+    ways: set
+    kinds: tuple
+    memory_format: torch.memory_format | None
+
+
+# Of chains on the kernels, by all that was checked and decided by: on a GPU the checks of a block
+# could take longer than its kernels. So many; the oldest is forgotten.
+_plans = {}
+_MOST_PLANS = 1024
+
+
+def _plan_of(x, blocks, memory_format):
+    """The `_Plan` of a chain, made or known.
+
+    Raises:
+        As `chain`.
+    """
+    if torch.compiler.is_compiling() or torch.jit.is_tracing():
+        return _plan(x, blocks, memory_format)
+    key = _key_of(x, blocks, memory_format)
+    try:
+        plan = _plans.get(key)
+    except TypeError:  # A list in the place of a pair.
+        return _plan(x, blocks, memory_format)
+    if plan is None:
+        plan = _plan(x, blocks, memory_format)
+        if plan.ways == {"triton"}:
+            if len(_plans) >= _MOST_PLANS:
+                _plans.pop(next(iter(_plans)), None)
+            _plans[key] = plan
+    return plan
+
+
+def _key_of(x, blocks, memory_format):
+    """All that `_plan` looks at."""
+    found = [selected_backend(), memory_format, _look_of(x)]
+    for block in blocks:
+        _, _, stride, padding, output_padding, n, activation, negative_slope, inplace = block
+        found += stride, padding, output_padding, activation, negative_slope, inplace
+        if n is not None:
+            momentum = None if isinstance(n.momentum, torch.Tensor) else n.momentum
+            found += n.training, momentum, n.eps, n.groups
+        found += map(_look_of, _tensors_of(block))
+    return tuple(found)
+
+
+def _look_of(t):
+    """What a plan depends on of a tensor."""
+    if t is None:
+        return None
+    wrapped = torch._C._functorch.is_functorch_wrapped_tensor(t)
+    return type(t), t.shape, t.stride(), t.dtype, t.device, wrapped
+
+
+def _tensors_of(block):
+    """Those of an `autograd.Link`, in its order."""
+    n = block.batch_norm
+    if n is None:
+        return block.weight, block.bias, None, None, None, None, None, None
+    momentum = n.momentum if isinstance(n.momentum, torch.Tensor) else None
+    return (
+        block.weight, block.bias, n.weight, n.bias, n.running_mean, n.running_var,
+        n.num_batches_tracked, momentum,
+    )  # fmt: skip
+
+
+def _plan(x, blocks, memory_format):
     geometries, shape = [], x.shape
     for block in blocks:
         geometry, shape = _check_block(block, x, shape)
@@ -200,34 +301,27 @@ def chain(x, blocks, memory_format=None):
         )
         for b in blocks
     }  # fmt: skip
-    if len(ways) > 1:
-        for block in blocks:
-            x = chain(x, [block])
-    elif ways == {"triton"}:
-        links = [
-            autograd.Link.of(
-                layout.enter(b.weight), b.bias, b.batch_norm, geometry=geometry,
-                transposed=b.output_padding is not None, activation=b.activation,
-                negative_slope=b.negative_slope,
-            )
-            for geometry, b in zip(geometries, blocks, strict=True)
-        ]  # fmt: skip
+    if ways == {"triton"}:
         memory_format = memory_format or _pytorchs_format(x, blocks, geometries)
-        if blocks[0].output_padding is not None or not from_image.lies_padded(x, geometries[0]):
-            x = layout.enter(x)
-        x = autograd.chain(x, links, blocks[-1].inplace)
-    else:
-        convolutions = cpu if ways == {"cpu"} else torch.nn.functional
-        for b, geometry in zip(blocks, geometries, strict=True):
-            x = reference.block(
-                x, b.weight, b.bias, geometry.stride, geometry.padding, b.output_padding,
-                batch_norm=b.batch_norm, activation=b.activation, negative_slope=b.negative_slope,
-                inplace=b.inplace or b is not blocks[-1], convolutions=convolutions,
-            )  # fmt: skip
-    if memory_format is None:  # PyTorch's own operations have chosen.
-        return x
-    as_asked = layout.channels_last if memory_format == torch.channels_last else layout.contiguous
-    return as_asked(x)
+    return _Plan(ways, tuple(map(_kind, blocks, geometries)), memory_format)
+
+
+def _kind(block, geometry):
+    """The `autograd.Kind` of a block."""
+    n = block.batch_norm
+    of_norm = dict(by_batch=None, eps=0.0)
+    if n is not None:
+        momentum = 0.0 if isinstance(n.momentum, torch.Tensor) else n.momentum
+        of_norm = dict(
+            by_batch=n.by_batch, eps=n.eps, groups=n.groups, moves=n.moves, momentum=momentum
+        )
+    return autograd.Kind(
+        geometry,
+        transposed=block.output_padding is not None,
+        activation=block.activation,
+        negative_slope=block.negative_slope,
+        **of_norm,
+    )
 
 
 def reparameterize(mu, logvar, *, generator=None):

@@ -11,6 +11,7 @@ os.environ["TRITON_INTERPRET"] = "0" if torch.cuda.is_available() else "1"
 # cuBLAS asks for this where algorithms must be deterministic.
 os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"
 
+from genfast import functional
 from genfast.backend import INTERPRETING, triton, use_backend
 from genfast.launch import tape
 
@@ -60,6 +61,7 @@ def environment(request, monkeypatch):
     # PyTorch then also fills what torch.empty gives with NaN: a kernel must write every element.
     torch.use_deterministic_algorithms(True)
     tape.forget()  # Tests change what kernels are chosen by.
+    functional._plans.clear()
     with use_backend("triton"):
         yield
     torch.use_deterministic_algorithms(False)

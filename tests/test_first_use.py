@@ -656,15 +656,20 @@ def test_threads_time_a_product_once(clock):
     assert len(runs) == 4
 
 
-def test_a_tape_holds_none_of_it(clock, device, started, monkeypatch):
+@pytest.fixture
+def layers(device):
+    """A chain of one product."""
+    chain = FusedSequential(torch.nn.Conv2d(16, 24, 4, 2, 1), torch.nn.ReLU())
+    return chain.to(device, memory_format=torch.channels_last)
+
+
+def test_a_tape_holds_none_of_it(layers, clock, device, started, monkeypatch):
     """Not even where the call that is recorded is the first that may be timed."""
-    layers = FusedSequential(torch.nn.Conv2d(16, 24, 4, 2, 1), torch.nn.ReLU()).to(device)
-    layers.to(memory_format=torch.channels_last)
     x, _, _ = operands(device)
     calls = []
     with torch.no_grad():
-        for benchmark in (False, True, True, True):
-            monkeypatch.setattr(torch.backends.cudnn, "benchmark", benchmark)
+        for capturing in (True, False, False, False):
+            monkeypatch.setattr(first_use, "is_captured", lambda device, so=capturing: so)
             started.clear()
             y = layers(x)
             calls.append((list(started), y))
@@ -674,6 +679,31 @@ def test_a_tape_holds_none_of_it(clock, device, started, monkeypatch):
     for names, y in replays:
         assert names == plain
         assert torch.equal(y, expected)
+
+
+def test_no_tape_outlives_the_settings(layers, clock, device, started, monkeypatch):
+    clock[tiles.LIBRARY] = 1.0
+    x, _, _ = operands(device)
+    runs = []
+
+    def call(times):
+        for _ in range(times):
+            started.clear()
+            layers(x)
+        runs.append(list(started))
+
+    with torch.no_grad():
+        monkeypatch.setattr(torch.backends.cudnn, "benchmark", False)
+        call(3)
+        monkeypatch.setattr(torch.backends.cudnn, "benchmark", True)
+        call(1)  # Is timed.
+        call(2)
+        torch.use_deterministic_algorithms(True)
+        call(1)
+    ours, timed, librarys, deterministic = runs
+    assert ours == deterministic == ["fprop"]
+    assert len(timed) == 3
+    assert librarys == []
 
 
 # The clock.

@@ -13,6 +13,7 @@ anything else that may change, such as what tensor an address belongs to.
 
 import threading
 from contextlib import contextmanager
+from typing import NamedTuple
 from weakref import WeakKeyDictionary
 
 import torch
@@ -66,11 +67,12 @@ def run(function, tensors, *settings):
     """function(tensors, *settings), from a `Tape` where there is one.
 
     Args:
-        function: gives a list of tensors and Nones, of which none shares memory with `tensors`.
-        tensors: a list of tensors and Nones.
+        function: gives a list of tensors and Nones.
+        tensors: a list of tensors and Nones, the first a tensor that says how products round.
         settings: hashable; all else that the function depends on.
     """
-    key = function, settings, tuple(map(_kind, tensors))
+    rounding = starting.precision(tensors[0])
+    key = function, settings, rounding, _modes(), tuple(map(_kind, tensors))
     known = _tapes.get(key)
     if isinstance(known, Tape):
         return known.play(tensors)
@@ -87,6 +89,11 @@ def run(function, tensors, *settings):
         _thread.recorder = None
     _remember(key, recorder.tape(results))
     return results
+
+
+def _modes():
+    """What decides whether configurations are those that a first use has found: see `first_use`."""
+    return torch.backends.cudnn.benchmark, torch.are_deterministic_algorithms_enabled()
 
 
 def forget():
@@ -111,7 +118,9 @@ class Tape:
     """Steps, each a function of a list of slots: the tensors given, then those that are made."""
 
     def __init__(self, steps, made, results):
-        self._steps, self._made, self._results = steps, (None,) * made, results
+        self._steps, self._made = steps, (None,) * made
+        self._results = [place for i, place in enumerate(results) if place not in results[:i]]
+        self._order = [self._results.index(place) for place in results]
 
     def play(self, tensors):
         """As the function that was recorded, of tensors of the same kinds."""
@@ -120,7 +129,8 @@ class Tape:
             step.do(slots)
             for slot in step.releases:
                 slots[slot] = None
-        return [None if place is None else place.tensor(slots) for place in self._results]
+        results = [None if place is None else place.tensor(slots) for place in self._results]
+        return [results[i] for i in self._order]
 
 
 class NoTape:
@@ -130,14 +140,14 @@ class NoTape:
         self.why = why
 
 
-class _Place:
+class _Place(NamedTuple):
     """Where a tensor is found: in a slot, and where it is a view of that, which.
 
     view: (size, stride, offset), the last in elements from the first of the slot's tensor; or None.
     """
 
-    def __init__(self, slot, view):
-        self.slot, self.view = slot, view
+    slot: int
+    view: tuple | None
 
     def tensor(self, slots):
         t = slots[self.slot]
@@ -203,13 +213,17 @@ class _Start:
 
     def __init__(self, kernel, grid, arguments, places, descriptors):
         self._kernel, self._grid, self._arguments = kernel, grid, arguments
-        self._places, self._descriptors = places, descriptors
+        self._whole = [(name, place.slot) for name, place in places if place.view is None]
+        self._views = [(name, place) for name, place in places if place.view]
+        self._descriptors = descriptors
         self.slots = {place.slot for _, place, *_ in (*places, *descriptors)}
         self._on = min(self.slots)
 
     def do(self, slots):
         arguments = self._arguments.copy()
-        for name, place in self._places:
+        for name, slot in self._whole:
+            arguments[name] = slots[slot]
+        for name, place in self._views:
             arguments[name] = place.tensor(slots)
         for name, place, fields in self._descriptors:
             # Of the same sizes and alignment as one that was checked.

@@ -305,7 +305,7 @@ def test_who_forces_a_configuration_gets_it(clock, device):
     with recorded() as problems:
         conv.fprop(x, weight, GEOMETRY)
     assert len(problems) == 1
-    assert not runs.timed
+    assert not runs.timed and not first_use._found
     choose(run=runs)
     assert runs.timed
 

@@ -4,6 +4,7 @@ Shapes are PyTorch's (N, C, H, W) whatever the memory format. The kernels work o
 memory and copy what is not; tensors and weights kept so cost no copy.
 """
 
+import functools
 from typing import NamedTuple
 
 import torch
@@ -194,13 +195,12 @@ def chain(x, blocks, memory_format=None):
         for block in blocks:
             x = chain(x, [block])
     elif plan.ways == {"triton"}:
-        links = [
-            autograd.Link(kind, layout.enter(weight), *others)
-            for kind, (weight, *others) in zip(plan.kinds, map(_tensors_of, blocks), strict=True)
-        ]
-        if plan.kinds[0].transposed or not from_image.lies_padded(x, plan.kinds[0].geometry):
+        tensors = [t for block in blocks for t in _tensors_of(block)]
+        for i in plan.weights_enter:
+            tensors[i] = layout.enter(tensors[i])
+        if plan.x_enters and not _lies_padded(x, plan.kinds[0]):
             x = layout.enter(x)
-        x = autograd.chain(x, links, blocks[-1].inplace)
+        x = autograd.chain(x, plan.kinds, tensors, blocks[-1].inplace, plan.look)
     else:
         convolutions = cpu if plan.ways == {"cpu"} else torch.nn.functional
         for b, kind in zip(blocks, plan.kinds, strict=True):
@@ -221,11 +221,17 @@ class _Plan(NamedTuple):
     ways: a set of what runs its blocks, as `implementation` names it.
     kinds: the `autograd.Kind` of each block.
     memory_format: of the output; None for whatever the last operation gives.
+    x_enters, weights_enter: whether x, and which of the tensors of all blocks, are brought into the
+        memory format of the kernels.
+    look: stands for how all the tensors then look, for `tape.run`.
     """
 
     ways: set
     kinds: tuple
     memory_format: torch.memory_format | None
+    x_enters: bool = True
+    weights_enter: tuple[int, ...] = ()
+    look: object = None
 
 
 # Of chains on the kernels, by all that was checked and decided by: on a GPU the checks of a block
@@ -258,23 +264,24 @@ def _plan_of(x, blocks, memory_format):
 
 def _key_of(x, blocks, memory_format):
     """All that `_plan` looks at."""
-    found = [selected_backend(), memory_format, _look_of(x)]
+    found = [selected_backend(), memory_format, torch._C._are_functorch_transforms_active()]
+    tensors = [x]
     for block in blocks:
         _, _, stride, padding, output_padding, n, activation, negative_slope, inplace = block
         found += stride, padding, output_padding, activation, negative_slope, inplace
         if n is not None:
             momentum = None if isinstance(n.momentum, torch.Tensor) else n.momentum
             found += n.training, momentum, n.eps, n.groups
-        found += map(_look_of, _tensors_of(block))
+        tensors += _tensors_of(block)
+    found += [
+        None if t is None else (type(t), t.shape, t.stride(), t.dtype, t.device) for t in tensors
+    ]
     return tuple(found)
 
 
-def _look_of(t):
-    """What a plan depends on of a tensor."""
-    if t is None:
-        return None
-    wrapped = torch._C._functorch.is_functorch_wrapped_tensor(t)
-    return type(t), t.shape, t.stride(), t.dtype, t.device, wrapped
+def _lies_padded(x, kind):
+    few = x.shape[1] <= from_image.CHANNELS and not kind.transposed
+    return few and from_image.lies_padded(x, kind.geometry)
 
 
 def _tensors_of(block):
@@ -301,9 +308,21 @@ def _plan(x, blocks, memory_format):
         )
         for b in blocks
     }  # fmt: skip
-    if ways == {"triton"}:
-        memory_format = memory_format or _pytorchs_format(x, blocks, geometries)
-    return _Plan(ways, tuple(map(_kind, blocks, geometries)), memory_format)
+    kinds = tuple(map(_kind, blocks, geometries))
+    if ways != {"triton"}:
+        return _Plan(ways, kinds, memory_format)
+    return _Plan(
+        ways,
+        kinds,
+        memory_format or _pytorchs_format(x, blocks, geometries),
+        not layout.is_fresh_channels_last(x),
+        tuple(
+            i * autograd.TENSORS
+            for i, block in enumerate(blocks)
+            if not layout.is_fresh_channels_last(block.weight)
+        ),
+        object(),
+    )
 
 
 def _kind(block, geometry):
@@ -418,9 +437,12 @@ def implementation(*tensors, **settings):
 def autocast_dtype(device):
     """The dtype that autocast converts to on a device now; None where it does not."""
     kind = device.type
-    if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
+    if _has_autocast(kind) and torch.is_autocast_enabled(kind):
         return torch.get_autocast_dtype(kind)
     return None
+
+
+_has_autocast = functools.cache(torch.amp.is_autocast_available)
 
 
 def _pytorchs_format(x, blocks, geometries):

@@ -11,6 +11,7 @@ back costs nothing. The second is recorded, later ones are replays. A function m
 anything else that may change, such as what tensor an address belongs to.
 """
 
+import functools
 import threading
 from contextlib import contextmanager
 from typing import NamedTuple
@@ -63,16 +64,22 @@ def unnoticed():
         _thread.recorder, recorder.paused = recorder, False
 
 
-def run(function, tensors, *settings):
+def run(function, tensors, *settings, look=None):
     """function(tensors, *settings), from a `Tape` where there is one.
 
     Args:
         function: gives a list of tensors and Nones.
         tensors: a list of tensors and Nones, the first a tensor that says how products round.
         settings: hashable; all else that the function depends on.
+        look: hashable, stands for the shapes, strides, dtypes and device of all the tensors, for a
+            caller who knows them already.
     """
-    rounding = starting.precision(tensors[0])
-    key = function, settings, rounding, _modes(), tuple(map(_kind, tensors))
+    first = tensors[0]
+    if look is None:
+        kinds = [None if t is None else (t.shape, t.stride(), t.dtype) for t in tensors]
+        look = first.device, *kinds
+    places = [None if t is None else t.data_ptr() % 16 for t in tensors]
+    key = function, settings, starting.precision(first), _modes(), look, *places
     known = _tapes.get(key)
     if isinstance(known, Tape):
         return known.play(tensors)
@@ -105,13 +112,6 @@ def _remember(key, value):
     if key not in _tapes and len(_tapes) >= _LIMIT:
         _tapes.pop(next(iter(_tapes)), None)
     _tapes[key] = value
-
-
-def _kind(t):
-    """All of a tensor that a launch depends on."""
-    if t is None:
-        return None
-    return t.shape, t.stride(), t.dtype, t.device, t.data_ptr() % 16
 
 
 class Tape:
@@ -201,18 +201,20 @@ class _Allocate:
 
     def __init__(self, slot, tensor):
         self.slots, self._slot = {slot}, slot
-        self._size, self._stride = tensor.shape, tensor.stride()
-        self._kind = dict(dtype=tensor.dtype, device=tensor.device)
+        self._take = functools.partial(
+            torch.empty_strided, tensor.shape, tensor.stride(), dtype=tensor.dtype,
+            device=tensor.device,
+        )  # fmt: skip
 
     def do(self, slots):
-        slots[self._slot] = torch.empty_strided(self._size, self._stride, **self._kind)
+        slots[self._slot] = self._take()
 
 
 class _Start:
     """Start a kernel."""
 
-    def __init__(self, kernel, grid, arguments, places, descriptors):
-        self._kernel, self._grid, self._arguments = kernel, grid, arguments
+    def __init__(self, kernel, grid, constants, places, descriptors):
+        self._kernel, self._grid, self._constants = kernel, grid, constants
         self._whole = [(name, place.slot) for name, place in places if place.view is None]
         self._views = [(name, place) for name, place in places if place.view]
         self._descriptors = descriptors
@@ -220,9 +222,7 @@ class _Start:
         self._on = min(self.slots)
 
     def do(self, slots):
-        arguments = self._arguments.copy()
-        for name, slot in self._whole:
-            arguments[name] = slots[slot]
+        arguments = {name: slots[slot] for name, slot in self._whole}
         for name, place in self._views:
             arguments[name] = place.tensor(slots)
         for name, place, fields in self._descriptors:
@@ -230,8 +230,13 @@ class _Start:
             described = object.__new__(TensorDescriptor)
             described.__dict__ = fields | {"base": place.tensor(slots)}
             arguments[name] = described
-        device = slots[self._on].device
-        starting.kernel(self._kernel, self._grid, device=device, **arguments)
+        starting.kernel(
+            self._kernel,
+            self._grid,
+            constants=self._constants,
+            device=slots[self._on].device,
+            **arguments,
+        )
 
 
 class _Call:
@@ -310,7 +315,7 @@ class Recorder(TorchDispatchMode):
 
     def note_start(self, kernel, grid, arguments):
         """A kernel is about to start."""
-        plain, places, descriptors = {}, [], []
+        constants, places, descriptors = {}, [], []
         for name, value in arguments.items():
             if isinstance(value, torch.Tensor):
                 places.append((name, self._place(value, address=True)))
@@ -318,9 +323,9 @@ class Recorder(TorchDispatchMode):
                 fields = {k: v for k, v in vars(value).items() if k != "base"}
                 descriptors.append((name, self._place(value.base, address=True), fields))
             else:
-                plain[name] = value
+                constants[name] = value
         if not self._why:
-            self._steps.append(_Start(kernel, grid, plain, places, descriptors))
+            self._steps.append(_Start(kernel, grid, constants, places, descriptors))
 
     def tape(self, results):
         """The `Tape` of what happened, that gives these results; or a `NoTape`."""

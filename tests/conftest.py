@@ -3,6 +3,7 @@
 import os
 import signal
 
+import interpreter
 import pytest
 import torch
 
@@ -15,6 +16,8 @@ from genfast import functional
 from genfast.backend import INTERPRETING, triton, use_backend
 from genfast.launch import tape
 
+if INTERPRETING:
+    interpreter.make_faster()
 # Whoever starts the tests in the background may have them ignore interrupts, and so all that they
 # start, which some tests interrupt.
 signal.signal(signal.SIGINT, signal.default_int_handler)

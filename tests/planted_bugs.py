@@ -548,6 +548,20 @@ BUGS = (
         "test_finite_weights.py",
     ),
     Bug(
+        "a first use is timed into a graph",
+        "genfast/launch/first_use.py",
+        "if is_captured(device):",
+        "if False:",
+        "test_first_use.py::test_nothing_is_timed_into_a_graph",
+    ),
+    Bug(
+        "who times a first use writes over what others have found meanwhile",
+        "genfast/launch/timings.py",
+        "fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)",
+        "fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)",
+        "test_first_use.py::test_processes_that_write_at_once",
+    ),
+    Bug(
         "two runs share a folder's lock",
         "genfast/training/runs/lock.py",
         "fcntl.LOCK_EX | fcntl.LOCK_NB",

@@ -23,9 +23,9 @@ def replays(monkeypatch):
     """The functions that were replayed, or what else `tape.run` did, in order."""
     found, run, play = [], tape.run, tape.Tape.play
 
-    def running(function, tensors, *settings):
+    def running(function, tensors, *settings, **known):
         found.append("ran")
-        return run(function, tensors, *settings)
+        return run(function, tensors, *settings, **known)
 
     def playing(self, tensors):
         found[-1] = "replayed"
@@ -37,7 +37,7 @@ def replays(monkeypatch):
 
 
 def untaped(monkeypatch):
-    return monkeypatch.setattr(tape, "run", lambda function, tensors, *s: function(tensors, *s))
+    monkeypatch.setattr(tape, "run", lambda function, tensors, *s, **_: function(tensors, *s))
 
 
 CASES = [

@@ -13,6 +13,7 @@ anything else that may change, such as what tensor an address belongs to.
 
 import functools
 import threading
+from contextlib import contextmanager
 from typing import NamedTuple
 from weakref import WeakKeyDictionary
 
@@ -45,10 +46,20 @@ def start(kernel, grid, **arguments):
     if recorder is None:
         return starting.kernel(kernel, grid, **arguments)
     recorder.note_start(kernel, grid, arguments)
-    # What the interpreter does inside is no part of it.
+    with unnoticed():  # What the interpreter does inside is no part of it.
+        return starting.kernel(kernel, grid, **arguments)
+
+
+@contextmanager
+def unnoticed():
+    """Within, nothing is recorded: for what is done once, on tensors that nobody else sees."""
+    recorder = getattr(_thread, "recorder", None)
+    if recorder is None:
+        yield
+        return
     _thread.recorder, recorder.paused = None, True
     try:
-        return starting.kernel(kernel, grid, **arguments)
+        yield
     finally:
         _thread.recorder, recorder.paused = recorder, False
 
@@ -68,7 +79,7 @@ def run(function, tensors, *settings, look=None):
         kinds = [None if t is None else (t.shape, t.stride(), t.dtype) for t in tensors]
         look = first.device, *kinds
     places = [None if t is None else t.data_ptr() % 16 for t in tensors]
-    key = function, settings, starting.precision(first), look, *places
+    key = function, settings, starting.precision(first), _modes(), look, *places
     known = _tapes.get(key)
     if isinstance(known, Tape):
         return known.play(tensors)
@@ -85,6 +96,11 @@ def run(function, tensors, *settings, look=None):
         _thread.recorder = None
     _remember(key, recorder.tape(results))
     return results
+
+
+def _modes():
+    """What decides whether configurations are those that a first use has found: see `first_use`."""
+    return torch.backends.cudnn.benchmark, torch.are_deterministic_algorithms_enabled()
 
 
 def forget():

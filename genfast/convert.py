@@ -2,15 +2,16 @@
 
 import functools
 from collections import defaultdict
+from contextlib import suppress
 from dataclasses import dataclass
 
 import torch
 from torch import nn
 
-from genfast import functional
+from genfast import calls, functional, networks
 from genfast.backend import selected_backend
 from genfast.launch import start
-from genfast.nn import FusedBlock, FusedSequential
+from genfast.nn import FusedBlock, FusedSequential, begins_run, is_activation
 
 
 @dataclass(frozen=True)
@@ -21,8 +22,9 @@ class ReportEntry:
     layers: the layers, such as "ConvTranspose2d + BatchNorm2d + ReLU".
     fused: whether they run as one operation.
     reason: why not, or why a batch norm or activation that follows stays out; else empty.
-    container: the path of the container that must be called for that, where some other `forward`
-        than an `nn.Sequential`'s decides what is called; else empty.
+    container: the path of the module that must be called for that, where that is not seen in the
+        `forward` of another one; else empty.
+    multiply_adds: what an output pixel of the convolution takes, 0 if unknown.
     """
 
     name: str
@@ -30,6 +32,7 @@ class ReportEntry:
     fused: bool
     reason: str
     container: str = ""
+    multiply_adds: float = 0.0
 
     def __str__(self):
         return f"{self.name}: {self.layers}: {self.how}"
@@ -55,6 +58,16 @@ class Report(list):
         self.device_reason = device_reason
         self.notes = list(notes)
 
+    @property
+    def fused_share(self):
+        """The part of the convolutions' multiply-adds that runs fused, from 0 to 1.
+
+        Counted are those that one output pixel of each convolution takes: how many pixels there
+        are is known only when the model runs.
+        """
+        total = sum(entry.multiply_adds for entry in self)
+        return sum(e.multiply_adds for e in self if e.fused) / total if total else 0.0
+
     def __str__(self):
         if not self:
             return "genfast: the model has no 2-d convolution"
@@ -62,24 +75,30 @@ class Report(list):
         title = f"genfast: {fused} of {len(self)} convolutions fuse"
         if self.device_reason:
             title += f"; for now all run through PyTorch: {self.device_reason}"
-        rows = [(e.name, e.layers, e.how) for e in self]
-        widths = [max(len(row[i]) for row in rows) for i in range(2)]
+        rows = [("convolution", "runs with", "how"), *((e.name, e.layers, e.how) for e in self)]
+        widths = [max(len(row[i]) for row in rows) for i in range(3)]
+        rows.insert(1, tuple("-" * min(width, 40) for width in widths))
         lines = [f"  {n:<{widths[0]}}  {layers:<{widths[1]}}  {how}" for n, layers, how in rows]
         if any(entry.container for entry in self):
             lines.append(
-                "a forward that takes a container's children one by one, instead of calling it, "
-                "runs them through PyTorch"
+                "What is fused when another module is called runs through PyTorch where a forward "
+                "takes its parts otherwise."
             )
-        return "\n".join([title, *lines, *self.notes])
+        share = (
+            f"{self.fused_share:.0%} of the multiply-adds fuse (counted for one output pixel of "
+            "each convolution)"
+        )
+        return "\n".join([title, *lines, *self.notes, share])
 
 
 def accelerate(model):
-    """Make every `nn.Sequential` of a model, the root included, run fused. Works in place.
+    """Make the convolutions of a model, the root included, run fused. Works in place.
 
-    Parameters, state_dict keys, hooks, optimizers and results stay what they were: the class of the
-    containers changes, nothing else. A convolution outside an `nn.Sequential`, a child with a hook
-    or a parametrisation, one with a setting that the kernels do not know, and one that appears at
-    several places of the model run as PyTorch runs them.
+    Parameters, state_dict keys, hooks, optimizers and results stay what they were: the class of
+    `nn.Sequential`s changes, and that of modules that call convolutions in methods of their own
+    (see `genfast.rewriting`), nothing else. Layers with a hook or with a setting that the kernels
+    do not know run as PyTorch runs them, and so does a layer that appears at several places, if it
+    is a child of an `nn.Sequential` and no activation.
 
     Args:
         model: any `nn.Module`.
@@ -96,25 +115,32 @@ def accelerate(model):
         if _can_swap(module):
             module._genfast_original = type(module)
             module.__class__ = _fused_class(type(module))
+        elif _calls_convolutions(module):
+            # Not for a class whose instances are laid out otherwise, in C or by __slots__.
+            with suppress(TypeError):
+                module.__class__ = networks.network_of(type(module)).rewritten
         if isinstance(module, FusedSequential):
             module.unfusable = {
                 name: f"it also appears as {_other(paths[id(child)])}"
                 for name, child in module._modules.items()
-                if len(paths[id(child)]) > len(paths[id(module)])
+                if len(paths[id(child)]) > len(paths[id(module)]) and not is_activation(child)
             }
     entries, reason = list(_entries(model)), _why_nothing_runs(model)
-    weights = {e.name: model.get_submodule(e.name).weight for e in entries if e.fused}
+    weights = {e.name: model.get_submodule(e.name)._parameters for e in entries if e.fused}
+    weights = {name: p["weight"] for name, p in weights.items() if p.get("weight") is not None}
     return Report(entries, reason, [] if reason else _notes(weights))
 
 
 def restore(model):
-    """Undo `accelerate`: every container gets its own class back. Works in place."""
+    """Undo `accelerate`: every module gets its own class back. Works in place."""
     _check_module(model)
     for module in list(model.modules()):
         if isinstance(module, FusedSequential):
             vars(module).pop("unfusable", None)
         if "_genfast_original" in vars(module):
             module.__class__ = vars(module).pop("_genfast_original")
+        elif networks.original_of(type(module)):
+            module.__class__ = networks.original_of(type(module))
 
 
 def _check_module(model):
@@ -126,6 +152,24 @@ def _can_swap(module):
     if not isinstance(module, nn.Sequential) or isinstance(module, FusedSequential):
         return False
     return type(module).forward is nn.Sequential.forward and "forward" not in vars(module)
+
+
+def _calls_convolutions(module):
+    """Whether a module, not rewritten yet, is seen to call some in a method of its own."""
+    if isinstance(module, torch.jit.ScriptModule) or networks.original_of(type(module)):
+        return False
+    network = networks.network_of(type(module))
+    if network.rewritten is None:
+        return False
+    return any(any(map(begins_run, links)) for links in _calls(module))
+
+
+def _calls(module):
+    """Lists of what a module calls one after another in methods of its own, as far as seen."""
+    if not isinstance(module, torch.jit.ScriptModule):
+        cls = networks.original_of(type(module)) or type(module)
+        for method in networks.network_of(cls).methods.values():
+            yield from method.links(module)
 
 
 @functools.cache
@@ -162,30 +206,82 @@ def _other(paths):
 
 
 def _entries(model):
+    names = {id(module): path for path, module in model.named_modules()}
+    planned, callers = _seen_calls(model, names)
     for path, module in model.named_modules():
         if not isinstance(module, (nn.Conv2d, nn.ConvTranspose2d)):
             continue
         parent_path, _, name = path.rpartition(".")
         parent = model.get_submodule(parent_path) if path else None
-        if isinstance(parent, FusedSequential):
+        work = _multiply_adds(module)
+        seen = planned.get(id(module))
+        if seen:
+            owner, run = next((s for s in seen if not s[1].fused), seen[0])
+            container = _called_by_others(model, owner, callers) if run.fused else ""
+            yield ReportEntry(path, run.layers, run.fused, run.reason, container, work)
+        elif isinstance(parent, FusedSequential):
             run = next(run for run in parent.plan() if name in run.names)
-            container = _called_by_others(model, parent_path) if run.fused else ""
-            yield ReportEntry(path, run.layers, run.fused, run.reason, container)
+            container = _called_by_others(model, parent_path, callers) if run.fused else ""
+            yield ReportEntry(path, run.layers, run.fused, run.reason, container, work)
         elif isinstance(parent, FusedBlock):
             reason = parent.why_not_fused() or ""
-            yield ReportEntry(path, parent.layers, not reason, reason)
+            yield ReportEntry(path, parent.layers, not reason, reason, "", work)
         else:
-            reason = "it is not a child of an nn.Sequential that runs its children in order"
-            yield ReportEntry(path, type(module).__name__, False, reason)
+            reason = _why_not_seen(model, path, name)
+            yield ReportEntry(path, type(module).__name__, False, reason, "", work)
 
 
-def _called_by_others(model, path):
-    """The outermost of the containers in containers down to `path`; empty if it is the model."""
+def _seen_calls(model, names):
+    """Of each convolution the pairs of a rewritten module's path and a `Run`; who calls what.
+
+    Both by the id of the module that is called; the second gives the path of the caller.
+    """
+    planned, callers = defaultdict(list), {}
+    for path, module in model.named_modules():
+        for links in _calls(module):
+            for link in links:
+                if id(link) in names:
+                    callers.setdefault(id(link), path)
+            if networks.original_of(type(module)):
+                for run in calls.planned(links, lambda m: names.get(id(m), "")):
+                    planned[id(calls.convolution_of(run.modules[0]))].append((path, run))
+    return planned, callers
+
+
+def _why_not_seen(model, path, name):
+    """Why a convolution that no `nn.Sequential` holds does not fuse."""
     while path:
+        path = path.rpartition(".")[0]
+        owner = model.get_submodule(path) if path else model
+        cls = networks.original_of(type(owner)) or type(owner)
+        if isinstance(owner, torch.jit.ScriptModule):
+            return "TorchScript runs it"
+        if not cls.__module__.startswith("torch."):
+            network = networks.network_of(cls)
+            if network.reasons:
+                return network.reasons.get("forward") or next(iter(network.reasons.values()))
+            return f"no call like self.{name}(x) is seen in the methods of {cls.__name__}"
+    return "it is not a child of an nn.Sequential that runs its children in order"
+
+
+def _multiply_adds(conv):
+    """What an output pixel takes, on average: a transposed convolution's meet some taps each."""
+    kh, kw = conv.kernel_size
+    taps = kh * kw * conv.in_channels * conv.out_channels / conv.groups
+    return taps / (conv.stride[0] * conv.stride[1]) if conv.transposed else taps
+
+
+def _called_by_others(model, path, callers):
+    """The outermost of the modules down to `path` that nobody is seen to call; empty if none."""
+    while path:
+        caller = callers.get(id(model.get_submodule(path)))
         above = path.rpartition(".")[0]
-        if not isinstance(model.get_submodule(above), FusedSequential):
+        if caller is not None and (not caller or path.startswith(f"{caller}.")):
+            path = caller
+        elif isinstance(model.get_submodule(above), FusedSequential):
+            path = above
+        else:
             return path
-        path = above
     return ""
 
 

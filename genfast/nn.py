@@ -13,6 +13,8 @@ import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils import parametrize
+from torch.nn.utils.spectral_norm import SpectralNorm
+from torch.nn.utils.weight_norm import WeightNorm
 
 from genfast import cpu, functional, reference
 from genfast.backend import selected_backend
@@ -25,10 +27,14 @@ _ACTIVATIONS = {
 }
 _CONVOLUTIONS = (nn.Conv2d, nn.ConvTranspose2d)
 _FUSED = {*_CONVOLUTIONS, nn.BatchNorm2d, *_ACTIVATIONS}
+# Forward pre-hooks of PyTorch's own that set a weight and look at nothing else.
+_WEIGHT_SETTERS = {SpectralNorm, WeightNorm}
 
 
 def block_of(conv, norm, activation, negative_slope, inplace=False):
     """A stock convolution, an optional stock batch norm and an activation: a `functional.Block`.
+
+    A weight that is made anew for each forward, as spectral norm does, is made here, once.
 
     Args:
         conv: `nn.Conv2d` or `nn.ConvTranspose2d` without groups or dilation, zero padding.
@@ -36,6 +42,8 @@ def block_of(conv, norm, activation, negative_slope, inplace=False):
         activation, negative_slope, inplace: as in `functional.conv_block`.
     """
     transposed = isinstance(conv, nn.ConvTranspose2d)
+    for set_weight in conv._forward_pre_hooks.values():
+        set_weight(conv, ())
     return functional.Block(
         conv.weight,
         conv.bias,
@@ -58,11 +66,18 @@ def why_not_fused(module):
         if type(module).forward is not FusedBlock.forward or "forward" in vars(module):
             return "its forward is replaced"
         return "it has a hook" if has_hook(module) else module.why_not_fused()
-    if type(module) not in _FUSED:
+    kind = type(module)
+    if kind not in _FUSED:
         if parametrize.is_parametrized(module):  # Then it is of a class of its own.
-            return "it has a parametrisation"
-        return f"{type(module).__name__} is not one of PyTorch's own layers that fuse"
-    if has_hook(module) or nn.modules.module._has_any_global_hook():
+            # Its weight is read once a forward, here as in the layer's own.
+            kind = parametrize.type_before_parametrizations(module)
+            if kind not in _CONVOLUTIONS:
+                return "it has a parametrisation"
+        if kind not in _FUSED:
+            return f"{type(module).__name__} is not one of PyTorch's own layers that fuse"
+    if has_hook(module) and not _only_sets_its_weight(module):
+        return "it has a hook"
+    if nn.modules.module._has_any_global_hook():
         return "it has a hook"
     forward = vars(module).get("forward")
     if forward is not None and type(forward) is not _ForwardByGroups:
@@ -87,6 +102,14 @@ def has_hook(module):
         or module._backward_hooks
         or module._backward_pre_hooks
     )
+
+
+def _only_sets_its_weight(module):
+    """Whether a convolution's hooks are the older spectral norm and weight norm of PyTorch."""
+    others = module._forward_hooks or module._backward_hooks or module._backward_pre_hooks
+    if others or not isinstance(module, _CONVOLUTIONS):
+        return False
+    return all(type(hook) in _WEIGHT_SETTERS for hook in module._forward_pre_hooks.values())
 
 
 def _why_conv_not_fused(conv):
@@ -422,6 +445,28 @@ class FusedSequential(nn.Sequential):
 
     def _why_not_fused(self, name, module):
         return self.unfusable.get(name) or why_not_fused(module)
+
+
+def begins_run(layer):
+    """Whether a run of layers that execute together may begin with this one, by its kind."""
+    return isinstance(layer, _FIRST_OF_A_BLOCK)
+
+
+def line_of(layers):
+    """A `FusedSequential` of layers, by name, that belong to other modules: for one call.
+
+    Args:
+        layers: a dict of modules, in order.
+    """
+    # nn.Module's constructor would take longer than a layer's share of a call may.
+    line = FusedSequential.__new__(FusedSequential)
+    vars(line)["_modules"] = layers
+    return line
+
+
+def is_activation(layer):
+    """Whether it is one of PyTorch's activations that fuse; they have no state."""
+    return type(layer) in _ACTIVATIONS
 
 
 def first_run(container):

@@ -19,11 +19,14 @@ LEVELS = (
     ("",),  # genfast itself gathers the public names
     ("losses", "models"),
     ("convert",),
+    ("networks",),
+    ("rewriting",),
+    ("calls",),
     ("nn",),
     ("functional",),
     ("autograd",),
     ("cpu", "launch"),
-    ("backend", "geometry", "kernels", "layout", "library", "reference"),
+    ("backend", "geometry", "kernels", "layout", "library", "looking", "reference", "source"),
 )
 RANK = {name: -depth for depth, names in enumerate(LEVELS) for name in names}
 LAYERS = {name for name, rank in RANK.items() if rank < RANK["training"]}

@@ -174,8 +174,8 @@ def test_reference_blocks_are_pytorch(training, device):
         assert torch.equal(buffer, stock[1].get_buffer(name)), name
 
 
-def hooked():
-    layer = nn.Conv2d(3, 3, 3, 1, 1)
+def hooked(layer=None):
+    layer = layer or nn.Conv2d(3, 3, 3, 1, 1)
     layer.register_forward_hook(lambda module, inputs, output: output * 2)
     return layer
 
@@ -200,9 +200,8 @@ UNFUSED = {
     "groups": lambda: nn.Conv2d(3, 3, 3, 1, 1, groups=3),
     "dilation": lambda: nn.Conv2d(3, 3, 3, 1, 2, dilation=2),
     "reflect": lambda: nn.Conv2d(3, 3, 3, 1, 1, padding_mode="reflect"),
-    "parametrisation": lambda: parametrizations.spectral_norm(nn.Conv2d(3, 3, 3, 1, 1)),
-    # The older spectral norm is a hook.
-    "a hook": lambda: spectral_norm(nn.Conv2d(3, 3, 3, 1, 1)),
+    # The older spectral norm is a hook of PyTorch's own; this one has another one beside it.
+    "a hook": lambda: hooked(spectral_norm(nn.Conv2d(3, 3, 3, 1, 1))),
 }
 
 
@@ -218,6 +217,57 @@ def test_what_does_not_fuse_behaves_as_in_pytorch(reason, device):
     assert second.reason == ""
     x = torch.randn(2, 3, 5, 4, device=device)
     assert_module(model, stock, x)
+
+
+NORMALISED = {
+    "hook": spectral_norm,
+    "parametrisation": parametrizations.spectral_norm,
+    "weight norm": parametrizations.weight_norm,
+}
+
+
+@pytest.mark.parametrize("kind", NORMALISED)
+@pytest.mark.parametrize("training", [True, False])
+def test_spectral_norm_moves_once_a_forward(kind, training, device, fused_runs):
+    layers = [nn.Conv2d(3, 4, 3, 1, 1), nn.ReLU(), nn.ConvTranspose2d(4, 2, 4, 2, 1), nn.Tanh()]
+    stock = nn.Sequential(*layers).to(device)
+    for i in (0, 2):
+        NORMALISED[kind](stock[i])
+    stock.train(training)
+    model = copy.deepcopy(stock)
+    before = copy.deepcopy(model.state_dict())
+    report = accelerate(model)
+    assert [entry.fused for entry in report] == [True, True]
+    assert str(report)
+    torch.testing.assert_close(model.state_dict(), before, rtol=0, atol=0)  # A look moves nothing.
+    x = torch.randn(2, 3, 5, 4, device=device)
+    assert_module(model, stock, x)
+    assert len(fused_runs) == 2
+    for _ in range(2):
+        model(x), stock(x)
+        torch.testing.assert_close(model.state_dict(), stock.state_dict(), rtol=0, atol=0)
+
+
+def test_parametrised_batch_norm_stays_out(device):
+    stock = nn.Sequential(nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3), nn.ReLU()).to(device)
+    parametrizations.weight_norm(stock[1], dim=None)
+    model = copy.deepcopy(stock)
+    (entry,) = accelerate(model)
+    assert "'1' stays out: it has a parametrisation" in entry.how
+    assert_module(model, stock, torch.randn(2, 3, 5, 4, device=device))
+
+
+def test_a_shared_activation_fuses(device, fused_runs):
+    shared = nn.LeakyReLU(0.2)
+    stock = nn.Sequential(
+        nn.Conv2d(3, 3, 3), shared, nn.Sequential(nn.Conv2d(3, 2, 1), nn.BatchNorm2d(2), shared)
+    ).to(device)
+    model = copy.deepcopy(stock)
+    report = accelerate(model)
+    assert [entry.how for entry in report] == ["fused", "fused"]
+    assert [entry.layers.split(" + ")[-1] for entry in report] == ["LeakyReLU"] * 2
+    assert_module(model, stock, torch.randn(2, 3, 5, 4, device=device))
+    assert [block.activation for block in fused_runs] == ["leaky_relu"] * 2
 
 
 def test_norm_or_activation_with_a_hook_stays_out_of_the_run(device):
@@ -259,6 +309,7 @@ class Model(nn.Module):
         super().__init__()
         self.whole = nn.Sequential(nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU()), nn.Conv2d(4, 4, 1))
         self.parts = nn.Sequential(nn.Conv2d(4, 4, 3), nn.ReLU())
+        self.spare = nn.Sequential(nn.Conv2d(4, 4, 3), nn.ReLU())
 
     def forward(self, x):
         x = self.whole(x)
@@ -270,11 +321,12 @@ class Model(nn.Module):
 def test_report_says_which_container_must_be_called(device, fused_runs):
     model = Model().to(device)
     report = accelerate(model)
-    assert [entry.container for entry in report] == ["whole", "whole", "parts"]
-    assert "fused when parts is called" in str(report[2])
-    assert "one by one" in str(report)
+    # The forward of the model is seen to call one of them, and to run the children of another.
+    assert [entry.container for entry in report] == ["", "", "", "spare"]
+    assert "fused when spare is called" in str(report[3])
+    assert "takes its parts otherwise" in str(report)
     model(torch.randn(2, 3, 7, 7, device=device))
-    assert len(fused_runs) == 2
+    assert len(fused_runs) == 3
     (entry,) = accelerate(nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU()))
     assert (entry.container, entry.how) == ("", "fused")
 

@@ -1,0 +1,418 @@
+"""Networks with a `forward` of their own: layers called one after another there run fused.
+
+`F.relu(self.bn1(self.conv1(x)))` is looked for in the source of every method, and only such calls
+are rewritten, to a call of `run` with the same layers: all else stays the user's own code. Two
+other designs were weighed:
+
+- Tracing with `torch.fx` and executing the graph freezes what the trace did not see as a tensor:
+  training mode, attributes, globals, defaults, random numbers, `isinstance(x, Tensor)`. It drops
+  autocast and no_grad, counters, prints, and the backward of an `autograd.Function` it traces
+  through, most of that silently; and no network that branches on data has a graph.
+- The user's forward on convolutions that compute when somebody looks: what enters C++ past
+  `__torch_function__`, as an `autograd.Function` or an extension does, would see no value there.
+
+Here nothing is frozen and nothing is late: which layers, hooks and modes there are is looked up at
+each call, when the user's code would, and layers that do not fuse are called as they were. It takes
+the source: a method counts only if its source compiles to the very code that it has.
+"""
+
+import ast
+from collections import Counter
+from typing import NamedTuple
+
+import torch
+
+from genfast.calls import Call, Method, run
+from genfast.looking import Chain, Part, is_look
+from genfast.source import SCOPES, source_of
+
+# How activations as functions and methods of tensors are written; what a name is, a call looks up.
+_FUNCTIONS, _METHODS = {"relu", "leaky_relu", "tanh", "sigmoid"}, {"relu", "tanh", "sigmoid"}
+_RUN, _CALL, _METHOD = "__genfast_run__", "__genfast_call__", "__genfast_method__"
+_GIVEN = {_RUN: run, _CALL: Call, _METHOD: Method}
+
+
+class Rewritten:
+    """A method with its chains of calls rewritten.
+
+    Args:
+        function: a method as a class holds it.
+
+    Attributes:
+        function: the rewritten one.
+        chains: the `Chain`s in it; without any, `function` is the method as it was.
+
+    Raises:
+        NoSource: its source is not at hand or not what runs.
+    """
+
+    def __init__(self, function):
+        tree, build = source_of(function, _GIVEN)
+        rewriter = _Rewriter(tree, function.__code__)
+        rewriter.rewrite()
+        self.original, self.function, self.chains = function, function, rewriter.chains
+        if self.chains:
+            self.function = build(rewriter.tree)
+
+    def links(self, module):
+        """Lists of what is called one after another in a method of this module, as far as known."""
+        names = self.original.__code__.co_freevars
+        free = {}
+        for name, cell in zip(names, self.original.__closure__ or (), strict=True):
+            try:
+                free[name] = cell.cell_contents
+            except ValueError:  # Empty: a class that is not made yet.
+                continue
+        values = free | _GIVEN
+        for chain in self.chains:
+            yield from chain.resolved(self.original, module, values)
+
+
+class _Step(NamedTuple):
+    """How a statement goes on with a variable's value.
+
+    part: the `Part` of a chain that it makes.
+    name: the variable that takes the result; None if the statement ends in another way.
+    chain: then, the expression that is the result.
+    around: then, the expressions of the statement beside it.
+    """
+
+    part: Part
+    name: str | None
+    chain: ast.expr | None = None
+    around: tuple = ()
+
+    @property
+    def expressions(self):
+        """All that it evaluates besides the variable."""
+        part = self.part
+        found = (part.condition, *part.links, *part.otherwise, *self.around)
+        return [e for e in found if e is not None]
+
+
+class _Replaced(ast.NodeTransformer):
+    """Replaces a node by another one, or by a name that stands for it, and back."""
+
+    def __init__(self, node, other=None):
+        self.node, self.other = node, other
+
+    def visit(self, node):
+        stands = isinstance(node, ast.Name) and node.id == _HELD
+        if node is self.node or stands:
+            return self.other or ast.copy_location(ast.Name(_HELD, ast.Load()), node)
+        return self.generic_visit(node)
+
+
+_HELD = "__genfast_held__"
+
+
+def _evaluated_first(node):
+    """The part of an expression that is evaluated before what else it does; None for none."""
+    if isinstance(node, ast.BinOp):
+        return node.left
+    if isinstance(node, ast.Attribute | ast.Subscript):
+        return node.value
+    if isinstance(node, ast.Call):
+        if node.args and is_look(node.func):
+            return node.args[0]
+        return node.func
+    return None
+
+
+def _around(node, part):
+    """The expressions that lie in a node beside a part of it."""
+    beside = []
+    while node is not part:
+        first = _evaluated_first(node)
+        beside += [n for n in ast.iter_child_nodes(node) if n is not first]
+        node = first
+    return tuple(beside)
+
+
+def _mentions(expression, names):
+    return any(isinstance(n, ast.Name) and n.id in names for n in ast.walk(expression))
+
+
+class _Rewriter:
+    """Rewrites the tree of one method."""
+
+    def __init__(self, tree, code):
+        self.tree, self.chains = tree, []
+        self._local = code.co_varnames + code.co_cellvars
+        self._self = code.co_varnames[0] if code.co_argcount else None
+        self._loops = []
+        names = [node for node in ast.walk(tree) if isinstance(node, ast.Name)]
+        changed = [node.target for node in ast.walk(tree) if isinstance(node, ast.AugAssign)]
+        self._loads = Counter(n.id for n in names if isinstance(n.ctx, ast.Load) or n in changed)
+        # Names whose values others than the statements in order may look at.
+        self._watched = {n.id for n in names if isinstance(n.ctx, ast.Del)} | set(code.co_cellvars)
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Global | ast.Nonlocal):
+                self._watched |= set(node.names)
+        self._seen_by_all = not {"locals", "vars", "dir", "eval", "exec"}.isdisjoint(self._loads)
+
+    def rewrite(self):
+        self.tree.body = self._block(self.tree.body, not self._seen_by_all)
+
+    def _block(self, statements, merging):
+        """Statements in order; where one goes on with the value of the one before, they merge."""
+        made, first = [], 0
+        while first < len(statements):
+            end, merged = self._merged(statements, first) if merging else (first, None)
+            if merged is None:
+                made.append(self._inside(statements[first], merging))
+                end = first + 1
+            else:
+                made.append(merged)
+            first = end
+        return made
+
+    def _inside(self, node, merging=False):
+        """A node with the chains in it rewritten."""
+        if isinstance(node, SCOPES):
+            return node
+        if isinstance(node, ast.Call):
+            links, inner = self._links(node)
+            if links:
+                self._note([Part(links)])
+                return self._call_of_run(node, links, self._inside(inner), [])
+        # What a handler of an exception finds in a variable must be what it would have been.
+        merging = merging and not isinstance(node, ast.Try)
+        loop = isinstance(node, ast.For)
+        for name, value in ast.iter_fields(node):
+            if loop and name == "body":
+                self._loops.append((node.target, node.iter))
+            if isinstance(value, ast.AST):
+                setattr(node, name, self._inside(value))
+            elif isinstance(value, list) and value and isinstance(value[0], ast.stmt):
+                setattr(node, name, self._block(value, merging))
+            elif isinstance(value, list):
+                value[:] = [
+                    self._inside(v, merging) if isinstance(v, ast.AST) else v for v in value
+                ]
+            if loop and name == "body":
+                self._loops.pop()
+        return node
+
+    def _merged(self, statements, first):
+        """Where the statements that merge with this one end, and the one that stands for them."""
+        start, parts, later = statements[first], [], []
+        if isinstance(start, ast.Assign) and self._is_variable(start.targets):
+            links, inner = self._links(start.value)
+            if not links:
+                return first, None
+            parts.append(Part(links))
+            name, end, location = start.targets[0].id, first + 1, start.value
+        else:
+            name, links, end, location = self._name_in_loop(start), [], first, start
+            if name is None:
+                return first, None
+            inner = ast.copy_location(ast.Name(name, ast.Load()), start)
+        names, last = {name}, None
+        while end < len(statements) and (last is None or last.name is not None):
+            found = self._continued(statements[end], name if last is None else last.name)
+            if found is None or any(_mentions(e, names) for e in found.expressions):
+                break
+            later.append(self._later(statements[end], found.part))
+            parts.append(found.part)
+            names.add(found.name)
+            last, end = found, end + 1
+        if not later:
+            return first, None
+        self._note(parts)
+        call = self._call_of_run(location, links, self._inside(inner), later)
+        if last.name is not None:
+            made = ast.Assign([ast.Name(last.name, ast.Store())], call)
+            ast.copy_location(made, start)
+            return end, ast.fix_missing_locations(made)
+        made = _Replaced(last.chain, call).visit(
+            self._inside(_Replaced(last.chain).visit(statements[end - 1]))
+        )
+        return end, ast.fix_missing_locations(made)
+
+    def _continued(self, statement, name):
+        """How a statement goes on with the value of this variable, a `_Step`; None if not."""
+        if isinstance(statement, ast.For):
+            same = self._name_in_loop(statement) == name
+            return _Step(Part([statement.iter], many=True), name) if same else None
+        if isinstance(statement, ast.If):
+            return self._choice(statement, name)
+        target = None
+        if isinstance(statement, ast.Assign) and self._is_variable(statement.targets):
+            target = statement.targets[0].id
+        elif not isinstance(statement, ast.Return) or statement.value is None:
+            return None
+        if target not in (None, name) and self._loads[name] != 1:
+            return None  # The value has another reader.
+        chain = statement.value
+        while chain is not None:
+            part = self._part(chain, name)
+            if part is not None:
+                break
+            chain = _evaluated_first(chain)
+        else:
+            return None
+        if chain is statement.value and target is not None:
+            return _Step(part, target)
+        # The rest of the statement takes the chain's value, and none of the variables before it.
+        return _Step(part, None, chain, _around(statement.value, chain))
+
+    def _choice(self, statement, name):
+        """The `_Step` of an if whose branches change this variable and nothing else."""
+        branches = []
+        for body in (statement.body, statement.orelse or None):
+            if body is None:
+                branches.append(ast.Name(name, ast.Load()))
+                continue
+            (*others, only) = body
+            if others or not isinstance(only, ast.Assign) or not self._is_variable(only.targets):
+                return None
+            if only.targets[0].id != name:
+                return None
+            branches.append(only.value)
+        part = self._part(ast.IfExp(statement.test, *branches), name)
+        return None if part is None else _Step(part, name)
+
+    def _part(self, expression, name):
+        """The `Part` that an expression is, of what is done with this variable; None if not."""
+        if isinstance(expression, ast.IfExp):
+            branches = [self._done(e, name) for e in (expression.body, expression.orelse)]
+            if None in branches or not is_look(expression.test) or not any(branches):
+                return None
+            links, otherwise = branches
+            return Part(links, False, expression.test, otherwise)
+        links = self._done(expression, name)
+        return Part(links) if links else None
+
+    def _done(self, expression, name):
+        """The links of a chain of calls on this variable, none for itself; else None."""
+        links, inner = self._links(expression, started=True)
+        return links if isinstance(inner, ast.Name) and inner.id == name else None
+
+    def _name_in_loop(self, statement):
+        """The x of `for layer in layers: x = layer(x)`; None for other statements."""
+        if not isinstance(statement, ast.For) or statement.orelse or len(statement.body) != 1:
+            return None
+        layer, body = statement.target, statement.body[0]
+        if not isinstance(body, ast.Assign) or not isinstance(layer, ast.Name):
+            return None
+        call = body.value
+        if not self._is_variable(body.targets) or not isinstance(call, ast.Call) or call.keywords:
+            return None
+        name = body.targets[0].id
+        if [ast.dump(e) for e in (call.func, *call.args)] != [
+            ast.dump(ast.Name(n, ast.Load())) for n in (layer.id, name)
+        ]:
+            return None
+        if layer.id == name or layer.id in self._watched or self._is_used_elsewhere(layer.id):
+            return None
+        return name if is_look(statement.iter) else None
+
+    def _is_used_elsewhere(self, name):
+        """Whether a variable of loops is looked at outside of them."""
+        within = Counter()
+        loops = [node for node in ast.walk(self.tree) if isinstance(node, ast.For)]
+        for loop in loops:
+            if isinstance(loop.target, ast.Name) and loop.target.id == name:
+                for statement in loop.body:
+                    if any(node in loops for node in ast.walk(statement)):
+                        return True  # Loops in one another: too much to tell.
+                    within += Counter(n.id for n in ast.walk(statement) if isinstance(n, ast.Name))
+        return within[name] != self._loads[name]
+
+    def _links(self, node, started=False):
+        """The links of a chain of calls, the first one first, and what that one takes.
+
+        started: whether the chain goes on with layers before it, so that functions alone count.
+        """
+        links = []
+        while True:
+            link, carried = self._link(node)
+            if link is None:
+                break
+            links.append(link)
+            node = carried
+        inner, links = node, links[::-1]
+        if started:
+            return [expression for expression, _, _ in links], inner
+        # PyTorch's functions alone are no chain, and before a layer they are none of its.
+        while links and not links[0][1]:
+            inner = links.pop(0)[2]
+        return [expression for expression, _, _ in links], inner
+
+    def _link(self, node):
+        """(expression of the callable, whether it may be a layer, the call), and what it takes."""
+        nothing = None, None
+        if not isinstance(node, ast.Call):
+            return nothing
+        function, arguments, named = node.func, node.args, node.keywords
+        if not arguments:
+            if not isinstance(function, ast.Attribute) or function.attr not in _METHODS or named:
+                return nothing
+            method = ast.Call(ast.Name(_METHOD, ast.Load()), [ast.Constant(function.attr)], [])
+            return (_placed(method, node), False, node), function.value
+        looks = [function, *arguments[1:], *(k.value for k in named)]
+        if any(k.arg is None for k in named) or not all(map(is_look, looks)):
+            return nothing
+        if any(isinstance(n, ast.NamedExpr) for n in ast.walk(node)):
+            return nothing
+        if isinstance(arguments[0], ast.Starred):
+            return nothing
+        may_be_layer = self._may_be_layer(function)
+        if not may_be_layer and _last_name(function) not in _FUNCTIONS:
+            return nothing
+        link = function
+        if arguments[1:] or named:
+            called = ast.Name(_CALL, ast.Load())
+            link = _placed(ast.Call(called, [function, *arguments[1:]], named), node)
+        return (link, may_be_layer, node), arguments[0]
+
+    def _may_be_layer(self, function):
+        root = function
+        while isinstance(root, ast.Attribute | ast.Subscript | ast.Call):
+            if isinstance(root, ast.Call):
+                if not isinstance(root.func, ast.Name) or root.func.id != "getattr":
+                    return False
+                root = root.args[0] if root.args else None
+            else:
+                root = root.value
+        if not isinstance(root, ast.Name) or root.id not in self._local:
+            return False
+        if not isinstance(function, ast.Attribute):
+            return function is not root or root.id != self._self
+        of_self = isinstance(function.value, ast.Name) and function.value.id == self._self
+        return of_self or not hasattr(torch.Tensor, function.attr)
+
+    def _is_variable(self, targets):
+        if len(targets) != 1 or not isinstance(targets[0], ast.Name):
+            return False
+        return targets[0].id in self._local and targets[0].id not in self._watched
+
+    def _later(self, statement, part):
+        """A function of no arguments that gives the links of a statement."""
+        value = part.links[0] if part.many else ast.Tuple(part.links, ast.Load())
+        if part.condition is not None:
+            value = ast.IfExp(part.condition, value, ast.Tuple(list(part.otherwise), ast.Load()))
+        arguments = ast.arguments([], [], None, [], [], None, [])
+        return _placed(ast.Lambda(arguments, value), statement)
+
+    def _call_of_run(self, location, links, inner, later):
+        arguments = [ast.Tuple(links, ast.Load()), inner, *later]
+        return _placed(ast.Call(ast.Name(_RUN, ast.Load()), arguments, []), location)
+
+    def _note(self, parts):
+        self.chains.append(Chain(parts, tuple(self._loops), self._local_from_self()))
+
+    def _local_from_self(self):
+        return (self._self, *self._local) if self._self else ()
+
+
+def _last_name(function):
+    if isinstance(function, ast.Attribute):
+        return function.attr
+    return function.id if isinstance(function, ast.Name) else None
+
+
+def _placed(node, at):
+    """The node at the place of another one, for tracebacks."""
+    return ast.fix_missing_locations(ast.copy_location(node, at))

@@ -8,7 +8,16 @@ import torch.nn.functional as F
 from torch import nn
 
 from genfast import cpu, functional
-from genfast.nn import FusedBlock, Run, begins_run, is_activation, line_of, why_not_fused
+from genfast.backend import INTERPRETING
+from genfast.nn import (
+    FusedBlock,
+    Run,
+    begins_run,
+    is_activation,
+    line_of,
+    runs_undisturbed,
+    why_not_fused,
+)
 
 # The activations as functions; those as modules take the same further arguments.
 _MODULE_OF = {
@@ -38,14 +47,14 @@ def run(links, x, *later):
         What the last one returns.
     """
     flow = _in_order(links, later)
-    link = _next(flow)
+    link = next(flow, _END)
     while link is not _END:
         if begins_run(link) and _may_fuse(link, x):
             layers, link = _stretch(link, flow)
             x = line_of(layers).forward(x)
         else:
             x = link(x)
-            link = _next(flow)
+            link = next(flow, _END)
     return x
 
 
@@ -80,7 +89,7 @@ def _stretch(link, flow):
     layers = {"0": link}
     while (link := _next(flow)) is not _END:
         layer = layer_of(link)
-        if layer is None or why_not_fused(layer):
+        if layer is None or not runs_undisturbed(layer):
             return layers, link
         # The second time, a batch norm that averages cumulatively has counted the first.
         if not is_activation(layer) and any(layer is other for other in layers.values()):
@@ -90,12 +99,14 @@ def _stretch(link, flow):
 
 
 def _may_fuse(layer, x):
-    if not isinstance(x, torch.Tensor) or x.dim() != 4 or why_not_fused(layer):
+    # What has a type of its own is left to PyTorch; isinstance would take longer.
+    if type(x) not in (torch.Tensor, nn.Parameter) or x.dim() != 4:
         return False
-    way = functional.implementation(x)
-    if way != "cpu":
-        return way == "triton"
-    return cpu.may_gain(convolution_of(layer), x)
+    if x.is_cpu and not INTERPRETING and not cpu.may_gain(convolution_of(layer), x):
+        return False
+    if not runs_undisturbed(layer) or nn.modules.module._has_any_global_hook():
+        return False
+    return functional.implementation(x) != "reference"
 
 
 def convolution_of(layer):

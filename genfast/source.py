@@ -34,7 +34,7 @@ def source_of(function, given):
         indented = lines[0][:1].isspace()
         tree = ast.parse("".join(["class _:\n"] * indented + lines))
         imported = _imported("".join(whole))
-    except (OSError, SyntaxError, TypeError, IndexError) as error:
+    except Exception as error:  # A file that has changed since may hold anything.
         raise NoSource(f"the source of {name} is not at hand") from error
     node = tree.body[0].body[0] if indented else tree.body[0]
     if not isinstance(node, ast.FunctionDef) or node.decorator_list:
@@ -76,7 +76,9 @@ def _compiled(function, node, imported, given):
     free = {*code.co_freevars, *given} - {"__class__"}
     arguments = ast.arguments([], [ast.arg(name) for name in sorted(free)], None, [], [], None, [])
     holder = ast.ClassDef(owner, [], [], [node], [])
-    outer = ast.FunctionDef("_", arguments, [holder], [], None)
+    # Else its own name would be a variable of what is around it.
+    unbound = [] if owner in free else [ast.Global([owner])]
+    outer = ast.FunctionDef("_", arguments, [*unbound, holder], [], None)
     for made in (holder, outer):
         made.type_params = []
     imports = [ast.Import([ast.alias(name)]) for name in sorted(imported)]
@@ -84,7 +86,10 @@ def _compiled(function, node, imported, given):
     future = code.co_flags & __future__.annotations.compiler_flag
     inner = compile(tree, code.co_filename, "exec", flags=future, dont_inherit=True)
     for name in ("_", owner, node.name):
-        inner = next(c for c in inner.co_consts if isinstance(c, CodeType) and c.co_name == name)
+        found = (c for c in inner.co_consts if isinstance(c, CodeType) and c.co_name == name)
+        inner = next(found, None)
+        if inner is None:
+            raise NoSource(f"{function.__qualname__} is no plain Python function")
     return inner
 
 

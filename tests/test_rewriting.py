@@ -1,11 +1,15 @@
 """Networks whose `forward` is their own: what fuses there, and that all else stays theirs."""
 
+import argparse
 import copy
 import functools
+import inspect
 import io
+import json.decoder
 import pickle
 import random
 import re
+import textwrap
 import threading
 import traceback
 
@@ -21,6 +25,7 @@ import genfast
 from genfast import accelerate, functional, restore, use_backend
 from genfast.models import weights_init
 from genfast.nn import statistics_groups
+from genfast.source import source_of
 
 pytestmark = pytest.mark.kernels
 
@@ -547,6 +552,7 @@ def test_changes_before_and_after(change, before, device):
     torch.testing.assert_close(*(network(x) for network in networks))
 
 
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script:DeprecationWarning")
 def test_a_layer_that_is_torchscript(device):
     stock = Residual(3, True).to(device)
     stock.norm1 = torch.jit.script(stock.norm1)
@@ -554,6 +560,31 @@ def test_a_layer_that_is_torchscript(device):
     accelerate(model)
     x = torch.randn(2, 3, 5, 4, device=device)
     torch.testing.assert_close(model(x), stock(x))
+
+
+def test_hooks_for_all_modules_see_all_calls(device):
+    stock = Residual(3, True).to(device)
+    model = copy.deepcopy(stock)
+    accelerate(model)
+    x, seen = torch.randn(2, 3, 5, 4, device=device), []
+    handle = nn.modules.module.register_module_forward_hook(
+        lambda module, inputs, output: seen.append(type(module).__name__)
+    )
+    try:
+        torch.testing.assert_close(model(x), stock(x))
+    finally:
+        handle.remove()
+    assert seen[: len(seen) // 2] == seen[len(seen) // 2 :]
+
+
+def test_a_latent_that_is_a_parameter_and_what_is_no_image(device, chains):
+    model, stock = _network(one_line, device)
+    x = nn.Parameter(torch.randn(2, 2, 5, 4, device=device))
+    torch.testing.assert_close(model(x), stock(x))
+    assert chains == [1]
+    for network in (model, stock):  # Batch norm takes batches, a convolution single images too.
+        with pytest.raises(ValueError, match="expected 4D input"):
+            network(x[0])
 
 
 @pytest.mark.parametrize("reentrant", [True, False])
@@ -789,6 +820,24 @@ def test_what_is_left_alone(name, device, chains):
     x = torch.randn(2, 2, 5, 4, device=device)
     assert torch.equal(model(x), stock(x))
     assert not chains
+
+
+@pytest.mark.parametrize("module", [argparse, json.decoder, textwrap, nn.modules.rnn])
+def test_methods_are_made_again_from_their_source(module):
+    """Of classes of all kinds: the source is found to be what runs, and gives the same again."""
+    classes = [c for c in vars(module).values() if inspect.isclass(c)]
+    methods = {f for c in classes if c.__module__ == module.__name__ for f in vars(c).values()
+               if inspect.isfunction(f) and not inspect.isgeneratorfunction(f)}  # fmt: skip
+    made = 0
+    for method in methods:
+        if hasattr(method, "__wrapped__") or inspect.getsource(method).lstrip().startswith("@"):
+            continue
+        tree, build = source_of(method, {"given": 1})
+        twin = build(tree)
+        assert twin.__code__.co_code == method.__code__.co_code
+        assert inspect.signature(twin) == inspect.signature(method)
+        made += 1
+    assert made >= 4
 
 
 def test_methods_inherited_private_and_called_directly(device, chains):

@@ -42,6 +42,7 @@ ADAM = "test_adam.py::test_updates_are_pytorchs"
 NORMALIZING = "test_normalizing.py::test_bits_are_those_of_the_pass_and_the_product"
 GRADIENT = "test_gradient_epilogue.py::test_gradient_of_the_layer_below"
 OVERLAP = "test_overlap.py"
+REWRITING = "test_rewriting.py::test_what_runs_together"
 
 BUGS = (
     Bug(
@@ -610,6 +611,41 @@ BUGS = (
         "if tl.target_info.cuda_capability_geq(9, 0):",
         "if True:",
         OVERLAP,
+    ),
+    Bug(
+        "a value that others read too is fused away",
+        "genfast/rewriting.py",
+        "if target not in (None, name) and self._loads[name] != 1:",
+        "if False:",
+        REWRITING,
+    ),
+    Bug(
+        "what a handler of an exception reads is fused away",
+        "genfast/rewriting.py",
+        "merging = merging and not isinstance(node, ast.Try)",
+        "pass",
+        REWRITING,
+    ),
+    Bug(
+        "what comes later is looked up before a hook may change it",
+        "genfast/calls.py",
+        "if layer is None or not runs_undisturbed(layer):",
+        "if layer is None:",
+        "test_rewriting.py::test_what_a_layer_does_to_its_owner_is_seen_by_the_next_statement",
+    ),
+    Bug(
+        "a method whose source is not what runs is rewritten",
+        "genfast/source.py",
+        "if not _same_code(_compiled(",
+        "if not _compiled and not _same_code(_compiled(",
+        "test_rewriting.py::test_what_is_left_alone",
+    ),
+    Bug(
+        "spectral norm moves twice a forward",
+        "genfast/nn.py",
+        "        set_weight(conv, ())\n",
+        "        set_weight(conv, ())\n        set_weight(conv, ())\n",
+        "test_modules.py::test_spectral_norm_moves_once_a_forward",
     ),
 )
 

@@ -180,6 +180,11 @@ def hooked(layer=None):
     return layer
 
 
+def hooked_before(layer):
+    layer.register_forward_pre_hook(lambda module, inputs: (inputs[0] + 1,))
+    return layer
+
+
 def replaced():
     layer = nn.Conv2d(3, 3, 3, 1, 1)
     layer.forward = lambda x: x + 1
@@ -202,6 +207,7 @@ UNFUSED = {
     "reflect": lambda: nn.Conv2d(3, 3, 3, 1, 1, padding_mode="reflect"),
     # The older spectral norm is a hook of PyTorch's own; this one has another one beside it.
     "a hook": lambda: hooked(spectral_norm(nn.Conv2d(3, 3, 3, 1, 1))),
+    "has a hook": lambda: hooked_before(spectral_norm(nn.Conv2d(3, 3, 3, 1, 1))),
 }
 
 

@@ -22,7 +22,7 @@ from torch.nn.utils import parametrizations, spectral_norm
 from torch.utils.checkpoint import checkpoint
 
 import genfast
-from genfast import accelerate, functional, restore, use_backend
+from genfast import accelerate, calls, functional, restore, use_backend
 from genfast.models import weights_init
 from genfast.nn import statistics_groups
 from genfast.source import source_of
@@ -233,14 +233,23 @@ def used_again(self, x):
 def used_again_by_an_assignment(self, x):
     h = self.conv(x)
     y = self.act(h)
-    h += y
-    return h
+    h += 1
+    return y
 
 
 def kept_by_a_function(self, x):
     h = self.conv(x)
     y = self.act(h)
     return (lambda: y + h)()
+
+
+def read_by_a_function(self, x):
+    def add(value):
+        return value + x
+
+    x = self.conv(x)
+    x = add(x)
+    return x
 
 
 def seen_by_locals(self, x):
@@ -260,7 +269,7 @@ def in_a_handler(self, x):
     try:
         x = self.conv(x)
         x = self.act(x)
-        x = x.no_such_method()
+        x = self.no_such_layer(x)
     except AttributeError:
         return x
 
@@ -357,6 +366,7 @@ def in_place_after_the_convolution(self, x):
         (used_again, [1]),
         (used_again_by_an_assignment, [1]),
         (kept_by_a_function, [1]),
+        (read_by_a_function, [1]),
         (seen_by_locals, [1]),
         (deleted, [1]),
         (in_a_handler, [1]),
@@ -563,10 +573,10 @@ def test_a_layer_that_is_torchscript(device):
 
 
 def test_hooks_for_all_modules_see_all_calls(device):
-    stock = Residual(3, True).to(device)
+    stock = Generator().to(device)
     model = copy.deepcopy(stock)
     accelerate(model)
-    x, seen = torch.randn(2, 3, 5, 4, device=device), []
+    x, seen = torch.randn(2, 3, 1, 1, device=device), []
     handle = nn.modules.module.register_module_forward_hook(
         lambda module, inputs, output: seen.append(type(module).__name__)
     )
@@ -575,6 +585,7 @@ def test_hooks_for_all_modules_see_all_calls(device):
     finally:
         handle.remove()
     assert seen[: len(seen) // 2] == seen[len(seen) // 2 :]
+    assert "ReLU" not in seen
 
 
 def test_a_latent_that_is_a_parameter_and_what_is_no_image(device, chains):
@@ -644,6 +655,27 @@ def test_what_reads_the_forward_reads_the_users(how, device, chains):
         assert "genfast" not in str(made.graph if how == "trace" else made)
 
 
+@pytest.mark.parametrize("why", ["compiling", "tracing", "reference"])
+def test_where_the_users_own_forward_runs(why, device, monkeypatch):
+    model, _ = _network(one_line, device)
+    stacks = []
+
+    def forward(x):
+        stacks.append([frame.filename for frame in traceback.extract_stack()])
+        return x
+
+    model.act.forward = forward
+    x = torch.randn(2, 2, 5, 4, device=device)
+    model(x)
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: why == "compiling")
+    monkeypatch.setattr(torch.jit, "is_tracing", lambda: why == "tracing")
+    with use_backend("reference" if why == "reference" else "auto"):
+        model(x)
+    fused, own = stacks
+    assert calls.__file__ in fused
+    assert calls.__file__ not in own
+
+
 def test_threads_share_a_network(device, monkeypatch):
     # Triton's interpreter is one for all threads.
     lock, run = threading.Lock(), functional.chain
@@ -700,11 +732,22 @@ class Built(Layers):
         return type(self), (), self.__dict__
 
 
-def test_a_class_that_pickles_itself():
-    model = Built()
+def _instance(cls):
+    return cls()
+
+
+class BuiltByAFunction(Built):
+    def __reduce__(self):
+        return _instance, (type(self),), self.__dict__
+
+
+@pytest.mark.parametrize("cls", [Built, BuiltByAFunction])
+def test_a_class_that_pickles_itself(cls):
+    model = cls()
     accelerate(model)
+    assert type(model) is not cls
     twin = pickle.loads(pickle.dumps(model))
-    assert type(twin) is Built
+    assert type(twin) is cls
     torch.testing.assert_close(twin.state_dict(), model.state_dict())
 
 

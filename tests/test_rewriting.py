@@ -230,6 +230,12 @@ def used_again(self, x):
     return y + h
 
 
+def of_another_variable(self, x):
+    h = self.conv(x)
+    y = self.act(x)
+    return y + h
+
+
 def used_again_by_an_assignment(self, x):
     h = self.conv(x)
     y = self.act(h)
@@ -364,6 +370,7 @@ def in_place_after_the_convolution(self, x):
         (one_line, [1]),
         (names_of_their_own, [2]),
         (used_again, [1]),
+        (of_another_variable, [1]),
         (used_again_by_an_assignment, [1]),
         (kept_by_a_function, [1]),
         (read_by_a_function, [1]),
@@ -936,6 +943,8 @@ def test_the_report_is_a_table():
     assert [entry.multiply_adds for entry in report] == [72, 64, 36, 144, 144]
     assert report.fused_share == 424 / 460
     assert lines[-1].startswith("92% of the multiply-adds fuse")
+    # A pixel that a transposed convolution of stride 2 puts out meets a quarter of the taps.
+    assert [entry.multiply_adds for entry in accelerate(Generator())] == [162, 96, 36]
 
 
 def test_accelerate_twice_and_a_layer_added_later(device, chains):

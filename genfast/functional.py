@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import torch
 
-from genfast import autograd, cpu, layout, reference
+from genfast import autograd, cpu, layout, operators, reference
 from genfast.backend import INTERPRETING, selected_backend, why_device_cannot_run_triton
 from genfast.geometry import ConvGeometry, pair
 from genfast.launch import from_image
@@ -189,6 +189,8 @@ def chain(x, blocks, memory_format=None):
         As `conv_block`, before anything is computed.
     """
     x, blocks = _autocast(x, blocks)
+    if torch.compiler.is_compiling():
+        return _traced_chain(x, blocks, memory_format)
     geometries, shape = [], x.shape
     for block in blocks:
         geometry, shape = _check_block(block, x, shape)
@@ -217,13 +219,41 @@ def chain(x, blocks, memory_format=None):
             x = layout.enter(x)
         x = autograd.chain(x, links, blocks[-1].inplace)
     else:
-        convolutions = cpu if ways == {"cpu"} else torch.nn.functional
-        for b, geometry in zip(blocks, geometries, strict=True):
-            x = reference.block(
-                x, b.weight, b.bias, geometry.stride, geometry.padding, b.output_padding,
-                batch_norm=b.batch_norm, activation=b.activation, negative_slope=b.negative_slope,
-                inplace=b.inplace or b is not blocks[-1], convolutions=convolutions,
-            )  # fmt: skip
+        x = _one_by_one(x, blocks, cpu if ways == {"cpu"} else torch.nn.functional)
+    return _as_asked(x, memory_format)
+
+
+def _traced_chain(x, blocks, memory_format):
+    """`chain` where `torch.compile` looks on, of arguments that autocast has cast."""
+    geometries, shape, ways = [], x.shape, []
+    for b in blocks:
+        geometry, shape = _check_block(b, x, shape)
+        geometries.append(geometry)
+        settings = dict(activation=b.activation, negative_slope=b.negative_slope)
+        ways.append(implementation(x, b.weight, *b.vectors.values(), **settings))
+    if "triton" not in ways:
+        return _as_asked(_one_by_one(x, blocks, torch.nn.functional), memory_format)
+    if "reference" in ways:
+        for b in blocks:
+            x = _traced_chain(x, [b], None)
+        return _as_asked(x, memory_format)
+    memory_format = memory_format or _pytorchs_format(x, blocks, geometries)
+    return _as_asked(operators.chain(x, blocks), memory_format)
+
+
+def _one_by_one(x, blocks, convolutions):
+    """A chain through PyTorch's layers."""
+    for b in blocks:
+        x = reference.block(
+            x, b.weight, b.bias, pair(b.stride, "stride"), pair(b.padding, "padding"),
+            b.output_padding, batch_norm=b.batch_norm, activation=b.activation,
+            negative_slope=b.negative_slope, inplace=b.inplace or b is not blocks[-1],
+            convolutions=convolutions,
+        )  # fmt: skip
+    return x
+
+
+def _as_asked(x, memory_format):
     if memory_format is None:  # PyTorch's own operations have chosen.
         return x
     as_asked = layout.channels_last if memory_format == torch.channels_last else layout.contiguous
@@ -246,6 +276,8 @@ def reparameterize(mu, logvar, *, generator=None):
     """
     _check_latent(mu, logvar)
     if implementation(mu, logvar) == "triton":
+        if torch.compiler.is_compiling():
+            return operators.reparameterize(mu, logvar, _draw_seed(mu, generator))
         mu, logvar, leave = _in_order(mu, logvar)
         return leave(autograd.reparameterize(mu, logvar, _draw_seed(mu, generator)))
     return reference.reparameterize(mu, logvar, _draw_noise(mu, generator))
@@ -262,6 +294,8 @@ def reparameterize_with_kl(mu, logvar, *, generator=None):
     if mu.dim() == 0:
         raise ValueError("expected mu of shape (N, ...), got a scalar")
     if implementation(mu, logvar) == "triton":
+        if torch.compiler.is_compiling():
+            return operators.reparameterize_with_kl(mu, logvar, _draw_seed(mu, generator))
         mu, logvar, leave = _in_order(mu, logvar)
         z, kl = autograd.reparameterize_with_kl(mu, logvar, _draw_seed(mu, generator))
         return leave(z), kl
@@ -273,8 +307,8 @@ def reparameterize_with_kl(mu, logvar, *, generator=None):
 def why_not_triton(*tensors, activation="identity", negative_slope=0.2):
     """Say why an operation on these tensors would run through PyTorch; None if kernels run it."""
     first = tensors[0]
-    if torch.compiler.is_compiling():
-        return "torch.compile traces PyTorch's own operations"
+    if torch.compiler.is_exporting():
+        return "torch.export traces PyTorch's own operations"
     if torch.jit.is_tracing():
         return "torch.jit.trace records PyTorch's own operations"
     reason = why_device_cannot_run_triton(first.device)
@@ -293,11 +327,17 @@ def _why_not_plain(tensors):
         if t is not None:
             if type(t) not in (torch.Tensor, torch.nn.Parameter):
                 return f"the kernels take plain tensors, got a {type(t).__name__}"
-            if torch._C._functorch.is_functorch_wrapped_tensor(t):
+            if _is_transformed(t):
                 return "the kernels do not run inside a torch.func transform"
             if t.numel() == 0:
                 return "there is nothing to compute in an empty tensor"
     return None
+
+
+def _is_transformed(t):
+    if torch.compiler.is_compiling():  # A trace can be asked for the transforms around it alone.
+        return torch._C._functorch.get_dynamic_layer_stack_depth() > 0
+    return torch._C._functorch.is_functorch_wrapped_tensor(t)
 
 
 def implementation(*tensors, **settings):

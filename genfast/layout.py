@@ -40,7 +40,7 @@ def contiguous(t):
 
 def channels_last(t):
     """(N, C, H, W) in channels_last memory, with the strides of a fresh tensor, as `contiguous`."""
-    if _is_fresh_channels_last(t):
+    if is_fresh_channels_last(t):
         return t
     n, c, h, w = t.shape
     pixels = t.permute(0, 2, 3, 1).contiguous()
@@ -54,12 +54,13 @@ def like(t, other):
 
 def enter(t, inside=channels_last):
     """`inside(t)`: `t` in the format of what works on it. Its gradient leaves in that of `t`."""
-    if inside is channels_last and _is_fresh_channels_last(t):
+    if inside is channels_last and is_fresh_channels_last(t):
         return t
     return _Border.apply(t, inside, channels_last if is_channels_last(t) else contiguous)
 
 
-def _is_fresh_channels_last(t):
+def is_fresh_channels_last(t):
+    """Whether `t` (N, C, H, W) has the strides of a fresh channels_last tensor."""
     _, c, h, w = t.shape
     return t.stride() == (h * w * c, 1, w * c, c)
 

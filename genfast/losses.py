@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
-from genfast import autograd, reference
+from genfast import autograd, operators, reference
 from genfast.functional import implementation
 
 
@@ -171,8 +171,10 @@ def _logistic_loss(logits, targets, scale):
     else:
         logits = logits.reshape(-1).contiguous()
         runs = implementation(logits)
-    logistic_loss = autograd.logistic_loss if runs == "triton" else reference.logistic_loss
-    return logistic_loss(logits, targets, scale)
+    if runs != "triton":
+        return reference.logistic_loss(logits, targets, scale)
+    runner = operators if torch.compiler.is_compiling() else autograd
+    return runner.logistic_loss(logits, targets, scale)
 
 
 def _side_by_side(logits, targets):

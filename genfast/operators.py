@@ -167,7 +167,7 @@ def _encoded(block, activation):
         *pair(b.output_padding if transposed else 0, "output_padding"),
     )
     flags = transposed, by_batch, moves, b.bias is not None, gamma is not None, beta is not None
-    others = f"{eps},{b.negative_slope},{groups},{activation},{_lies(b.weight)}"
+    others = f"{float(eps)},{float(b.negative_slope)},{groups},{activation},{_lies(b.weight)}"
     return ",".join([str(v) for v in (*pairs, *flags)]) + "," + others
 
 
@@ -539,52 +539,55 @@ for _operator in (reparameterize, reparameterize_with_kl):
     _operator.register_autograd(_latent_gradients, setup_context=_keep_latent)
 
 
-def logistic_loss(logits, targets, scale):
-    """`autograd.logistic_loss`, for a trace."""
+def logistic_loss(logits, targets, count):
+    """`autograd.logistic_loss` with a scale of 1 / count, for a trace.
+
+    A count may be unknown while tracing; of a scale that is, there would be a graph for each value.
+    """
     labelled = not isinstance(targets, Tensor)
     ones = targets if labelled else 0
-    return torch.ops.genfast.logistic_loss(logits, None if labelled else targets, ones, scale)
+    return torch.ops.genfast.logistic_loss(logits, None if labelled else targets, ones, count)
 
 
 @torch.library.custom_op("genfast::logistic_loss", mutates_args=())
-def _logistic_loss(logits: Tensor, targets: Tensor | None, ones: int, scale: float) -> Tensor:
-    """scale * sum(softplus(logits) - targets * logits): see `launch.losses.logistic_loss`.
+def _logistic_loss(logits: Tensor, targets: Tensor | None, ones: int, count: int) -> Tensor:
+    """sum(softplus(logits) - targets * logits) / count: see `launch.losses.logistic_loss`.
 
     Args:
         logits: contiguous.
         targets: alike, or None: the labels are `ones` times 1, then 0.
-        ones, scale: numbers.
+        ones, count: numbers.
     """
-    return losses.logistic_loss(logits, ones if targets is None else targets, scale)[0]
+    return losses.logistic_loss(logits, ones if targets is None else targets, 1 / count)[0]
 
 
 @_logistic_loss.register_fake
-def _(logits, targets, ones, scale):
+def _(logits, targets, ones, count):
     return logits.new_empty((), dtype=start.acc_dtype(logits.dtype))
 
 
 @torch.library.custom_op("genfast::logistic_loss_backward", mutates_args=())
 def _logistic_loss_backward(
-    dloss: Tensor, logits: Tensor, targets: Tensor | None, ones: int, scale: float
+    dloss: Tensor, logits: Tensor, targets: Tensor | None, ones: int, count: int
 ) -> Tensor:
     """The gradient of the logits."""
     targets = ones if targets is None else targets
-    return losses.logistic_loss_backward(dloss, logits, targets, scale)
+    return losses.logistic_loss_backward(dloss, logits, targets, 1 / count)
 
 
 @_logistic_loss_backward.register_fake
-def _(dloss, logits, targets, ones, scale):
+def _(dloss, logits, targets, ones, count):
     return torch.empty_like(logits)
 
 
 def _keep_logits(ctx, inputs, output):
-    logits, targets, ctx.ones, ctx.scale = inputs
+    logits, targets, ctx.ones, ctx.count = inputs
     ctx.save_for_backward(logits, targets)
 
 
 def _logits_gradient(ctx, dloss):
     logits, targets = ctx.saved_tensors
-    dlogits = torch.ops.genfast.logistic_loss_backward(dloss, logits, targets, ctx.ones, ctx.scale)
+    dlogits = torch.ops.genfast.logistic_loss_backward(dloss, logits, targets, ctx.ones, ctx.count)
     return dlogits, None, None, None
 
 

@@ -117,9 +117,10 @@ def chain(x, blocks):
     apart = (
         keep and last.batch_norm is None and last.activation == "leaky_relu" and not last.inplace
     )
-    spec = [_lies(x)]
-    for b in blocks:
-        spec.append(_encoded(b, "identity" if apart and b is last else b.activation))
+    activations = [b.activation for b in blocks]
+    if apart:
+        activations[-1] = "identity"
+    spec = [_lies(x), *[_encoded(b, a) for b, a in zip(blocks, activations, strict=True)]]
     outputs = torch.ops.genfast.chain(x, tensors, ";".join(spec), keep)
     y = outputs[0]
     have_vectors = [n for n in norms if n is not None and (keep or n.moves)]

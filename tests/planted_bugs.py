@@ -42,6 +42,7 @@ ADAM = "test_adam.py::test_updates_are_pytorchs"
 NORMALIZING = "test_normalizing.py::test_bits_are_those_of_the_pass_and_the_product"
 GRADIENT = "test_gradient_epilogue.py::test_gradient_of_the_layer_below"
 
+COMPILED = "test_compile.py::test_compiled_networks_are_the_eager_ones"
 BUGS = (
     Bug(
         "Adam's second moment keeps its bias",
@@ -70,6 +71,41 @@ BUGS = (
         "if kept:  # Gradients of an earlier backward pass: their sum is in float32.",
         "if False:",
         "test_adam.py::test_two_backward_passes_of_a_step_add_in_float32",
+    ),
+    Bug(
+        "compiled, running statistics move by the first group's alone",
+        "genfast/operators.py",
+        "+ vectors[group, row] * n.momentum",
+        "+ vectors[0, row] * n.momentum",
+        f"{COMPILED}[discriminator-groups]",
+    ),
+    Bug(
+        "compiled, the gradient of a contiguous weight is channels_last",
+        "genfast/operators.py",
+        "return layout.contiguous(gradient)",
+        "return layout.channels_last(gradient)",
+        f"{COMPILED}[accelerated]",
+    ),
+    Bug(
+        "compiled, the gradients of gamma and beta change places",
+        "genfast/operators.py",
+        "found.append((block, (_BETA, _GAMMA)))",
+        "found.append((block, (_GAMMA, _BETA)))",
+        f"{COMPILED}[generator]",
+    ),
+    Bug(
+        "compiled, a changed output is taken for leaky ReLU's",
+        "genfast/operators.py",
+        'last.activation == "leaky_relu" and not last.inplace',
+        "False",
+        "test_compile.py::test_an_output_may_be_changed_in_place_where_pytorchs_may",
+    ),
+    Bug(
+        "an exported model holds operators of ours",
+        "genfast/functional.py",
+        "if torch.compiler.is_exporting():",
+        "if False:",
+        "test_compile.py::test_transforms_and_exports_are_traced_as_pytorchs_layers",
     ),
     Bug(
         "fprop drops the last tap",

@@ -48,8 +48,9 @@ def measure(variant, workload, cache):
 
 
 def caches(folder):
-    """Environment variables that make the compilers keep what they make in `folder`."""
+    """Environment variables that make the compilers and genfast keep what they make in `folder`."""
     return {
+        "GENFAST_CACHE_DIR": os.path.join(folder, "genfast"),
         "TORCHINDUCTOR_CACHE_DIR": os.path.join(folder, "inductor"),
         "TRITON_CACHE_DIR": os.path.join(folder, "triton"),
     }

@@ -3,12 +3,13 @@
     python -m benchmarks.host                       of this checkout
     python -m benchmarks.host --against COMMIT      beside that of a commit, in turns
 
-No kernel starts: Triton's own part of a launch, and the GPU's, are left out. What remains is ours
+No kernel starts: Triton's part of a launch, and the GPU's, are left out. What remains is ours
 and PyTorch's: checks, choices, memory, autograd. Tensors are on the CPU, of few images, and the
 kernels' code is that for an H100.
 """
 
 import argparse
+import importlib
 import json
 import os
 import statistics
@@ -21,8 +22,6 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 TURNS = 12
 CALLS = 200
-# Where the commits have kept the name of the GPU that kernels are chosen for.
-_ARCHITECTURES = (("genfast.launch.start", "architecture"), ("genfast.launch", "_architecture"))
 
 
 def main(arguments=None):
@@ -76,24 +75,17 @@ def _table(found):
 
 def _measure():
     """Microseconds of each part, by what it is."""
-    import importlib
-
     import torch
-    from triton.runtime.jit import JITFunction
 
     from genfast import functional, use_backend
 
-    JITFunction.run = lambda *args, **kwargs: None
     functional.why_device_cannot_run_triton = lambda device: None
-    for module, name in _ARCHITECTURES:
-        try:
-            owner = importlib.import_module(module)
-        except ImportError:
-            continue
-        if hasattr(owner, name):
-            setattr(owner, name, lambda tensor: "sm_90")
+    owner, starts, names = _starting()
+    setattr(owner, starts, lambda *args, **kwargs: None)
+    setattr(owner, names, lambda tensor: "sm_90")
     torch.set_num_threads(1)
     times = {}
+    times["PyTorch's share, forward"], times["PyTorch's share, backward"] = _nothing(torch)
     with use_backend("triton"):
         for name, block, size in (
             ("generator block 128 -> 64", functional.conv_transpose_block, (128, 64, 8)),
@@ -102,6 +94,14 @@ def _measure():
             forward, backward = _block(torch, block, *size)
             times[f"{name}, forward"], times[f"{name}, backward"] = forward, backward
     print(json.dumps(times))
+
+
+def _starting():
+    """The module that starts kernels, and in there what does and what names the GPU."""
+    try:
+        return importlib.import_module("genfast.launch.start"), "kernel", "architecture"
+    except ImportError:  # Commits of before the kernels' launchers were a package.
+        return importlib.import_module("genfast.launch"), "_start", "_architecture"
 
 
 def _block(torch, block, in_channels, out_channels, size):
@@ -120,7 +120,6 @@ def _block(torch, block, in_channels, out_channels, size):
     gamma, beta = (torch.ones(out_channels).requires_grad_() for _ in range(2))
     mean, var = torch.zeros(out_channels), torch.ones(out_channels)
     counter = torch.tensor(0)
-    inputs = x, weight, gamma, beta
 
     def run():
         return block(
@@ -129,6 +128,27 @@ def _block(torch, block, in_channels, out_channels, size):
             activation="leaky_relu",
         )  # fmt: skip
 
+    return _times(torch, run, (x, weight, gamma, beta))
+
+
+def _nothing(torch):
+    """Microseconds of a function of as many tensors that does nothing: autograd's own share."""
+
+    class Nothing(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, *tensors):
+            ctx.save_for_backward(*tensors)
+            return torch.empty_like(tensors[0])
+
+        @staticmethod
+        def backward(ctx, dy):
+            return ctx.saved_tensors
+
+    inputs = [torch.randn(8).requires_grad_() for _ in range(4)]
+    return _times(torch, lambda: Nothing.apply(*inputs), inputs)
+
+
+def _times(torch, run, inputs):
     dy = torch.empty_like(run())
     forward, backward = [], []
     for _ in range(CALLS):

@@ -62,46 +62,29 @@ class Link(NamedTuple):
     counter: torch.Tensor | None = None
     momentum: torch.Tensor | None = None
 
-    @classmethod
-    def of(cls, weight, bias, batch_norm, **kind):
-        """A link of a `reference.Norm`, or None, and of the fields of its `Kind`."""
-        n = batch_norm
-        if n is None:
-            return cls(Kind(by_batch=None, eps=0.0, **kind), weight, bias)
-        momentum, tensor = n.momentum, None
-        if isinstance(momentum, torch.Tensor):
-            momentum, tensor = 0.0, momentum
-        kind = Kind(
-            by_batch=n.by_batch, eps=n.eps, groups=n.groups, moves=n.moves, momentum=momentum,
-            **kind,
-        )  # fmt: skip
-        return cls(
-            kind, weight, bias, n.weight, n.bias, n.running_mean, n.running_var,
-            n.num_batches_tracked, tensor,
-        )  # fmt: skip
-
 
 # The tensors of a link that may want a gradient come first: weight, bias, gamma, beta.
 _PARAMETERS = 4
-_TENSORS = len(Link._fields) - 1
+TENSORS = len(Link._fields) - 1
 
 
-def chain(x, links, inplace):
+def chain(x, kinds, tensors, inplace, look=None):
     """Blocks, one after the other, on the kernels: `functional.chain`.
 
     Args:
         x: (N, C, H, W), channels_last or as `from_image.joined` gives it.
-        links: a list of `Link`s, checked, with weights in channels_last.
+        kinds: a tuple with the `Kind` of each `Link`.
+        tensors: a list of the tensors of one link after the other, checked, with weights in
+            channels_last.
+        look: hashable, stands for how x and the tensors look; or None: see `tape.run`.
         inplace: of the last link's "leaky_relu", as in `functional.conv_block`.
 
     Returns:
         The last link's output, channels_last.
     """
-    kinds = tuple(link.kind for link in links)
-    tensors = [t for link in links for t in link[1:]]
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, *tensors)):
-        return _Chain.apply(x, kinds, inplace, *tensors)
-    return tape.run(_forward, [x, _image_of(x, kinds[0]), *tensors], kinds, False)[-1]
+        return _Chain.apply(x, kinds, inplace, tensors, look, *_parameters(tensors))
+    return _run_forward(x, kinds, tensors, look, keep=False)[-1]
 
 
 def reparameterize(mu, logvar, seed):
@@ -211,56 +194,48 @@ class _Chain(Function):
     changed in place, unless it is itself in place. The last block's output then is looked at only
     as long as nobody has changed it, else computed again.
 
-    The tensors are those of the links, one after the other.
+    The tensors are those of the links, one after the other. Autograd sees the `parameters` among
+    them, which are all that may want a gradient.
     """
 
     @staticmethod
-    def forward(ctx, x, kinds, inplace, *tensors):
+    def forward(ctx, x, kinds, inplace, tensors, look, *parameters):
         n, last = len(kinds), kinds[-1]
-        made = tape.run(_forward, [x, _image_of(x, kinds[0]), *tensors], kinds, True)
-        kept, vectors, y = made[:n], made[n:-1], made[-1]
+        made = _run_forward(x, kinds, tensors, look, keep=True)
+        y = made.pop()
         ctx.changeable = None
         if last.by_batch is None:
             if last.activation == "leaky_relu" and not inplace:
                 ctx.changeable = y.detach(), y._version
             if last.activation == "identity" or ctx.changeable:
-                kept[-1] = None
+                made[n - 1] = None
         ctx.kinds = kinds
-        parameters = [t for i in range(n) for t in tensors[_TENSORS * i :][:_PARAMETERS]]
-        ctx.save_for_backward(x, *parameters, *kept, *vectors)
+        ctx.save_for_backward(x, *parameters, *made)
         return y
 
     @staticmethod
     def backward(ctx, dy):
         kinds, (x, *tensors) = ctx.kinds, ctx.saved_tensors
-        n = len(kinds)
-        need_x, _, _, *needs = ctx.needs_input_grad
-        needs = tuple(tuple(needs[_TENSORS * i :][:_PARAMETERS]) for i in range(n))
-        value = _Chain._put_back_output(ctx, x, tensors)
-        if value is not None:
-            tensors[_PARAMETERS * n + n - 1] = value
+        need_x, _, _, _, _, *needs = ctx.needs_input_grad
+        value = len(kinds) * (_PARAMETERS + 1) - 1
+        if tensors[value] is None and kinds[-1].activation != "identity":
+            tensors[value] = _Chain._put_back_output(ctx, x, tensors)
         if torch.is_grad_enabled():
             dx, *found = _differentiable_backward(dy, x, kinds, tensors, need_x, needs)
         else:
-            image = _image_of(x, kinds[0])
-            given = [dy, x, image, *tensors]
-            dx, *found = tape.run(_backward, given, kinds, need_x, needs)
-        rest = (None,) * (_TENSORS - _PARAMETERS)
-        gradients = (found[_PARAMETERS * i :][:_PARAMETERS] for i in range(n))
-        return dx, None, None, *itertools.chain.from_iterable((*g, *rest) for g in gradients)
+            given = [dy, x, _image_of(x, kinds[0]), *tensors]
+            dx, *found = tape.run(_backward, given, kinds, need_x, tuple(needs))
+        return dx, None, None, None, None, *found
 
     @staticmethod
     def _put_back_output(ctx, x, tensors):
-        """The last block's output as it was made, where it was not kept and is needed; or None."""
-        kinds = ctx.kinds
-        parameters, outputs = _saved(kinds, tensors)
-        last = kinds[-1]
-        if outputs[-1].value is not None or last.activation == "identity":
-            return None
+        """The last block's output as it was made, where it was not kept."""
+        kinds, last = ctx.kinds, ctx.kinds[-1]
         # Let go, as backward lets go of what was saved; a second backward computes it again.
         (y, version), ctx.changeable = ctx.changeable or (None, None), None
         if y is not None and y._version == version:
             return y
+        parameters, outputs = _saved(kinds, tensors)
         weight, bias, *_ = parameters[-1]
         epilogue = Epilogue(
             bias=bias, activation=last.activation, negative_slope=last.negative_slope
@@ -348,11 +323,25 @@ def _image_of(x, kind):
     return None if image is None else image.data
 
 
+def _parameters(tensors):
+    """Those of the tensors of links that may want a gradient."""
+    if len(tensors) == TENSORS:
+        return tensors[:_PARAMETERS]
+    return [t for i in range(0, len(tensors), TENSORS) for t in tensors[i : i + _PARAMETERS]]
+
+
 def _operand(x, image, kind):
     """x as an operand of the first block."""
     if image is None:
         return Operand(x)
     return Operand(x, image=from_image.Padded(image, kind.geometry, x.shape[1]))
+
+
+def _run_forward(x, kinds, tensors, look, keep):
+    image = _image_of(x, kinds[0])
+    # An image is one more tensor, of which `look` does not tell.
+    look = look if image is None else None
+    return tape.run(_forward, [x, image, *tensors], kinds, keep, look=look)
 
 
 def _forward(tensors, kinds, keep):
@@ -368,7 +357,7 @@ def _forward(tensors, kinds, keep):
     """
     x, image, *tensors = tensors
     source = _operand(x, image, kinds[0])
-    links = [Link(kind, *tensors[_TENSORS * i :][:_TENSORS]) for i, kind in enumerate(kinds)]
+    links = [Link(kind, *tensors[TENSORS * i :][:TENSORS]) for i, kind in enumerate(kinds)]
     values, vectors = [], []
     for link in links:
         output = _output(source, link, keep)
@@ -420,9 +409,10 @@ def _backward(tensors, kinds, need_x, needs):
         tensors: dy, x, its padded image or None, the parameters of each link, and the value and
             then the vectors of each link's `Output`.
         kinds: of the links.
-        need_x, needs: whether x, and each link's parameters, need a gradient.
+        need_x, needs: whether x, and the parameters one link after the other, need a gradient.
     """
     dy, x, image, *tensors = tensors
+    needs = [needs[_PARAMETERS * i :][:_PARAMETERS] for i in range(len(kinds))]
     parameters, outputs = _saved(kinds, tensors)
     x = _operand(x, image, kinds[0])
     found = [[None] * _PARAMETERS for _ in kinds]
@@ -506,7 +496,7 @@ def _differentiable_backward(dy, x, kinds, tensors, need_x, needs):
             for part in z.chunk(output.vectors.shape[0])
         ]
         y = reference.activate(torch.cat(groups), kind.activation, kind.negative_slope)
-    needs = [need_x, *itertools.chain.from_iterable(needs)]
+    needs = [need_x, *needs]
     wanted = [i for i, need in enumerate(needs) if need]
     all_inputs = [x, *inputs]
     gradients = [None] * len(needs)

@@ -16,6 +16,7 @@ import torch
 import genfast
 from genfast.backend import selected_backend, triton
 from genfast.functional import why_not_triton
+from genfast.launch import first_use, timings
 from genfast.models.dcgan import IMAGE_SIZES
 from genfast.training.errors import BadInput, Diverged
 from genfast.training.memory import limited_memory, missing_memory
@@ -148,6 +149,7 @@ def _remedy(args):
 def _check_backend():
     try:
         selected_backend()
+        first_use.why_off(torch.device("cpu"))
     except ValueError as error:
         raise BadInput(str(error)) from None
 
@@ -241,7 +243,22 @@ def _env(args):
         if selected_backend() == "reference":
             runs = "PyTorch, because the backend 'reference' was asked for"
         print(f"{str(dtype).removeprefix('torch.'):<10} runs {runs}")
+    off = first_use.why_off(device)
+    print(f"first use  {f'not timed, because {off}' if off else 'timed'}")
+    print(f"timings    {_kept_timings(device)}")
     return 0
+
+
+def _kept_timings(device):
+    """The file of what first uses found, and how much of it holds here."""
+    try:
+        path = timings.path()
+        found, bad = timings.read(path)
+    except (timings.NotOurs, OSError) as error:
+        return f"not used, because {error}"
+    here = sum((timing.gpu, timing.versions) == first_use.where(device) for timing in found)
+    unreadable = f", {bad} lines that cannot be read" if bad else ""
+    return f"{path}: {here} products for this GPU and versions, {len(found)} in all{unreadable}"
 
 
 def _demo(args):

@@ -4,6 +4,7 @@ Shapes are PyTorch's (N, C, H, W) whatever the memory format. The kernels work o
 memory and copy what is not; tensors and weights kept so cost no copy.
 """
 
+import functools
 from typing import NamedTuple
 
 import torch
@@ -189,8 +190,115 @@ def chain(x, blocks, memory_format=None):
         As `conv_block`, before anything is computed.
     """
     x, blocks = _autocast(x, blocks)
-    if torch.compiler.is_compiling():
-        return _traced_chain(x, blocks, memory_format)
+    plan = _plan_of(x, blocks, memory_format)
+    if len(plan.ways) > 1:
+        for block in blocks:
+            x = chain(x, [block])
+    elif plan.ways == {"triton"} and torch.compiler.is_compiling():
+        x = operators.chain(x, blocks)
+    elif plan.ways == {"triton"}:
+        tensors = [t for block in blocks for t in _tensors_of(block)]
+        for i in plan.weights_enter:
+            tensors[i] = layout.enter(tensors[i])
+        if plan.x_enters and not _lies_padded(x, plan.kinds[0]):
+            x = layout.enter(x)
+        x = autograd.chain(x, plan.kinds, tensors, blocks[-1].inplace, plan.look)
+    else:
+        convolutions = cpu if plan.ways == {"cpu"} else torch.nn.functional
+        for b, kind in zip(blocks, plan.kinds, strict=True):
+            x = reference.block(
+                x, b.weight, b.bias, kind.geometry.stride, kind.geometry.padding, b.output_padding,
+                batch_norm=b.batch_norm, activation=b.activation, negative_slope=b.negative_slope,
+                inplace=b.inplace or b is not blocks[-1], convolutions=convolutions,
+            )  # fmt: skip
+    if plan.memory_format is None:  # PyTorch's own operations have chosen.
+        return x
+    channels_last = plan.memory_format == torch.channels_last
+    return layout.channels_last(x) if channels_last else layout.contiguous(x)
+
+
+class _Plan(NamedTuple):
+    """What is decided about a chain before anything is computed.
+
+    ways: a set of what runs its blocks, as `implementation` names it.
+    kinds: the `autograd.Kind` of each block.
+    memory_format: of the output; None for whatever the last operation gives.
+    x_enters, weights_enter: whether x, and which of the tensors of all blocks, are brought into the
+        memory format of the kernels.
+    look: stands for how all the tensors then look, for `tape.run`.
+    """
+
+    ways: set
+    kinds: tuple
+    memory_format: torch.memory_format | None
+    x_enters: bool = True
+    weights_enter: tuple[int, ...] = ()
+    look: object = None
+
+
+# Of chains on the kernels, by all that was checked and decided by: on a GPU the checks of a block
+# could take longer than its kernels. So many; the oldest is forgotten.
+_plans = {}
+_MOST_PLANS = 1024
+
+
+def _plan_of(x, blocks, memory_format):
+    """The `_Plan` of a chain, made or known.
+
+    Raises:
+        As `chain`.
+    """
+    if torch.compiler.is_compiling() or torch.jit.is_tracing():
+        return _plan(x, blocks, memory_format)
+    key = _key_of(x, blocks, memory_format)
+    try:
+        plan = _plans.get(key)
+    except TypeError:  # A list in the place of a pair.
+        return _plan(x, blocks, memory_format)
+    if plan is None:
+        plan = _plan(x, blocks, memory_format)
+        if plan.ways == {"triton"}:
+            if len(_plans) >= _MOST_PLANS:
+                _plans.pop(next(iter(_plans)), None)
+            plan = _plans[key] = plan._replace(look=object())
+    return plan
+
+
+def _key_of(x, blocks, memory_format):
+    """All that `_plan` looks at."""
+    found = [selected_backend(), memory_format, torch._C._are_functorch_transforms_active()]
+    tensors = [x]
+    for block in blocks:
+        _, _, stride, padding, output_padding, n, activation, negative_slope, inplace = block
+        found += stride, padding, output_padding, activation, negative_slope, inplace
+        if n is not None:
+            momentum = None if isinstance(n.momentum, torch.Tensor) else n.momentum
+            found += n.training, momentum, n.eps, n.groups
+        tensors += _tensors_of(block)
+    found += [
+        None if t is None else (type(t), t.shape, t.stride(), t.dtype, t.device) for t in tensors
+    ]
+    return tuple(found)
+
+
+def _lies_padded(x, kind):
+    few = x.shape[1] <= from_image.CHANNELS and not kind.transposed
+    return few and from_image.lies_padded(x, kind.geometry)
+
+
+def _tensors_of(block):
+    """Those of an `autograd.Link`, in its order."""
+    n = block.batch_norm
+    if n is None:
+        return block.weight, block.bias, None, None, None, None, None, None
+    momentum = n.momentum if isinstance(n.momentum, torch.Tensor) else None
+    return (
+        block.weight, block.bias, n.weight, n.bias, n.running_mean, n.running_var,
+        n.num_batches_tracked, momentum,
+    )  # fmt: skip
+
+
+def _plan(x, blocks, memory_format):
     geometries, shape = [], x.shape
     for block in blocks:
         geometry, shape = _check_block(block, x, shape)
@@ -202,62 +310,38 @@ def chain(x, blocks, memory_format=None):
         )
         for b in blocks
     }  # fmt: skip
-    if len(ways) > 1:
-        for block in blocks:
-            x = chain(x, [block])
-    elif ways == {"triton"}:
-        links = [
-            autograd.Link.of(
-                layout.enter(b.weight), b.bias, b.batch_norm, geometry=geometry,
-                transposed=b.output_padding is not None, activation=b.activation,
-                negative_slope=b.negative_slope,
-            )
-            for geometry, b in zip(geometries, blocks, strict=True)
-        ]  # fmt: skip
-        memory_format = memory_format or _pytorchs_format(x, blocks, geometries)
-        if blocks[0].output_padding is not None or not from_image.lies_padded(x, geometries[0]):
-            x = layout.enter(x)
-        x = autograd.chain(x, links, blocks[-1].inplace)
-    else:
-        x = _one_by_one(x, blocks, cpu if ways == {"cpu"} else torch.nn.functional)
-    return _as_asked(x, memory_format)
+    kinds = tuple(map(_kind, blocks, geometries))
+    if ways != {"triton"}:
+        return _Plan(ways, kinds, memory_format)
+    return _Plan(
+        ways,
+        kinds,
+        memory_format or _pytorchs_format(x, blocks, geometries),
+        not layout.is_fresh_channels_last(x),
+        tuple(
+            i * autograd.TENSORS
+            for i, block in enumerate(blocks)
+            if not layout.is_fresh_channels_last(block.weight)
+        ),
+    )
 
 
-def _traced_chain(x, blocks, memory_format):
-    """`chain` where `torch.compile` looks on, of arguments that autocast has cast."""
-    geometries, shape, ways = [], x.shape, []
-    for b in blocks:
-        geometry, shape = _check_block(b, x, shape)
-        geometries.append(geometry)
-        settings = dict(activation=b.activation, negative_slope=b.negative_slope)
-        ways.append(implementation(x, b.weight, *b.vectors.values(), **settings))
-    if "triton" not in ways:
-        return _as_asked(_one_by_one(x, blocks, torch.nn.functional), memory_format)
-    if "reference" in ways:
-        for b in blocks:
-            x = _traced_chain(x, [b], None)
-        return _as_asked(x, memory_format)
-    memory_format = memory_format or _pytorchs_format(x, blocks, geometries)
-    return _as_asked(operators.chain(x, blocks), memory_format)
-
-
-def _one_by_one(x, blocks, convolutions):
-    """A chain through PyTorch's layers."""
-    for b in blocks:
-        x = reference.block(
-            x, b.weight, b.bias, pair(b.stride, "stride"), pair(b.padding, "padding"),
-            b.output_padding, batch_norm=b.batch_norm, activation=b.activation,
-            negative_slope=b.negative_slope, inplace=b.inplace or b is not blocks[-1],
-            convolutions=convolutions,
-        )  # fmt: skip
-    return x
-
-
-def _as_asked(x, memory_format):
-    if memory_format is None:  # PyTorch's own operations have chosen.
-        return x
-    as_asked = layout.channels_last if memory_format == torch.channels_last else layout.contiguous
-    return as_asked(x)
+def _kind(block, geometry):
+    """The `autograd.Kind` of a block."""
+    n = block.batch_norm
+    of_norm = dict(by_batch=None, eps=0.0)
+    if n is not None:
+        momentum = 0.0 if isinstance(n.momentum, torch.Tensor) else n.momentum
+        of_norm = dict(
+            by_batch=n.by_batch, eps=n.eps, groups=n.groups, moves=n.moves, momentum=momentum
+        )
+    return autograd.Kind(
+        geometry,
+        transposed=block.output_padding is not None,
+        activation=block.activation,
+        negative_slope=block.negative_slope,
+        **of_norm,
+    )
 
 
 def reparameterize(mu, logvar, *, generator=None):
@@ -364,9 +448,12 @@ def implementation(*tensors, **settings):
 def autocast_dtype(device):
     """The dtype that autocast converts to on a device now; None where it does not."""
     kind = device.type
-    if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
+    if _has_autocast(kind) and torch.is_autocast_enabled(kind):
         return torch.get_autocast_dtype(kind)
     return None
+
+
+_has_autocast = functools.cache(torch.amp.is_autocast_available)
 
 
 def _pytorchs_format(x, blocks, geometries):

@@ -1,6 +1,6 @@
 """The sizes of a convolution, seen the same way for `Conv2d` and `ConvTranspose2d`."""
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 
 def pair(value, name):
@@ -14,8 +14,7 @@ def pair(value, name):
     return values
 
 
-@dataclass(frozen=True)
-class ConvGeometry:
+class ConvGeometry(NamedTuple):
     """How the low-resolution (small) and high-resolution (big) sides of a convolution meet.
 
     `small[y, x]` touches `big[y * stride - padding + k]` for each tap k of the kernel. A `Conv2d`

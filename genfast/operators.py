@@ -399,8 +399,7 @@ def _chain_backward(
     vectors = iter(vectors)
     vectors = [None if b.by_batch is None else next(vectors) for b in blocks]
     given = [dy, x, None, *(t for p in links for t in p[:_WANTING]), *values, *vectors]
-    by_block = tuple(tuple(needs[i:][:_WANTING]) for i in range(0, len(needs), _WANTING))
-    dx, *found = tape.run(autograd._backward, given, kinds, need_x, by_block)
+    dx, *found = tape.run(autograd._backward, given, kinds, need_x, tuple(needs))
     results = [_as_lay(dx, x_lies)] if need_x else []
     for block, fields in _due(needs):
         of_block = [found[_WANTING * block + field] for field in fields]

@@ -4,7 +4,7 @@ Nothing here imports the rest of genfast. Evaluated in float64 these functions a
 are compared with; in the caller's dtype they are what runs wherever the kernels do not.
 """
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -12,8 +12,7 @@ import torch.nn.functional as F
 ACTIVATIONS = ("identity", "relu", "leaky_relu", "tanh", "sigmoid")
 
 
-@dataclass(frozen=True)
-class Norm:
+class Norm(NamedTuple):
     """A batch norm: tensors and settings, as `functional.conv_block` describes them.
 
     weight, bias: (channels,), or None for 1 and 0.

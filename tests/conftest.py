@@ -3,6 +3,7 @@
 import os
 import signal
 
+import interpreter
 import pytest
 import torch
 
@@ -11,9 +12,12 @@ os.environ["TRITON_INTERPRET"] = "0" if torch.cuda.is_available() else "1"
 # cuBLAS asks for this where algorithms must be deterministic.
 os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"
 
+from genfast import functional
 from genfast.backend import INTERPRETING, triton, use_backend
 from genfast.launch import tape
 
+if INTERPRETING:
+    interpreter.make_faster()
 # Whoever starts the tests in the background may have them ignore interrupts, and so all that they
 # start, which some tests interrupt.
 signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -60,6 +64,7 @@ def environment(request, monkeypatch):
     # PyTorch then also fills what torch.empty gives with NaN: a kernel must write every element.
     torch.use_deterministic_algorithms(True)
     tape.forget()  # Tests change what kernels are chosen by.
+    functional._plans.clear()
     with use_backend("triton"):
         yield
     torch.use_deterministic_algorithms(False)

@@ -7,7 +7,7 @@ import torch
 
 from benchmarks.workloads import Workload
 from genfast.geometry import ConvGeometry
-from genfast.launch import conv, tiles
+from genfast.launch import conv, first_use, tiles
 from genfast.launch.epilogue import PLAIN, Epilogue
 from genfast.training import GANStep, VAEStep
 
@@ -37,14 +37,14 @@ def recorded():
         problems[problem] = None
         return choose(architecture, problem)
 
-    with mock.patch.object(tiles, "gemm_config", choosing):
+    with mock.patch.object(tiles, "gemm_config", choosing), first_use.switched_off():
         yield problems
 
 
 @contextmanager
 def forced(config):
     """Within, every product runs by this configuration."""
-    with mock.patch.object(tiles, "gemm_config", lambda *_: config):
+    with mock.patch.object(tiles, "gemm_config", lambda *_: config), first_use.switched_off():
         yield
 
 

@@ -247,8 +247,9 @@ class Recorder:
         triton.runtime.driver.set_active(AbsentDriver(architecture))
         self.launches, self.code = [], {}
 
-    def start(self, kernel, grid, *, reads=(), writes=(), **arguments):
+    def start(self, kernel, grid, *, constants=None, device=None, reads=(), writes=(), **arguments):
         """In place of `genfast.launch.start.kernel`: note the launch; returns what was compiled."""
+        arguments = (constants or {}) | arguments
         compiled = kernel.warmup(**arguments, grid=grid)
         if compiled.hash not in self.code:
             nvidia = "cubin" in compiled.asm

@@ -2,13 +2,25 @@
 
 import math
 from dataclasses import replace
+from functools import partial
 
 import torch
 
 from genfast import library, reference
 from genfast.backend import triton
 from genfast.geometry import ConvGeometry
-from genfast.launch import from_image, logits, memory, norm, start, sums, tape, tiles, to_image
+from genfast.launch import (
+    first_use,
+    from_image,
+    logits,
+    memory,
+    norm,
+    start,
+    sums,
+    tape,
+    tiles,
+    to_image,
+)
 from genfast.launch.epilogue import PLAIN
 from genfast.launch.operand import operand
 
@@ -95,8 +107,11 @@ def wgrad_makes(source_is_big, weight, geometry, images):
     return from_image.fits(geometry, c_small, c_big, images) and not source_is_big
 
 
-def _wgrad(big, small, geometry):
-    config, splits = _config("wgrad", big, geometry, small.shape[1], big.shape[1])
+def _wgrad(big, small, geometry, config=None):
+    """As `wgrad`, by a `GemmConfig`; None takes the one to choose."""
+    run = partial(_wgrad, big, small, geometry)
+    channels = small.shape[1], big.shape[1]
+    config, splits = _config("wgrad", big, geometry, *channels, PLAIN, config, run)
     if config.library:
         return library.wgrad(big, small, geometry)
     big, small = memory.nhwc(big), memory.nhwc(small)
@@ -160,10 +175,11 @@ def _wgrad(big, small, geometry):
     return dweight
 
 
-def _conv(direction, source, weight, geometry, epilogue):
+def _conv(direction, source, weight, geometry, epilogue, config=None):
+    """As `fprop` or `dgrad`, the direction, by a `GemmConfig`; None takes the one to choose."""
     to_small = direction == "fprop"
-    reduces = epilogue.groups > 0 or epilogue.sums_per_channel > 0
-    config, _ = _config(direction, source, geometry, *weight.shape[:2], reduces)
+    run = partial(_conv, direction, source, weight, geometry, epilogue)
+    config, _ = _config(direction, source, geometry, *weight.shape[:2], epilogue, config, run)
     if config.library:
         return _through_library(direction, source, weight, geometry, epilogue)
     source, weight = memory.nhwc(source), memory.nhwc(weight)
@@ -298,14 +314,17 @@ def _gradient_of_output(dy, epilogue):
     return g, None
 
 
-def _config(operation, tensor, geometry, c_small, c_big, statistics=False):
-    """The `GemmConfig` of a product and, for wgrad, in how many parts to cut its reduction."""
+def _config(operation, tensor, geometry, c_small, c_big, epilogue, config, run):
+    """The `GemmConfig` of a product and, for wgrad, in how many parts to cut its reduction.
+
+    config: it, where it is chosen already, or None: run(config) then computes the product by one.
+    """
     if geometry.is_product:
         geometry, c_big = _FLAT, c_big * geometry.taps
     problem = tiles.Problem(
         operation=operation,
         precision="half" if tensor.element_size() == 2 else start.precision(tensor),
-        statistics=statistics,
+        statistics=epilogue.groups > 0 or epilogue.sums_per_channel > 0,
         c_small=c_small,
         c_big=c_big,
         small=geometry.small,
@@ -315,9 +334,10 @@ def _config(operation, tensor, geometry, c_small, c_big, statistics=False):
         images=tensor.shape[0],
     )
     architecture = start.architecture(tensor)
-    config = tiles.gemm_config(architecture, problem)
     if problem.images * max(map(math.prod, (geometry.small, geometry.big))) >= _PIXEL_LIMIT:
         config = tiles.LIBRARY
+    elif config is None:
+        config = first_use.config(architecture, problem, epilogue, run, tensor.device)
     if operation != "wgrad" or config.library:
         return config, 1
     return config, tiles.splits(architecture, problem, config)

@@ -78,7 +78,7 @@ class Epilogue:
         repeat = (rows or channels) // channels
         empty = dict(dtype=start.acc_dtype(out.dtype), device=out.device)
         if self.groups:
-            mean, m2 = torch.empty((2, tiles * repeat, channels), **empty)
+            mean, m2 = (torch.empty((tiles * repeat, channels), **empty) for _ in range(2))
             count = torch.empty(tiles, **empty)
             return norm.TileStatistics(count, mean, m2, repeat, self.groups)
         if self.sums_per_channel:

@@ -84,7 +84,7 @@ def _combine_chunks(statistics):
     parts, channels, groups = _parts(statistics)
     while parts > _STATISTICS_CHUNK:
         chunks = tiles.ceil_div(parts, _STATISTICS_CHUNK)
-        mean, m2 = statistics.mean.new_empty((2, groups * chunks, channels))
+        mean, m2 = (statistics.mean.new_empty((groups * chunks, channels)) for _ in range(2))
         count = statistics.mean.new_empty(groups * chunks)
         tape.start(
             kernels.combine_statistics,

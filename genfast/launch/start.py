@@ -11,10 +11,11 @@ if triton is not None:
     from triton.tools.tensor_descriptor import TensorDescriptor
 
 
-def kernel(kernel, grid, *, device=None, reads=(), writes=(), **arguments):
+def kernel(kernel, grid, *, constants=None, device=None, reads=(), writes=(), **arguments):
     """Start a kernel on the device its tensors are on (Triton starts on the current device).
 
     Args:
+        constants: a dict of more arguments, none of them a tensor.
         device: where, if the caller knows it.
         reads, writes: the tensors that it reaches by addresses which it finds in memory, for
             whoever counts bytes; one that is read and written is in both.
@@ -22,6 +23,8 @@ def kernel(kernel, grid, *, device=None, reads=(), writes=(), **arguments):
 
     Returns what Triton compiled; None where it interprets.
     """
+    if constants:
+        arguments = constants | arguments
     if INTERPRETING:
         return _interpret(kernel, grid, arguments)
     if device is None:

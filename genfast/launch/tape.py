@@ -11,7 +11,10 @@ back costs nothing. The second is recorded, later ones are replays. A function m
 anything else that may change, such as what tensor an address belongs to.
 """
 
+import functools
 import threading
+from contextlib import contextmanager
+from typing import NamedTuple
 from weakref import WeakKeyDictionary
 
 import torch
@@ -43,23 +46,40 @@ def start(kernel, grid, **arguments):
     if recorder is None:
         return starting.kernel(kernel, grid, **arguments)
     recorder.note_start(kernel, grid, arguments)
-    # What the interpreter does inside is no part of it.
+    with unnoticed():  # What the interpreter does inside is no part of it.
+        return starting.kernel(kernel, grid, **arguments)
+
+
+@contextmanager
+def unnoticed():
+    """Within, nothing is recorded: for what is done once, on tensors that nobody else sees."""
+    recorder = getattr(_thread, "recorder", None)
+    if recorder is None:
+        yield
+        return
     _thread.recorder, recorder.paused = None, True
     try:
-        return starting.kernel(kernel, grid, **arguments)
+        yield
     finally:
         _thread.recorder, recorder.paused = recorder, False
 
 
-def run(function, tensors, *settings):
+def run(function, tensors, *settings, look=None):
     """function(tensors, *settings), from a `Tape` where there is one.
 
     Args:
-        function: gives a list of tensors and Nones, of which none shares memory with `tensors`.
-        tensors: a list of tensors and Nones.
+        function: gives a list of tensors and Nones.
+        tensors: a list of tensors and Nones, the first a tensor that says how products round.
         settings: hashable; all else that the function depends on.
+        look: hashable, stands for the shapes, strides, dtypes and device of all the tensors, for a
+            caller who knows them already.
     """
-    key = function, settings, tuple(map(_kind, tensors))
+    first = tensors[0]
+    if look is None:
+        kinds = [None if t is None else (t.shape, t.stride(), t.dtype) for t in tensors]
+        look = first.device, *kinds
+    places = [None if t is None else t.data_ptr() % 16 for t in tensors]
+    key = function, settings, starting.precision(first), _modes(), look, *places
     known = _tapes.get(key)
     if isinstance(known, Tape):
         return known.play(tensors)
@@ -78,6 +98,11 @@ def run(function, tensors, *settings):
     return results
 
 
+def _modes():
+    """What decides whether configurations are those that a first use has found: see `first_use`."""
+    return torch.backends.cudnn.benchmark, torch.are_deterministic_algorithms_enabled()
+
+
 def forget():
     """Forget all tapes: for who changes what functions decide by."""
     _tapes.clear()
@@ -89,18 +114,13 @@ def _remember(key, value):
     _tapes[key] = value
 
 
-def _kind(t):
-    """All of a tensor that a launch depends on."""
-    if t is None:
-        return None
-    return t.shape, t.stride(), t.dtype, t.device, t.data_ptr() % 16
-
-
 class Tape:
     """Steps, each a function of a list of slots: the tensors given, then those that are made."""
 
     def __init__(self, steps, made, results):
-        self._steps, self._made, self._results = steps, (None,) * made, results
+        self._steps, self._made = steps, (None,) * made
+        self._results = [place for i, place in enumerate(results) if place not in results[:i]]
+        self._order = [self._results.index(place) for place in results]
 
     def play(self, tensors):
         """As the function that was recorded, of tensors of the same kinds."""
@@ -109,7 +129,8 @@ class Tape:
             step.do(slots)
             for slot in step.releases:
                 slots[slot] = None
-        return [None if place is None else place.tensor(slots) for place in self._results]
+        results = [None if place is None else place.tensor(slots) for place in self._results]
+        return [results[i] for i in self._order]
 
 
 class NoTape:
@@ -119,14 +140,14 @@ class NoTape:
         self.why = why
 
 
-class _Place:
+class _Place(NamedTuple):
     """Where a tensor is found: in a slot, and where it is a view of that, which.
 
     view: (size, stride, offset), the last in elements from the first of the slot's tensor; or None.
     """
 
-    def __init__(self, slot, view):
-        self.slot, self.view = slot, view
+    slot: int
+    view: tuple | None
 
     def tensor(self, slots):
         t = slots[self.slot]
@@ -180,33 +201,42 @@ class _Allocate:
 
     def __init__(self, slot, tensor):
         self.slots, self._slot = {slot}, slot
-        self._size, self._stride = tensor.shape, tensor.stride()
-        self._kind = dict(dtype=tensor.dtype, device=tensor.device)
+        self._take = functools.partial(
+            torch.empty_strided, tensor.shape, tensor.stride(), dtype=tensor.dtype,
+            device=tensor.device,
+        )  # fmt: skip
 
     def do(self, slots):
-        slots[self._slot] = torch.empty_strided(self._size, self._stride, **self._kind)
+        slots[self._slot] = self._take()
 
 
 class _Start:
     """Start a kernel."""
 
-    def __init__(self, kernel, grid, arguments, places, descriptors):
-        self._kernel, self._grid, self._arguments = kernel, grid, arguments
-        self._places, self._descriptors = places, descriptors
+    def __init__(self, kernel, grid, constants, places, descriptors):
+        self._kernel, self._grid, self._constants = kernel, grid, constants
+        self._whole = [(name, place.slot) for name, place in places if place.view is None]
+        self._views = [(name, place) for name, place in places if place.view]
+        self._descriptors = descriptors
         self.slots = {place.slot for _, place, *_ in (*places, *descriptors)}
         self._on = min(self.slots)
 
     def do(self, slots):
-        arguments = self._arguments.copy()
-        for name, place in self._places:
+        arguments = {name: slots[slot] for name, slot in self._whole}
+        for name, place in self._views:
             arguments[name] = place.tensor(slots)
         for name, place, fields in self._descriptors:
             # Of the same sizes and alignment as one that was checked.
             described = object.__new__(TensorDescriptor)
             described.__dict__ = fields | {"base": place.tensor(slots)}
             arguments[name] = described
-        device = slots[self._on].device
-        starting.kernel(self._kernel, self._grid, device=device, **arguments)
+        starting.kernel(
+            self._kernel,
+            self._grid,
+            constants=self._constants,
+            device=slots[self._on].device,
+            **arguments,
+        )
 
 
 class _Call:
@@ -285,7 +315,7 @@ class Recorder(TorchDispatchMode):
 
     def note_start(self, kernel, grid, arguments):
         """A kernel is about to start."""
-        plain, places, descriptors = {}, [], []
+        constants, places, descriptors = {}, [], []
         for name, value in arguments.items():
             if isinstance(value, torch.Tensor):
                 places.append((name, self._place(value, address=True)))
@@ -293,9 +323,9 @@ class Recorder(TorchDispatchMode):
                 fields = {k: v for k, v in vars(value).items() if k != "base"}
                 descriptors.append((name, self._place(value.base, address=True), fields))
             else:
-                plain[name] = value
+                constants[name] = value
         if not self._why:
-            self._steps.append(_Start(kernel, grid, plain, places, descriptors))
+            self._steps.append(_Start(kernel, grid, constants, places, descriptors))
 
     def tape(self, results):
         """The `Tape` of what happened, that gives these results; or a `NoTape`."""

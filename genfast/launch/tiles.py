@@ -1,7 +1,7 @@
 """Tile shapes: which are shipped for which architecture, and how one is chosen for a problem.
 
 What was timed on a GPU, by `python -m benchmarks.gpu`, is in tuned.csv, one line a problem; all
-else is chosen by size from the tables below.
+else is chosen by size from the tables below, unless `first_use` times it.
 """
 
 import csv
@@ -231,20 +231,25 @@ def gemm_config(architecture, problem):
     """
     timed = tuned(architecture).get(problem.key)
     if timed:
-        images = min(timed, key=lambda n: abs(math.log(n / problem.images)))
-        return timed[images]
-    if _without_matrix_units(architecture, problem.precision) and not problem.scattered:
-        return LIBRARY
+        return timed[nearest(timed, problem.images)]
+    return ranked(architecture, problem)[0]
+
+
+@functools.cache
+def ranked(architecture, problem):
+    """The configurations for a `Problem` that is not in the table, best first: a tuple."""
     candidates = shipped(architecture, problem.precision, problem.scattered)
     if problem.scattered:
-        fitting = (c for c in candidates if c.block_m < 2 * problem.rows)
-        return next(fitting, candidates[-1])
+        fitting = tuple(c for c in candidates if c.block_m < 2 * problem.rows)
+        return fitting or candidates[-1:]
+    if _without_matrix_units(architecture, problem.precision):
+        return LIBRARY, *candidates
     chip = predict.chip(architecture)
     likes = [replace(problem, images=images) for images in _like(problem.images)]
     times = {c: [predict.cycles(c, like, chip) for like in likes] for c in candidates}
     best = list(map(min, zip(*times.values(), strict=True)))
     # By how many times as long as the best of each batch it takes.
-    return min(times, key=lambda c: sum(map(operator.truediv, times[c], best)))
+    return tuple(sorted(times, key=lambda c: sum(map(operator.truediv, times[c], best))))
 
 
 @functools.cache
@@ -255,6 +260,11 @@ def splits(architecture, problem, config):
     batches = _like(problem.images)
     like = replace(problem, images=batches[len(batches) // 2])
     return predict.splits(config, like, predict.chip(architecture))
+
+
+def nearest(batches, images):
+    """Of some batches, the one that is least times as large or as small; None of none."""
+    return min(batches, key=lambda n: abs(math.log(n / images)), default=None)
 
 
 def _like(images):
@@ -281,7 +291,7 @@ def read_tuned():
         return []
     with open(TUNED, newline="", encoding="utf-8") as file:
         return [
-            (row["architecture"], _from_row(Problem, row), _from_row(GemmConfig, row))
+            (row["architecture"], from_row(Problem, row), from_row(GemmConfig, row))
             for row in csv.DictReader(file)
         ]
 
@@ -294,16 +304,18 @@ def write_tuned(rows):
         writer.writerow(("architecture", *names))
         for architecture, problem, config in rows:
             facts = vars(problem) | vars(config)
-            writer.writerow((architecture, *(_written(facts[name]) for name in names)))
+            writer.writerow((architecture, *(written(facts[name]) for name in names)))
 
 
-def _written(value):
+def written(value):
+    """A field's value as text: see `from_row`."""
     if isinstance(value, tuple):
         return "x".join(map(str, value))
     return int(value) if isinstance(value, bool) else value
 
 
-def _from_row(kind, row):
+def from_row(kind, row):
+    """A `Problem` or `GemmConfig`, the kind, from a dict of its fields as text."""
     return kind(**{f.name: _READ[f.type](row[f.name]) for f in fields(kind)})
 
 

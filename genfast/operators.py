@@ -112,7 +112,8 @@ def chain(x, blocks):
     tensors = [t for t in tensors if t is not None]
     keep = torch.is_grad_enabled() and any([t.requires_grad for t in (x, *tensors)])
     # What the chain returns may be changed in place. Backward reads the outputs of the other
-    # activations, in PyTorch too; but its leaky ReLU does so only where it is in place itself.
+    # activations, in PyTorch too; but its leaky ReLU does so only where it is in place itself. Else
+    # it is an operation of its own here, which a compiler fuses with what follows.
     last = blocks[-1]
     apart = (
         keep and last.batch_norm is None and last.activation == "leaky_relu" and not last.inplace
@@ -185,22 +186,10 @@ def _decoded(spec):
         eps, negative_slope, groups, activation, weight_lies = fields[12:]
         blocks.append(
             _Block(
-                transposed,
-                (sh, sw),
-                (ph, pw),
-                (oh, ow),
-                by_batch,
-                float(eps),
-                activation,
-                float(negative_slope),
-                int(groups),
-                moves,
-                bias,
-                gamma,
-                beta,
-                weight_lies,
-            )  # fmt: skip
-        )
+                transposed, (sh, sw), (ph, pw), (oh, ow), by_batch, float(eps), activation,
+                float(negative_slope), int(groups), moves, bias, gamma, beta, weight_lies,
+            )
+        )  # fmt: skip
     return x_lies, tuple(blocks)
 
 
@@ -261,7 +250,7 @@ def _chain(x: Tensor, tensors: list[Tensor], spec: str, keep: bool) -> list[Tens
     for weight, kind, p in zip(weights, kinds, parameters, strict=True):
         given += autograd.Link(kind, weight, *p[1:])[1:]
     made = tape.run(autograd._forward, given, kinds, keep)
-    values = _kept_values(blocks, made) if keep else []
+    values = made[: _values(blocks)] if keep else []
     vectors = [
         v for v, b in zip(made[-1 - len(blocks) : -1], blocks, strict=True) if _returns(b, keep)
     ]
@@ -278,12 +267,9 @@ def _returns(block, keep):
     return block.by_batch is not None if keep else block.moves
 
 
-def _kept_values(blocks, values):
-    """Of the value of each block, those that are not the output: see `_Block.keeps_output`."""
-    return [
-        *values[: len(blocks) - 1],
-        *(values[len(blocks) - 1 :][: blocks[-1].by_batch is not None]),
-    ]
+def _values(blocks):
+    """How many values `genfast::chain` keeps: one a block, but for one that is the output."""
+    return len(blocks) - (blocks[-1].by_batch is None)
 
 
 @_chain.register_fake
@@ -302,7 +288,7 @@ def _(x, tensors, spec, keep):
         for t, lies in zip([x, *(p.weight for p in parameters)], _lie(x_lies, blocks), strict=True):
             if lies != _AS_READ:
                 copies.append(_empty_channels_last(t.shape, t))
-    return [y, *copies, *(_kept_values(blocks, values) if keep else []), *vectors]
+    return [y, *copies, *values[: _values(blocks) if keep else 0], *vectors]
 
 
 def _empty_channels_last(shape, like):
@@ -329,8 +315,7 @@ def _keep_for_backward(ctx, inputs, output):
     parameters = [
         t for w, p in zip(weights, parameters, strict=True) for t in _present((w, *p[1:_WANTING]))
     ]
-    count = len(blocks) - (blocks[-1].by_batch is None)
-    values, vectors = kept[:count], kept[count:]
+    values, vectors = kept[: _values(blocks)], kept[_values(blocks) :]
     if blocks[-1].keeps_output:
         values.append(y)
     ctx.parameters, ctx.values = len(parameters), len(values)

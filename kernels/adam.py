@@ -15,6 +15,7 @@ import triton
 import triton.language as tl
 
 from .loading import run_in_bounds
+from .overlap import wait_for_previous
 from .rounding import to_memory
 
 # Columns of a row of the table, one row a weight. The first seven are addresses; a gradient's is
@@ -54,6 +55,7 @@ def adam(
     HAS_LR_PTR: lr_ptr is read, one number of any floating-point dtype; else it is lr.
     Grid: (chunks,).
     """
+    wait_for_previous()
     chunk = tl.program_id(0)
     row = table_ptr + tl.num_programs(0) + tl.load(table_ptr + chunk) * COLUMNS
     p_ptr = _pointer(row + P, tl.float32)

@@ -41,6 +41,7 @@ import triton
 import triton.language as tl
 
 from .loading import aligned, in_bounds, in_range, run_in_bounds, wide_product
+from .overlap import wait_for_previous
 from .product import dot, finished
 
 # A row or column that is in no image, whatever tap is added.
@@ -105,6 +106,7 @@ def fprop(
     which wastes nothing when C_big is less than BLOCK_K: an image has 3 channels. Grid: (tiles of
     C_small * groups * tiles_per_group).
     """
+    wait_for_previous()
     C_big = aligned(C_big, BIG_ALIGNMENT)
     C_small = aligned(C_small, SMALL_ALIGNMENT)
     TAPS: tl.constexpr = KH * KW
@@ -243,6 +245,7 @@ def dgrad(
     of a phase, K = the phase's taps * C_small. Grid: (phases * tiles of C_big * groups *
     tiles_per_group): the phases of a tile read the same pixels, so they run side by side.
     """
+    wait_for_previous()
     C_big = aligned(C_big, BIG_ALIGNMENT)
     C_small = aligned(C_small, SMALL_ALIGNMENT)
     TAPS: tl.constexpr = KH * KW
@@ -375,6 +378,7 @@ def wgrad(
     `sum_partials` adds the splits in a fixed order. Grid: (tiles of C_small * tiles of C_big, taps,
     splits). PACKED makes (tap, cb) the columns, as in fprop, and the grid's second axis 1.
     """
+    wait_for_previous()
     C_big = aligned(C_big, BIG_ALIGNMENT)
     C_small = aligned(C_small, SMALL_ALIGNMENT)
     columns = TAPS * C_big if PACKED else C_big

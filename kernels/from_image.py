@@ -23,6 +23,7 @@ import triton.language as tl
 from .activation import activation_backward
 from .loading import in_bounds, run_in_bounds
 from .normalizing import load_vectors, normalized_rows
+from .overlap import wait_for_previous
 from .product import dot, finished
 from .rounding import as_stored
 
@@ -84,6 +85,7 @@ def pad_image(
     y = act(u) is what the layer put out and x the gradient of that, which becomes the gradient at
     u. `pixels` are the padded image's. Grid: (tiles of pixels).
     """
+    wait_for_previous()
     pixel = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     n, Y, X, inside = _pixel_of_image(
         pixel, pixels, H, W, width_magic, width_shift, height_magic, height_shift, Hp, Wp,
@@ -146,6 +148,7 @@ def join_images(
     Without HAS_SCALE real images are taken as they are. `pixels` are one half's of the padded
     images. Grid: (tiles of pixels, halves).
     """
+    wait_for_previous()
     pixel = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     half = tl.program_id(1)
     n, Y, X, inside = _pixel_of_image(
@@ -279,6 +282,7 @@ def fprop_image(
     weight serves them, and the next window is on its way while this one is multiplied. Grid: (tiles
     of C_small, programs).
     """
+    wait_for_previous()
     C_small = eighths * 8
     STEPS: tl.constexpr = (KH * KW * 4 + BLOCK_K - 1) // BLOCK_K
     cs = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -373,6 +377,7 @@ def wgrad_image(
     order. SWAPPED computes the product's transpose. Grid: (tiles of C_small, tiles of KH * KW * 4,
     splits).
     """
+    wait_for_previous()
     C_small = eighths * 8
     cs = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     k0 = tl.program_id(1) * BLOCK_N

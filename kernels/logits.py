@@ -13,6 +13,7 @@ import triton.language as tl
 from .activation import activate
 from .loading import in_bounds
 from .normalizing import load_vectors, normalized, normalized_rows
+from .overlap import wait_for_previous
 from .product import gradient_epilogue
 from .rounding import rounded
 
@@ -44,6 +45,7 @@ def logits_fprop(
     With HAS_NORM, big is normalised and activated as it is read, by the vectors of the group of
     `group_images` images that n belongs to. CHANNELS is C_big where that divides BLOCK_K, else 0.
     """
+    wait_for_previous()
     n = tl.program_id(0).to(tl.int64)
     big_ptr += n * K
     if HAS_NORM:
@@ -111,6 +113,7 @@ def logits_dgrad(
     of one group, of which there are `tiles_n` tiles. Grid: (tiles of N, of all groups * tiles of
     K).
     """
+    wait_for_previous()
     tile = tl.program_id(0) // tiles_k
     k = tl.program_id(0) % tiles_k * BLOCK_K + tl.arange(0, BLOCK_K)
     if HAS_BELOW:
@@ -178,6 +181,7 @@ def logits_wgrad(
     thread, which adds them first. With HAS_NORM, big is normalised and activated as it is read,
     each group of `group_images` images by its own vectors. Grid: (tiles of K, splits).
     """
+    wait_for_previous()
     ROWS: tl.constexpr = REPEATS * BLOCK_N
     k = tl.program_id(0) * BLOCK_K + tl.arange(0, BLOCK_K)
     split = tl.program_id(1).to(tl.int64)

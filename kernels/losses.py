@@ -9,6 +9,7 @@ import triton
 import triton.language as tl
 
 from .loading import run_in_bounds
+from .overlap import wait_for_previous
 
 
 # One kernel for 0, 1 and other numbers of labels, and for batches of any size.
@@ -32,6 +33,7 @@ def logistic_loss(
 
     With HAS_GRADIENT also what `logistic_loss_backward` makes of dloss = 1.
     """
+    wait_for_previous()
     part = tl.program_id(0).to(tl.int64)
     loss = tl.zeros((BLOCK,), dtype=ACC_DTYPE)
     for step in range(0, tiles_per_part):
@@ -69,6 +71,7 @@ def logistic_loss_backward(
     BLOCK: tl.constexpr,
 ):
     """dlogits = (sigmoid(x) - t) * scale * dloss, with dloss one value. Grid: (tiles of BLOCK,)."""
+    wait_for_previous()
     factor = scale * tl.load(dloss_ptr).to(ACC_DTYPE)
     i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     exists = i < rows.to(tl.int64) * row_length

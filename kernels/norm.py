@@ -14,6 +14,7 @@ import triton.language as tl
 
 from .activation import activate, activation_backward
 from .loading import in_bounds, run_in_bounds
+from .overlap import wait_for_previous
 
 MEAN = tl.constexpr(0)
 UNBIASED_VAR = tl.constexpr(1)
@@ -41,6 +42,7 @@ def combine_statistics(
 
     Grid: (tiles of channels, chunks of a group, groups).
     """
+    wait_for_previous()
     chunk_id = tl.program_id(1)
     group = tl.program_id(2)
     c, in_c = _channels(tl.program_id(0), channels, BLOCK_C)
@@ -74,6 +76,7 @@ def tile_statistics(
     Each of the tile's rows follows its own mean (Welford, 1962); at the end they are combined as in
     `_combine`. Grid: (parts of a group, tiles of channels, groups).
     """
+    wait_for_previous()
     dtype: tl.constexpr = mean_ptr.dtype.element_ty
     part = tl.program_id(0)
     group = tl.program_id(2).to(tl.int64)
@@ -130,6 +133,7 @@ def batch_statistics(
     Those move once for each group, in order, as if the groups were batches that came one after
     another, and the counter of batches by as many. Grid: (tiles of channels,).
     """
+    wait_for_previous()
     c, in_c = _channels(tl.program_id(0), channels, BLOCK_C)
     dtype: tl.constexpr = mean_ptr.dtype.element_ty
     gamma = tl.full((BLOCK_C,), 1.0, dtype=dtype)
@@ -226,6 +230,7 @@ def normalize_activate(
 
     The mean is subtracted first: folding it into the shift loses the digits that mean and z share.
     """
+    wait_for_previous()
     group = tl.program_id(2)
     vectors_ptr += group * 5 * channels
     c, in_c = _channels(tl.program_id(1), channels, BLOCK_C)
@@ -254,6 +259,7 @@ def norm_backward_reduce(
     g = dy * act'(u) and xhat = (z - mean) * rstd: over all rows the sums are dbeta and dgamma
     (Ioffe and Szegedy, 2015). Grid: (parts of a group, tiles of channels, groups).
     """
+    wait_for_previous()
     part = tl.program_id(0)
     group = tl.program_id(2)
     vectors_ptr += group * 5 * channels
@@ -306,6 +312,7 @@ def norm_backward(
     first program of a tile of channels also writes their total over groups, [2, channels]. Grid:
     (tiles of a group's rows, tiles of channels, groups).
     """
+    wait_for_previous()
     dtype: tl.constexpr = vectors_ptr.dtype.element_ty
     group = tl.program_id(2)
     vectors_ptr += group * 5 * channels
@@ -367,6 +374,7 @@ def activation_backward_from_output(
 
     A row is whatever is contiguous in one image. Grid: (tiles of rows * row_length,).
     """
+    wait_for_previous()
     i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     exists = i < rows.to(tl.int64) * row_length
     i = run_in_bounds(i, exists)

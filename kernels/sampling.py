@@ -9,6 +9,7 @@ import triton
 import triton.language as tl
 
 from .loading import in_bounds, run_in_bounds
+from .overlap import wait_for_previous
 
 
 # D alone decides about vector loads; a smaller batch is the same kernel.
@@ -33,6 +34,7 @@ def reparameterize(
     kl[part, n] = 1/2 * sum over the part's columns of mu^2 + exp(logvar) - 1 - logvar (Kingma and
     Welling, 2014, appendix B). Grid: (tiles of rows, parts of the columns).
     """
+    wait_for_previous()
     seed = tl.load(seed_ptr)
     part = tl.program_id(1)
     n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -75,6 +77,7 @@ def reparameterize_backward(
 
     Grid: as forward's.
     """
+    wait_for_previous()
     seed = tl.load(seed_ptr)
     part = tl.program_id(1)
     n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)

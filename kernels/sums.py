@@ -4,6 +4,7 @@ import triton
 import triton.language as tl
 
 from .loading import in_bounds, run_in_bounds
+from .overlap import wait_for_previous
 
 
 @triton.jit(do_not_specialize=["rows", "parts", "chunk"])
@@ -25,6 +26,7 @@ def sum_partials(
     their way at a time: one by one, hundreds of parts would wait hundreds of times for memory.
     Grid: (tiles of the sums, groups, chunks).
     """
+    wait_for_previous()
     group = tl.program_id(1).to(tl.int64)
     length = rows.to(tl.int64) * row_length
     partials_ptr += group * parts * length

@@ -18,6 +18,7 @@ import triton.language as tl
 from .activation import activate, activation_backward
 from .loading import in_bounds
 from .normalizing import load_vectors, normalized_rows
+from .overlap import wait_for_previous
 from .product import dot
 from .rounding import as_stored
 
@@ -89,6 +90,7 @@ def to_image(
     BLOCK_E elements a row. Step s has row s of small and completes the rows of the image from
     s * STRIDE_H - PAD_H on. Grid: (tiles of images * tiles of a row * segments of the steps).
     """
+    wait_for_previous()
     BLOCK_P: tl.constexpr = BLOCK_N * BLOCK_W
     CARRIED: tl.constexpr = KH - STRIDE_H
     WARM_UP: tl.constexpr = (CARRIED + STRIDE_H - 1) // STRIDE_H

@@ -23,6 +23,7 @@ import sys
 from collections import Counter
 from pathlib import Path
 
+import dependent_launch
 import triton
 
 from benchmarks.model import machine_code
@@ -95,6 +96,7 @@ def _read(compiled, code):
     facts = {"warps": compiled.warps, "shared": compiled.shared}
     for name, pattern in ASSEMBLY.items():
         facts[name] = len(re.findall(pattern, compiled.assembly))
+    facts |= dependent_launch.facts_of(compiled.assembly)
     if not code:
         return facts | machine_code.resources(compiled)
     read = machine_code.read(compiled)

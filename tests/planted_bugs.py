@@ -41,6 +41,7 @@ LOSSES = "test_losses.py"
 ADAM = "test_adam.py::test_updates_are_pytorchs"
 NORMALIZING = "test_normalizing.py::test_bits_are_those_of_the_pass_and_the_product"
 GRADIENT = "test_gradient_epilogue.py::test_gradient_of_the_layer_below"
+OVERLAP = "test_overlap.py"
 
 COMPILED = "test_compile.py::test_compiled_networks_are_the_eager_ones"
 BUGS = (
@@ -603,6 +604,48 @@ BUGS = (
         "fcntl.LOCK_EX | fcntl.LOCK_NB",
         "fcntl.LOCK_SH | fcntl.LOCK_NB",
         "test_run_folder.py::test_many_take_turns_and_never_two_at_once",
+    ),
+    Bug(
+        "a kernel does not wait for the one before it",
+        "kernels/sums.py",
+        "    wait_for_previous()\n",
+        "",
+        OVERLAP,
+    ),
+    Bug(
+        "a kernel waits too late",
+        "kernels/logits.py",
+        "    wait_for_previous()\n    n = tl.program_id(0).to(tl.int64)\n    big_ptr += n * K\n",
+        "    n = tl.program_id(0).to(tl.int64)\n    big_ptr += n * K\n    wait_for_previous()\n",
+        OVERLAP,
+    ),
+    Bug(
+        "kernels that do not wait start early",
+        "genfast/launch/start.py",
+        'return function.__code__.co_names[:1] == ("wait_for_previous",)',
+        "return True",
+        OVERLAP,
+    ),
+    Bug(
+        "no kernel starts early",
+        "genfast/launch/start.py",
+        'arguments["launch_pdl"] = True',
+        "pass",
+        OVERLAP,
+    ),
+    Bug(
+        "the next kernel is let in only when this one has ended",
+        "kernels/overlap.py",
+        "        tl.extra.cuda.gdc_launch_dependents()\n",
+        "",
+        OVERLAP,
+    ),
+    Bug(
+        "kernels wait on GPUs that cannot",
+        "kernels/overlap.py",
+        "if tl.target_info.cuda_capability_geq(9, 0):",
+        "if True:",
+        OVERLAP,
     ),
 )
 

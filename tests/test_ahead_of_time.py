@@ -8,6 +8,7 @@ import pytest
 
 pytest.importorskip("triton", reason="compiles Triton kernels")
 
+import dependent_launch
 from ahead_of_time import facts_of
 
 from genfast.launch import tiles
@@ -87,6 +88,7 @@ def check(facts, architecture):
     assert {f["kernel"] for f in facts} - ENDS == KERNELS
     assert max(f["shared"] for f in facts) <= SHARED[architecture]
     check_every_tile(facts, architecture)
+    dependent_launch.check(facts, architecture)
     for f in facts:
         if f["kernel"] in GEMMS:
             # NVIDIA's tensor cores multiply no float32 unrounded.

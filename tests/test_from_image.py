@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+import dependent_launch
 import pytest
 import torch
 import torch.nn.functional as F
@@ -346,6 +347,7 @@ def test_hopper_instructions():
 
     launches = facts_of("sm_90", "--few", "--code", of="from_image")
     padding = ("pad_image", "join_images")
+    dependent_launch.check(launches, "sm_90")
     facts = [f for f in launches if f["kernel"].endswith(("_image", "_images"))]
     for f in facts:
         assert f["spills"] == 0, f

@@ -13,11 +13,12 @@ import torch
 
 pytest.importorskip("triton", reason="it is about Triton kernels")
 
-from benchmarks.gpu import blocks, each_kernel, problems, profile, tests, tuning
+from benchmarks.gpu import blocks, each_kernel, overlap, problems, profile, tests, tuning
 from benchmarks.gpu.stages import STAGES
 from benchmarks.gpu.table import Table
 from genfast import use_backend
 from genfast.backend import INTERPRETING
+from genfast.launch import start
 
 ROOT = Path(__file__).parents[1]
 CPU = torch.device("cpu")
@@ -198,3 +199,27 @@ def test_layers_are_timed_beside_eager(tmp_path, monkeypatch):
     layers = ("tiny", "sampling and KL")
     assert found == [(layer, variant) for layer in layers for variant in ("eager", "genfast")]
     assert all(float(row["us"]) > 0 and float(row["host_us"]) > 0 for row in table.rows)
+
+
+def test_steps_are_timed_with_and_without_overlap(monkeypatch):
+    """Both are the same step, of which what was made first asked for no early start."""
+    asked = []
+
+    def build(workload):
+        early = start.starts_early(None, workload.device)
+        return lambda images: (asked.append(early), images.sum() + torch.rand(()))[1:]
+
+    class Workload:
+        device = CPU
+
+        def images(self):
+            return torch.ones(3)
+
+    monkeypatch.setattr(start, "starts_early", lambda function, device: True)
+    monkeypatch.setitem(
+        overlap.VARIANTS, "genfast", replace(overlap.VARIANTS["genfast"], build=build)
+    )
+    row = overlap.compared(Workload(), 0.0, steps=5)
+    assert set(row) < set(overlap.COLUMNS) and row["same_bits"]
+    assert asked[:10] == [False] * 5 + [True] * 5
+    assert float(row["speedup"]) > 0

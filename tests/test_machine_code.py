@@ -5,11 +5,13 @@ its step. An operand that passes through registers makes each wait for the one b
 every load needs an address, and a scheduler that computes addresses starts no multiplication.
 """
 
+import dependent_launch
 import pytest
 
 pytest.importorskip("triton", reason="compiles Triton kernels")
 
 from benchmarks.model.cost import GPUS, TENSOR_OVERHEAD, programs_per_multiprocessor
+from benchmarks.model.machine_code import disassembled
 from benchmarks.model.prediction import recorded
 
 # Descriptors move multiples of 16 bytes; beside one of them latents, with 100 channels, are loaded
@@ -20,6 +22,9 @@ MOST_REGISTERS = 128
 # Of an A100, for the multiply-adds of one warp's instruction: 16 x 8 x 16, at a quarter of the 1024
 # that a multiprocessor does in a cycle; longer by what the model assumes for every product.
 CYCLES_OF_A_MULTIPLICATION = 8 * TENSOR_OVERHEAD
+
+# What may come before a kernel waits: the stack's place is computed.
+ARITHMETIC = {"VIADD", "IADD3", "MOV", "S2R", "S2UR", "CS2R", "UMOV"}
 
 
 def products(model, architecture="sm_90"):
@@ -87,3 +92,26 @@ def test_adam_moves_vectors_and_fits_four_times():
         assert straight.widths("STG")[8] == 1, launch
         assert not straight.count("BAR") and compiled.shared == 0 and code.spills == 0, launch
         assert programs_per_multiprocessor(GPUS["h100"], code.registers, compiled.warps, 0) >= 4
+
+
+@pytest.mark.parametrize("model", ["dcgan", "dcgan-128", "conv-vae"])
+def test_every_kernel_of_a_step_waits_before_it_reaches_memory(model):
+    """In PTX and in what the assembler made of it, where only constants are loaded earlier."""
+    recording, _ = recorded(model, 128, "sm_90")
+    for compiled in recording.code.values():
+        facts = dependent_launch.facts_of(compiled.assembly)
+        dependent_launch.check([facts | {"kernel": compiled.name}], "sm_90")
+        instructions = disassembled(compiled).instructions
+        names = [instruction.name for instruction in instructions]
+        wait = names.index("ACQBULK")
+        assert not instructions[wait].conditional, compiled.name
+        assert set(names[:wait]) <= ARITHMETIC | {"LDC", "ULDC"}, (compiled.name, names[:wait])
+        assert "PREEXIT" in names[wait:], compiled.name
+
+
+@pytest.mark.parametrize("model", ["dcgan", "conv-vae"])
+def test_no_kernel_of_a_step_waits_on_ampere(model):
+    recording, _ = recorded(model, 128, "sm_80")
+    for compiled in recording.code.values():
+        facts = dependent_launch.facts_of(compiled.assembly)
+        dependent_launch.check([facts | {"kernel": compiled.name}], "sm_80")

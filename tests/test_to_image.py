@@ -1,5 +1,6 @@
 """dgrad to an image of few channels, by the rule of `oracle`, and what it compiles to."""
 
+import dependent_launch
 import pytest
 import torch
 import torch.nn.functional as F
@@ -205,6 +206,7 @@ def compile_for(architecture, *options):
     found = facts_of(architecture, *options, of="outputs")
     facts = {f["case"]: f for f in found}
     assert len(facts) == len(found)
+    dependent_launch.check(found, architecture)
     return facts
 
 

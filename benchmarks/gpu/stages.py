@@ -38,6 +38,7 @@ STAGES = (
     Stage("tuning", ("kernels/*.py", "genfast/launch/*.py")),
     Stage("blocks", (*_PACKAGE, "genfast/launch/tuned.csv")),
     Stage("steps", (*_PACKAGE, "genfast/launch/tuned.csv")),
+    Stage("overlap", (*_PACKAGE, "genfast/launch/tuned.csv")),
     Stage("profile", (*_PACKAGE, "genfast/launch/tuned.csv")),
 )
 

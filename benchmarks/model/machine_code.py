@@ -137,14 +137,19 @@ class Code:
 
 def read(compiled):
     """The `Code` of a `recording.Compiled` of NVIDIA's."""
-    from triton.knobs import nvidia
-
-    listing = _printed(compiled.binary, "listing.sass", nvidia.nvdisasm.path, "-c", "-g", "-ndf")
     return Code(
-        regions=regions(parse(listing)),
+        regions=regions(disassembled(compiled)),
         layout_changes=layout_changes_in_loops(compiled.ttgir),
         **resources(compiled),
     )
+
+
+def disassembled(compiled):
+    """The `Listing` of a `recording.Compiled` of NVIDIA's."""
+    from triton.knobs import nvidia
+
+    command = nvidia.nvdisasm.path, "-c", "-g", "-ndf"
+    return parse(_printed(compiled.binary, "listing.sass", *command))
 
 
 def resources(compiled):

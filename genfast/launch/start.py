@@ -3,12 +3,17 @@
 Everything else in this package prepares: layouts, allocation, descriptors, grids.
 """
 
+import functools
+
 import torch
 
 from genfast.backend import INTERPRETING, triton
 
 if triton is not None:
     from triton.tools.tensor_descriptor import TensorDescriptor
+
+# NVIDIA's first GPUs on which a kernel may start before the one before it has ended.
+LEAST_TO_START_EARLY = (9, 0)
 
 
 def kernel(kernel, grid, *, constants=None, device=None, reads=(), writes=(), **arguments):
@@ -29,10 +34,27 @@ def kernel(kernel, grid, *, constants=None, device=None, reads=(), writes=(), **
         return _interpret(kernel, grid, arguments)
     if device is None:
         device = next(a.device for a in arguments.values() if isinstance(a, torch.Tensor))
+    if starts_early(kernel.fn, device):
+        arguments["launch_pdl"] = True
     if device.type != "cuda" or device.index == torch.cuda.current_device():
         return kernel[grid](**arguments)
     with torch.cuda.device(device):
         return kernel[grid](**arguments)
+
+
+@functools.cache
+def starts_early(function, device):
+    """Whether a kernel of this Python function may start before the one before it has ended.
+
+    Only one that waits for that itself, first of all: see kernels/overlap.py. Another would read
+    what is not written yet.
+    """
+    if device.type != "cuda" or torch.version.hip:
+        return False
+    if torch.cuda.get_device_capability(device) < LEAST_TO_START_EARLY:
+        return False
+    # Globals and attributes in the order in which they are first used: no load goes without one.
+    return function.__code__.co_names[:1] == ("wait_for_previous",)
 
 
 def _interpret(kernel, grid, arguments):

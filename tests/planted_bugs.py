@@ -487,6 +487,13 @@ BUGS = (
         "test_tape.py",
     ),
     Bug(
+        "a kernel that is started again gets its arguments in the caller's order",
+        "genfast/launch/start.py",
+        "given[self._places[name]] = value",
+        "given[list(arguments).index(name)] = value",
+        "test_tape.py::test_what_starts_again_reaches_the_driver_as_triton_would_have_it",
+    ),
+    Bug(
         "a replay lets go of what it gives",
         "genfast/launch/tape.py",
         "step.releases = sorted(step.slots - needed - given)",

@@ -17,6 +17,7 @@ import genfast
 from genfast.backend import selected_backend, triton
 from genfast.functional import why_not_triton
 from genfast.launch import first_use, timings
+from genfast.losses import GAN_LOSSES
 from genfast.models.dcgan import IMAGE_SIZES
 from genfast.training.errors import BadInput, Diverged
 from genfast.training.memory import limited_memory, missing_memory
@@ -50,6 +51,7 @@ SETTINGS = (
     "seed",
     "precision",
     "background",
+    "loss",
 )
 # Those that decide how much memory training takes.
 MEMORY_SETTINGS = ("batch_size", "image_size", "nz", "ngf", "ndf")
@@ -348,6 +350,11 @@ def _add_train(commands):
         choices=PRECISIONS,
         help="bf16 and fp16 are autocast; auto takes bf16 where it is fast, else fp32 "
         "(default: auto)",
+    )
+    parser.add_argument(
+        "--loss",
+        choices=tuple(GAN_LOSSES),
+        help="what a GAN's networks minimise (default: non-saturating)",
     )
     _add_device(parser)
     parser.add_argument("--out", help="folder of the run (default: runs/MODEL-DATA)")

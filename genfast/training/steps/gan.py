@@ -42,7 +42,8 @@ class GANStep(Step):
             what goes into that is taken, and a warning says so.
         latent_shape: the shape of one image's noise. By default the generator's own `latent_shape`,
             or else (100, 1, 1).
-        loss: the name of a loss in `genfast.losses`.
+        loss: the name of a loss in `genfast.losses.GAN_LOSSES`. Where that judges images in pairs,
+            the generator's update also runs the discriminator on the real images.
         optimizers: of the generator and of the discriminator, in this order. By default
             Adam(lr=2e-4, betas=(0.5, 0.999)) for each.
         precision: "auto", "fp32", "tf32", "bf16" or "fp16"; see `resolve_precision`.
@@ -152,7 +153,8 @@ class GANStep(Step):
             optimizer.zero_grad(set_to_none=True)
         fakes = self._generate(images)
         self._check_fakes(fakes, images)
-        return self._update_discriminator(images, fakes.detach()), self._update_generator(fakes)
+        d_loss = self._update_discriminator(images, fakes.detach())
+        return d_loss, self._update_generator(images, fakes)
 
     def _generate(self, images):
         """As many images as these are, by the generator."""
@@ -171,7 +173,10 @@ class GANStep(Step):
             )
 
     def _update_discriminator(self, reals, fakes):
-        if self.why_not_merged:
+        if self.why_not_merged and self.loss.paired:
+            logits = [self._logits(self._floats(reals)), self._logits(fakes)]
+            loss = self._backward(torch.cat(logits), self.loss.discriminator, "discriminator")
+        elif self.why_not_merged:
             # The first pass's graph is gone before the second pass.
             loss = self._backward(
                 self._logits(self._floats(reals)), self.loss.real, "discriminator"
@@ -199,9 +204,15 @@ class GANStep(Step):
             reals = reals.to(fakes.dtype)  # Less to concatenate than what `cat` would make.
         return torch.cat([reals, fakes])
 
-    def _update_generator(self, fakes):
+    def _update_generator(self, reals, fakes):
         with _frozen(self.discriminator):
-            loss = self._backward(self._logits(fakes), self.loss.generator, "generator")
+            if self.loss.paired:
+                with torch.no_grad():
+                    of_reals = self._logits(self._floats(reals))
+                logits = torch.cat([of_reals, self._logits(fakes)])
+            else:
+                logits = self._logits(fakes)
+            loss = self._backward(logits, self.loss.generator, "generator")
         self._precision.update("generator")
         return loss
 

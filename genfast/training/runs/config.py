@@ -18,7 +18,7 @@ from genfast.training.runs.rules import RULES, shown
 from genfast.training.steps import GANStep, VAEStep, adam
 
 _COMMON = dict(seed=0, precision="auto", background="white")
-_OF_GANS = dict(loss="non-saturating", **_COMMON)
+_OF_GANS = dict(loss="non-saturating", ema=None, **_COMMON)
 # Learning rates, betas and widths are those of the papers and of PyTorch's public examples. A model
 # has the settings named here and no other.
 DEFAULTS = {
@@ -45,7 +45,8 @@ NOTED = ("num_images", "checksum", "channels")
 
 @dataclass(frozen=True)
 class Config:
-    """The settings of a run. `ngf`, `ndf` and `loss` are None for models that have none.
+    """The settings of a run. `ngf`, `ndf` and `loss` are None for models that have none, `ema`
+    where no average is kept.
 
     `num_images` and `checksum` tell the images of a run from others. `background` is None for runs
     begun when the transparency of images was dropped. BadInput if a setting is not what `RULES`
@@ -69,13 +70,14 @@ class Config:
     ndf: int | None = None
     background: str | None = None
     loss: str | None = None
+    ema: float | None = None
 
     def __post_init__(self):
         settings = self.as_dict()
         known = _settings_of(settings.pop("model"))
         for name in (*NOTED, "data"):
             _check_setting(name, settings.pop(name))
-        optional = {"ngf", "ndf", "loss"} - known | {"background"}
+        optional = {"ngf", "ndf", "loss"} - known | {"background", "ema"}
         check_settings(
             self.model, {k: v for k, v in settings.items() if v is not None or k not in optional}
         )
@@ -211,6 +213,10 @@ def prepare_resumed(model, data, given, path, out=None):
                 f"expected no --background, as the run in {path} began when the transparency of "
                 f"images was dropped, got {value}"
             )
+        if start is None:
+            raise BadInput(
+                f"expected no {option(name)}, without which the run in {path} began, got {value}"
+            )
         same = colour(value) == colour(start) if name == "background" else value == start
         if name != "epochs" and not same:
             raise BadInput(
@@ -281,6 +287,7 @@ def build_step(config, device):
         discriminator,
         latent_shape=generator.latent_shape,
         loss=config.loss,
+        ema=config.ema,
         optimizers=(_adam(generator, config), _adam(discriminator, config)),
         precision=config.precision,
     )

@@ -83,5 +83,6 @@ RULES = {
     "seed": whole(0, 2**63 - 1),
     "precision": one_of(PRECISIONS),
     "loss": one_of(tuple(GAN_LOSSES)),
+    "ema": Rule(float, "a number from 0 to below 1", lambda v: 0 <= v < 1),
     "background": Rule(str, COLOURS, is_colour),
 }

@@ -9,6 +9,7 @@ import torch
 from genfast import losses
 from genfast.nn import statistics_groups
 from genfast.training.memory import missing_memory
+from genfast.training.steps.average import Average
 from genfast.training.steps.base import Step, adam, evaluating
 from genfast.training.steps.joining import joined
 from genfast.training.steps.judge import Judge, describe
@@ -52,6 +53,8 @@ class GANStep(Step):
             ways give the same for the first batch.
         capture: whether the step runs as one CUDA graph. None: where that is possible. Then an
             optimizer's learning rates are tensors; schedulers and plain numbers still set them.
+        ema: keep an average of the generator with this decay, such as 0.999, from which `sample`
+            draws. None: keep none.
         output: a function that picks the logits out of what the discriminator returns, or "logits":
             what it returns are logits, whatever it looks like. None: that is checked.
 
@@ -65,9 +68,11 @@ class GANStep(Step):
             words; None where it is.
             Where only the first batch can tell, `why_not_merged` is final after the first call.
         final_sigmoid: the name of the Sigmoid in which the discriminator ends; None if in none.
+        average: the `Average` of the generator that `sample` draws from, or None to draw from the
+            generator itself.
 
     Raises:
-        ValueError: there is no such loss or precision, capture=True and it cannot be, or an
+        ValueError: there is no such loss, precision or decay, capture=True and it cannot be, or an
             optimizer does not hold its network's parameters.
     """
 
@@ -88,6 +93,7 @@ class GANStep(Step):
         merge=None,
         capture=None,
         output=None,
+        ema=None,
     ):
         self.generator = generator
         self.discriminator = discriminator
@@ -109,11 +115,13 @@ class GANStep(Step):
         self.why_not_merged = never or unknown
         if merge is not None:
             self.why_not_merged = None if merge else "it was switched off"
+        self.average = self._average = None if ema is None else Average(generator, ema)
         super().__init__(
             {"generator": generator, "discriminator": discriminator},
             {"generator": g_optimizer, "discriminator": d_optimizer},
             precision,
             capture,
+            {} if ema is None else {"average": self.average.module},
         )
 
     @property
@@ -147,6 +155,12 @@ class GANStep(Step):
                 )
             self.why_not_merged = why and f"{self.why_not_merged}, and {why}"
             self._merge_if_equal = False
+
+    def _step_in_precision(self, images):
+        losses = super()._step_in_precision(images)
+        if self._average:  # By now the generator holds its own weights again.
+            self._average.update()
+        return losses
 
     def _step(self, images):
         for optimizer in self.optimizers.values():
@@ -226,8 +240,9 @@ class GANStep(Step):
         return loss.detach()
 
     def _draw(self, z):
-        with evaluating(self.generator):
-            return self.generator(z)
+        generator = self.average.module if self.average else self.generator
+        with evaluating(generator):
+            return generator(z)
 
 
 def _latent_shape(given, generator):

@@ -459,6 +459,29 @@ BUGS = (
         LOSSES,
     ),
     Bug(
+        "an average follows half-precision copies",
+        "genfast/training/steps/gan.py",
+        """        losses = super()._step_in_precision(images)
+        if self._average:  # By now the generator holds its own weights again.
+            self._average.update()
+        return losses
+""",
+        """        with self._precision.weights():
+            losses = self._step(images)
+            if self._average:
+                self._average.update()
+        return losses
+""",
+        "test_average.py",
+    ),
+    Bug(
+        "an average forgets batch norm's statistics",
+        "genfast/training/steps/average.py",
+        "return [*module.parameters(), *module.buffers()]",
+        "return [*module.parameters()]",
+        "test_average.py",
+    ),
+    Bug(
         "least squares pull generated images to the label 1 too",
         "kernels/losses.py",
         "slope = tl.where(is_real, x - 1.0, x)",

@@ -24,6 +24,7 @@ LEVELS = (
     ("calls",),
     ("nn",),
     ("functional",),
+    ("operators",),
     ("autograd",),
     ("cpu", "launch"),
     ("backend", "geometry", "kernels", "layout", "library", "looking", "reference", "source"),

@@ -181,7 +181,9 @@ def layer_of(link):
     values = *arguments, *(value for _, value in named)
     if not all(isinstance(value, bool | int | float) for value in values):
         return None
-    return _stand_in(link, arguments, named)
+    # torch.compile looks through the cache, and would warn that it does.
+    make = _stand_in.__wrapped__ if torch.compiler.is_compiling() else _stand_in
+    return make(link, arguments, named)
 
 
 @functools.lru_cache(typed=True)

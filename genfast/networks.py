@@ -76,13 +76,15 @@ def _dispatching(cls, name, method):
     def choose(self, *args, **kwargs):
         found = getattr(cls, name, original)
         if found is original and not (
-            torch.compiler.is_compiling()
+            torch.compiler.is_exporting()
             or torch.jit.is_tracing()
             or selected_backend() == "reference"
         ):
             found = rewritten
         return found(self, *args, **kwargs)
 
+    # torch.compile counts its compilations by code object, and 8 of one are its limit.
+    choose.__code__ = choose.__code__.replace(co_name=name)
     return choose
 
 

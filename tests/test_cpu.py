@@ -155,6 +155,45 @@ def test_float32_is_pytorchs_own_but_for_products(shape, transposed, layout, fas
         assert torch.equal(y, plain)
 
 
+@by_shape
+@directions
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("fast", [False, True], ids=["emulated", "bfloat16"])
+def test_the_look_at_a_layer_says_what_its_convolution_takes(
+    shape, transposed, dtype, fast, monkeypatch
+):
+    monkeypatch.setattr(cpu, "has_bfloat16", lambda: fast)
+    kernel, stride, padding, output_padding = pairs(shape)
+    inputs = tensors(shape, transposed, dtype, torch.contiguous_format, True)
+    y, plain = (convolve(convolutions, shape, transposed, *inputs) for convolutions in (cpu, F))
+    gains = type(y.grad_fn) is not type(plain.grad_fn)
+    *_, c_small, c_big = shape
+    if transposed:
+        layer = nn.ConvTranspose2d(c_small, c_big, kernel, stride, padding, output_padding)
+    else:
+        layer = nn.Conv2d(c_big, c_small, kernel, stride, padding)
+    assert cpu.may_gain(layer, inputs[0]) == gains
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_layers_that_gain_nothing_are_called_themselves(precision, on_cpu, monkeypatch):
+    """In float32 on a processor that multiplies bfloat16 too, where other layers do gain."""
+    monkeypatch.setattr(cpu, "has_bfloat16", lambda: True)
+    taken = []
+    chain = functional.chain
+    monkeypatch.setattr(functional, "chain", lambda x, blocks: taken.append(1) or chain(x, blocks))
+    network = FusedSequential(
+        nn.Conv2d(16, 24, 4, 2, 1), nn.BatchNorm2d(24), nn.ReLU(),
+        nn.ConvTranspose2d(24, 16, 4, 2, 1), nn.ReLU(),
+        nn.Conv2d(16, 4, 3, 1, 1), nn.Conv2d(4, 2, (8, 8)),
+    )  # fmt: skip
+    x = torch.randn(2, 16, 8, 8)
+    with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
+        network(x)
+    # A map of 4 x 4 pixels is unfolded in bfloat16 alone; the last layer is a product.
+    assert len(taken) == (1 if precision == "fp32" else 3)
+
+
 @pytest.mark.parametrize("shape", [PRODUCT, PHASES, UNFOLDED], ids=["product", "phases", "unfold"])
 @directions
 @pytest.mark.parametrize("x_layout", [torch.contiguous_format, torch.channels_last])

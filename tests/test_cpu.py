@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from oracle import assert_close, assert_module
 from torch import nn
 
-from genfast import cpu, functional, use_backend
+from genfast import backend, cpu, functional, use_backend
 from genfast.layout import is_channels_last
 from genfast.nn import FusedSequential
 
@@ -176,8 +176,12 @@ def test_the_look_at_a_layer_says_what_its_convolution_takes(
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_layers_that_gain_nothing_are_called_themselves(precision, on_cpu, monkeypatch):
+@pytest.mark.parametrize("interpreting", [False, True])
+def test_layers_that_gain_nothing_are_called_themselves(
+    precision, interpreting, on_cpu, monkeypatch
+):
     """In float32 on a processor that multiplies bfloat16 too, where other layers do gain."""
+    monkeypatch.setattr(backend, "INTERPRETING", interpreting)
     monkeypatch.setattr(cpu, "has_bfloat16", lambda: True)
     taken = []
     chain = functional.chain
@@ -192,6 +196,35 @@ def test_layers_that_gain_nothing_are_called_themselves(precision, on_cpu, monke
         network(x)
     # A map of 4 x 4 pixels is unfolded in bfloat16 alone; the last layer is a product.
     assert len(taken) == (1 if precision == "fp32" else 3)
+
+
+def test_where_no_kernel_can_run_nobody_asks_for_each_container(on_cpu, monkeypatch):
+    """That takes as long as a small layer; networks of residual blocks have dozens of them."""
+    monkeypatch.setattr(backend, "INTERPRETING", False)
+    asked = []
+    monkeypatch.setattr(functional, "implementation", lambda x: asked.append(1) or "reference")
+    block = FusedSequential(nn.ReflectionPad2d(1), nn.Conv2d(4, 4, 3), nn.ReLU())
+    network = FusedSequential(nn.Conv2d(3, 4, 3), block, block)
+    network(torch.randn(2, 3, 8, 8))
+    assert not asked
+    monkeypatch.setattr(backend, "INTERPRETING", True)
+    network(torch.randn(2, 3, 8, 8))
+    assert asked
+
+
+@pytest.mark.parametrize("interpreting", [False, True])
+def test_a_container_may_leave_the_cpu(interpreting, on_cpu, monkeypatch):
+    class Move(nn.Module):
+        def forward(self, x):
+            return x.to("meta")
+
+    monkeypatch.setattr(backend, "INTERPRETING", interpreting)
+    network = FusedSequential(
+        nn.Conv2d(3, 4, 3), Move(), nn.Conv2d(4, 5, 3, device="meta"), nn.ReLU()
+    )
+    y = network(torch.randn(2, 3, 8, 8))
+    assert y.device.type == "meta"
+    assert y.shape == (2, 5, 4, 4)
 
 
 @pytest.mark.parametrize("shape", [PRODUCT, PHASES, UNFOLDED], ids=["product", "phases", "unfold"])

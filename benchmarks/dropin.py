@@ -227,6 +227,22 @@ def table(rows):
     return "\n".join(lines)
 
 
+def readme_table(rows):
+    """The README's table of a CSV's rows: a list of lines of Markdown."""
+    lines = [
+        "| network | batch | precision | PyTorch, images/s | `accelerate` | `torch.compile` |",
+        "|---|---|---|---|---|---|",
+    ]
+    for row in rows:
+        compiled = f"{float(row['compiled_ratio']):.2f}x" if row["compiled_ratio"] else "not timed"
+        lines.append(
+            f"| {row['network']} | {row['batch_size']} of {row['shape']} | {row['precision']} "
+            f"| {float(row['stock_images_per_s']):.1f} | {float(row['ratio']):.2f}x "
+            f"({float(row['p20']):.2f} to {float(row['p80']):.2f}) | {compiled} |"
+        )
+    return lines
+
+
 def main(arguments=None):
     """Time all networks, print the table, write and draw it; returns the exit status."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
@@ -238,6 +254,7 @@ def main(arguments=None):
     )  # fmt: skip
     parser.add_argument("--only", nargs="+", metavar="NETWORK", help="networks, by their names")
     parser.add_argument("--precision", choices=["fp32", "bf16"], help="one of them alone")
+    parser.add_argument("--readme", action="store_true", help="print the README's table too")
     parser.add_argument("--out", help="the CSV (default: one in benchmarks/results)")
     args = parser.parse_args(arguments)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -274,6 +291,8 @@ def main(arguments=None):
         writer.writerows(row | about for row in rows)
     print(path)
     print(plot_dropin.plot(path))
+    if args.readme:
+        print("\n".join(readme_table(rows)))
     return 0
 
 

@@ -212,6 +212,20 @@ def test_where_no_kernel_can_run_nobody_asks_for_each_container(on_cpu, monkeypa
     assert asked
 
 
+@pytest.mark.parametrize("fast", [False, True], ids=["emulated", "bfloat16"])
+def test_a_trace_holds_pytorchs_own_layers(fast, monkeypatch):
+    monkeypatch.setattr(backend, "INTERPRETING", False)
+    monkeypatch.setattr(cpu, "has_bfloat16", lambda: fast)
+    network = FusedSequential(
+        nn.ConvTranspose2d(5, 6, 4), nn.BatchNorm2d(6), nn.ReLU(), nn.Conv2d(6, 1, 4)
+    )
+    stock = nn.Sequential(*copy.deepcopy(network))
+    x = torch.randn(2, 5, 1, 1)
+    with use_backend("auto"), torch.autocast("cpu", torch.bfloat16):
+        torch._dynamo.reset()
+        assert torch.equal(torch.compile(network, fullgraph=True, backend="eager")(x), stock(x))
+
+
 @pytest.mark.parametrize("interpreting", [False, True])
 def test_a_container_may_leave_the_cpu(interpreting, on_cpu, monkeypatch):
     class Move(nn.Module):

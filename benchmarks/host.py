@@ -3,13 +3,13 @@
     python -m benchmarks.host                       of this checkout
     python -m benchmarks.host --against COMMIT      beside that of a commit, in turns
 
-No kernel starts: Triton's part of a launch, and the GPU's, are left out. What remains is ours
-and PyTorch's: checks, choices, memory, autograd. Tensors are on the CPU, of few images, and the
-kernels' code is that for an H100.
+No kernel runs: tensors are on the CPU, of few images, and the kernels' code is that for an H100.
+Timed is first what is ours and PyTorch's alone, checks, choices, memory and autograd, with nothing
+where a kernel would start; then with Triton's part of a start, up to its call of the driver.
 """
 
 import argparse
-import importlib
+import importlib.util
 import json
 import os
 import statistics
@@ -62,10 +62,10 @@ def _measure_in_process(tree):
 def _table(found):
     """Microseconds: the median over turns, and how they compare turn by turn."""
     names = list(found)
-    lines = [" " * 34 + "".join(f"{name:>22}" for name in names)]
+    lines = [" " * 42 + "".join(f"{name:>22}" for name in names)]
     for what in found[names[0]][0]:
         times = [[turn[what] for turn in found[name]] for name in names]
-        line = f"{what:34}" + "".join(f"{statistics.median(t):19.1f} us" for t in times)
+        line = f"{what:42}" + "".join(f"{statistics.median(t):19.1f} us" for t in times)
         if len(times) == 2:
             ratio = statistics.median(a / b for a, b in zip(*times, strict=True))
             line += f"   ratio {ratio:.2f}"
@@ -80,20 +80,42 @@ def _measure():
     from genfast import functional, use_backend
 
     functional.why_device_cannot_run_triton = lambda device: None
-    owner, starts, names = _starting()
-    setattr(owner, starts, lambda *args, **kwargs: None)
-    setattr(owner, names, lambda tensor: "sm_90")
     torch.set_num_threads(1)
+    owner, starts, names = _starting()
+    setattr(owner, names, lambda tensor: "sm_90")
+    start = getattr(owner, starts)
+    setattr(owner, starts, lambda *args, **kwargs: None)
     times = {}
-    times["PyTorch's share, forward"], times["PyTorch's share, backward"] = _nothing(torch)
+    times["autograd alone, forward"], times["autograd alone, backward"] = _nothing(torch)
     with use_backend("triton"):
-        for name, block, size in (
-            ("generator block 128 -> 64", functional.conv_transpose_block, (128, 64, 8)),
-            ("discriminator block 64 -> 128", functional.conv_block, (64, 128, 16)),
-        ):
-            forward, backward = _block(torch, block, *size)
-            times[f"{name}, forward"], times[f"{name}, backward"] = forward, backward
+        for part in ("", ", with Triton"):
+            if part:
+                _stand_in_for_the_driver()
+                setattr(owner, starts, start)
+            for name, block, size in (
+                ("generator block", functional.conv_transpose_block, (128, 64, 8)),
+                ("discriminator block", functional.conv_block, (64, 128, 16)),
+            ):
+                # Other images than in the first part: what was recorded there starts nothing.
+                images = 8 if part else 4
+                found = _block(torch, block, images, *size)
+                for way, us in zip(("forward", "backward"), found, strict=True):
+                    times[f"{name}, {way}{part}"] = us
     print(json.dumps(times))
+
+
+def _stand_in_for_the_driver():
+    """Let Triton compile for an H100 and start nothing."""
+    import triton
+    from triton.compiler.compiler import CompiledKernel
+
+    place = importlib.util.spec_from_file_location("driver", ROOT / "benchmarks/model/driver.py")
+    driver = importlib.util.module_from_spec(place)
+    place.loader.exec_module(driver)  # This checkout's: a commit may have none.
+    triton.runtime.driver.set_active(driver.AbsentDriver("sm_90"))
+    CompiledKernel._init_handles = lambda self: None
+    CompiledKernel.run = property(lambda self: lambda *arguments: None)
+    CompiledKernel.function = None
 
 
 def _starting():
@@ -104,12 +126,12 @@ def _starting():
         return importlib.import_module("genfast.launch"), "_start", "_architecture"
 
 
-def _block(torch, block, in_channels, out_channels, size):
+def _block(torch, block, images, in_channels, out_channels, size):
     """Microseconds of its forward and of its backward pass, in bf16 with weights of that dtype."""
     from genfast import functional
 
     half = dict(dtype=torch.bfloat16)
-    x = torch.randn(4, in_channels, size, size, **half).requires_grad_()
+    x = torch.randn(images, in_channels, size, size, **half).requires_grad_()
     shape = (out_channels, in_channels, 4, 4)
     if block is functional.conv_transpose_block:
         shape = (in_channels, out_channels, 4, 4)

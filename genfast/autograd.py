@@ -411,7 +411,7 @@ def _forward(tensors, kinds, keep):
         keep: whether backward needs what lies between.
 
     Returns:
-        With `keep` the value of each link's `Output`, then the vectors of each; and the output.
+        With `keep` the value of each link's `Output`; the vectors of each; and the output.
     """
     x, image, *tensors = tensors
     source = _operand(x, image, kinds[0])
@@ -421,9 +421,9 @@ def _forward(tensors, kinds, keep):
         output = _output(source, link, keep)
         source.release()
         source = output
+        vectors.append(output.vectors)
         if keep:
             values.append(output.value)
-            vectors.append(output.vectors)
     return [*values, *vectors, source.tensor(kinds[-1].dtype)]
 
 

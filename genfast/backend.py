@@ -71,6 +71,8 @@ def why_device_cannot_run_triton(device):
             return "PyTorch finds no GPU"
         # Asked for each operation, so the answer for a GPU is kept; "cuda" is whichever is current.
         index = torch.cuda.current_device() if device.index is None else device.index
+        if torch.compiler.is_compiling():  # A trace looks past what is kept, with a warning.
+            return _why_too_old.__wrapped__(index)
         return _why_too_old(index)
     return f"Triton has no {device.type} target (TRITON_INTERPRET=1 interprets kernels on the CPU)"
 

@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import torch
 
-from genfast import autograd, cpu, layout, reference
+from genfast import autograd, cpu, layout, operators, reference
 from genfast.backend import INTERPRETING, selected_backend, why_device_cannot_run_triton
 from genfast.geometry import ConvGeometry, pair
 from genfast.launch import from_image
@@ -288,6 +288,8 @@ def chain(x, blocks, memory_format=None):
     if len(plan.ways) > 1:
         for block in blocks:
             x = chain(x, [block])
+    elif plan.ways == {"triton"} and torch.compiler.is_compiling():
+        x = operators.chain(x, blocks).to(plan.kinds[-1].dtype or x.dtype)
     elif plan.ways == {"triton"}:
         tensors = [t for block in blocks for t in _tensors_of(block)]
         for i in plan.weights_enter:
@@ -354,7 +356,7 @@ def _plan_of(x, blocks, memory_format):
         if plan.ways == {"triton"}:
             if len(_plans) >= _MOST_PLANS:
                 _plans.pop(next(iter(_plans)), None)
-            _plans[key] = plan
+            plan = _plans[key] = plan._replace(look=object())
     return plan
 
 
@@ -419,7 +421,6 @@ def _plan(x, blocks, memory_format):
             for i, block in enumerate(blocks)
             if not layout.is_fresh_channels_last(block.weight)
         ),
-        object(),
     )
 
 
@@ -480,6 +481,8 @@ def reparameterize(mu, logvar, *, generator=None):
     """
     _check_latent(mu, logvar)
     if implementation(mu, logvar) == "triton":
+        if torch.compiler.is_compiling():
+            return operators.reparameterize(mu, logvar, _draw_seed(mu, generator))
         mu, logvar, leave = _in_order(mu, logvar)
         return leave(autograd.reparameterize(mu, logvar, _draw_seed(mu, generator)))
     return reference.reparameterize(mu, logvar, _draw_noise(mu, generator))
@@ -496,6 +499,8 @@ def reparameterize_with_kl(mu, logvar, *, generator=None):
     if mu.dim() == 0:
         raise ValueError("expected mu of shape (N, ...), got a scalar")
     if implementation(mu, logvar) == "triton":
+        if torch.compiler.is_compiling():
+            return operators.reparameterize_with_kl(mu, logvar, _draw_seed(mu, generator))
         mu, logvar, leave = _in_order(mu, logvar)
         z, kl = autograd.reparameterize_with_kl(mu, logvar, _draw_seed(mu, generator))
         return leave(z), kl
@@ -507,8 +512,8 @@ def reparameterize_with_kl(mu, logvar, *, generator=None):
 def why_not_triton(*tensors, activation="identity", negative_slope=0.2):
     """Say why an operation on these tensors would run through PyTorch; None if kernels run it."""
     first = tensors[0]
-    if torch.compiler.is_compiling():
-        return "torch.compile traces PyTorch's own operations"
+    if torch.compiler.is_exporting():
+        return "torch.export traces PyTorch's own operations"
     if torch.jit.is_tracing():
         return "torch.jit.trace records PyTorch's own operations"
     reason = why_device_cannot_run_triton(first.device)
@@ -527,11 +532,17 @@ def _why_not_plain(tensors):
         if t is not None:
             if type(t) not in (torch.Tensor, torch.nn.Parameter):
                 return f"the kernels take plain tensors, got a {type(t).__name__}"
-            if torch._C._functorch.is_functorch_wrapped_tensor(t):
+            if _is_transformed(t):
                 return "the kernels do not run inside a torch.func transform"
             if t.numel() == 0:
                 return "there is nothing to compute in an empty tensor"
     return None
+
+
+def _is_transformed(t):
+    if torch.compiler.is_compiling():  # A trace can be asked for the transforms around it alone.
+        return torch._C._functorch.get_dynamic_layer_stack_depth() > 0
+    return torch._C._functorch.is_functorch_wrapped_tensor(t)
 
 
 def implementation(*tensors, **settings):

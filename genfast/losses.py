@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
-from genfast import autograd, reference
+from genfast import autograd, operators, reference
 from genfast.functional import implementation
 
 
@@ -24,7 +24,7 @@ def real_loss(logits):
 
     The mean of -log(sigmoid(logits)), which is softplus(-logits) and exact for logits of any size.
     """
-    return _labelled_loss(logits, logits.numel(), logits.numel())
+    return _logistic_loss(logits, logits.numel(), logits.numel())
 
 
 def fake_loss(logits):
@@ -32,7 +32,7 @@ def fake_loss(logits):
 
     The mean of -log(1 - sigmoid(logits)), which is softplus(logits).
     """
-    return _labelled_loss(logits, 0, logits.numel())
+    return _logistic_loss(logits, 0, logits.numel())
 
 
 def discriminator_loss(logits):
@@ -48,7 +48,7 @@ def discriminator_loss(logits):
         raise ValueError(
             f"expected logits of as many generated as real images, got shape {tuple(logits.shape)}"
         )
-    return _labelled_loss(logits, logits.numel() // 2, logits.numel() // 2)
+    return _logistic_loss(logits, logits.numel() // 2, logits.numel() // 2)
 
 
 class GANLoss(NamedTuple):
@@ -97,7 +97,7 @@ def reconstruction_loss(reconstruction, images, *, logits=False):
     """
     _check_alike(reconstruction, images)
     if logits:
-        return _logistic_loss(reconstruction, images, scale=1.0)
+        return _logistic_loss(reconstruction, images, count=1)
     reconstruction, images = widen(reconstruction).flatten(1), widen(images).flatten(1)
     return F.binary_cross_entropy(reconstruction, images, reduction="sum")
 
@@ -147,13 +147,8 @@ def elbo_loss(reconstruction, images, mu, logvar):
     return reconstruction_loss(reconstruction, images) + kl_divergence(mu, logvar)
 
 
-def _labelled_loss(logits, ones, count):
-    # The mean of no values is NaN, as PyTorch has it.
-    return _logistic_loss(logits, ones, scale=1 / count if count else math.nan)
-
-
-def _logistic_loss(logits, targets, scale):
-    """scale * sum(softplus(logits) - targets * logits): a scalar, float32 or wider.
+def _logistic_loss(logits, targets, count):
+    """sum(softplus(logits) - targets * logits) / count: a scalar, float32 or wider.
 
     That is binary cross entropy, -t log(sigmoid(x)) - (1 - t) log(1 - sigmoid(x)), summed.
 
@@ -161,7 +156,7 @@ def _logistic_loss(logits, targets, scale):
         logits: of any shape.
         targets: probabilities of the label 1, as many as logits in the same order; or the number of
             labels 1, which belong to the first logits, and labels 0 to the others.
-        scale: a number.
+        count: an int.
     """
     if isinstance(targets, torch.Tensor):
         logits, targets = _side_by_side(logits, targets)
@@ -171,8 +166,11 @@ def _logistic_loss(logits, targets, scale):
     else:
         logits = logits.reshape(-1).contiguous()
         runs = implementation(logits)
+    if runs == "triton" and torch.compiler.is_compiling():
+        return operators.logistic_loss(logits, targets, count)
     logistic_loss = autograd.logistic_loss if runs == "triton" else reference.logistic_loss
-    return logistic_loss(logits, targets, scale)
+    # The mean of no values is NaN, as PyTorch has it.
+    return logistic_loss(logits, targets, 1 / count if count else math.nan)
 
 
 def _side_by_side(logits, targets):

@@ -422,6 +422,8 @@ class FusedSequential(nn.Sequential):
 
     def _run_of_norm(self, first, x):
         """The run that begins with the norm of this number, where kernels run it; else None."""
+        if torch.compiler.is_compiling():  # Which makes one pass of PyTorch's own operations too.
+            return None
         module = tuple(self._modules.values())[first]
         if not isinstance(x, torch.Tensor) or x.dim() not in _DIMENSIONS[type(module)]:
             return None

@@ -43,6 +43,7 @@ NORMALIZING = "test_normalizing.py::test_bits_are_those_of_the_pass_and_the_prod
 GRADIENT = "test_gradient_epilogue.py::test_gradient_of_the_layer_below"
 OVERLAP = "test_overlap.py"
 
+COMPILED = "test_compile.py::test_compiled_networks_are_the_eager_ones"
 BUGS = (
     Bug(
         "Adam's second moment keeps its bias",
@@ -71,6 +72,41 @@ BUGS = (
         "if kept:  # Gradients of an earlier backward pass: their sum is in float32.",
         "if False:",
         "test_adam.py::test_two_backward_passes_of_a_step_add_in_float32",
+    ),
+    Bug(
+        "compiled, running statistics move by the first group's alone",
+        "genfast/operators.py",
+        "+ vectors[group, row] * n.momentum",
+        "+ vectors[0, row] * n.momentum",
+        f"{COMPILED}[discriminator-groups]",
+    ),
+    Bug(
+        "compiled, the gradient of a contiguous weight is channels_last",
+        "genfast/operators.py",
+        "return layout.contiguous(gradient)",
+        "return layout.channels_last(gradient)",
+        f"{COMPILED}[accelerated]",
+    ),
+    Bug(
+        "compiled, the gradients of gamma and beta change places",
+        "genfast/operators.py",
+        "found.append((block, (_BETA, _GAMMA)))",
+        "found.append((block, (_GAMMA, _BETA)))",
+        f"{COMPILED}[generator]",
+    ),
+    Bug(
+        "compiled, a changed output is taken for leaky ReLU's",
+        "genfast/operators.py",
+        'last.activation == "leaky_relu" and not last.inplace',
+        "False",
+        "test_compile.py::test_an_output_may_be_changed_in_place_where_pytorchs_may",
+    ),
+    Bug(
+        "an exported model holds operators of ours",
+        "genfast/functional.py",
+        "if torch.compiler.is_exporting():",
+        "if False:",
+        "test_compile.py::test_transforms_and_exports_are_traced_as_pytorchs_layers",
     ),
     Bug(
         "fprop drops the last tap",
@@ -449,6 +485,13 @@ BUGS = (
         "t.as_strided(size, stride, t.storage_offset() + offset)",
         "t.as_strided(size, stride, t.storage_offset())",
         "test_tape.py",
+    ),
+    Bug(
+        "a kernel that is started again gets its arguments in the caller's order",
+        "genfast/launch/start.py",
+        "given[self._places[name]] = value",
+        "given[list(arguments).index(name)] = value",
+        "test_tape.py::test_what_starts_again_reaches_the_driver_as_triton_would_have_it",
     ),
     Bug(
         "a replay lets go of what it gives",

@@ -231,13 +231,14 @@ def test_a_captured_step_has_few_kernels():
     assert 0 < len(names) <= MOST_KERNELS, names
 
 
-def test_inside_torch_compile():
+def test_inside_torch_compile(started):
     model = nn.Sequential(nn.ConvTranspose2d(8, 4, 4, 2, 1), nn.BatchNorm2d(4), nn.ReLU()).to(CUDA)
     x = torch.randn(4, 8, 8, 8, device=CUDA)
     expected = copy.deepcopy(model)(x)
     genfast.accelerate(model)
     with genfast.use_backend("auto"):
-        y = torch.compile(model)(x)
+        y = torch.compile(model, fullgraph=True)(x)
+    assert "normalize_activate" in started
     torch.testing.assert_close(y, expected, rtol=1e-3, atol=1e-3)
 
 

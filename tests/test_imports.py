@@ -21,6 +21,7 @@ LEVELS = (
     ("convert",),
     ("nn",),
     ("functional",),
+    ("operators",),
     ("autograd",),
     ("cpu", "launch"),
     ("backend", "geometry", "kernels", "layout", "library", "reference"),

@@ -2,13 +2,19 @@
 
 import copy
 import gc
+import json
+import os
+import subprocess
+import sys
 import threading
 import weakref
+from pathlib import Path
 
 import pytest
 import torch
 from cases import GEOMETRIES, Case
 from oracle import evaluate, upstream_gradient
+from test_ahead_of_time import OLDEST_TRITON
 from test_chains import EACH, fused
 from torch import nn
 
@@ -16,6 +22,7 @@ from genfast import functional, use_backend
 from genfast.launch import tape
 
 pytestmark = pytest.mark.kernels
+ROOT = Path(__file__).parents[1]
 
 
 @pytest.fixture
@@ -120,6 +127,21 @@ def test_a_cumulative_average_and_frozen_parameters(device, replays, monkeypatch
 
 def block(x, weight, **options):
     return functional.conv_block(x, weight, padding=1, **options)
+
+
+@pytest.mark.parametrize("folder", [None, OLDEST_TRITON], ids=["newest", "oldest"])
+def test_what_starts_again_reaches_the_driver_as_triton_would_have_it(folder):
+    if folder and not folder.exists():
+        pytest.skip(f"{folder} is absent: `make test` installs Triton there")
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    paths = [folder, ROOT] if folder else [ROOT]
+    environment["PYTHONPATH"] = os.pathsep.join(map(str, paths))
+    command = [sys.executable, str(ROOT / "tests/started_again.py")]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    facts = [json.loads(line) for line in done.stdout.splitlines()]
+    assert {f["kernel"] for f in facts} >= {"fprop", "dgrad", "wgrad", "norm_backward", "to_image"}
+    assert all(f["arguments"] > 15 and not f["differ"] for f in facts), facts
 
 
 def test_tensors_of_other_kinds_are_not_replayed(device, replays):

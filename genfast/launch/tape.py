@@ -215,6 +215,7 @@ class _Start:
 
     def __init__(self, kernel, grid, constants, places, descriptors):
         self._kernel, self._grid, self._constants = kernel, grid, constants
+        self._known = starting.Known()
         self._whole = [(name, place.slot) for name, place in places if place.view is None]
         self._views = [(name, place) for name, place in places if place.view]
         self._descriptors = descriptors
@@ -235,6 +236,7 @@ class _Start:
             self._grid,
             constants=self._constants,
             device=slots[self._on].device,
+            known=self._known,
             **arguments,
         )
 

@@ -787,3 +787,17 @@ def test_a_changed_input_is_noticed(device):
     y = functional.norm_block(x, activation="leaky_relu")
     y.add_(1)
     y.sum().backward()
+
+
+def test_norms_alone_are_traced_as_pytorchs(device, started):
+    """A compiler makes one pass of a norm and an activation itself."""
+    layers = nn.Sequential(nn.BatchNorm2d(4), nn.ReLU(), nn.GroupNorm(2, 4), nn.Tanh()).to(device)
+    ours = fused(layers)
+    x = torch.randn(3, 4, 5, 5, device=device)
+    y = torch.compile(ours, backend="eager", fullgraph=True)(x)
+    torch.testing.assert_close(y, layers(x))
+    torch.testing.assert_close(dict(ours.named_buffers()), dict(layers.named_buffers()))
+    functional_norm = torch.compile(functional.norm_block, backend="eager", fullgraph=True)
+    y = functional_norm(x, norm="instance", activation="relu")
+    torch.testing.assert_close(y, F.instance_norm(x).relu())
+    assert started == []

@@ -29,7 +29,9 @@ def elementwise(x, groups, planes=False):
         # Along the pixels of a channel memory is contiguous, and from one channel to the next.
         block_r, block_c = (32, 16) if INTERPRETING else (512, 64)
         block_r = min(block_r, max(16, tiles.power_of_two(pixels)))
-        block_c = min(block_c, max(1, 4096 // block_r), tiles.power_of_two(channels))
+        # Elements that are loaded one by one have an address each, which fill the registers.
+        elements = 2048 if pixels % 4 else 4096
+        block_c = min(block_c, elements // block_r, tiles.power_of_two(channels))
         rows_of_tiles = count // pixels * tiles.ceil_div(pixels, block_r)
     else:
         block_c = min(64, tiles.power_of_two(channels))

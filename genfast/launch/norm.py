@@ -24,7 +24,7 @@ _STATISTICS_CHUNK = 512
 _PARTS_ADDED_BY_ALL = 64
 # One of them also adds the sums of so many groups, one after the other; for more a kernel does.
 _GROUPS_IN_TURN = 4
-# One program of `shared_statistics` combines so many parts of channels, 1024 at a time.
+# One program of `shared_statistics` combines so many parts of channels, some at a time.
 _SHARED_CHUNK = 2**14
 
 
@@ -93,7 +93,7 @@ def batch_statistics(
         HAS_BETA=beta is not None,
         HAS_RUNNING=running_mean is not None,
         HAS_COUNTER=counter is not None,
-        BLOCK_P=128,
+        BLOCK_P=128 if groups <= _GROUPS_IN_TURN else 32,  # An image has few parts.
         BLOCK_C=_statistics_block(channels),
     )
     for given, dense in zip((running_mean, running_var), running, strict=True):
@@ -128,8 +128,10 @@ def _shared_statistics(statistics, gamma, beta, eps, span):
 
 
 def _shared_blocks(span):
-    """Of parts and channels that share statistics: the number of parts, by batch, has no say."""
-    return dict(BLOCK=1024, BLOCK_C=min(256, tiles.power_of_two(span)))
+    """The tile of parts and channels that share statistics. The number of parts has no say."""
+    # A span of few channels is little work for a program, and there are many of them.
+    block, warps = (256, 1) if span <= 32 else (1024, 4)
+    return dict(BLOCK=block, BLOCK_C=min(256, tiles.power_of_two(span)), num_warps=warps)
 
 
 def known_statistics(running_mean, running_var, gamma, beta, eps, dtype):
@@ -297,7 +299,8 @@ def norm_backward(
     elif span > 1:
         partials = _shared_sums(partials, vectors, common["rows"], span)
     else:
-        partials = sums.in_fewer_parts(partials, _PARTS_ADDED_BY_ALL)
+        # Tiles of contiguous memory have fewer channels, so that more programs add the same.
+        partials = sums.in_fewer_parts(partials, max(1, _PARTS_ADDED_BY_ALL >> planes))
     dz = _empty_like(lies, planes)
     y = torch.empty_like(dz) if want_y else None
     tape.start(

@@ -191,8 +191,11 @@ class Normalization(NamedTuple):
     negative_slope: float
 
 
-def normalize(x, block):
-    """As `norm_block`, by a `Normalization`."""
+def normalize(x, block, as_x=False):
+    """As `norm_block`, by a `Normalization`.
+
+    as_x: the output may be channels_last where x is, also where that of PyTorch's layer is not.
+    """
     n = block.norm
     _check_normalization(x, block)
     vectors = n.weight, n.bias, n.running_mean, n.running_var
@@ -214,7 +217,7 @@ def normalize(x, block):
     y = autograd.normalize(images, kind, n.weight, n.bias, statistics)
     if x.dim() != 4:
         return layout.contiguous(y).view(x.shape)
-    keeps = last and _keeps_channels_last(n, x, x.shape[1], x.shape[2:])
+    keeps = last and (as_x or _keeps_channels_last(n, x, x.shape[1], x.shape[2:]))
     return layout.channels_last(y) if keeps else layout.contiguous(y)
 
 

@@ -14,7 +14,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils import parametrize
 
-from genfast import cpu, functional, reference
+from genfast import cpu, functional, layout, reference
 from genfast.backend import selected_backend
 
 _ACTIVATIONS = {
@@ -401,8 +401,9 @@ class FusedSequential(nn.Sequential):
             elif type(modules[first]) in _DIMENSIONS:
                 run = self._run_of_norm(first, x)
                 if run is not None:
-                    x = functional.normalize(x, run.normalization())
                     first += len(run.modules)
+                    as_x = self._goes_on_channels_last(first)
+                    x = functional.normalize(x, run.normalization(), as_x)
                     continue
             runs = []
             if way != "reference":
@@ -431,6 +432,13 @@ class FusedSequential(nn.Sequential):
             return None
         run = next(self._runs(first))
         return run if run.fused else None
+
+    def _goes_on_channels_last(self, first):
+        """Whether the child of this number begins a run that is channels_last, whatever x is."""
+        run = next(self._runs(first), None)
+        if run is None or not (run.fused and run.is_block):
+            return False
+        return layout.is_channels_last(_convolution_of(run.modules[0]).weight)
 
     def _runs(self, first=0):
         """`plan` from the child of this number on, each `Run` looked up as it is asked for."""

@@ -8,7 +8,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 from cases import DTYPES, LAYOUTS, pairwise
-from oracle import BEND_MARGIN, DRAWS, assert_close, assert_module, largest_error
+from oracle import (
+    BEND_MARGIN,
+    DRAWS,
+    assert_close,
+    assert_module,
+    assert_stable_statistics,
+    largest_error,
+)
 from test_chains import chains
 from torch import nn
 from torch.autograd import gradcheck, gradgradcheck
@@ -18,6 +25,8 @@ from genfast import functional, reference, use_backend
 from genfast.backend import INTERPRETING
 from genfast.launch import conv, norm, passes, start, tape
 from genfast.nn import FusedSequential, statistics_groups
+from genfast.training.steps import joining
+from genfast.training.steps.layers import treats_images_one_by_one
 
 pytestmark = pytest.mark.kernels
 
@@ -37,6 +46,7 @@ class Case:
     norm_groups: of "group".
     tracking: whether batch norm has running statistics.
     groups: the batch norm's statistics groups.
+    widens: whether group norm gives float32, as under CUDA's autocast.
     """
 
     norm: str
@@ -55,6 +65,7 @@ class Case:
     training: bool = True
     tracking: bool = True
     groups: int = 1
+    widens: bool = False
 
     def __str__(self):
         dtype = str(self.dtype).removeprefix("torch.")
@@ -129,6 +140,8 @@ class Case:
         if self.norm == "instance":
             u = F.instance_norm(z, None, None, *affine, eps=self.eps)
         elif self.norm == "group":
+            if self.widens:
+                z, *affine = (t if t is None else t.float() for t in (z, *affine))
             u = F.group_norm(z, self.norm_groups, *affine, self.eps)
         else:
             by_batch = self.training or not self.tracking
@@ -617,6 +630,24 @@ def test_nothing_is_transposed(name, layout, device, monkeypatch):
     assert copies.found == ["clone"]
 
 
+def test_what_only_a_convolution_sees_stays_channels_last(device, monkeypatch):
+    """Where the output of PyTorch's instance norm would be contiguous."""
+    layers = nn.InstanceNorm2d(4), nn.ReLU(), nn.Conv2d(4, 6, 3), nn.ReLU()
+    stock = nn.Sequential(*layers).to(device, memory_format=torch.channels_last)
+    x = FORMATS["channels_last"](torch.randn(3, 4, 5, 5, device=device)).requires_grad_()
+    ours, theirs = fused(stock)(x), stock(x)
+    torch.testing.assert_close(ours, theirs)
+    assert ours.stride() == theirs.stride()
+    monkeypatch.setattr(start, "kernel", lambda *_, **__: None)
+    model, dy = fused(stock), torch.randn_like(theirs)
+    with Copies() as copies:
+        model(x).backward(dy)
+    assert copies.found == []
+    # Contiguous weights leave the format to what comes in: there it must be PyTorch's.
+    contiguous = nn.Sequential(nn.InstanceNorm2d(4), nn.Conv2d(4, 6, 3)).to(device)
+    assert fused(contiguous)(x).stride() == contiguous(x).stride()
+
+
 def test_norms_of_images_are_not_summed_in_turn(device, monkeypatch):
     """No program goes through hundreds of images."""
     launches, run = {}, start.kernel
@@ -648,13 +679,18 @@ def test_nobody_sums_what_nobody_wants(device, started):
     assert started == ["known_statistics", "normalize_activate", "norm_backward"]
 
 
-def test_statistics_far_from_zero_are_stable(device):
-    """Of group norm, over channels whose means differ and lie a thousand deviations from 0."""
-    x = torch.randn(2, 6, 9, 11, device=device) + 1000 + torch.arange(6.0)[:, None, None]
-    for layout in FORMATS.values():
-        y = functional.norm_block(layout(x), norm="group", norm_groups=2, eps=1e-9)
-        exact = F.group_norm(x.double(), 2, eps=1e-9)
-        assert largest_error(y, exact) <= 1000 * 2 * torch.finfo(torch.float32).eps * 2
+@pytest.mark.parametrize("layout", FORMATS)
+def test_shared_statistics_are_stable(layout, device, monkeypatch):
+    """A thousand deviations from 0, of channels whose means differ, in parts of several tiles."""
+    monkeypatch.setattr(passes, "programs", lambda tensor, each: 1)
+    z = FORMATS[layout](torch.randn(2, 6, 18, 19, device=device) + 1000)
+    z += torch.arange(6.0, device=device)[:, None, None] / 8
+    vectors = norm.batch_statistics(norm.statistics_of(z, 2), None, None, 1e-9, span=3)
+    for image, (mean, var, rstd, *_) in zip(z, vectors, strict=True):
+        for c in (0, 3):
+            part = image[c : c + 3]
+            assert all(len(row[c : c + 3].unique()) == 1 for row in (mean, var, rstd))
+            assert_stable_statistics(part, mean[c], var[c], (part - mean[c]) * rstd[c])
 
 
 X = torch.ones(2, 4, 3, 3)
@@ -787,6 +823,28 @@ def test_a_changed_input_is_noticed(device):
     y = functional.norm_block(x, activation="leaky_relu")
     y.add_(1)
     y.sum().backward()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("convolution", [None, "conv"])
+def test_group_norm_widens_as_under_cudas_autocast(convolution, dtype, device, monkeypatch):
+    """Its output is float32 there, whatever goes in."""
+    monkeypatch.setattr(functional, "_widens", lambda norm, x: norm.kind == "group")
+    shape = (2, 4, 7, 9) if convolution else (2, 6, 5, 4)
+    case = Case("group", shape, convolution, norm_groups=2, dtype=dtype, widens=True)
+    assert assert_case(case, device)["output"].dtype == torch.float32
+
+
+def test_who_treats_images_one_by_one():
+    assert treats_images_one_by_one(nn.InstanceNorm2d(4, affine=True))
+    assert not treats_images_one_by_one(nn.InstanceNorm2d(4, track_running_stats=True))
+
+
+def test_images_join_in_no_norm():
+    """A norm has no padded memory to read, where a convolution has."""
+    convolution = nn.Conv2d(3, 64, 4, 2, 1)
+    assert joining._first_block(FusedSequential(convolution)).weight is convolution.weight
+    assert joining._first_block(FusedSequential(nn.BatchNorm2d(3), convolution)) is None
 
 
 def test_norms_alone_are_traced_as_pytorchs(device, started):

@@ -160,7 +160,7 @@ def batch_statistics(
             count_ptr, mean_ptr, m2_ptr, group * parts, (group + 1) * parts,
             channels, parts_per_count, c, in_c, BLOCK_P, BLOCK_C,
         )  # fmt: skip
-        unbiased_var = m2 / (count - 1.0)
+        unbiased_var = m2 / tl.maximum(count - 1.0, 1.0)
         rstd = 1.0 / tl.sqrt(m2 / count + eps)
         out = vectors_ptr + tl.cast(group, tl.int64) * 5 * channels + c
         tl.store(out + MEAN * channels, mean, mask=in_c)

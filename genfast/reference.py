@@ -156,27 +156,51 @@ def reparameterize_gradients(dz, dkl, mu, logvar, eps):
     return dmu, dlogvar
 
 
-def logistic_loss(logits, targets, scale):
-    """scale * sum(softplus(logits) - targets * logits), in at least float32: a scalar.
+def logit_loss(logits, targets, scale, kind="logistic", paired=False):
+    """scale * sum(f(logits, targets)), in at least float32: a scalar.
 
-    Binary cross entropy of sigmoid(logits). Targets have the shape of the logits, or are a number
-    of labels 1, which come first and labels 0 after them; then logits are flat.
+    Args:
+        logits: flat; with targets of any shape.
+        targets: of the shape of the logits, for "logistic", binary cross entropy of
+            sigmoid(logits); or a number of labels 1, which come first and labels 0 after them.
+        scale: a number.
+        kind: a row of the table in kernels/losses.py.
+        paired: whether the terms are the logits' first half minus the second.
     """
-    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    x = logits.to(torch.promote_types(logits.dtype, torch.float32))
     if isinstance(targets, torch.Tensor):
-        loss = F.binary_cross_entropy_with_logits(logits, targets.to(logits.dtype), reduction="sum")
+        loss = F.binary_cross_entropy_with_logits(x, targets.to(x.dtype), reduction="sum")
         return loss if scale == 1 else scale * loss  # Forward and backward, 1 costs 50 us on a CPU.
+    if paired:
+        x = torch.sub(*x.chunk(2))
+    real, fake = x[:targets], x[targets:]
+    if kind == "least-squares":
+        return scale / 2 * ((real - 1).square().sum() + fake.square().sum())
+    if kind == "hinge":
+        return scale * (F.relu(1 - real).sum() + F.relu(1 + fake).sum())
+    if kind == "linear":
+        return scale * (fake.sum() - real.sum())
     # Not F.softplus, which takes the line x for itself where it is near: too coarse in float64.
-    real, fake = F.logsigmoid(logits[:targets]), F.logsigmoid(-logits[targets:])
-    return -scale * (real.sum() + fake.sum())
+    return -scale * (F.logsigmoid(real).sum() + F.logsigmoid(-fake).sum())
 
 
-def logistic_loss_gradient(dloss, logits, targets, scale):
-    """The gradient of the logits: (sigmoid(logits) - targets) * scale * dloss, in their dtype.
+def logit_loss_gradient(dloss, logits, targets, scale, kind="logistic", paired=False):
+    """The gradient of the logits, f'(logits) * scale * dloss, in their dtype.
 
     In PyTorch's own operations, which can be differentiated again.
     """
-    wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    x = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    if paired:
+        x = torch.sub(*x.chunk(2))
     if not isinstance(targets, torch.Tensor):
-        targets = torch.arange(len(logits), device=logits.device) < targets
-    return ((wide.sigmoid() - targets.to(wide.dtype)) * (scale * dloss)).to(logits.dtype)
+        targets = torch.arange(len(x), device=x.device) < targets
+    targets = targets.to(x.dtype)
+    signs = 1 - 2 * targets
+    slopes = {
+        "logistic": lambda: x.sigmoid() - targets,
+        "least-squares": lambda: x - targets,
+        "hinge": lambda: signs * (1 + signs * x > 0),
+        "linear": lambda: signs,
+    }
+    dx = slopes[kind]() * (scale * dloss)
+    return (torch.cat([dx, -dx]) if paired else dx).to(logits.dtype)

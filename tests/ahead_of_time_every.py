@@ -141,8 +141,12 @@ def _around(dtype, activations):
     for logits in (torch.empty(128, dtype=dtype), torch.empty(128 * 784, dtype=dtype)):
         for targets in (0, 1, 64, logits):
             for with_gradient in (False, True):
-                losses.logistic_loss(logits, targets, 1.0, with_gradient)
-            losses.logistic_loss_backward(torch.empty(()), logits, targets, 1.0)
+                losses.logit_loss(logits, targets, 1.0, with_gradient=with_gradient)
+            losses.logit_loss_backward(torch.empty(()), logits, targets, 1.0)
+        for kind in ("logistic", "least-squares", "hinge", "linear"):
+            for paired in (False, True):
+                losses.logit_loss(logits, 64, 1.0, kind, paired, with_gradient=True)
+                losses.logit_loss_backward(torch.empty(()), logits, 64, 1.0, kind, paired)
     _adam(dtype)
 
 

@@ -490,16 +490,74 @@ BUGS = (
     Bug(
         "the labels of a loss are the wrong way round",
         "kernels/losses.py",
-        "tl.where(i < ones, -x, x)",
-        "tl.where(i < ones, x, -x)",
+        "wrong = tl.where(is_real, -x, x)",
+        "wrong = tl.where(is_real, x, -x)",
         LOSSES,
     ),
     Bug(
         "the gradient of a loss forgets the targets",
         "kernels/losses.py",
-        "return _sigmoid(x) - tl.load(",
-        "return _sigmoid(x) - 0 * tl.load(",
+        "slope = _sigmoid(x) - tl.load(",
+        "slope = _sigmoid(x) - 0 * tl.load(",
         LOSSES,
+    ),
+    Bug(
+        "an average follows half-precision copies",
+        "genfast/training/steps/gan.py",
+        """        losses = super()._step_in_precision(images)
+        if self._average:  # By now the generator holds its own weights again.
+            self._average.update()
+        return losses
+""",
+        """        with self._precision.weights():
+            losses = self._step(images)
+            if self._average:
+                self._average.update()
+        return losses
+""",
+        "test_average.py",
+    ),
+    Bug(
+        "an average forgets batch norm's statistics",
+        "genfast/training/steps/average.py",
+        "return [*module.parameters(), *module.buffers()]",
+        "return [*module.parameters()]",
+        "test_average.py",
+    ),
+    Bug(
+        "least squares pull generated images to the label 1 too",
+        "kernels/losses.py",
+        "slope = tl.where(is_real, x - 1.0, x)",
+        "slope = x - 1.0",
+        "test_losses.py::test_gan_losses",
+    ),
+    Bug(
+        "a hinge has no end",
+        "kernels/losses.py",
+        "slope = tl.where(margin <= 0, 0.0, tl.where(is_real, -1.0, 1.0))",
+        "slope = tl.where(is_real, -1.0, 1.0)",
+        "test_losses.py::test_gan_losses",
+    ),
+    Bug(
+        "a critic's loss forgets the labels",
+        "kernels/losses.py",
+        "value = tl.where(is_real, -x, x)",
+        "value = x",
+        "test_losses.py::test_gan_losses",
+    ),
+    Bug(
+        "of a pair only the real image gets a gradient",
+        "kernels/losses.py",
+        "tl.store(dlogits_ptr + terms + i, -dx, mask=exists)",
+        "tl.store(dlogits_ptr + terms + i, 0.0 * dx, mask=exists)",
+        "test_losses.py::test_gan_losses",
+    ),
+    Bug(
+        "a minimax generator minimises what it should maximise",
+        "genfast/losses.py",
+        "return _loss(logits, 0, -logits.numel(), self.generator_kind)",
+        "return _loss(logits, 0, logits.numel(), self.generator_kind)",
+        "test_losses.py::test_gan_losses",
     ),
     Bug(
         "the gradient of a loss is taken for any factor",
@@ -679,8 +737,8 @@ BUGS = (
     Bug(
         "no kernel starts early",
         "genfast/launch/start.py",
-        'arguments["launch_pdl"] = True',
-        "pass",
+        "dict(launch_pdl=True) if starts_early(kernel.fn, device) else {}",
+        "{}",
         OVERLAP,
     ),
     Bug(

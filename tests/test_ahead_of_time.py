@@ -30,8 +30,8 @@ KERNELS = {
     "activation_backward_from_output",
     "reparameterize",
     "reparameterize_backward",
-    "logistic_loss",
-    "logistic_loss_backward",
+    "logit_loss",
+    "logit_loss_backward",
     "adam",
 }
 # Tests of their own compile these, in more ways.

@@ -24,8 +24,8 @@ pytestmark = pytest.mark.kernels
 OPERATORS = (
     "chain",
     "chain_backward",
-    "logistic_loss",
-    "logistic_loss_backward",
+    "logit_loss",
+    "logit_loss_backward",
     "reparameterize",
     "reparameterize_backward",
     "reparameterize_with_kl",
@@ -204,7 +204,7 @@ def test_a_compiled_vae_and_its_losses(device):
     assert_same(ours, eager)
     graphs.assert_fused(
         blocks=6, chains=2, chain_backward=2, reparameterize_with_kl=1, reparameterize_backward=1,
-        logistic_loss=1, logistic_loss_backward=1,
+        logit_loss=1, logit_loss_backward=1,
     )  # fmt: skip
 
 
@@ -229,7 +229,7 @@ def test_another_batch_size_is_the_same_graph(device):
         assert_same(ours, eager)
     assert len(graphs.graphs) == 2  # Forward and backward.
     graphs.assert_fused(
-        blocks=3, chains=1, chain_backward=1, logistic_loss=2, logistic_loss_backward=2,
+        blocks=3, chains=1, chain_backward=1, logit_loss=2, logit_loss_backward=2,
         reparameterize=1, reparameterize_backward=0,
     )  # fmt: skip
 

@@ -56,7 +56,7 @@ CASES = {
     "logits_wgrad": (lambda: logits.wgrad(_image(2**15, 16, (4, 4)), _logit(2**15), WHOLE), 1),
     "tile_statistics": (lambda: norm.statistics_of(_image(256, 64, (32, 32)), 1), 4),
     "norm_backward_reduce": (_norm_backward, 4),
-    "logistic_loss": (lambda: losses.logistic_loss(torch.empty(2**22), 0, 1.0), 8),
+    "logit_loss": (lambda: losses.logit_loss(torch.empty(2**22), 0, 1.0), 8),
     "reparameterize": (_reparameterize, 16),
 }
 

@@ -78,7 +78,7 @@ def test_a_step_starts_few_kernels(batch_size, started):
     assert counts["fprop_image"] == 3 and counts["to_image"] == 2 and counts["wgrad_image"] == 2
     assert counts["join_images"] == 1 and counts["pad_image"] == 1 and counts["cat"] == 0
     assert counts["logits_fprop"] == counts["logits_dgrad"] == 2 and counts["logits_wgrad"] == 1
-    assert counts["logistic_loss"] == 2 and counts["logistic_loss_backward"] == 0
+    assert counts["logit_loss"] == 2 and counts["logit_loss_backward"] == 0
     # Each network's step counters, and all else of its update.
     assert counts["_foreach_add_"] == counts["adam"] == 2 and not counts["_fused_adam_"]
     stacks_losses = 1  # In a captured step.

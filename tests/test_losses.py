@@ -6,6 +6,7 @@ import torch.nn.functional as F
 from oracle import DRAWS, assert_close
 
 from genfast import autograd, losses, use_backend
+from genfast.backend import INTERPRETING
 from genfast.launch import losses as launched
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -44,24 +45,95 @@ def cross_entropy(logits, targets):
     return F.binary_cross_entropy_with_logits(wide(logits), wide(targets), reduction="sum")
 
 
+def softplus(x):
+    return F.softplus(x, threshold=100)
+
+
+# By loss: of real images' logits, of generated ones', and the generator's; each is averaged. As the
+# papers have them, in PyTorch's operations.
+PAPERS = {
+    "non-saturating": (lambda x: softplus(-x), softplus, lambda x: softplus(-x)),
+    "minimax": (lambda x: softplus(-x), softplus, lambda x: -softplus(x)),
+    "lsgan": (
+        lambda x: (x - 1) ** 2 / 2, lambda x: x**2 / 2, lambda x: (x - 1) ** 2 / 2,
+    ),
+    "hinge": (lambda x: F.relu(1 - x), lambda x: F.relu(1 + x), lambda x: -x),
+    "wgan": (lambda x: -x, lambda x: x, lambda x: -x),
+}  # fmt: skip
+
+
+def of_paper(loss, name, logits):
+    x = wide(logits)
+    if loss == "rpgan":
+        real, fake = x.chunk(2)
+        return softplus(fake - real if name == "discriminator" else real - fake).mean()
+    of_real, of_fake, of_generator = PAPERS[loss]
+    if name == "discriminator":
+        real, fake = x.chunk(2)
+        return of_real(real).mean() + of_fake(fake).mean()
+    return {"real": of_real, "fake": of_fake, "generator": of_generator}[name](x).mean()
+
+
+WAYS = [
+    (loss, name)
+    for loss in losses.GAN_LOSSES
+    for name in ("real", "fake", "generator", "discriminator")
+    if loss != "rpgan" or name in ("generator", "discriminator")
+]
+
+
 @pytest.mark.kernels
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("count", COUNTS)
-@pytest.mark.parametrize("name", ["real", "fake", "generator", "discriminator"])
-def test_gan_losses(name, count, dtype, device):
-    def plain(logits):
-        x = wide(logits)
-        real, fake = x.chunk(2) if name == "discriminator" else (x, x)
-        terms = {
-            "real": F.softplus(-real, threshold=100).mean(),
-            "fake": F.softplus(fake, threshold=100).mean(),
-        }
-        terms["generator"] = terms["real"]
-        terms["discriminator"] = terms["real"] + terms["fake"]
-        return terms[name]
+@pytest.mark.parametrize(("loss", "name"), WAYS)
+def test_gan_losses(loss, name, count, dtype, device):
+    ours = getattr(losses.gan_loss(loss), name)
+    hold_to_rule(
+        ours,
+        lambda logits: of_paper(loss, name, logits),
+        lambda: [4 * torch.randn(count, device=device)],
+        dtype,
+        device,
+    )
 
-    ours = getattr(losses.gan_loss("non-saturating"), name)
-    hold_to_rule(ours, plain, lambda: [4 * torch.randn(count, device=device)], dtype, device)
+
+@pytest.mark.kernels
+@pytest.mark.skipif(not INTERPRETING, reason="compiled kernels take no float64")
+@pytest.mark.parametrize(("loss", "name"), WAYS)
+def test_gan_losses_differentiated_twice(loss, name, device):
+    logits = (3 * torch.randn(6, 1, device=device, dtype=torch.float64)).requires_grad_()
+    ours = getattr(losses.gan_loss(loss), name)
+    assert torch.autograd.gradcheck(ours, logits)
+    assert torch.autograd.gradgradcheck(ours, logits)
+
+
+@pytest.mark.kernels
+@pytest.mark.parametrize("backend", ["triton", "reference"])
+@pytest.mark.parametrize("loss", losses.GAN_LOSSES)
+def test_gan_losses_of_extreme_logits(loss, backend, device):
+    x = torch.tensor([-1e30, -1e4, -1.0, 0.0, 1.0, 1e4], device=device)
+    if loss == "lsgan":
+        x = x.clamp(-1e4, 1e4)  # Whose squares there are.
+    x.requires_grad_()
+    for name in ("generator", "discriminator"):
+        with use_backend(backend):
+            found = getattr(losses.gan_loss(loss), name)(x)
+        expected = of_paper(loss, name, x.detach().double())
+        torch.testing.assert_close(found.double(), expected, rtol=1e-6, atol=1e-6)
+        (gradient,) = torch.autograd.grad(found, x)
+        assert gradient.isfinite().all()
+        with use_backend(backend):
+            y = x.detach().clone()
+            y[2] = torch.nan
+            assert getattr(losses.gan_loss(loss), name)(y).isnan()
+
+
+def test_images_in_pairs_are_not_judged_alone():
+    for name in ("real", "fake"):
+        with pytest.raises(ValueError, match="judges them in pairs"):
+            getattr(losses.gan_loss("rpgan"), name)(torch.randn(4))
+    with pytest.raises(ValueError, match=r"as many generated as real images, got shape \(3, 1\)"):
+        losses.gan_loss("rpgan").generator(torch.randn(3, 1))
 
 
 @pytest.mark.kernels
@@ -179,11 +251,11 @@ def test_the_gradient_for_a_dloss_of_one_is_there_already(count, dtype, device, 
     logits = (3 * torch.randn(count, device=device)).to(dtype).requires_grad_()
     for loss_of in (losses.fake_loss, losses.discriminator_loss):
         (expected,) = torch.autograd.grad(loss_of(logits), logits)  # PyTorch's own 1.
-        assert started.count("logistic_loss_backward") == 1
+        assert started.count("logit_loss_backward") == 1
         loss = loss_of(logits) + 0.0
         one = autograd.one(loss)
         (gradient,) = torch.autograd.grad(loss, logits, one, retain_graph=True)
-        assert started.count("logistic_loss_backward") == 1
+        assert started.count("logit_loss_backward") == 1
         assert torch.equal(gradient, expected)
         # The same memory, of which nobody knows any more what it holds.
         (of_changed,) = torch.autograd.grad(loss, logits, one.mul_(2), retain_graph=True)
@@ -197,4 +269,4 @@ def test_the_gradient_for_a_dloss_of_one_is_there_already(count, dtype, device, 
 
 
 def launched_for(count):
-    return ["logistic_loss"] if count <= 4096 else ["logistic_loss", "sum_partials"]
+    return ["logit_loss"] if count <= 4096 else ["logit_loss", "sum_partials"]

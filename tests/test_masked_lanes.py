@@ -146,9 +146,10 @@ def reparameterized(shape, dtype, with_kl):
 def logistic(shape, labels, dtype):
     logits = torch.randn(shape).to(dtype)
     targets = torch.rand(shape).to(dtype) if labels is None else labels
-    for with_gradient in (False, True):
-        losses.logistic_loss(logits, targets, 0.5, with_gradient)
-    losses.logistic_loss_backward(torch.ones(()), logits, targets, 0.5)
+    for paired in (False, True) if labels is not None and logits.numel() > 1 else (False,):
+        for with_gradient in (False, True):
+            losses.logit_loss(logits, targets, 0.5, "logistic", paired, with_gradient)
+        losses.logit_loss_backward(torch.ones(()), logits, targets, 0.5, "logistic", paired)
 
 
 def summed(groups, parts, out_shape, of_batch=False):
@@ -164,7 +165,7 @@ BACKWARD = NORM | {"norm_backward_reduce", "norm_backward"}
 # Vectors are made by another kernel, and so are the sums that a program reads.
 SHARED = (BACKWARD - {"batch_statistics"}) | {"shared_statistics", "shared_sums"}
 SAMPLING = {"reparameterize", "reparameterize_backward"}
-LOSS = {"logistic_loss", "logistic_loss_backward"}
+LOSS = {"logit_loss", "logit_loss_backward"}
 CASES = (
     (NORM, norm_forward, (5, 3, (7, 9), 1, FLOAT)),
     (NORM, norm_forward, (70, 4, (5, 7), 2, HALF)),
@@ -188,10 +189,10 @@ CASES = (
     (SAMPLING, reparameterized, ((1, 1), HALF, True)),
     (SAMPLING, reparameterized, ((300, 3), HALF, False)),
     (SAMPLING, reparameterized, ((3, 1037), DOUBLE, True)),
-    (LOSS, logistic, ((5, 1), 3, FLOAT)),
+    (LOSS, logistic, ((6, 1), 3, FLOAT)),
     (LOSS, logistic, ((1,), 1, HALF)),
     (LOSS, logistic, ((7, 781), None, HALF)),
-    (LOSS, logistic, ((7, 781), 0, DOUBLE)),
+    (LOSS, logistic, ((8, 781), 0, DOUBLE)),
     ({"sum_partials"}, summed, (0, 3, (5, 7))),
     ({"sum_partials"}, summed, (0, 70, (3, 50))),
     ({"sum_partials"}, summed, (2, 67, (2, 2, 35))),

@@ -175,8 +175,8 @@ def latents(batch, width):
 def logits(batch):
     reconstruction = torch.empty(batch, 784)
     for targets in (batch, reconstruction):
-        losses.logistic_loss(reconstruction, targets, 1.0, with_gradient=targets is batch)
-        losses.logistic_loss_backward(torch.empty(()), reconstruction, targets, 1.0)
+        losses.logit_loss(reconstruction, targets, 1.0, with_gradient=targets is batch)
+        losses.logit_loss_backward(torch.empty(()), reconstruction, targets, 1.0)
 
 
 def joins(batch, layout):

@@ -248,9 +248,9 @@ FORMULAS = {
         lambda a: {"reparameterize_backward.step": a.tiles_per_part},
         about=lambda a: f"{a.N} x {a.D}",
     ),
-    "logistic_loss": Formula(
-        lambda a: {"logistic_loss.step": a.tiles_per_part},
+    "logit_loss": Formula(
+        lambda a: {"logit_loss.step": a.tiles_per_part},
         about=lambda a: f"{a.rows * a.row_length} logits",
     ),
-    "logistic_loss_backward": Formula(about=lambda a: f"{a.rows * a.row_length} logits"),
+    "logit_loss_backward": Formula(about=lambda a: f"{a.rows * a.row_length} logits"),
 }

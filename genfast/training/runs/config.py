@@ -18,11 +18,12 @@ from genfast.training.runs.rules import RULES, shown
 from genfast.training.steps import GANStep, VAEStep, adam
 
 _COMMON = dict(seed=0, precision="auto", background="white")
+_OF_GANS = dict(loss="non-saturating", ema=None, **_COMMON)
 # Learning rates, betas and widths are those of the papers and of PyTorch's public examples. A model
 # has the settings named here and no other.
 DEFAULTS = {
-    "gan": dict(batch_size=64, epochs=50, lr=2e-4, beta1=0.5, nz=100, **_COMMON),
-    "dcgan": dict(batch_size=64, epochs=25, lr=2e-4, beta1=0.5, nz=100, ngf=64, ndf=64, **_COMMON),
+    "gan": dict(batch_size=64, epochs=50, lr=2e-4, beta1=0.5, nz=100, **_OF_GANS),
+    "dcgan": dict(batch_size=64, epochs=25, lr=2e-4, beta1=0.5, nz=100, ngf=64, ndf=64, **_OF_GANS),
     "vae": dict(batch_size=128, epochs=25, lr=1e-3, beta1=0.9, nz=20, **_COMMON),
     "conv-vae": dict(batch_size=128, epochs=25, lr=1e-3, beta1=0.9, nz=32, ngf=32, **_COMMON),
 }
@@ -36,13 +37,16 @@ DIGITS_DEFAULTS = {
 MODELS = tuple(DEFAULTS)
 # Networks of convolutions halve the image down to 4 pixels; perceptrons take any size.
 CONVOLUTIONAL = ("dcgan", "conv-vae")
+# Settings that runs begun before there was a choice do not name, and what they then were.
+_ONCE = dict(loss="non-saturating")
 # What a run notes of its images, and nobody sets.
 NOTED = ("num_images", "checksum", "channels")
 
 
 @dataclass(frozen=True)
 class Config:
-    """The settings of a run. `ngf` and `ndf` are None for models that have no such widths.
+    """The settings of a run. `ngf`, `ndf` and `loss` are None for models that have none, `ema`
+    where no average is kept.
 
     `num_images` and `checksum` tell the images of a run from others. `background` is None for runs
     begun when the transparency of images was dropped. BadInput if a setting is not what `RULES`
@@ -65,13 +69,15 @@ class Config:
     ngf: int | None = None
     ndf: int | None = None
     background: str | None = None
+    loss: str | None = None
+    ema: float | None = None
 
     def __post_init__(self):
         settings = self.as_dict()
         known = _settings_of(settings.pop("model"))
         for name in (*NOTED, "data"):
             _check_setting(name, settings.pop(name))
-        optional = {"ngf", "ndf"} - known | {"background"}
+        optional = {"ngf", "ndf", "loss"} - known | {"background", "ema"}
         check_settings(
             self.model, {k: v for k, v in settings.items() if v is not None or k not in optional}
         )
@@ -83,8 +89,12 @@ class Config:
     @classmethod
     def of_checkpoint(cls, content, path):
         """The settings in what `read_checkpoint` gave; BadInput if they are not those of a run."""
+        config = content["config"]
+        if isinstance(config, Mapping) and config.get("model") in MODELS:
+            known = DEFAULTS[config["model"]]
+            config = {k: v for k, v in _ONCE.items() if k in known} | config
         try:
-            return cls(**content["config"])
+            return cls(**config)
         except TypeError as error:
             reason = str(error).partition(" ")[2]
             raise BadInput(
@@ -203,6 +213,10 @@ def prepare_resumed(model, data, given, path, out=None):
                 f"expected no --background, as the run in {path} began when the transparency of "
                 f"images was dropped, got {value}"
             )
+        if start is None:
+            raise BadInput(
+                f"expected no {option(name)}, without which the run in {path} began, got {value}"
+            )
         same = colour(value) == colour(start) if name == "background" else value == start
         if name != "epochs" and not same:
             raise BadInput(
@@ -272,6 +286,8 @@ def build_step(config, device):
         generator,
         discriminator,
         latent_shape=generator.latent_shape,
+        loss=config.loss,
+        ema=config.ema,
         optimizers=(_adam(generator, config), _adam(discriminator, config)),
         precision=config.precision,
     )

@@ -5,6 +5,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from typing import NamedTuple
 
+from genfast.losses import GAN_LOSSES
 from genfast.training.data.decoding import COLOURS, is_colour
 from genfast.training.steps.precision import PRECISIONS
 
@@ -81,5 +82,7 @@ RULES = {
     "ndf": whole(),
     "seed": whole(0, 2**63 - 1),
     "precision": one_of(PRECISIONS),
+    "loss": one_of(tuple(GAN_LOSSES)),
+    "ema": Rule(float, "a number from 0 to below 1", lambda v: 0 <= v < 1),
     "background": Rule(str, COLOURS, is_colour),
 }

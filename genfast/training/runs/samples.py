@@ -29,8 +29,10 @@ def write_samples(step, noise, path):
     pictures.save_grid(pictures.to_uint8(images, step.pixel_range), path)
 
 
-def sample_checkpoint(path, num, out, *, device, seed=0):
+def sample_checkpoint(path, num, out, *, device, seed=0, ema=True):
     """Write a grid of `num` new images by the networks of a checkpoint, as PNG.
+
+    They are the average generator's where the run kept one, unless `ema` is False.
 
     Raises:
         BadInput: the checkpoint cannot be read, holds weights that are not finite, `out` is not the
@@ -43,6 +45,8 @@ def sample_checkpoint(path, num, out, *, device, seed=0):
     step = build_step(_drawn_here(config, device), device)
     checkpoint.restore_modules(step, content, path)
     refuse_not_finite(step.modules, path)
+    if not ema:
+        step.average = None
     write_samples(step, draw_noise(num, step, seed), target)
 
 

@@ -32,8 +32,9 @@ class Step:
     and leaves no other trace.
     """
 
-    def __init__(self, modules, optimizers, precision, capture):
-        self.modules, self.optimizers = modules, optimizers
+    def __init__(self, modules, optimizers, precision, capture, followers=None):
+        # Followers are networks that a step changes and no optimizer trains.
+        self.modules, self.optimizers = modules | (followers or {}), optimizers
         _check_optimizers(modules, optimizers)
         self._looked = False
         network = next(iter(modules.values()))
@@ -51,7 +52,7 @@ class Step:
         if reason is None:
             self._run = CapturedStep(
                 self._step_in_precision,
-                list(modules.values()),
+                list(self.modules.values()),
                 list(optimizers.values()),
                 list(self.scalers.values()),
                 CUDARecorder(self.device),

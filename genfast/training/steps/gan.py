@@ -9,6 +9,7 @@ import torch
 from genfast import losses
 from genfast.nn import statistics_groups
 from genfast.training.memory import missing_memory
+from genfast.training.steps.average import Average
 from genfast.training.steps.base import Step, adam, evaluating
 from genfast.training.steps.joining import joined
 from genfast.training.steps.judge import Judge, describe
@@ -42,7 +43,8 @@ class GANStep(Step):
             what goes into that is taken, and a warning says so.
         latent_shape: the shape of one image's noise. By default the generator's own `latent_shape`,
             or else (100, 1, 1).
-        loss: the name of a loss in `genfast.losses`.
+        loss: the name of a loss in `genfast.losses.GAN_LOSSES`. Where that judges images in pairs,
+            the generator's update also runs the discriminator on the real images.
         optimizers: of the generator and of the discriminator, in this order. By default
             Adam(lr=2e-4, betas=(0.5, 0.999)) for each.
         precision: "auto", "fp32", "tf32", "bf16" or "fp16"; see `resolve_precision`.
@@ -51,6 +53,8 @@ class GANStep(Step):
             ways give the same for the first batch.
         capture: whether the step runs as one CUDA graph. None: where that is possible. Then an
             optimizer's learning rates are tensors; schedulers and plain numbers still set them.
+        ema: keep an average of the generator with this decay, such as 0.999, from which `sample`
+            draws. None: keep none.
         output: a function that picks the logits out of what the discriminator returns, or "logits":
             what it returns are logits, whatever it looks like. None: that is checked.
 
@@ -64,9 +68,11 @@ class GANStep(Step):
             words; None where it is.
             Where only the first batch can tell, `why_not_merged` is final after the first call.
         final_sigmoid: the name of the Sigmoid in which the discriminator ends; None if in none.
+        average: the `Average` of the generator that `sample` draws from, or None to draw from the
+            generator itself.
 
     Raises:
-        ValueError: there is no such loss or precision, capture=True and it cannot be, or an
+        ValueError: there is no such loss, precision or decay, capture=True and it cannot be, or an
             optimizer does not hold its network's parameters.
     """
 
@@ -87,6 +93,7 @@ class GANStep(Step):
         merge=None,
         capture=None,
         output=None,
+        ema=None,
     ):
         self.generator = generator
         self.discriminator = discriminator
@@ -108,11 +115,13 @@ class GANStep(Step):
         self.why_not_merged = never or unknown
         if merge is not None:
             self.why_not_merged = None if merge else "it was switched off"
+        self.average = self._average = None if ema is None else Average(generator, ema)
         super().__init__(
             {"generator": generator, "discriminator": discriminator},
             {"generator": g_optimizer, "discriminator": d_optimizer},
             precision,
             capture,
+            {} if ema is None else {"average": self.average.module},
         )
 
     @property
@@ -147,12 +156,19 @@ class GANStep(Step):
             self.why_not_merged = why and f"{self.why_not_merged}, and {why}"
             self._merge_if_equal = False
 
+    def _step_in_precision(self, images):
+        losses = super()._step_in_precision(images)
+        if self._average:  # By now the generator holds its own weights again.
+            self._average.update()
+        return losses
+
     def _step(self, images):
         for optimizer in self.optimizers.values():
             optimizer.zero_grad(set_to_none=True)
         fakes = self._generate(images)
         self._check_fakes(fakes, images)
-        return self._update_discriminator(images, fakes.detach()), self._update_generator(fakes)
+        d_loss = self._update_discriminator(images, fakes.detach())
+        return d_loss, self._update_generator(images, fakes)
 
     def _generate(self, images):
         """As many images as these are, by the generator."""
@@ -171,7 +187,10 @@ class GANStep(Step):
             )
 
     def _update_discriminator(self, reals, fakes):
-        if self.why_not_merged:
+        if self.why_not_merged and self.loss.paired:
+            logits = [self._logits(self._floats(reals)), self._logits(fakes)]
+            loss = self._backward(torch.cat(logits), self.loss.discriminator, "discriminator")
+        elif self.why_not_merged:
             # The first pass's graph is gone before the second pass.
             loss = self._backward(
                 self._logits(self._floats(reals)), self.loss.real, "discriminator"
@@ -199,9 +218,15 @@ class GANStep(Step):
             reals = reals.to(fakes.dtype)  # Less to concatenate than what `cat` would make.
         return torch.cat([reals, fakes])
 
-    def _update_generator(self, fakes):
+    def _update_generator(self, reals, fakes):
         with _frozen(self.discriminator):
-            loss = self._backward(self._logits(fakes), self.loss.generator, "generator")
+            if self.loss.paired:
+                with torch.no_grad():
+                    of_reals = self._logits(self._floats(reals))
+                logits = torch.cat([of_reals, self._logits(fakes)])
+            else:
+                logits = self._logits(fakes)
+            loss = self._backward(logits, self.loss.generator, "generator")
         self._precision.update("generator")
         return loss
 
@@ -215,8 +240,9 @@ class GANStep(Step):
         return loss.detach()
 
     def _draw(self, z):
-        with evaluating(self.generator):
-            return self.generator(z)
+        generator = self.average.module if self.average else self.generator
+        with evaluating(generator):
+            return generator(z)
 
 
 def _latent_shape(given, generator):

@@ -95,8 +95,8 @@ def converts_its_input(discriminator):
 
 
 def _two_passes(judge, discriminator, loss, reals, fakes):
-    of_reals, of_fakes = judge(reals), judge(fakes)
-    return torch.cat([of_reals, of_fakes]), loss.real(of_reals) + loss.fake(of_fakes)
+    logits = torch.cat([judge(reals), judge(fakes)])
+    return logits, loss.discriminator(logits)
 
 
 def _one_pass(judge, discriminator, loss, reals, fakes):

@@ -90,6 +90,13 @@ def _is_image(x):
     return isinstance(x, torch.Tensor) and x.dim() == 4 and not x.is_complex()
 
 
+def _fits_norm(module, x):
+    """Whether a module is a norm for such a tensor, and run by itself where it follows whatever."""
+    if type(module) not in _DIMENSIONS or torch.compiler.is_compiling():
+        return False  # A compiler makes one pass of PyTorch's own norm and activation too.
+    return isinstance(x, torch.Tensor) and x.dim() in _DIMENSIONS[type(module)]
+
+
 def has_hook(module):
     """Whether somebody sees what goes through this module, alone."""
     return bool(
@@ -391,16 +398,20 @@ class FusedSequential(nn.Sequential):
             return super().forward(x)
         modules = tuple(self._modules.values())
         known, first = {}, 0
+
+        def way_of(x):
+            kind = x.device, x.dtype  # What runs these is looked up once.
+            return known.get(kind) or known.setdefault(kind, functional.implementation(x))
+
         while first < len(modules):
             way = "reference"
             if isinstance(modules[first], _FIRST_OF_A_BLOCK) and _is_image(x):
-                kind = x.device, x.dtype  # What runs these is looked up once.
-                way = known.get(kind) or known.setdefault(kind, functional.implementation(x))
+                way = way_of(x)
                 if way == "cpu" and not cpu.may_gain(_convolution_of(modules[first]), x):
                     way = "reference"
-            elif type(modules[first]) in _DIMENSIONS:
-                run = self._run_of_norm(first, x)
-                if run is not None:
+            elif _fits_norm(modules[first], x) and way_of(x) == "triton":
+                run = next(self._runs(first))
+                if run.fused:
                     first += len(run.modules)
                     as_x = self._goes_on_channels_last(first)
                     x = functional.normalize(x, run.normalization(), as_x)
@@ -420,18 +431,6 @@ class FusedSequential(nn.Sequential):
                 x = functional.chain(x, [run.block() for run in runs])
                 first += sum(len(run.modules) for run in runs)
         return x
-
-    def _run_of_norm(self, first, x):
-        """The run that begins with the norm of this number, where kernels run it; else None."""
-        if torch.compiler.is_compiling():  # Which makes one pass of PyTorch's own operations too.
-            return None
-        module = tuple(self._modules.values())[first]
-        if not isinstance(x, torch.Tensor) or x.dim() not in _DIMENSIONS[type(module)]:
-            return None
-        if functional.implementation(x) != "triton":
-            return None
-        run = next(self._runs(first))
-        return run if run.fused else None
 
     def _goes_on_channels_last(self, first):
         """Whether the child of this number begins a run that is channels_last, whatever x is."""

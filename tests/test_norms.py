@@ -349,6 +349,7 @@ def test_small_images_are_summed_by_a_pass(monkeypatch):
     assert apart(4, 64) == [True, True]
     assert apart(64, 16) == apart(16, 16) == [False, False]
     assert apart(4, 1) == [False, False]
+    assert all(apart(8, 33) == apart(8, images) for images in (32, 97, 2000))
 
 
 def norm_layer(of, channels, **options):
@@ -809,6 +810,16 @@ def test_functional_where_there_are_no_kernels():
                 "batch": F.batch_norm(x, None, None, training=True),
             }[of]
             assert torch.equal(y, F.leaky_relu(expected, 0.2))
+
+
+@pytest.mark.parametrize("of", reference.NORMS)
+def test_a_weight_without_a_bias(of, device):
+    x, gamma = torch.randn(3, 4, 5, 5, device=device), torch.rand(4, device=device)
+    y = functional.norm_block(x, norm=of, norm_weight=gamma, norm_groups=2)
+    with use_backend("reference"):
+        expected = functional.norm_block(x, norm=of, norm_weight=gamma, norm_groups=2)
+    torch.testing.assert_close(y, expected)
+    assert not torch.allclose(y, functional.norm_block(x, norm=of, norm_groups=2))
 
 
 def test_a_changed_input_is_noticed(device):

@@ -121,14 +121,17 @@ def sums_apart(operation, source, weight, geometry, output_is_read):
         output_is_read: whether the pass reads another tensor of the result's size too.
     """
     c_small, c_big = weight.shape[:2]
-    images, architecture = source.shape[0], start.architecture(source)
-    if images == 1:
+    architecture = start.architecture(source)
+    if source.shape[0] == 1:
         return False
     size = geometry.small
     if operation == "dgrad":
         size = tuple(map(tiles.ceil_div, geometry.big, geometry.stride))
     problem = _problem(operation, source, geometry, c_small, c_big, True)
     config = tiles.gemm_config(architecture, problem)
+    # A smaller last batch goes the same way.
+    images = tiles.representative(source.shape[0])
+    problem = replace(problem, images=images)
     if config.library:
         return True
     box = tiles.box(config.block_n, *size)

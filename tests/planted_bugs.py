@@ -42,9 +42,52 @@ ADAM = "test_adam.py::test_updates_are_pytorchs"
 NORMALIZING = "test_normalizing.py::test_bits_are_those_of_the_pass_and_the_product"
 GRADIENT = "test_gradient_epilogue.py::test_gradient_of_the_layer_below"
 OVERLAP = "test_overlap.py"
+NORMS = "test_norms.py::test_alone"
 
 COMPILED = "test_compile.py::test_compiled_networks_are_the_eager_ones"
 BUGS = (
+    Bug(
+        "every group of contiguous images starts with the first",
+        "kernels/norm.py",
+        "image = tl.cast(group, tl.int64) * images + in_bounds(image, image < images)",
+        "image = in_bounds(image, image < images).to(tl.int64)",
+        NORMS,
+    ),
+    Bug(
+        "pixels beyond a channel's last count",
+        "kernels/norm.py",
+        "exists = row < tl.where(image < images, tl.minimum(pixels - first, BLOCK_R), 0)",
+        "exists = row < tl.where(image < images, BLOCK_R, 0)",
+        NORMS,
+    ),
+    Bug(
+        "shared statistics leave out how channels' means differ",
+        "kernels/norm.py",
+        "squares += tl.load(m2_ptr + offset, mask=exists, other=0.0) + n * deviation * deviation",
+        "squares += tl.load(m2_ptr + offset, mask=exists, other=0.0)",
+        NORMS,
+    ),
+    Bug(
+        "the gradient of group norm forgets that channels weigh differently",
+        "kernels/norm.py",
+        "sum_g_xhat += scale * tl.load(sums_ptr + channels + offset, mask=exists, other=0.0)",
+        "sum_g_xhat += tl.load(sums_ptr + channels + offset, mask=exists, other=0.0)",
+        NORMS,
+    ),
+    Bug(
+        "a bias before group norm gets no gradient",
+        "genfast/autograd.py",
+        "return self.by_batch and self.span == 1",
+        "return self.by_batch",
+        "test_norms.py::test_after_a_convolution",
+    ),
+    Bug(
+        "the output of instance norm stays channels_last",
+        "genfast/functional.py",
+        'return norm.kind == "batch" or (norm.kind == "group" and x.device.type == "cpu")',
+        "return True",
+        "test_norms.py::test_outputs_and_gradients_have_pytorchs_strides",
+    ),
     Bug(
         "Adam's second moment keeps its bias",
         "kernels/adam.py",
@@ -457,6 +500,29 @@ BUGS = (
         "slope = _sigmoid(x) - tl.load(",
         "slope = _sigmoid(x) - 0 * tl.load(",
         LOSSES,
+    ),
+    Bug(
+        "an average follows half-precision copies",
+        "genfast/training/steps/gan.py",
+        """        losses = super()._step_in_precision(images)
+        if self._average:  # By now the generator holds its own weights again.
+            self._average.update()
+        return losses
+""",
+        """        with self._precision.weights():
+            losses = self._step(images)
+            if self._average:
+                self._average.update()
+        return losses
+""",
+        "test_average.py",
+    ),
+    Bug(
+        "an average forgets batch norm's statistics",
+        "genfast/training/steps/average.py",
+        "return [*module.parameters(), *module.buffers()]",
+        "return [*module.parameters()]",
+        "test_average.py",
     ),
     Bug(
         "least squares pull generated images to the label 1 too",

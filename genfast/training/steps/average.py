@@ -1,6 +1,6 @@
 """The average of a network over a training: an exponential moving one of its weights and buffers.
 
-What it draws is smoother than what the newest weights draw, and as good as the best of them (Yazici
+What it draws is smoother than what the newest weights draw, and as good as the best of them (Yazıcı
 et al., 2019; Karras et al., 2018).
 """
 

@@ -73,7 +73,7 @@ class Report(list):
         return "\n".join([title, *lines, *self.notes])
 
 
-def accelerate(model):
+def accelerate(model, *, channels_last=False):
     """Make every `nn.Sequential` of a model, the root included, run fused. Works in place.
 
     Parameters, state_dict keys, hooks, optimizers and results stay what they were: the class of the
@@ -83,6 +83,9 @@ def accelerate(model):
 
     Args:
         model: any `nn.Module`.
+        channels_last: bring the weights to the kernels' memory format first, as
+            `model.to(memory_format=torch.channels_last)` does. The values stay; `restore` leaves
+            them in that format.
 
     Returns:
         A `Report`: print it, or iterate over its entries, to see what fuses, what does not and why.
@@ -91,6 +94,9 @@ def accelerate(model):
         TypeError: `model` is no `nn.Module`.
     """
     _check_module(model)
+    if channels_last:
+        # Not `model.to`, which refuses a model with 3-d convolutions.
+        model._apply(lambda t: t.to(memory_format=torch.channels_last) if t.dim() == 4 else t)
     paths = _paths(model)
     for module in list(model.modules()):
         if _can_swap(module):
@@ -208,8 +214,8 @@ def _notes(weights):
         some = ", ".join(copied[:3]) + (" ..." if len(copied) > 3 else "")
         yield (
             f"the weights of {len(copied)} of them ({some}) are not channels_last and are copied "
-            "at each call, and their gradients too: "
-            "model.to(memory_format=torch.channels_last) saves that"
+            "at each call, and their gradients too: accelerate(model, channels_last=True), or "
+            "model.to(memory_format=torch.channels_last), saves that"
         )
     if any(map(_is_left_to_pytorch, weights.values())):
         yield (

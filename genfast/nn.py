@@ -6,7 +6,7 @@ optimizers are what they were; only the execution changes. No class name holds "
 """
 
 from contextlib import contextmanager
-from itertools import islice, takewhile
+from itertools import takewhile
 from typing import NamedTuple
 
 import torch
@@ -15,7 +15,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils import parametrize
 
 from genfast import cpu, functional, layout, reference
-from genfast.backend import selected_backend
+from genfast.backend import kernels_run_on_cpu, selected_backend
 
 _ACTIVATIONS = {
     nn.ReLU: "relu",
@@ -394,10 +394,15 @@ class FusedSequential(nn.Sequential):
 
     def forward(self, x):
         """Run the children in order, fused where they can be."""
-        if selected_backend() == "reference":
+        backend = selected_backend()
+        if backend == "reference":
             return super().forward(x)
         modules = tuple(self._modules.values())
         known, first = {}, 0
+        # To ask for the implementation takes as long as a small layer: not where it is plain.
+        plain = backend == "auto" and not kernels_run_on_cpu()
+        if plain and isinstance(x, torch.Tensor) and x.is_cpu:
+            x, first = self._on_cpu(x, first)
 
         def way_of(x):
             kind = x.device, x.dtype  # What runs these is looked up once.
@@ -407,8 +412,9 @@ class FusedSequential(nn.Sequential):
             way = "reference"
             if isinstance(modules[first], _FIRST_OF_A_BLOCK) and _is_image(x):
                 way = way_of(x)
-                if way == "cpu" and not cpu.may_gain(_convolution_of(modules[first]), x):
-                    way = "reference"
+                if way == "cpu":
+                    x, first = self._on_cpu(x, first)
+                    continue
             elif _fits_norm(modules[first], x) and way_of(x) == "triton":
                 run = next(self._runs(first))
                 if run.fused:
@@ -418,19 +424,48 @@ class FusedSequential(nn.Sequential):
                     continue
             runs = []
             if way != "reference":
-                fused = takewhile(lambda run: run.fused and run.is_block, self._runs(first))
-                # On a CPU each by itself: one that gains nothing runs as PyTorch runs it.
-                runs = list(islice(fused, 2 if way == "cpu" else None))
+                fitting = takewhile(lambda run: run.fused and run.is_block, self._runs(first))
+                runs = list(fitting)
             if not runs:
                 x = modules[first](x)
                 first += 1
-            elif way == "cpu":
-                x = functional.chain(x, [runs[0].block(inplace=len(runs) > 1)])
-                first += len(runs[0].modules)
             else:
                 x = functional.chain(x, [run.block() for run in runs])
                 first += sum(len(run.modules) for run in runs)
         return x
+
+    def _on_cpu(self, x, first):
+        """Run the children from this number on, as long as x is on a CPU where no kernel runs.
+
+        All are called themselves but for blocks whose convolution may gain: each such block runs as
+        one operation, not as a part of a chain.
+
+        Returns:
+            x, and the number of the first child that has not run.
+        """
+        names, modules = tuple(self._modules), tuple(self._modules.values())
+        while first < len(modules):
+            module = modules[first]
+            if isinstance(module, _FIRST_OF_A_BLOCK) and isinstance(x, torch.Tensor):
+                if not x.is_cpu:
+                    break
+                run = self._gaining_run(names, modules, first, x)
+                if run is not None:
+                    first += len(run.modules)
+                    following = next(self._runs(first), None)
+                    goes_on = following is not None and following.fused and following.is_block
+                    x = functional.chain(x, [run.block(inplace=goes_on)])
+                    continue
+            x = module(x)
+            first += 1
+        return x, first
+
+    def _gaining_run(self, names, modules, first, x):
+        """The run that begins with this convolution if it gains as one operation; else None."""
+        if x.dim() != 4 or not cpu.may_gain(_convolution_of(modules[first]), x):
+            return None
+        run = self._run_at(names, modules, first)
+        return run if run.fused and functional.implementation(x) == "cpu" else None
 
     def _goes_on_channels_last(self, first):
         """Whether the child of this number begins a run that is channels_last, whatever x is."""

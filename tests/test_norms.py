@@ -324,13 +324,18 @@ def test_few_programs_share_long_sums(of, convolution, device, monkeypatch):
 
 @pytest.mark.parametrize("apart", [True, False])
 @pytest.mark.parametrize("of", ["instance", "group"])
-def test_sums_with_the_product_or_by_a_pass(apart, of, device, monkeypatch):
+def test_sums_with_the_product_or_by_a_pass(apart, of, device, started, monkeypatch):
     """In a chain: forward's statistics, and the sums of the gradient of the layer below."""
     monkeypatch.setattr(conv, "sums_apart", lambda *_: apart)
     layers = [nn.Conv2d(3, 8, 3, 1, 1), norm_layer(of, 8), nn.LeakyReLU(0.2)]
     layers += [nn.ConvTranspose2d(8, 6, 4, 2, 1), norm_layer(of, 6), nn.Tanh()]
     stock = nn.Sequential(*layers, nn.Conv2d(6, 2, 3)).to(device)
-    assert_module(fused(stock), stock, torch.randn(3, 3, 3, 4, device=device))
+    x = torch.randn(3, 3, 3, 4, device=device)
+    assert_module(fused(stock), stock, x)
+    started.clear()
+    fused(stock)(x).sum().backward()
+    for kernel in ("tile_statistics", "norm_backward_reduce"):
+        assert started.count(kernel) == (2 if apart else 0), kernel
 
 
 def test_small_images_are_summed_by_a_pass(monkeypatch):

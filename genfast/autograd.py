@@ -12,9 +12,9 @@ from typing import NamedTuple
 import torch
 from torch.autograd import Function
 
-from genfast import reference
+from genfast import layout, reference
 from genfast.geometry import ConvGeometry
-from genfast.launch import conv, from_image, losses, norm, sampling, tape
+from genfast.launch import conv, from_image, losses, norm, sampling, start, tape
 from genfast.launch.epilogue import PLAIN, Epilogue
 from genfast.launch.operand import Operand, Output
 
@@ -22,17 +22,21 @@ from genfast.launch.operand import Operand, Output
 class Kind(NamedTuple):
     """What a block does, but for its tensors.
 
-    geometry: of the convolution.
+    geometry: of the convolution; None where there is none.
     transposed: whether it is `conv_transpose2d`.
-    by_batch: whether batch norm takes the batch's own statistics; None without batch norm.
-    eps: of the batch norm.
+    by_batch: whether the norm takes the batch's own statistics; None without a norm.
+    eps: of the norm.
     activation, negative_slope: as in `functional.conv_block`.
-    groups: the equal parts of a batch that have statistics of their own.
+    groups: the equal parts of a batch that have statistics of their own: for instance norm and
+        group norm the images.
     moves: whether a batch moves the running statistics.
     momentum: with which, where that is a number.
+    span: how many channels in a row share statistics: more than 1 for group norm.
+    dtype: of what comes out, where that is not the dtype of what is normalised. Inside a chain it
+        means nothing.
     """
 
-    geometry: ConvGeometry
+    geometry: ConvGeometry | None
     transposed: bool
     by_batch: bool | None
     eps: float
@@ -41,19 +45,26 @@ class Kind(NamedTuple):
     groups: int = 1
     moves: bool = False
     momentum: float = 0.0
+    span: int = 1
+    dtype: torch.dtype | None = None
+
+    @property
+    def takes_bias_away(self):
+        """Whether a constant that is added to a channel before the norm is lost in it."""
+        return self.by_batch and self.span == 1
 
 
 class Link(NamedTuple):
     """A block of a chain: its `Kind`, and its tensors, None where absent.
 
-    weight, bias: of the convolution.
+    weight, bias: of the convolution; None where there is none.
     gamma, beta, running_mean, running_var, counter: of the batch norm, counter being
         `num_batches_tracked`.
     momentum: with which running statistics move, where that is a tensor.
     """
 
     kind: Kind
-    weight: torch.Tensor
+    weight: torch.Tensor | None
     bias: torch.Tensor | None = None
     gamma: torch.Tensor | None = None
     beta: torch.Tensor | None = None
@@ -85,6 +96,26 @@ def chain(x, kinds, tensors, inplace, look=None):
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, *tensors)):
         return _Chain.apply(x, kinds, inplace, tensors, look, *_parameters(tensors))
     return _run_forward(x, kinds, tensors, look, keep=False)[-1]
+
+
+def normalize(x, kind, gamma, beta, statistics, look=None):
+    """A norm and an activation after it, on the kernels: `functional.norm_block`.
+
+    Args:
+        x: (N, C, H, W), contiguous or channels_last.
+        kind: a `Kind` without a geometry.
+        gamma, beta: (C,), or None.
+        statistics: the other tensors of a `Link`, or None.
+        look: as in `chain`.
+
+    Returns:
+        The output, in x's memory format.
+    """
+    wanted = (t is not None and t.requires_grad for t in (x, gamma, beta))
+    if torch.is_grad_enabled() and any(wanted):
+        return _Normalization.apply(x, gamma, beta, kind, statistics, look)
+    given = [x, gamma, beta, *statistics]
+    return tape.run(_normalization_forward, given, kind, look=look)[0]
 
 
 def reparameterize(mu, logvar, seed):
@@ -245,6 +276,33 @@ class _Chain(Function):
             return _convolve(source, weight, last, epilogue)[0]
 
 
+class _Normalization(Function):
+    """A norm and an activation after it. Keeps its input, and what that is normalised by."""
+
+    @staticmethod
+    def forward(ctx, x, gamma, beta, kind, statistics, look):
+        given = [x, gamma, beta, *statistics]
+        y, vectors = tape.run(_normalization_forward, given, kind, look=look)
+        ctx.kind = kind
+        ctx.save_for_backward(x, gamma, beta, vectors)
+        return y
+
+    @staticmethod
+    def backward(ctx, dy):
+        kind, needs = ctx.kind, ctx.needs_input_grad[:3]
+        x, gamma, beta, vectors = ctx.saved_tensors
+        if torch.is_grad_enabled():
+            inputs = [t if t is None else t.view_as(t) for t in (x, gamma, beta)]
+            y = _differentiable_norm(*inputs, vectors, kind)
+            y = reference.activate(y, kind.activation, kind.negative_slope)
+            found = _gradients_where(needs, y, inputs, dy)
+        else:
+            given = [dy, x, gamma, beta, vectors]
+            found = tape.run(_normalization_backward, given, kind, needs)
+        dx, *found = found
+        return dx if dx is None else layout.like(dx, x), *found, None, None, None
+
+
 class _Known(Function):
     """A convolution, bias and activation whose output is known: only its gradients are computed."""
 
@@ -366,7 +424,7 @@ def _forward(tensors, kinds, keep):
         vectors.append(output.vectors)
         if keep:
             values.append(output.value)
-    return [*values, *vectors, source.tensor()]
+    return [*values, *vectors, source.tensor(kinds[-1].dtype)]
 
 
 def _output(source, link, keep):
@@ -377,7 +435,8 @@ def _output(source, link, keep):
     if kind.by_batch is None:
         epilogue = Epilogue(link.bias, activation=act[0], negative_slope=act[1])
     elif kind.by_batch:
-        epilogue = Epilogue(link.bias, groups=kind.groups)
+        apart = _sums_apart(source, link.weight, kind, kind, kind.transposed, False)
+        epilogue = Epilogue(link.bias, groups=0 if apart else kind.groups)
     else:
         vectors = _vectors(link, source.value.dtype)
         epilogue = Epilogue(link.bias)
@@ -386,8 +445,53 @@ def _output(source, link, keep):
             vectors = None
     z, statistics = _convolve(source, link.weight, kind, epilogue)
     if kind.by_batch:
+        if statistics is None:
+            statistics = norm.statistics_of(z, kind.groups)
         vectors = _batch_statistics(statistics, link)
     return Output(z, vectors, *act)
+
+
+def _normalization_forward(tensors, kind):
+    """The output of a norm with activation, and the vectors that it was normalised by.
+
+    Args:
+        tensors: x, and the tensors of a `Link` from gamma on.
+        kind: its `Kind`.
+    """
+    x, *tensors = tensors
+    link = Link(kind, None, None, *tensors)
+    if kind.by_batch:
+        vectors = _batch_statistics(norm.statistics_of(x, kind.groups), link)
+    else:
+        vectors = _vectors(link, x.dtype)
+    act = kind.activation, kind.negative_slope
+    return [norm.normalize_activate(x, vectors, *act, kind.dtype), vectors]
+
+
+def _normalization_backward(tensors, kind, needs):
+    """The gradients of x, gamma and beta, None where not needed.
+
+    Args:
+        tensors: dy, and what `_Normalization` keeps.
+        kind: its `Kind`.
+        needs: of x, gamma and beta.
+    """
+    dy, x, gamma, beta, vectors = tensors
+    need_x, need_gamma, need_beta = needs
+    dx, sums, _ = norm.norm_backward(
+        dy,
+        x,
+        vectors,
+        training=kind.by_batch,
+        need_dz=need_x,
+        activation=kind.activation,
+        negative_slope=kind.negative_slope,
+        need_total=need_gamma or need_beta,
+        span=kind.span,
+    )
+    dgamma = sums[1].to(gamma.dtype) if need_gamma else None
+    dbeta = sums[0].to(beta.dtype) if need_beta else None
+    return [dx, dgamma, dbeta]
 
 
 def _saved(kinds, tensors):
@@ -433,7 +537,7 @@ def _backward(tensors, kinds, need_x, needs):
                 total = dz.tensor().sum((0, 2, 3)) if partials is None else partials.sum((0, 1))
                 found[i][1] = total.to(bias.dtype)
         else:
-            need_dz = passes_on or need_weight or (need_bias and not kind.by_batch)
+            need_dz = passes_on or need_weight or (need_bias and not kind.takes_bias_away)
             made = waiting is not None and _wgrad_makes(output, kinds[i + 1], parameters[i + 1][0])
             dz, sums, y = norm.norm_backward(
                 gradient,
@@ -445,11 +549,14 @@ def _backward(tensors, kinds, need_x, needs):
                 negative_slope=kind.negative_slope,
                 partials=partials,
                 want_y=need_dz and waiting is not None and not made,
+                need_total=need_gamma or need_beta,
+                span=kind.span,
             )
             output.remember(y)
             if need_bias:
-                # The batch's own mean takes any constant away again: then the sum is exactly 0.
-                found[i][1] = torch.zeros_like(bias) if kind.by_batch else dz.sum((0, 2, 3))
+                # A channel's own mean takes any constant away again: then the sum is exactly 0.
+                zero = kind.takes_bias_away
+                found[i][1] = torch.zeros_like(bias) if zero else dz.sum((0, 2, 3))
             found[i][2] = sums[1].to(gamma.dtype) if need_gamma else None
             found[i][3] = sums[0].to(beta.dtype) if need_beta else None
             dz = Operand(dz)
@@ -460,6 +567,8 @@ def _backward(tensors, kinds, need_x, needs):
         if i > lowest:
             sums = kinds[i - 1].by_batch is None and needs[i - 1][1]
             epilogue = Epilogue(output=outputs[i - 1], sums=sums)
+            if _sums_apart(dz, weight, kind, kinds[i - 1], not kind.transposed, True):
+                epilogue = PLAIN  # Then the gradient is that of the output, without sums.
             gradient, partials = _input_gradient(dz, weight, kind, epilogue)
         elif need_x:
             dx, _ = _input_gradient(dz, weight, kind)
@@ -485,25 +594,36 @@ def _differentiable_backward(dy, x, kinds, tensors, need_x, needs):
             y = _Known.apply(y, weight, bias, kind, kind.activation, known)
             continue
         z = _Known.apply(y, weight, bias, kind, "identity", known)
-        mean = var = None
-        if not kind.by_batch:
-            mean = output.vectors[0, norm.MEAN]
-            var = output.vectors[0, norm.RSTD] ** -2 - kind.eps
-        groups = [
-            torch.nn.functional.batch_norm(
-                part, mean, var, gamma, beta, training=kind.by_batch, momentum=0.0, eps=kind.eps
-            )
-            for part in z.chunk(output.vectors.shape[0])
-        ]
-        y = reference.activate(torch.cat(groups), kind.activation, kind.negative_slope)
-    needs = [need_x, *needs]
-    wanted = [i for i, need in enumerate(needs) if need]
-    all_inputs = [x, *inputs]
-    gradients = [None] * len(needs)
-    given = torch.autograd.grad(y, [all_inputs[i] for i in wanted], dy, create_graph=True)
-    for i, gradient in zip(wanted, given, strict=True):
-        gradients[i] = gradient
-    return gradients
+        y = _differentiable_norm(z, gamma, beta, output.vectors, kind)
+        y = reference.activate(y, kind.activation, kind.negative_slope)
+    return _gradients_where([need_x, *needs], y, [x, *inputs], dy)
+
+
+def _differentiable_norm(z, gamma, beta, vectors, kind):
+    """A norm by PyTorch, of what it took and the vectors it was normalised by."""
+    groups, _, channels = vectors.shape
+    if kind.by_batch and groups == len(z):  # Each image by itself.
+        wide_z, *affine = (t if t is None else t.to(vectors.dtype) for t in (z, gamma, beta))
+        u = torch.nn.functional.group_norm(wide_z, channels // kind.span, *affine, kind.eps)
+        return u.to(kind.dtype or z.dtype)
+    mean = var = None
+    if not kind.by_batch:
+        mean = vectors[0, norm.MEAN]
+        var = vectors[0, norm.RSTD] ** -2 - kind.eps
+    parts = [
+        torch.nn.functional.batch_norm(
+            part, mean, var, gamma, beta, training=kind.by_batch, momentum=0.0, eps=kind.eps
+        )
+        for part in z.chunk(groups)
+    ]
+    return torch.cat(parts)
+
+
+def _gradients_where(needs, y, inputs, dy):
+    """The gradients of the inputs that need one, with a graph; None for the others."""
+    wanted = [t for t, need in zip(inputs, needs, strict=True) if need]
+    found = iter(torch.autograd.grad(y, wanted, dy, create_graph=True))
+    return [next(found) if need else None for need in needs]
 
 
 def _convolve(source, weight, kind, epilogue=PLAIN):
@@ -514,6 +634,22 @@ def _convolve(source, weight, kind, epilogue=PLAIN):
 def _input_gradient(dz, weight, kind, epilogue=PLAIN):
     convolve = conv.fprop if kind.transposed else conv.dgrad
     return convolve(dz, weight, kind.geometry, epilogue)
+
+
+def _sums_apart(source, weight, kind, summed, is_dgrad, output_is_read):
+    """Whether a pass of its own sums each image's values, not the product that computes them.
+
+    Args:
+        source: an `Operand` or `Output`, which the product reads.
+        weight, kind: of its link.
+        summed: the `Kind` of the link whose norm needs the sums.
+        is_dgrad: the product; else it is fprop.
+        output_is_read: as in `conv.sums_apart`.
+    """
+    if not summed.by_batch or summed.groups != source.value.shape[0]:
+        return False
+    operation = "dgrad" if is_dgrad else "fprop"
+    return conv.sums_apart(operation, source.value, weight, kind.geometry, output_is_read)
 
 
 def _wgrad_makes(output, kind, weight):
@@ -544,7 +680,7 @@ def _batch_statistics(statistics, link):
     kind = link.kind
     given = statistics, link.gamma, link.beta, kind.eps
     if not kind.moves:
-        return norm.batch_statistics(*given)
+        return norm.batch_statistics(*given, span=kind.span)
     mean, var = link.running_mean, link.running_var
     if link.momentum is None:
         return norm.batch_statistics(*given, mean, var, kind.momentum, link.counter)
@@ -558,10 +694,7 @@ def _batch_statistics(statistics, link):
 
 def _vectors(link, dtype):
     """Known statistics in the form that `norm.batch_statistics` gives the batch's."""
-    dtype = torch.float64 if dtype == torch.float64 else torch.float32
-    with torch.no_grad():
-        mean, var = link.running_mean.to(dtype), link.running_var.to(dtype)
-        rstd = (var + link.kind.eps).rsqrt()
-        scale = rstd if link.gamma is None else rstd * link.gamma
-        shift = torch.zeros_like(mean) if link.beta is None else link.beta.to(dtype)
-        return torch.stack([mean, var, rstd, scale, shift])[None]
+    return norm.known_statistics(
+        link.running_mean, link.running_var, link.gamma, link.beta, link.kind.eps,
+        start.acc_dtype(dtype),
+    )  # fmt: skip

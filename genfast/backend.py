@@ -60,6 +60,11 @@ class use_backend(AbstractContextManager):
         _selected = self._previous
 
 
+def kernels_run_on_cpu():
+    """Whether a kernel can start on CPU tensors, interpreted."""
+    return INTERPRETING and triton is not None
+
+
 def why_device_cannot_run_triton(device):
     """A sentence saying why no kernel can start on this device; None if one can."""
     if triton is None:

@@ -7,14 +7,15 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from genfast import cpu, functional
-from genfast.backend import INTERPRETING
+from genfast import functional
 from genfast.nn import (
     FusedBlock,
     Run,
     begins_run,
     is_activation,
+    is_norm,
     line_of,
+    may_begin_on,
     runs_undisturbed,
     why_not_fused,
 )
@@ -99,12 +100,9 @@ def _stretch(link, flow):
 
 
 def _may_fuse(layer, x):
-    # What has a type of its own is left to PyTorch; isinstance would take longer.
-    if type(x) not in (torch.Tensor, nn.Parameter) or x.dim() != 4:
+    if not may_begin_on(layer, x) or not runs_undisturbed(layer):
         return False
-    if x.is_cpu and not INTERPRETING and not cpu.may_gain(convolution_of(layer), x):
-        return False
-    if not runs_undisturbed(layer) or nn.modules.module._has_any_global_hook():
+    if nn.modules.module._has_any_global_hook():
         return False
     return functional.implementation(x) != "reference"
 
@@ -115,7 +113,7 @@ def convolution_of(layer):
 
 
 def planned(links, name_of):
-    """The `Run`s of the convolutions among links.
+    """The `Run`s of the convolutions and norms among links.
 
     Args:
         links: callables in the order of their calls; `looking.UNKNOWN` for what only a call shows.
@@ -135,7 +133,7 @@ def planned(links, name_of):
         layers, link = _stretch(link, flow)
         *runs, last = line_of(layers).plan()
         reason = ""
-        if is_activation(link) or isinstance(link, nn.BatchNorm2d):
+        if is_activation(link) or is_norm(link):
             why = why_not_fused(link) or "it was called before"
             reason = f"{type(link).__name__} {name_of(link)!r} stays out: {why}"
         yield from runs

@@ -91,7 +91,7 @@ class Report(list):
         return "\n".join([title, *lines, *self.notes, share])
 
 
-def accelerate(model):
+def accelerate(model, *, channels_last=False):
     """Make the convolutions of a model, the root included, run fused. Works in place.
 
     Parameters, state_dict keys, hooks, optimizers and results stay what they were: the class of
@@ -102,6 +102,9 @@ def accelerate(model):
 
     Args:
         model: any `nn.Module`.
+        channels_last: bring the weights to the kernels' memory format first, as
+            `model.to(memory_format=torch.channels_last)` does. The values stay; `restore` leaves
+            them in that format.
 
     Returns:
         A `Report`: print it, or iterate over its entries, to see what fuses, what does not and why.
@@ -110,12 +113,15 @@ def accelerate(model):
         TypeError: `model` is no `nn.Module`.
     """
     _check_module(model)
+    if channels_last:
+        # Not `model.to`, which refuses a model with 3-d convolutions.
+        model._apply(lambda t: t.to(memory_format=torch.channels_last) if t.dim() == 4 else t)
     paths = _paths(model)
     for module in list(model.modules()):
         if _can_swap(module):
             module._genfast_original = type(module)
             module.__class__ = _fused_class(type(module))
-        elif _calls_convolutions(module):
+        elif _calls_what_fuses(module):
             # Not for a class whose instances are laid out otherwise, in C or by __slots__.
             with suppress(TypeError):
                 module.__class__ = networks.network_of(type(module)).rewritten
@@ -154,8 +160,8 @@ def _can_swap(module):
     return type(module).forward is nn.Sequential.forward and "forward" not in vars(module)
 
 
-def _calls_convolutions(module):
-    """Whether a module, not rewritten yet, is seen to call some in a method of its own."""
+def _calls_what_fuses(module):
+    """Whether a module, not rewritten yet, is seen to call such layers in a method of its own."""
     if isinstance(module, torch.jit.ScriptModule) or networks.original_of(type(module)):
         return False
     network = networks.network_of(type(module))
@@ -304,8 +310,8 @@ def _notes(weights):
         some = ", ".join(copied[:3]) + (" ..." if len(copied) > 3 else "")
         yield (
             f"the weights of {len(copied)} of them ({some}) are not channels_last and are copied "
-            "at each call, and their gradients too: "
-            "model.to(memory_format=torch.channels_last) saves that"
+            "at each call, and their gradients too: accelerate(model, channels_last=True), or "
+            "model.to(memory_format=torch.channels_last), saves that"
         )
     if any(map(_is_left_to_pytorch, weights.values())):
         yield (

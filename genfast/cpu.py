@@ -28,30 +28,59 @@ _MOST_PIXELS_UNFOLDED = 16
 _MOST_PHASE_CHANNELS = 16
 
 
+# To ask takes as long as the rest of the look at a layer.
+_HAS_BFLOAT16 = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+
+
 def has_bfloat16():
     """Whether this processor multiplies bfloat16; otherwise it is emulated."""
-    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    return _HAS_BFLOAT16
 
 
 def may_gain(layer, x):
     """Whether a convolution layer may run otherwise than it runs itself: a look that costs little.
 
     On a CPU there is nothing else to gain: what follows is PyTorch's either way, and to check the
-    arguments of a block costs 3 % of the time of a CycleGAN's generator.
+    arguments of a block costs more than most of these layers could win.
 
     Args:
-        layer: a stock `nn.Conv2d` or `nn.ConvTranspose2d`.
-        x: its input, (N, C, H, W).
+        layer: a stock `nn.Conv2d` or `nn.ConvTranspose2d`. Its weight is not looked at, as a
+            parametrisation would compute it.
+        x: its input on a CPU, (N, C, H, W).
     """
-    covered = (1, 1) if layer.transposed else layer.kernel_size
-    return tuple(x.shape[2:]) == covered or has_bfloat16()
+    kernel_size, padding = layer.kernel_size, layer.padding
+    covered = (1, 1) if layer.transposed else kernel_size
+    # Of every layer, so first what rules out most of them.
+    bfloat16_pays = has_bfloat16() and _bfloat16_pays(_autocast_dtype(x))
+    if not bfloat16_pays and x.size(-1) != covered[1]:
+        return False
+    size = x.shape[2:]
+    if size == covered and padding in ((0, 0), "valid") and not any(layer.output_padding):
+        return bfloat16_pays or _products_pay(_autocast_dtype(x))
+    if not bfloat16_pays:
+        return False
+    if isinstance(padding, str):
+        return True
+    if layer.transposed:
+        geometry = ConvGeometry.conv_transpose(
+            size, kernel_size, layer.stride, padding, layer.output_padding
+        )
+    else:
+        geometry = ConvGeometry.conv(size, kernel_size, layer.stride, padding)
+    c_big = layer.out_channels if layer.transposed else layer.in_channels
+    return _has_few_pixels(geometry) or _has_few_phases(c_big, geometry)
+
+
+def _autocast_dtype(x):
+    """What convolutions of `x` compute in: autocast's dtype where it is on, else that of `x`."""
+    return torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x.dtype
 
 
 def conv2d(x, weight, bias, stride, padding):
     """`torch.nn.functional.conv2d`; stride and padding are pairs."""
     geometry = ConvGeometry.conv(tuple(x.shape[2:]), tuple(weight.shape[2:]), stride, padding)
     one_format = layout.is_channels_last(x) == layout.is_channels_last(weight)
-    if geometry.is_product and one_format and _products_pay(x):
+    if geometry.is_product and one_format and _products_pay(x.dtype):
         matrix, _ = _as_matrices(weight)
         y = F.linear(matrix(x), matrix(weight), bias)[:, :, None, None]
         return _as_pytorch_would(y, x, weight)
@@ -67,7 +96,7 @@ def conv_transpose2d(x, weight, bias, stride, padding, output_padding):
     geometry = ConvGeometry.conv_transpose(
         tuple(x.shape[2:]), tuple(weight.shape[2:]), stride, padding, output_padding
     )
-    if geometry.is_product and _products_pay(x):
+    if geometry.is_product and _products_pay(x.dtype):
         matrix, image = _as_matrices(weight)
         if bias is not None:
             bias = matrix(bias[None, :, None, None].expand(1, *weight.shape[1:]))[0]
@@ -121,25 +150,33 @@ def _as_pytorch_would(y, x, weight):
     return layout.channels_last(y) if channels_last else layout.contiguous(y)
 
 
-def _products_pay(x):
-    return x.dtype in (torch.float32, torch.float64) or _bfloat16_pays(x)
+def _products_pay(dtype):
+    return dtype in (torch.float32, torch.float64) or _bfloat16_pays(dtype)
 
 
-def _bfloat16_pays(t):
-    return t.dtype == torch.bfloat16 and has_bfloat16()
+def _bfloat16_pays(dtype):
+    return dtype == torch.bfloat16 and has_bfloat16()
 
 
 def _unfolding_pays(x, geometry):
     """Whether wgrad is a product of unfolded images; `x` is any tensor of the convolution."""
+    return _has_few_pixels(geometry) and _bfloat16_pays(x.dtype)
+
+
+def _has_few_pixels(geometry):
     few = geometry.small[0] * geometry.small[1] <= _MOST_PIXELS_UNFOLDED
-    return few and not geometry.is_product and _bfloat16_pays(x)
+    return few and not geometry.is_product
 
 
 def _phases_pay(weight, geometry):
     """Whether dgrad has phases of one size and so few channels that all are columns together."""
+    return _has_few_phases(weight.shape[1], geometry) and _bfloat16_pays(weight.dtype)
+
+
+def _has_few_phases(c_big, geometry):
     (sh, sw), (h, w) = geometry.stride, geometry.small
     alike = sh == sw > 1 and geometry.big == (h * sh, w * sw) and not geometry.is_product
-    return alike and weight.shape[1] * sh * sw <= _MOST_PHASE_CHANNELS and _bfloat16_pays(weight)
+    return alike and c_big * sh * sw <= _MOST_PHASE_CHANNELS
 
 
 def _as_matrices(weight):

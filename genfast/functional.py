@@ -5,6 +5,7 @@ memory and copy what is not; tensors and weights kept so cost no copy.
 """
 
 import functools
+import math
 from typing import NamedTuple
 
 import torch
@@ -38,19 +39,21 @@ def conv_block(
     eps=1e-5,
     activation="identity",
     negative_slope=0.2,
+    norm_groups=1,
     statistics_groups=1,
     inplace=False,
     memory_format=None,
 ):
-    """`conv2d`, then batch norm (if `norm`), then an activation: a discriminator block.
+    """`conv2d`, then a norm (if `norm`), then an activation: a discriminator block.
 
     Args:
         x: (N, in_channels, H, W), float32, bfloat16 or float16 (float64 when interpreted).
         weight: (out_channels, in_channels, kh, kw), as `nn.Conv2d` keeps it; dtype of `x`.
         bias: (out_channels,) or None; dtype of `x`.
         stride, padding: an int or (height, width), in pixels.
-        norm: whether to batch-normalise. The five arguments that follow are
-            `torch.nn.functional.batch_norm`'s and mean nothing without it.
+        norm: False; True or "batch" for batch norm, "instance" for instance norm (Ulyanov et al.,
+            2016), "group" for group norm (Wu and He, 2018). The latter two normalise each image by
+            itself and take nothing of what follows but norm_weight, norm_bias, eps and norm_groups.
         norm_weight, norm_bias: (out_channels,) gamma and beta, or None for 1 and 0.
         running_mean, running_var: (out_channels,), or both None. In training they move in place
             towards the batch's mean and unbiased variance; in evaluation they are the statistics.
@@ -62,6 +65,7 @@ def conv_block(
         eps: added to the variance.
         activation: "identity", "relu", "leaky_relu", "tanh" or "sigmoid".
         negative_slope: of "leaky_relu".
+        norm_groups: of "group": the equal parts of the channels that share mean and variance.
         statistics_groups: in training, normalise that many equal parts of the batch by statistics
             of their own; running statistics move once for each part, in order. The result is that
             of as many calls, one a part.
@@ -77,17 +81,15 @@ def conv_block(
         autocast the dtype is autocast's, as `conv2d`'s is.
 
     Raises:
-        ValueError: a wrong rank, size, channel count or activation, devices that differ, or one
-            value a channel in training.
+        ValueError: a wrong rank, size, channel count, norm or activation, devices that differ, or
+            one value a channel in training.
         TypeError: a tensor that is not floating point, or dtypes that differ.
         RuntimeError: the backend "triton" was asked for and cannot run.
     """
-    batch_norm = None
-    if norm:
-        batch_norm = reference.Norm(
-            norm_weight, norm_bias, running_mean, running_var, num_batches_tracked, training,
-            momentum, eps, statistics_groups,
-        )  # fmt: skip
+    batch_norm = _norm_of(
+        norm, norm_weight, norm_bias, running_mean, running_var, num_batches_tracked, training,
+        momentum, eps, norm_groups, statistics_groups,
+    )  # fmt: skip
     block = Block(
         weight, bias, stride, padding, None, batch_norm, activation, negative_slope, inplace
     )
@@ -113,11 +115,12 @@ def conv_transpose_block(
     eps=1e-5,
     activation="identity",
     negative_slope=0.2,
+    norm_groups=1,
     statistics_groups=1,
     inplace=False,
     memory_format=None,
 ):
-    """`conv_transpose2d`, then batch norm (if `norm`), then an activation: a generator block.
+    """`conv_transpose2d`, then a norm (if `norm`), then an activation: a generator block.
 
     As `conv_block`, but for these:
 
@@ -128,17 +131,111 @@ def conv_transpose_block(
     Returns:
         (N, out_channels, Ho, Wo) with Ho = (H - 1) stride - 2 padding + kh + output_padding.
     """
-    batch_norm = None
-    if norm:
-        batch_norm = reference.Norm(
-            norm_weight, norm_bias, running_mean, running_var, num_batches_tracked, training,
-            momentum, eps, statistics_groups,
-        )  # fmt: skip
+    batch_norm = _norm_of(
+        norm, norm_weight, norm_bias, running_mean, running_var, num_batches_tracked, training,
+        momentum, eps, norm_groups, statistics_groups,
+    )  # fmt: skip
     block = Block(
         weight, bias, stride, padding, output_padding, batch_norm, activation, negative_slope,
         inplace,
     )  # fmt: skip
     return chain(x, [block], memory_format)
+
+
+def norm_block(
+    x,
+    *,
+    norm="batch",
+    norm_weight=None,
+    norm_bias=None,
+    running_mean=None,
+    running_var=None,
+    num_batches_tracked=None,
+    training=True,
+    momentum=0.1,
+    eps=1e-5,
+    activation="identity",
+    negative_slope=0.2,
+    norm_groups=1,
+    statistics_groups=1,
+):
+    """A norm, then an activation, of whatever comes: what follows no convolution.
+
+    As `conv_block`, but for these:
+
+    Args:
+        x: (N, C), (N, C, L) or (N, C, H, W), float32, bfloat16 or float16 (float64 when
+            interpreted), contiguous or channels_last; anything else is copied.
+        norm: "batch", "instance" or "group".
+
+    Returns:
+        A tensor of x's shape, in the memory format that PyTorch's layer gives it. The gradient of x
+        has the format of x.
+    """
+    block = Normalization(
+        _norm_of(
+            norm, norm_weight, norm_bias, running_mean, running_var, num_batches_tracked, training,
+            momentum, eps, norm_groups, statistics_groups,
+        ),
+        activation,
+        negative_slope,
+    )  # fmt: skip
+    return normalize(x, block)
+
+
+class Normalization(NamedTuple):
+    """A `reference.Norm` and an activation after it: the arguments of `norm_block`."""
+
+    norm: reference.Norm
+    activation: str
+    negative_slope: float
+
+
+def normalize(x, block, as_x=False):
+    """As `norm_block`, by a `Normalization`.
+
+    as_x: the output may be channels_last where x is, also where that of PyTorch's layer is not.
+    """
+    n = block.norm
+    _check_normalization(x, block)
+    vectors = n.weight, n.bias, n.running_mean, n.running_var
+    way = implementation(
+        x, *vectors, activation=block.activation, negative_slope=block.negative_slope
+    )
+    # A compiler makes one pass of PyTorch's operations too.
+    if way != "triton" or torch.compiler.is_compiling() or _too_many_images(n, x.shape[0]):
+        y = reference.normalize(x, n)
+        inplace = block.activation != "leaky_relu"  # As in `reference.block`.
+        return reference.activate(y, block.activation, block.negative_slope, inplace=inplace)
+    images = x if x.dim() == 4 else x.reshape(*x.shape[:2], 1, -1)
+    last = layout.is_channels_last(images)
+    if not (layout.is_fresh_channels_last(images) or images.is_contiguous()):
+        images = layout.enter(images, inside=layout.channels_last if last else layout.contiguous)
+    kind = _kind_of_norm(n, None, False, block.activation, block.negative_slope, x.shape, x)
+    momentum = n.momentum if isinstance(n.momentum, torch.Tensor) else None
+    statistics = n.running_mean, n.running_var, n.num_batches_tracked, momentum
+    y = autograd.normalize(images, kind, n.weight, n.bias, statistics)
+    if x.dim() != 4:
+        return layout.contiguous(y).view(x.shape)
+    keeps = last and (as_x or _keeps_channels_last(n, x, x.shape[1], x.shape[2:]))
+    return layout.channels_last(y) if keeps else layout.contiguous(y)
+
+
+def _norm_of(
+    norm, weight, bias, running_mean, running_var, counter, training, momentum, eps,
+    channel_groups, groups,
+):  # fmt: skip
+    """The `reference.Norm` of the arguments of a block; None for none."""
+    if not norm:
+        return None
+    kind = "batch" if norm is True else norm
+    if kind not in reference.NORMS:
+        raise ValueError(f"expected a norm among {reference.NORMS}, got {norm!r}")
+    if kind != "batch":
+        return reference.Norm.by_image(kind, weight, bias, eps, channel_groups)
+    return reference.Norm(
+        weight, bias, running_mean, running_var, counter, training, momentum, eps, groups
+    )
 
 
 class Block(NamedTuple):
@@ -195,7 +292,7 @@ def chain(x, blocks, memory_format=None):
         for block in blocks:
             x = chain(x, [block])
     elif plan.ways == {"triton"} and torch.compiler.is_compiling():
-        x = operators.chain(x, blocks)
+        x = operators.chain(x, blocks).to(plan.kinds[-1].dtype or x.dtype)
     elif plan.ways == {"triton"}:
         tensors = [t for block in blocks for t in _tensors_of(block)]
         for i in plan.weights_enter:
@@ -240,6 +337,8 @@ class _Plan(NamedTuple):
 # could take longer than its kernels. So many; the oldest is forgotten.
 _plans = {}
 _MOST_PLANS = 1024
+# CUDA's limit of a grid's second and third axes.
+_MOST_IMAGES = 65535
 
 
 def _plan_of(x, blocks, memory_format):
@@ -273,7 +372,7 @@ def _key_of(x, blocks, memory_format):
         found += stride, padding, output_padding, activation, negative_slope, inplace
         if n is not None:
             momentum = None if isinstance(n.momentum, torch.Tensor) else n.momentum
-            found += n.training, momentum, n.eps, n.groups
+            found += n.training, momentum, n.eps, n.groups, n.kind, n.channel_groups, _widens(n, x)
         tensors += _tensors_of(block)
     found += [
         None if t is None else (type(t), t.shape, t.stride(), t.dtype, t.device) for t in tensors
@@ -310,7 +409,9 @@ def _plan(x, blocks, memory_format):
         )
         for b in blocks
     }  # fmt: skip
-    kinds = tuple(map(_kind, blocks, geometries))
+    if any(b.batch_norm is not None and _too_many_images(b.batch_norm, len(x)) for b in blocks):
+        ways = {"reference"}
+    kinds = tuple(_kind(b, g, x) for b, g in zip(blocks, geometries, strict=True))
     if ways != {"triton"}:
         return _Plan(ways, kinds, memory_format)
     return _Plan(
@@ -326,22 +427,45 @@ def _plan(x, blocks, memory_format):
     )
 
 
-def _kind(block, geometry):
-    """The `autograd.Kind` of a block."""
-    n = block.batch_norm
-    of_norm = dict(by_batch=None, eps=0.0)
-    if n is not None:
-        momentum = 0.0 if isinstance(n.momentum, torch.Tensor) else n.momentum
-        of_norm = dict(
-            by_batch=n.by_batch, eps=n.eps, groups=n.groups, moves=n.moves, momentum=momentum
-        )
+def _kind(block, geometry, x):
+    """The `autograd.Kind` of a block of a chain whose input is x."""
+    transposed = block.output_padding is not None
+    n, act = block.batch_norm, (block.activation, block.negative_slope)
+    if n is None:
+        return autograd.Kind(geometry, transposed, None, 0.0, *act)
+    channels = block.weight.shape[1 if transposed else 0]
+    return _kind_of_norm(n, geometry, transposed, *act, (x.shape[0], channels), x)
+
+
+def _kind_of_norm(norm, geometry, transposed, activation, negative_slope, shape, x):
+    """The `autograd.Kind` of what ends in a norm and an activation.
+
+    shape: (N, C, ...), of what is normalised; x: any tensor on its device.
+    """
+    n = norm
     return autograd.Kind(
         geometry,
-        transposed=block.output_padding is not None,
-        activation=block.activation,
-        negative_slope=block.negative_slope,
-        **of_norm,
+        transposed,
+        n.by_batch,
+        n.eps,
+        activation,
+        negative_slope,
+        n.groups if n.kind == "batch" else shape[0],
+        n.moves,
+        0.0 if isinstance(n.momentum, torch.Tensor) else n.momentum,
+        n.span(shape[1]),
+        torch.float32 if _widens(n, x) else None,
     )
+
+
+def _widens(norm, x):
+    """Whether PyTorch's norm now gives float32 of any dtype: CUDA's autocast has it so."""
+    return norm.kind == "group" and x.device.type == "cuda" and autocast_dtype(x.device) is not None
+
+
+def _too_many_images(norm, images):
+    """Whether there are more than a grid has programs in an axis, each with an image."""
+    return norm.kind != "batch" and images > _MOST_IMAGES
 
 
 def reparameterize(mu, logvar, *, generator=None):
@@ -464,10 +588,20 @@ def _pytorchs_format(x, blocks, geometries):
         transposed = block.output_padding is not None
         channels = block.weight.shape[1 if transposed else 0]
         size = geometry.big if transposed else geometry.small
-        # Of 1 channel, or 1 x 1 pixels, memory is both: batch norm then makes it contiguous.
-        if block.batch_norm is not None and (channels == 1 or size == (1, 1)):
-            channels_last = False
+        if block.batch_norm is not None:
+            channels_last &= _keeps_channels_last(block.batch_norm, x, channels, size)
     return torch.channels_last if channels_last else torch.contiguous_format
+
+
+def _keeps_channels_last(norm, x, channels, size):
+    """Whether PyTorch's norm of so many channels, and (H, W), gives channels_last for such memory.
+
+    x: any tensor on its device.
+    """
+    # Of 1 channel, or 1 x 1 pixels, memory is both: a norm then makes it contiguous.
+    if channels == 1 or tuple(size) == (1, 1):
+        return False
+    return norm.kind == "batch" or (norm.kind == "group" and x.device.type == "cpu")
 
 
 def _autocast(x, blocks):
@@ -508,17 +642,17 @@ def _check_block(block, x, shape):
     else:
         geometry = ConvGeometry.conv(pixels, kernel_size, stride, padding)
         channels, size = block.weight.shape[0], geometry.small
-    _check_output(shape, size, block.batch_norm)
-    return geometry, (shape[0], channels, *size)
+    _check_output(shape, size)
+    output = shape[0], channels, *size
+    if block.batch_norm is not None:
+        _check_values(block.batch_norm, output)
+    return geometry, output
 
 
 def _check_tensors(block, x, shape, transposed):
-    weight, vectors, batch_norm = block.weight, block.vectors, block.batch_norm
+    weight = block.weight
     in_dim, out_dim = (0, 1) if transposed else (1, 0)
-    if block.activation not in reference.ACTIVATIONS:
-        raise ValueError(
-            f"expected an activation among {reference.ACTIVATIONS}, got {block.activation!r}"
-        )
+    _check_activation(block.activation)
     if len(shape) != 4:
         raise ValueError(f"expected x of shape (N, C, H, W), got shape {tuple(shape)}")
     if weight.dim() != 4:
@@ -533,17 +667,35 @@ def _check_tensors(block, x, shape, transposed):
     for name, t in (("weight", weight), ("bias", block.bias)):
         if t is not None and t.dtype != x.dtype:
             raise TypeError(f"expected {name} of x's dtype {x.dtype}, got {t.dtype}")
-    if batch_norm is not None:
-        if (batch_norm.running_mean is None) != (batch_norm.running_var is None):
+    if weight.device != x.device:
+        raise ValueError(f"expected weight on x's device {x.device}, got {weight.device}")
+    _check_vectors(block.vectors, block.batch_norm, weight.shape[out_dim], x.device)
+
+
+def _check_activation(activation):
+    if activation not in reference.ACTIVATIONS:
+        raise ValueError(
+            f"expected an activation among {reference.ACTIVATIONS}, got {activation!r}"
+        )
+
+
+def _check_vectors(vectors, norm, channels, device):
+    """Tensors of one value a channel, by name, and what else a `reference.Norm` or None holds."""
+    if norm is not None:
+        if (norm.running_mean is None) != (norm.running_var is None):
             raise ValueError("expected running_mean and running_var together, got only one of them")
-        _check_counter(batch_norm.num_batches_tracked, x.device)
-    channels = weight.shape[out_dim]
+        _check_counter(norm.num_batches_tracked, device)
+        if norm.kind == "group" and (norm.channel_groups < 1 or channels % norm.channel_groups):
+            raise ValueError(
+                f"expected channels that norm_groups divides evenly, got {channels} channels and "
+                f"{norm.channel_groups} groups"
+            )
     for name, t in vectors.items():
         if t is not None and tuple(t.shape) != (channels,):
             raise ValueError(f"expected {name} of shape ({channels},), got {tuple(t.shape)}")
-    for name, t in (("weight", weight), *vectors.items()):
-        if t is not None and t.device != x.device:
-            raise ValueError(f"expected {name} on x's device {x.device}, got {t.device}")
+    for name, t in vectors.items():
+        if t is not None and t.device != device:
+            raise ValueError(f"expected {name} on x's device {device}, got {t.device}")
 
 
 def _check_counter(counter, device):
@@ -568,25 +720,66 @@ def _check_output_padding(output_padding, stride):
         )
 
 
-def _check_output(shape, size, batch_norm):
+def _check_output(shape, size):
     if min(size) < 1:
         raise ValueError(
             f"expected an input large enough for one output pixel, got {tuple(shape[2:])}, "
             f"which gives an output of {size}"
         )
-    if batch_norm is None or not batch_norm.by_batch:
+
+
+def _check_normalization(x, block):
+    _check_activation(block.activation)
+    if not 2 <= x.dim() <= 4:
+        raise ValueError(
+            f"expected x of shape (N, C), (N, C, L) or (N, C, H, W), got shape {tuple(x.shape)}"
+        )
+    if not x.is_floating_point():
+        raise TypeError(f"expected x to be floating point, got {x.dtype}")
+    n = block.norm
+    vectors = dict(
+        norm_weight=n.weight, norm_bias=n.bias, running_mean=n.running_mean,
+        running_var=n.running_var,
+    )  # fmt: skip
+    _check_vectors(vectors, n, x.shape[1], x.device)
+    _check_values(n, x.shape)
+
+
+def _check_values(norm, shape):
+    """Refuse what PyTorch refuses to normalise, (N, C, ...): a single value's variance is 0."""
+    if not norm.by_batch:
         return
-    n, groups = shape[0], batch_norm.groups
-    if groups < 1 or n % groups:
+    n, channels, *size = shape
+    pixels = math.prod(size)
+    if norm.kind == "instance":
+        if pixels == 1:
+            raise ValueError(
+                "expected more than 1 spatial element when training with instance norm, got an "
+                f"output of {n} x {_times(size)} pixels"
+            )
+        return
+    if norm.kind == "group":
+        # PyTorch counts the values of all images, though each has statistics of its own.
+        if n * norm.span(channels) * pixels == 1:
+            raise ValueError(
+                "expected more than 1 value per group of channels when training with group norm, "
+                f"got an output of {n} x {_times(size)} pixels"
+            )
+        return
+    if norm.groups < 1 or n % norm.groups:
         raise ValueError(
             f"expected a batch that statistics_groups divides evenly, got {n} images and "
-            f"{groups} groups"
+            f"{norm.groups} groups"
         )
-    if n // groups * size[0] * size[1] == 1:
+    if n // norm.groups * pixels == 1:
         raise ValueError(
             "expected more than 1 value per channel when training with batch norm, got an output "
-            f"of {n // groups} x {size[0]} x {size[1]} pixels"
+            f"of {n // norm.groups} x {_times(size)} pixels"
         )
+
+
+def _times(size):
+    return " x ".join(map(str, size or (1,)))
 
 
 def _check_latent(mu, logvar):

@@ -6,7 +6,7 @@ optimizers are what they were; only the execution changes. No class name holds "
 """
 
 from contextlib import contextmanager
-from itertools import islice, takewhile
+from itertools import takewhile
 from typing import NamedTuple
 
 import torch
@@ -16,8 +16,8 @@ from torch.nn.utils import parametrize
 from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 
-from genfast import cpu, functional, reference
-from genfast.backend import selected_backend
+from genfast import cpu, functional, layout, reference
+from genfast.backend import kernels_run_on_cpu, selected_backend
 
 _ACTIVATIONS = {
     nn.ReLU: "relu",
@@ -26,19 +26,28 @@ _ACTIVATIONS = {
     nn.Sigmoid: "sigmoid",
 }
 _CONVOLUTIONS = (nn.Conv2d, nn.ConvTranspose2d)
-_FUSED = {*_CONVOLUTIONS, nn.BatchNorm2d, *_ACTIVATIONS}
+# What may follow a convolution; and what may begin a run, of tensors of so many dimensions.
+_NORMS = (nn.BatchNorm2d, nn.InstanceNorm2d, nn.GroupNorm)
+_DIMENSIONS = {
+    nn.BatchNorm1d: (2, 3),
+    nn.BatchNorm2d: (4,),
+    nn.InstanceNorm2d: (4,),
+    nn.GroupNorm: (2, 3, 4),
+}
+_FUSED = {*_CONVOLUTIONS, *_DIMENSIONS, *_ACTIVATIONS}
 # Forward pre-hooks of PyTorch's own that set a weight and look at nothing else.
 _WEIGHT_SETTERS = {SpectralNorm, WeightNorm}
 
 
 def block_of(conv, norm, activation, negative_slope, inplace=False):
-    """A stock convolution, an optional stock batch norm and an activation: a `functional.Block`.
+    """A stock convolution, an optional stock norm and an activation: a `functional.Block`.
 
     A weight that is made anew for each forward, as spectral norm does, is made here, once.
 
     Args:
         conv: `nn.Conv2d` or `nn.ConvTranspose2d` without groups or dilation, zero padding.
-        norm: `nn.BatchNorm2d` or None. Its statistics and counter move as in its own forward.
+        norm: `nn.BatchNorm2d`, whose statistics and counter move as in its own forward,
+            `nn.InstanceNorm2d`, `nn.GroupNorm` or None.
         activation, negative_slope, inplace: as in `functional.conv_block`.
     """
     transposed = isinstance(conv, nn.ConvTranspose2d)
@@ -60,7 +69,7 @@ def block_of(conv, norm, activation, negative_slope, inplace=False):
 def why_not_fused(module):
     """Say why a layer or a block cannot execute together with others; None if it can.
 
-    A layer is a convolution, a batch norm or an activation, a block a `FusedBlock`.
+    A layer is a convolution, a norm or an activation, a block a `FusedBlock`.
     """
     if isinstance(module, FusedBlock):
         if type(module).forward is not FusedBlock.forward or "forward" in vars(module):
@@ -84,6 +93,8 @@ def why_not_fused(module):
         return "its forward is replaced"
     if isinstance(module, _CONVOLUTIONS):
         return _why_conv_not_fused(module)
+    if isinstance(module, nn.InstanceNorm2d) and module.track_running_stats:
+        return "it keeps running statistics"
     if isinstance(module, nn.LeakyReLU) and module.negative_slope < 0:
         return f"its negative slope {module.negative_slope} is below 0"
     return None
@@ -92,6 +103,13 @@ def why_not_fused(module):
 def _is_image(x):
     # Complex numbers are for PyTorch's layers, which take them.
     return isinstance(x, torch.Tensor) and x.dim() == 4 and not x.is_complex()
+
+
+def _fits_norm(module, x):
+    """Whether a module is a norm for such a tensor, and run by itself where it follows whatever."""
+    if type(module) not in _DIMENSIONS or torch.compiler.is_compiling():
+        return False  # A compiler makes one pass of PyTorch's own norm and activation too.
+    return isinstance(x, torch.Tensor) and x.dim() in _DIMENSIONS[type(module)]
 
 
 def has_hook(module):
@@ -172,7 +190,11 @@ def _groups_of(norm):
 
 
 def _norm_of(norm, groups):
-    """A stock batch norm's arguments, as its own forward decides on them: a `reference.Norm`."""
+    """A stock norm's arguments, as its own forward decides on them: a `reference.Norm`."""
+    if isinstance(norm, nn.InstanceNorm2d):
+        return reference.Norm.by_image("instance", norm.weight, norm.bias, norm.eps)
+    if isinstance(norm, nn.GroupNorm):
+        return reference.Norm.by_image("group", norm.weight, norm.bias, norm.eps, norm.num_groups)
     running_mean, running_var = norm.running_mean, norm.running_var
     if norm.training and not norm.track_running_stats:
         running_mean = running_var = None
@@ -322,6 +344,7 @@ class DiscriminatorBlock(FusedBlock):
 
 
 _FIRST_OF_A_BLOCK = (*_CONVOLUTIONS, FusedBlock)
+_BEGINNING = (*_FIRST_OF_A_BLOCK, *_DIMENSIONS)
 
 
 def _convolution_of(module):
@@ -334,8 +357,8 @@ class Run(NamedTuple):
 
     names, modules: of the children, in order.
     fused: whether they run as one operation.
-    reason: why a convolution does not fuse, or why the batch norm or activation after it stays out;
-        else empty.
+    reason: why a convolution or norm does not fuse, or why the norm or activation after it stays
+        out; else empty.
     """
 
     names: tuple[str, ...]
@@ -350,8 +373,13 @@ class Run(NamedTuple):
 
     @property
     def norm(self):
-        """Its batch norm, or None."""
-        return next((m for m in self.modules if isinstance(m, nn.BatchNorm2d)), None)
+        """Its norm, or None."""
+        return next((m for m in self.modules if isinstance(m, tuple(_DIMENSIONS))), None)
+
+    @property
+    def is_block(self):
+        """Whether it begins with a convolution; else, if it is fused, with a norm."""
+        return isinstance(self.modules[0], _FIRST_OF_A_BLOCK)
 
     def block(self, inplace=False):
         """What it runs as, a `functional.Block`. `inplace`: nobody but what runs next sees it."""
@@ -359,21 +387,30 @@ class Run(NamedTuple):
         if isinstance(conv, FusedBlock):
             block = conv.block()
             return block._replace(inplace=block.inplace or inplace)
-        activation = _ACTIVATIONS.get(type(last), "identity")
         inplace = inplace or getattr(last, "inplace", False)
-        slope = getattr(last, "negative_slope", 0.0)
-        return block_of(conv, self.norm, activation, slope, inplace)
+        return block_of(conv, self.norm, *self._activation, inplace)
+
+    def normalization(self):
+        """What it runs as where it begins with a norm: a `functional.Normalization`."""
+        norm = self.modules[0]
+        return functional.Normalization(_norm_of(norm, _groups_of(norm)), *self._activation)
+
+    @property
+    def _activation(self):
+        last = self.modules[-1]
+        return _ACTIVATIONS.get(type(last), "identity"), getattr(last, "negative_slope", 0.0)
 
 
 class FusedSequential(nn.Sequential):
-    """An `nn.Sequential` that runs convolution + batch norm + activation as one operation.
+    """An `nn.Sequential` that runs convolution + norm + activation as one operation.
 
     Children, parameters, state_dict keys and results are those of the `nn.Sequential` it stands
-    for. Runs of `ConvTranspose2d`/`Conv2d`, then optionally `BatchNorm2d`, then optionally `ReLU`,
-    `LeakyReLU`, `Tanh` or `Sigmoid` fuse, and what follows one another of these and of blocks is
-    one chain: see `functional.chain`. Every other child, and one that has a hook, a parametrisation
-    or a setting the kernels do not know, runs as PyTorch runs it. That is looked up at each call,
-    so a hook registered later counts too.
+    for. Runs of `ConvTranspose2d`/`Conv2d`, then optionally `BatchNorm2d`, `InstanceNorm2d` or
+    `GroupNorm`, then optionally `ReLU`, `LeakyReLU`, `Tanh` or `Sigmoid` fuse, and what follows one
+    another of these and of blocks is one chain: see `functional.chain`. On the kernels one of these
+    norms or `BatchNorm1d`, after whatever, fuses with the activation that follows. Every other
+    child, and one that has a hook, a parametrisation or a setting the kernels do not know, runs as
+    PyTorch runs it. That is looked up at each call, so a hook registered later counts too.
     """
 
     # Children that must not fuse, by name, and why; `genfast.accelerate` sets it.
@@ -381,32 +418,85 @@ class FusedSequential(nn.Sequential):
 
     def forward(self, x):
         """Run the children in order, fused where they can be."""
-        if selected_backend() == "reference":
+        backend = selected_backend()
+        if backend == "reference":
             return super().forward(x)
         modules = tuple(self._modules.values())
         known, first = {}, 0
+        # To ask for the implementation takes as long as a small layer: not where it is plain.
+        plain = backend == "auto" and not kernels_run_on_cpu()
+        if plain and isinstance(x, torch.Tensor) and x.is_cpu:
+            x, first = self._on_cpu(x, first)
+
+        def way_of(x):
+            kind = x.device, x.dtype  # What runs these is looked up once.
+            return known.get(kind) or known.setdefault(kind, functional.implementation(x))
+
         while first < len(modules):
             way = "reference"
             if isinstance(modules[first], _FIRST_OF_A_BLOCK) and _is_image(x):
-                kind = x.device, x.dtype  # What runs these is looked up once.
-                way = known.get(kind) or known.setdefault(kind, functional.implementation(x))
-                if way == "cpu" and not cpu.may_gain(_convolution_of(modules[first]), x):
-                    way = "reference"
+                way = way_of(x)
+                if way == "cpu":
+                    x, first = self._on_cpu(x, first)
+                    continue
+            elif _fits_norm(modules[first], x) and way_of(x) == "triton":
+                run = next(self._runs(first))
+                if run.fused:
+                    first += len(run.modules)
+                    as_x = self._goes_on_channels_last(first)
+                    x = functional.normalize(x, run.normalization(), as_x)
+                    continue
             runs = []
             if way != "reference":
-                fused = takewhile(lambda run: run.fused, self._runs(first))
-                # On a CPU each by itself: one that gains nothing runs as PyTorch runs it.
-                runs = list(islice(fused, 2 if way == "cpu" else None))
+                fitting = takewhile(lambda run: run.fused and run.is_block, self._runs(first))
+                runs = list(fitting)
             if not runs:
                 x = modules[first](x)
                 first += 1
-            elif way == "cpu":
-                x = functional.chain(x, [runs[0].block(inplace=len(runs) > 1)])
-                first += len(runs[0].modules)
             else:
                 x = functional.chain(x, [run.block() for run in runs])
                 first += sum(len(run.modules) for run in runs)
         return x
+
+    def _on_cpu(self, x, first):
+        """Run the children from this number on, as long as x is on a CPU where no kernel runs.
+
+        All are called themselves but for blocks whose convolution may gain: each such block runs as
+        one operation, not as a part of a chain.
+
+        Returns:
+            x, and the number of the first child that has not run.
+        """
+        names, modules = tuple(self._modules), tuple(self._modules.values())
+        while first < len(modules):
+            module = modules[first]
+            if isinstance(module, _FIRST_OF_A_BLOCK) and isinstance(x, torch.Tensor):
+                if not x.is_cpu:
+                    break
+                run = self._gaining_run(names, modules, first, x)
+                if run is not None:
+                    first += len(run.modules)
+                    following = next(self._runs(first), None)
+                    goes_on = following is not None and following.fused and following.is_block
+                    x = functional.chain(x, [run.block(inplace=goes_on)])
+                    continue
+            x = module(x)
+            first += 1
+        return x, first
+
+    def _gaining_run(self, names, modules, first, x):
+        """The run that begins with this convolution if it gains as one operation; else None."""
+        if x.dim() != 4 or not cpu.may_gain(_convolution_of(modules[first]), x):
+            return None
+        run = self._run_at(names, modules, first)
+        return run if run.fused and functional.implementation(x) == "cpu" else None
+
+    def _goes_on_channels_last(self, first):
+        """Whether the child of this number begins a run that is channels_last, whatever x is."""
+        run = next(self._runs(first), None)
+        if run is None or not (run.fused and run.is_block):
+            return False
+        return layout.is_channels_last(_convolution_of(run.modules[0]).weight)
 
     def _runs(self, first=0):
         """`plan` from the child of this number on, each `Run` looked up as it is asked for."""
@@ -423,18 +513,23 @@ class FusedSequential(nn.Sequential):
     def _run_at(self, names, modules, first):
         """The run that begins with this child."""
         end, reason = first + 1, ""
-        begins = isinstance(modules[first], _FIRST_OF_A_BLOCK)
+        alone = isinstance(modules[first], tuple(_DIMENSIONS))
+        begins = alone or isinstance(modules[first], _FIRST_OF_A_BLOCK)
         if begins:
             reason = self._why_not_fused(names[first], modules[first])
         fused = begins and not reason
         if fused and not isinstance(modules[first], FusedBlock):
-            end, reason = self._end_of_block(names, modules, first)
+            followers = (tuple(_ACTIVATIONS),) if alone else (_NORMS, tuple(_ACTIVATIONS))
+            end, reason = self._end_of_run(names, modules, first, followers)
         return Run(names[first:end], modules[first:end], fused, reason)
 
-    def _end_of_block(self, names, modules, first):
-        """Where what runs with a convolution ends; why the batch norm or activation stays out."""
+    def _end_of_run(self, names, modules, first, followers):
+        """Where what runs with the first child ends; why a norm or activation stays out.
+
+        followers: of each layer that may follow, the kinds.
+        """
         end = first + 1
-        for kinds in (nn.BatchNorm2d, tuple(_ACTIVATIONS)):
+        for kinds in followers:
             if end < len(modules) and isinstance(modules[end], kinds):
                 reason = self._why_not_fused(names[end], modules[end])
                 if reason:
@@ -449,7 +544,25 @@ class FusedSequential(nn.Sequential):
 
 def begins_run(layer):
     """Whether a run of layers that execute together may begin with this one, by its kind."""
-    return isinstance(layer, _FIRST_OF_A_BLOCK)
+    return isinstance(layer, _BEGINNING)
+
+
+def may_begin_on(layer, x):
+    """Whether a run that begins with this layer may run as one operation on this input."""
+    # What has a type of its own is left to PyTorch; isinstance would take longer.
+    if type(x) not in (torch.Tensor, nn.Parameter):
+        return False
+    convolves = isinstance(layer, _FIRST_OF_A_BLOCK)
+    if not (x.dim() == 4 if convolves else _fits_norm(layer, x)):
+        return False
+    if x.is_cpu and not kernels_run_on_cpu():
+        return convolves and cpu.may_gain(_convolution_of(layer), x)
+    return True
+
+
+def is_norm(layer):
+    """Whether it is a norm that fuses, by its kind."""
+    return isinstance(layer, tuple(_DIMENSIONS))
 
 
 def runs_undisturbed(layer):

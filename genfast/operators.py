@@ -34,6 +34,8 @@ class _Block(NamedTuple):
     moves: whether somebody moves running statistics by the batch's.
     has_bias, has_gamma, has_beta: whether there are such tensors.
     weight_lies: one of the three words above.
+    groups: as in `autograd.Kind`; 0 where each image is one.
+    channel_groups: the equal parts of the channels that share statistics; 0 where none do.
     Other fields: as in `autograd.Kind`.
     """
 
@@ -51,6 +53,7 @@ class _Block(NamedTuple):
     has_gamma: bool
     has_beta: bool
     weight_lies: str
+    channel_groups: int = 0
 
     def geometry(self, size, kernel_size):
         """The `ConvGeometry` for an input of this (height, width)."""
@@ -67,11 +70,14 @@ class _Block(NamedTuple):
             return weight.shape[1], geometry.big
         return weight.shape[0], geometry.small
 
-    def kind(self, geometry):
-        """Its `autograd.Kind`, which moves no running statistics."""
+    def kind(self, geometry, images, weight):
+        """Its `autograd.Kind`, which moves no running statistics, for so many images."""
+        span = 1
+        if self.channel_groups:
+            span = weight.shape[1 if self.transposed else 0] // self.channel_groups
         return autograd.Kind(
             geometry, self.transposed, self.by_batch, self.eps, self.activation,
-            self.negative_slope, self.groups,
+            self.negative_slope, self.groups or images, span=span,
         )  # fmt: skip
 
     @property
@@ -160,9 +166,12 @@ def _encoded(block, activation):
     b, n = block, block.batch_norm
     transposed = b.output_padding is not None
     by_batch, eps, groups, moves, gamma, beta = None, 0.0, 1, False, None, None
+    channel_groups = 0
     if n is not None:
         by_batch, eps, moves, gamma, beta = n.by_batch, n.eps, n.moves, n.weight, n.bias
         groups = n.groups if n.by_batch else 1
+        if n.kind != "batch":
+            groups, channel_groups = 0, n.channel_groups if n.kind == "group" else 0
     pairs = (
         *pair(b.stride, "stride"),
         *pair(b.padding, "padding"),
@@ -170,7 +179,7 @@ def _encoded(block, activation):
     )
     flags = transposed, by_batch, moves, b.bias is not None, gamma is not None, beta is not None
     others = f"{float(eps)},{float(b.negative_slope)},{groups},{activation},{_lies(b.weight)}"
-    return ",".join([str(v) for v in (*pairs, *flags)]) + "," + others
+    return ",".join([str(v) for v in (*pairs, *flags)]) + f",{others},{channel_groups}"
 
 
 @lru_cache(maxsize=1024)
@@ -183,11 +192,12 @@ def _decoded(spec):
         fields = text.split(",")
         sh, sw, ph, pw, oh, ow = map(int, fields[:6])
         transposed, by_batch, moves, bias, gamma, beta = (known[f] for f in fields[6:12])
-        eps, negative_slope, groups, activation, weight_lies = fields[12:]
+        eps, negative_slope, groups, activation, weight_lies, channel_groups = fields[12:]
         blocks.append(
             _Block(
                 transposed, (sh, sw), (ph, pw), (oh, ow), by_batch, float(eps), activation,
                 float(negative_slope), int(groups), moves, bias, gamma, beta, weight_lies,
+                int(channel_groups),
             )
         )  # fmt: skip
     return x_lies, tuple(blocks)
@@ -210,11 +220,12 @@ def _present(tensors):
     return [t for t in tensors if t is not None]
 
 
-def _kinds(blocks, size, parameters):
-    """The `autograd.Kind` of each block, for an input of this (height, width)."""
-    kinds = []
+def _kinds(blocks, x, parameters):
+    """The `autograd.Kind` of each block, for an input x (N, C, H, W)."""
+    kinds, size = [], tuple(x.shape[2:])
     for b, p in zip(blocks, parameters, strict=True):
-        kinds.append(b.kind(b.geometry(size, tuple(p.weight.shape[2:]))))
+        geometry = b.geometry(size, tuple(p.weight.shape[2:]))
+        kinds.append(b.kind(geometry, x.shape[0], p.weight))
         _, size = b.output_of(size, p.weight)
     return tuple(kinds)
 
@@ -244,7 +255,7 @@ def _chain(x: Tensor, tensors: list[Tensor], spec: str, keep: bool) -> list[Tens
             if inside[-1].data_ptr() == t.data_ptr():  # Strides at sizes of 1 may have changed.
                 inside[-1] = inside[-1].clone()
             copies.append(inside[-1])
-    kinds = _kinds(blocks, tuple(x.shape[2:]), parameters)
+    kinds = _kinds(blocks, x, parameters)
     x, *weights = inside
     given = [x, None]
     for weight, kind, p in zip(weights, kinds, parameters, strict=True):
@@ -282,7 +293,7 @@ def _(x, tensors, spec, keep):
         channels, size = b.output_of(size, p.weight)
         values.append(_empty_channels_last((x.shape[0], channels, *size), x))
         if _returns(b, keep):
-            vectors.append(x.new_empty((b.groups, 5, channels), dtype=acc_dtype))
+            vectors.append(x.new_empty((b.groups or x.shape[0], 5, channels), dtype=acc_dtype))
     y, copies = torch.empty_like(values[-1]), []
     if keep:
         for t, lies in zip([x, *(p.weight for p in parameters)], _lie(x_lies, blocks), strict=True):
@@ -379,7 +390,7 @@ def _chain_backward(
     """
     x_lies, blocks = _decoded(spec)
     links = _parameters([b._replace(by_batch=None) for b in blocks], parameters)
-    kinds = _kinds(blocks, tuple(x.shape[2:]), links)
+    kinds = _kinds(blocks, x, links)
     values = [*values, *[None] * (len(blocks) - len(values))]
     vectors = iter(vectors)
     vectors = [None if b.by_batch is None else next(vectors) for b in blocks]

@@ -12,14 +12,20 @@ import torch.nn.functional as F
 ACTIVATIONS = ("identity", "relu", "leaky_relu", "tanh", "sigmoid")
 
 
+NORMS = ("batch", "instance", "group")
+
+
 class Norm(NamedTuple):
-    """A batch norm: tensors and settings, as `functional.conv_block` describes them.
+    """A norm: tensors and settings, as `functional.conv_block` describes them.
 
     weight, bias: (channels,), or None for 1 and 0.
     running_mean, running_var: (channels,), or both None.
     num_batches_tracked: an int64 scalar, or None.
     momentum: a float, or a tensor: a scalar or (groups,).
     groups: the equal parts of a batch that have statistics of their own.
+    kind: one of `NORMS`. Of "instance" and "group" each image is normalised by statistics of its
+        own, and only weight, bias and eps mean anything beside.
+    channel_groups: of "group", the equal parts of the channels that share statistics.
     """
 
     weight: torch.Tensor | None
@@ -31,6 +37,13 @@ class Norm(NamedTuple):
     momentum: float | torch.Tensor
     eps: float
     groups: int
+    kind: str = "batch"
+    channel_groups: int = 1
+
+    @classmethod
+    def by_image(cls, kind, weight, bias, eps, channel_groups=1):
+        """An instance or group norm."""
+        return cls(weight, bias, None, None, None, True, 0.0, eps, 1, kind, channel_groups)
 
     @property
     def by_batch(self):
@@ -41,6 +54,10 @@ class Norm(NamedTuple):
     def moves(self):
         """Whether a batch moves the running statistics and is counted."""
         return self.training and self.running_mean is not None
+
+    def span(self, channels):
+        """How many of so many channels in a row share statistics."""
+        return channels // self.channel_groups if self.kind == "group" else 1
 
 
 def activate(x, activation, negative_slope=0.2, *, inplace=False):
@@ -56,6 +73,15 @@ def activate(x, activation, negative_slope=0.2, *, inplace=False):
     if activation == "sigmoid":
         return x.sigmoid_() if inplace else x.sigmoid()
     raise ValueError(f"expected an activation among {ACTIVATIONS}, got {activation!r}")
+
+
+def normalize(z, norm):
+    """`F.batch_norm`, `F.instance_norm` or `F.group_norm` by a `Norm`: (N, C, ...) to the same."""
+    if norm.kind == "instance":
+        return F.instance_norm(z, weight=norm.weight, bias=norm.bias, eps=norm.eps)
+    if norm.kind == "group":
+        return F.group_norm(z, norm.channel_groups, norm.weight, norm.bias, norm.eps)
+    return batch_norm_by_groups(z, norm)
 
 
 def batch_norm_by_groups(z, batch_norm):
@@ -84,7 +110,7 @@ def block(
     x, weight, bias, stride, padding, output_padding=None, *, batch_norm, activation,
     negative_slope, inplace=False, convolutions=F,
 ):  # fmt: skip
-    """`conv2d`, then batch norm (a `Norm`, or None for none), then an activation.
+    """`conv2d`, then a norm (a `Norm`, or None for none), then an activation.
 
     With an `output_padding` it is `conv_transpose2d`. `convolutions` has both functions. The other
     arguments are those of `functional`.
@@ -94,9 +120,9 @@ def block(
     else:
         z = convolutions.conv_transpose2d(x, weight, bias, stride, padding, output_padding)
     if batch_norm is not None:
-        z = batch_norm_by_groups(z, batch_norm)
-    # In place: nobody else has z, and neither batch norm nor convolution needs it for backward. But
-    # leaky ReLU then needs its result, which the caller may change where it is told nothing else.
+        z = normalize(z, batch_norm)
+    # In place: nobody else has z, and neither norm nor convolution needs it for backward. But leaky
+    # ReLU then needs its result, which the caller may change where it is told nothing else.
     return activate(z, activation, negative_slope, inplace=inplace or activation != "leaky_relu")
 
 

@@ -1,9 +1,13 @@
-"""Batch norm around the convolution: combine statistics, normalise + activate, and the backward.
+"""Batch, instance and group norm: combine statistics, normalise + activate, and the backward.
 
 Activations are seen as a matrix [rows, channels], rows being the N * H * W pixels. The batch is one
-or more groups of `rows` rows, each normalised by statistics of its own. What is known of a group's
-channels travels as vectors[group] [5, channels] in the accumulator's dtype, whose rows the
-constants below name.
+or more groups of `rows` rows, each normalised by statistics of its own; for instance norm (Ulyanov
+et al., 2016) each image is one. Group norm (Wu and He, 2018) is that too, but every `span` channels
+in a row share mean and variance. What is known of a group's channels travels as vectors[group] [5,
+channels] in the accumulator's dtype, whose rows the constants below name.
+
+The matrix lies in memory row by row, channels_last; or, with PLANES, as PyTorch's contiguous
+tensors do, the `pixels` of a channel of an image in a row. A tile then holds pixels of one image.
 
 Numbers that change with the batch do not specialise a kernel: the last, smaller batch of an epoch
 would compile all of them anew. Only channels decide about vector loads.
@@ -67,7 +71,9 @@ def tile_statistics(
     m2_ptr,
     rows,
     channels,
+    pixels,
     tiles_per_part,
+    PLANES: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
@@ -86,7 +92,7 @@ def tile_statistics(
     m2 = tl.zeros((BLOCK_R, BLOCK_C), dtype=dtype)
     for step in range(0, tiles_per_part):
         start, offset, exists, inside = _tile(
-            part * tiles_per_part + step, group, rows, channels, c, in_c, BLOCK_R
+            part * tiles_per_part + step, group, rows, channels, pixels, c, in_c, BLOCK_R, PLANES
         )
         z = tl.load(z_ptr + start + offset, mask=inside, other=0.0).to(dtype)
         count += exists.to(dtype)
@@ -131,7 +137,8 @@ def batch_statistics(
     """Combine each group's `parts` statistics into vectors[group], and move running statistics.
 
     Those move once for each group, in order, as if the groups were batches that came one after
-    another, and the counter of batches by as many. Grid: (tiles of channels,).
+    another, and the counter of batches by as many: then one program sees all of them. Grid: (tiles
+    of channels, all groups / `groups`).
     """
     wait_for_previous()
     c, in_c = _channels(tl.program_id(0), channels, BLOCK_C)
@@ -147,14 +154,15 @@ def batch_statistics(
     if HAS_RUNNING:
         running_mean = tl.load(running_mean_ptr + c, mask=in_c, other=0.0).to(dtype)
         running_var = tl.load(running_var_ptr + c, mask=in_c, other=0.0).to(dtype)
-    for group in range(0, groups):
+    first_group = tl.program_id(1) * groups
+    for group in range(first_group, first_group + groups):
         count, mean, m2 = _combine(
             count_ptr, mean_ptr, m2_ptr, group * parts, (group + 1) * parts,
             channels, parts_per_count, c, in_c, BLOCK_P, BLOCK_C,
         )  # fmt: skip
-        unbiased_var = m2 / (count - 1.0)
+        unbiased_var = m2 / tl.maximum(count - 1.0, 1.0)
         rstd = 1.0 / tl.sqrt(m2 / count + eps)
-        out = vectors_ptr + group * 5 * channels + c
+        out = vectors_ptr + tl.cast(group, tl.int64) * 5 * channels + c
         tl.store(out + MEAN * channels, mean, mask=in_c)
         tl.store(out + UNBIASED_VAR * channels, unbiased_var, mask=in_c)
         tl.store(out + RSTD * channels, rstd, mask=in_c)
@@ -214,6 +222,164 @@ def _combine(
     return count, mean, tl.sum(squares, axis=0)
 
 
+@triton.jit(do_not_specialize=["parts"])
+def shared_statistics(
+    count_ptr,
+    mean_ptr,
+    m2_ptr,
+    vectors_ptr,
+    gamma_ptr,
+    beta_ptr,
+    parts,
+    channels,
+    span,
+    parts_per_count,
+    eps,
+    HAS_GAMMA: tl.constexpr,
+    HAS_BETA: tl.constexpr,
+    BLOCK: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    """Combine each group's `parts` statistics of every `span` channels into vectors[group].
+
+    As `_combine`, over parts and channels, each channel with the count of its part: group norm's
+    statistics (Wu and He, 2018), which all channels of a span get. Grid: (channels / span, groups).
+    """
+    wait_for_previous()
+    first_c = tl.program_id(0) * span
+    group = tl.program_id(1)
+    dtype: tl.constexpr = mean_ptr.dtype.element_ty
+    length = parts * span
+    total = tl.zeros((BLOCK,), dtype=dtype)
+    weighted = tl.zeros((BLOCK,), dtype=dtype)
+    for start in range(0, length, BLOCK):
+        part, c, exists = _of_span(start, length, group, parts, first_c, span, BLOCK)
+        offset = part.to(tl.int64) * channels + c
+        n = tl.load(count_ptr + part // parts_per_count, mask=exists, other=0.0)
+        total += n
+        weighted += n * tl.load(mean_ptr + offset, mask=exists, other=0.0)
+    count = tl.sum(total, axis=0)
+    mean = tl.sum(weighted, axis=0) / tl.maximum(count, 1.0)
+
+    squares = tl.zeros((BLOCK,), dtype=dtype)
+    for start in range(0, length, BLOCK):
+        part, c, exists = _of_span(start, length, group, parts, first_c, span, BLOCK)
+        offset = part.to(tl.int64) * channels + c
+        n = tl.load(count_ptr + part // parts_per_count, mask=exists, other=0.0)
+        deviation = tl.load(mean_ptr + offset, mask=exists, other=0.0) - mean
+        squares += tl.load(m2_ptr + offset, mask=exists, other=0.0) + n * deviation * deviation
+    m2 = tl.sum(squares, axis=0)
+    rstd = 1.0 / tl.sqrt(m2 / count + eps)
+    for first in range(0, span, BLOCK_C):
+        i = first + tl.arange(0, BLOCK_C)
+        in_c = i < span
+        c = first_c + in_bounds(i, in_c)
+        gamma = tl.full((BLOCK_C,), 1.0, dtype=dtype)
+        beta = tl.zeros((BLOCK_C,), dtype=dtype)
+        if HAS_GAMMA:
+            gamma = tl.load(gamma_ptr + c, mask=in_c, other=0.0).to(dtype)
+        if HAS_BETA:
+            beta = tl.load(beta_ptr + c, mask=in_c, other=0.0).to(dtype)
+        out = vectors_ptr + tl.cast(group, tl.int64) * 5 * channels + c
+        all_alike = tl.zeros((BLOCK_C,), dtype=dtype)
+        tl.store(out + MEAN * channels, all_alike + mean, mask=in_c)
+        unbiased_var = m2 / tl.maximum(count - 1.0, 1.0)
+        tl.store(out + UNBIASED_VAR * channels, all_alike + unbiased_var, mask=in_c)
+        tl.store(out + RSTD * channels, all_alike + rstd, mask=in_c)
+        tl.store(out + SCALE * channels, rstd * gamma, mask=in_c)
+        tl.store(out + SHIFT * channels, beta, mask=in_c)
+
+
+@triton.jit(do_not_specialize=["rows", "parts"])
+def shared_sums(
+    sums_ptr,
+    vectors_ptr,
+    out_ptr,
+    rows,
+    parts,
+    channels,
+    span,
+    BLOCK: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    """What `norm_backward` takes off where every `span` channels share statistics: [2, channels].
+
+    sums[group] is [parts, 2, channels]. Of the span's channels and rows, out[group] has the means
+    of scale * g and of scale * g * xhat, all channels of a span the same. With dxhat = gamma * g,
+    and scale = gamma * rstd, they are rstd times the means in dz = rstd * (dxhat - mean(dxhat) -
+    xhat * mean(dxhat * xhat)), the gradient of group norm, which is batch norm's (Ioffe and
+    Szegedy, 2015) over a span. Grid: (channels / span, groups).
+    """
+    wait_for_previous()
+    first_c = tl.program_id(0) * span
+    group = tl.program_id(1)
+    vectors_ptr += tl.cast(group, tl.int64) * 5 * channels
+    dtype: tl.constexpr = vectors_ptr.dtype.element_ty
+    length = parts * span
+    sum_g = tl.zeros((BLOCK,), dtype=dtype)
+    sum_g_xhat = tl.zeros((BLOCK,), dtype=dtype)
+    for start in range(0, length, BLOCK):
+        part, c, exists = _of_span(start, length, group, parts, first_c, span, BLOCK)
+        offset = part.to(tl.int64) * 2 * channels + c
+        scale = tl.load(vectors_ptr + SCALE * channels + c, mask=exists, other=0.0)
+        sum_g += scale * tl.load(sums_ptr + offset, mask=exists, other=0.0)
+        sum_g_xhat += scale * tl.load(sums_ptr + channels + offset, mask=exists, other=0.0)
+    count = rows.to(dtype) * span
+    mean_g = tl.sum(sum_g, axis=0) / count
+    mean_g_xhat = tl.sum(sum_g_xhat, axis=0) / count
+    for first in range(0, span, BLOCK_C):
+        i = first + tl.arange(0, BLOCK_C)
+        in_c = i < span
+        out = out_ptr + tl.cast(group, tl.int64) * 2 * channels + first_c + in_bounds(i, in_c)
+        all_alike = tl.zeros((BLOCK_C,), dtype=dtype)
+        tl.store(out, all_alike + mean_g, mask=in_c)
+        tl.store(out + channels, all_alike + mean_g_xhat, mask=in_c)
+
+
+@triton.jit
+def _of_span(start, length, group, parts, first_c, span, BLOCK: tl.constexpr):
+    """Of BLOCK pairs of a group's part and a span's channel, from `start` to before `length`: the
+    part among those of all groups, the channel, and whether the pair exists."""
+    i = start + tl.arange(0, BLOCK)
+    exists = i < length
+    i = in_bounds(i, exists)
+    return group * parts + i // span, first_c + i % span, exists
+
+
+@triton.jit
+def known_statistics(
+    running_mean_ptr,
+    running_var_ptr,
+    gamma_ptr,
+    beta_ptr,
+    vectors_ptr,
+    channels,
+    eps,
+    HAS_GAMMA: tl.constexpr,
+    HAS_BETA: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    """vectors [5, channels] of statistics that are given. Grid: (tiles of channels,)."""
+    wait_for_previous()
+    c, in_c = _channels(tl.program_id(0), channels, BLOCK_C)
+    dtype: tl.constexpr = vectors_ptr.dtype.element_ty
+    mean = tl.load(running_mean_ptr + c, mask=in_c, other=0.0).to(dtype)
+    var = tl.load(running_var_ptr + c, mask=in_c, other=1.0).to(dtype)
+    gamma = tl.full((BLOCK_C,), 1.0, dtype=dtype)
+    beta = tl.zeros((BLOCK_C,), dtype=dtype)
+    if HAS_GAMMA:
+        gamma = tl.load(gamma_ptr + c, mask=in_c, other=0.0).to(dtype)
+    if HAS_BETA:
+        beta = tl.load(beta_ptr + c, mask=in_c, other=0.0).to(dtype)
+    rstd = 1.0 / tl.sqrt(var + eps)
+    out = vectors_ptr + c
+    tl.store(out + MEAN * channels, mean, mask=in_c)
+    tl.store(out + UNBIASED_VAR * channels, var, mask=in_c)
+    tl.store(out + RSTD * channels, rstd, mask=in_c)
+    tl.store(out + SCALE * channels, rstd * gamma, mask=in_c)
+    tl.store(out + SHIFT * channels, beta, mask=in_c)
+
+
 @triton.jit(do_not_specialize=["rows"])
 def normalize_activate(
     z_ptr,
@@ -221,8 +387,10 @@ def normalize_activate(
     y_ptr,
     rows,
     channels,
+    pixels,
     negative_slope,
     ACTIVATION: tl.constexpr,
+    PLANES: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
@@ -232,9 +400,11 @@ def normalize_activate(
     """
     wait_for_previous()
     group = tl.program_id(2)
-    vectors_ptr += group * 5 * channels
+    vectors_ptr += tl.cast(group, tl.int64) * 5 * channels
     c, in_c = _channels(tl.program_id(1), channels, BLOCK_C)
-    start, offset, _, inside = _tile(tl.program_id(0), group, rows, channels, c, in_c, BLOCK_R)
+    start, offset, _, inside = _tile(
+        tl.program_id(0), group, rows, channels, pixels, c, in_c, BLOCK_R, PLANES
+    )
     u, _ = _normalize(z_ptr + start, vectors_ptr, channels, c, in_c, offset, inside)
     y = activate(u, negative_slope, ACTIVATION)
     tl.store(y_ptr + start + offset, y.to(y_ptr.dtype.element_ty), mask=inside)
@@ -248,9 +418,11 @@ def norm_backward_reduce(
     partials_ptr,
     rows,
     channels,
+    pixels,
     negative_slope,
     tiles_per_part,
     ACTIVATION: tl.constexpr,
+    PLANES: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
@@ -262,14 +434,14 @@ def norm_backward_reduce(
     wait_for_previous()
     part = tl.program_id(0)
     group = tl.program_id(2)
-    vectors_ptr += group * 5 * channels
+    vectors_ptr += tl.cast(group, tl.int64) * 5 * channels
     c, in_c = _channels(tl.program_id(1), channels, BLOCK_C)
     dtype: tl.constexpr = vectors_ptr.dtype.element_ty
     sum_g = tl.zeros((BLOCK_R, BLOCK_C), dtype=dtype)
     sum_g_xhat = tl.zeros((BLOCK_R, BLOCK_C), dtype=dtype)
     for step in range(0, tiles_per_part):
         start, offset, _, inside = _tile(
-            part * tiles_per_part + step, group, rows, channels, c, in_c, BLOCK_R
+            part * tiles_per_part + step, group, rows, channels, pixels, c, in_c, BLOCK_R, PLANES
         )
         g, xhat, _ = _gradient_at_norm(
             dy_ptr + start, z_ptr + start, vectors_ptr, channels, c, in_c, offset, inside,
@@ -294,13 +466,17 @@ def norm_backward(
     y_ptr,
     rows,
     channels,
+    pixels,
     negative_slope,
     parts,
     groups,
     TRAINING: tl.constexpr,
+    SHARED: tl.constexpr,
     AT_NORM: tl.constexpr,
     WRITES_Y: tl.constexpr,
+    WRITES_TOTAL: tl.constexpr,
     ACTIVATION: tl.constexpr,
+    PLANES: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_C: tl.constexpr,
     BLOCK_P: tl.constexpr,
@@ -308,44 +484,57 @@ def norm_backward(
     """dz = scale * (g - dbeta / rows - xhat * dgamma / rows); scale * g where statistics are fixed.
 
     AT_NORM: dy is g already. WRITES_Y: y = act(u) is written too, for who was not given it to keep.
-    sums[group] is [parts, 2, channels]: parts, few of them, of the group's dbeta and dgamma. The
-    first program of a tile of channels also writes their total over groups, [2, channels]. Grid:
-    (tiles of a group's rows, tiles of channels, groups).
+    sums[group] is [parts, 2, channels]: parts, few of them, of the group's dbeta and dgamma. With
+    WRITES_TOTAL the first program of a tile of channels also writes their total over groups, few of
+    them too, [2, channels]. SHARED: channels share statistics, and sums is what `shared_sums`
+    gives. Grid: (tiles of a group's rows, tiles of channels, groups).
     """
     wait_for_previous()
     dtype: tl.constexpr = vectors_ptr.dtype.element_ty
     group = tl.program_id(2)
-    vectors_ptr += group * 5 * channels
+    vectors_ptr += tl.cast(group, tl.int64) * 5 * channels
     c, in_c = _channels(tl.program_id(1), channels, BLOCK_C)
-    start, offset, _, inside = _tile(tl.program_id(0), group, rows, channels, c, in_c, BLOCK_R)
-    if (tl.program_id(0) == 0) & (group == 0):
-        total_g = tl.zeros((BLOCK_C,), dtype=dtype)
-        total_g_xhat = tl.zeros((BLOCK_C,), dtype=dtype)
-        for other in range(0, groups):
-            sum_g, sum_g_xhat = _sums_of_parts(sums_ptr, other, parts, channels, c, in_c, BLOCK_P)
-            total_g += sum_g
-            total_g_xhat += sum_g_xhat
-        tl.store(total_ptr + c, total_g, mask=in_c)
-        tl.store(total_ptr + channels + c, total_g_xhat, mask=in_c)
+    start, offset, _, inside = _tile(
+        tl.program_id(0), group, rows, channels, pixels, c, in_c, BLOCK_R, PLANES
+    )
+    if WRITES_TOTAL:
+        is_first = (tl.program_id(0) == 0) & (group == 0)
+        if is_first:
+            total_g = tl.zeros((BLOCK_C,), dtype=dtype)
+            total_g_xhat = tl.zeros((BLOCK_C,), dtype=dtype)
+            for other in range(0, groups):
+                sum_g, sum_g_xhat = _sums_of_parts(
+                    sums_ptr, other, parts, channels, c, in_c, BLOCK_P
+                )
+                total_g += sum_g
+                total_g_xhat += sum_g_xhat
+            tl.store(total_ptr + c, total_g, mask=in_c)
+            tl.store(total_ptr + channels + c, total_g_xhat, mask=in_c)
     g, xhat, y = _gradient_at_norm(
         dy_ptr + start, z_ptr + start, vectors_ptr, channels, c, in_c, offset, inside,
         negative_slope, ACTIVATION, AT_NORM,
     )  # fmt: skip
     if WRITES_Y:
         tl.store(y_ptr + start + offset, y.to(y_ptr.dtype.element_ty), mask=inside)
-    if TRAINING:
-        sum_g, sum_g_xhat = _sums_of_parts(sums_ptr, group, parts, channels, c, in_c, BLOCK_P)
-        g = g - (sum_g / rows)[None, :] - xhat * (sum_g_xhat / rows)[None, :]
     scale = tl.load(vectors_ptr + SCALE * channels + c, mask=in_c, other=0.0)
-    dz = (g * scale[None, :]).to(dz_ptr.dtype.element_ty)
-    tl.store(dz_ptr + start + offset, dz, mask=inside)
+    if SHARED:
+        means_ptr = sums_ptr + tl.cast(group, tl.int64) * 2 * channels + c
+        mean_g = tl.load(means_ptr, mask=in_c, other=0.0)
+        mean_g_xhat = tl.load(means_ptr + channels, mask=in_c, other=0.0)
+        dz = g * scale[None, :] - mean_g[None, :] - xhat * mean_g_xhat[None, :]
+    else:
+        if TRAINING:
+            sum_g, sum_g_xhat = _sums_of_parts(sums_ptr, group, parts, channels, c, in_c, BLOCK_P)
+            g = g - (sum_g / rows)[None, :] - xhat * (sum_g_xhat / rows)[None, :]
+        dz = g * scale[None, :]
+    tl.store(dz_ptr + start + offset, dz.to(dz_ptr.dtype.element_ty), mask=inside)
 
 
 @triton.jit
 def _sums_of_parts(sums_ptr, group, parts, channels, c, in_c, BLOCK_P: tl.constexpr):
     """The sums over p of sums[group, p, 0, c] and of sums[group, p, 1, c], in a fixed order."""
     dtype: tl.constexpr = sums_ptr.dtype.element_ty
-    sums_ptr += group * parts * 2 * channels
+    sums_ptr += tl.cast(group, tl.int64) * parts * 2 * channels
     sum_0 = tl.zeros((BLOCK_P, c.shape[0]), dtype=dtype)
     sum_1 = tl.zeros((BLOCK_P, c.shape[0]), dtype=dtype)
     for first in range(0, parts, BLOCK_P):
@@ -393,18 +582,30 @@ def _channels(tile, channels, BLOCK_C: tl.constexpr):
 
 
 @triton.jit
-def _tile(tile, group, rows, channels, c, in_c, BLOCK_R: tl.constexpr):
+def _tile(
+    tile, group, rows, channels, pixels, c, in_c, BLOCK_R: tl.constexpr, PLANES: tl.constexpr
+):
     """A tile of a group's rows and `_channels` c: where it starts, its elements' offsets from
     there, which rows exist and which elements do.
 
     The start is one 64-bit number, of a tile beyond the last row that of the first; the offsets are
     32-bit, which halves the work on addresses.
     """
-    first = tl.cast(tile, tl.int64) * BLOCK_R
     row = tl.arange(0, BLOCK_R)
-    exists = row < tl.minimum(tl.maximum(rows - first, 0), BLOCK_R).to(tl.int32)
-    offset = (in_bounds(row, exists) * channels)[:, None] + c[None, :]
-    start = (tl.cast(group, tl.int64) * rows + in_bounds(first, first < rows)) * channels
+    if PLANES:
+        tiles = tl.cdiv(pixels, BLOCK_R)
+        image = tile // tiles
+        first = (tile - image * tiles) * BLOCK_R
+        images = rows // pixels
+        exists = row < tl.where(image < images, tl.minimum(pixels - first, BLOCK_R), 0)
+        offset = run_in_bounds(row, exists)[:, None] + (c * pixels)[None, :]
+        image = tl.cast(group, tl.int64) * images + in_bounds(image, image < images)
+        start = image * channels * pixels + first
+    else:
+        first = tl.cast(tile, tl.int64) * BLOCK_R
+        exists = row < tl.minimum(tl.maximum(rows - first, 0), BLOCK_R).to(tl.int32)
+        offset = (in_bounds(row, exists) * channels)[:, None] + c[None, :]
+        start = (tl.cast(group, tl.int64) * rows + in_bounds(first, first < rows)) * channels
     return start, offset, exists, exists[:, None] & in_c[None, :]
 
 

@@ -132,6 +132,7 @@ def _around(dtype, activations):
     norm.norm_backward(z, z, vectors, training=False, **options)
     few = z[:16]  # Whose sums `norm_backward` finishes itself.
     norm.norm_backward(few, few, vectors, training=True, **options)
+    _norms_of_images(dtype)
     seed = torch.empty(1, dtype=torch.int64)
     for with_kl, shape in ((False, (128, 100)), (True, (128, 100)), (True, (1, 1))):
         mu = torch.empty(shape, dtype=dtype)
@@ -147,6 +148,27 @@ def _around(dtype, activations):
                 losses.logit_loss(logits, 64, 1.0, kind, paired, with_gradient=True)
                 losses.logit_loss_backward(torch.empty(()), logits, 64, 1.0, kind, paired)
     _adam(dtype)
+
+
+def _norms_of_images(dtype):
+    """Instance and group norm, known statistics, and all passes over contiguous memory."""
+    gamma, beta = torch.empty(64), torch.empty(64)
+    norm.known_statistics(gamma, beta, gamma, beta, 1e-5, torch.float32)
+    options = dict(activation="leaky_relu", negative_slope=0.2)
+    for size in ((16, 16), (4, 4), (15, 15)):
+        z = _image(64, size, dtype, 8)
+        for lying in (z, z.contiguous()):
+            for span in (1, 2, 64):
+                statistics = norm.statistics_of(lying, 8)
+                vectors = norm.batch_statistics(statistics, gamma, beta, 1e-5, span=span)
+                norm.normalize_activate(lying, vectors, **options)
+                norm.normalize_activate(lying, vectors, **options, dtype=torch.float32)
+                backward = dict(training=True, need_dz=True, span=span, **options)
+                norm.norm_backward(lying, lying, vectors, **backward)
+        vectors = norm.batch_statistics(norm.statistics_of(lying, 1), gamma, beta, 1e-5)
+        for training in (True, False):
+            backward = dict(training=training, need_dz=True, **options)
+            norm.norm_backward(lying, lying, vectors, **backward)
 
 
 def _adam(half):

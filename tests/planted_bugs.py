@@ -43,9 +43,52 @@ NORMALIZING = "test_normalizing.py::test_bits_are_those_of_the_pass_and_the_prod
 GRADIENT = "test_gradient_epilogue.py::test_gradient_of_the_layer_below"
 OVERLAP = "test_overlap.py"
 REWRITING = "test_rewriting.py::test_what_runs_together"
+NORMS = "test_norms.py::test_alone"
 
 COMPILED = "test_compile.py::test_compiled_networks_are_the_eager_ones"
 BUGS = (
+    Bug(
+        "every group of contiguous images starts with the first",
+        "kernels/norm.py",
+        "image = tl.cast(group, tl.int64) * images + in_bounds(image, image < images)",
+        "image = in_bounds(image, image < images).to(tl.int64)",
+        NORMS,
+    ),
+    Bug(
+        "pixels beyond a channel's last count",
+        "kernels/norm.py",
+        "exists = row < tl.where(image < images, tl.minimum(pixels - first, BLOCK_R), 0)",
+        "exists = row < tl.where(image < images, BLOCK_R, 0)",
+        NORMS,
+    ),
+    Bug(
+        "shared statistics leave out how channels' means differ",
+        "kernels/norm.py",
+        "squares += tl.load(m2_ptr + offset, mask=exists, other=0.0) + n * deviation * deviation",
+        "squares += tl.load(m2_ptr + offset, mask=exists, other=0.0)",
+        NORMS,
+    ),
+    Bug(
+        "the gradient of group norm forgets that channels weigh differently",
+        "kernels/norm.py",
+        "sum_g_xhat += scale * tl.load(sums_ptr + channels + offset, mask=exists, other=0.0)",
+        "sum_g_xhat += tl.load(sums_ptr + channels + offset, mask=exists, other=0.0)",
+        NORMS,
+    ),
+    Bug(
+        "a bias before group norm gets no gradient",
+        "genfast/autograd.py",
+        "return self.by_batch and self.span == 1",
+        "return self.by_batch",
+        "test_norms.py::test_after_a_convolution",
+    ),
+    Bug(
+        "the output of instance norm stays channels_last",
+        "genfast/functional.py",
+        'return norm.kind == "batch" or (norm.kind == "group" and x.device.type == "cpu")',
+        "return True",
+        "test_norms.py::test_outputs_and_gradients_have_pytorchs_strides",
+    ),
     Bug(
         "Adam's second moment keeps its bias",
         "kernels/adam.py",
@@ -621,6 +664,20 @@ BUGS = (
         "return layout.channels_last(y) if channels_last else layout.contiguous(y)",
         "return layout.channels_last(y)",
         "test_cpu.py::test_batch_norm_is_as_exact_as_pytorchs",
+    ),
+    Bug(
+        "where bfloat16 pays, float32 layers too go through the checks of a block",
+        "genfast/cpu.py",
+        "bfloat16_pays = has_bfloat16() and _bfloat16_pays(_autocast_dtype(x))",
+        "bfloat16_pays = has_bfloat16()",
+        "test_cpu.py::test_layers_that_gain_nothing_are_called_themselves",
+    ),
+    Bug(
+        "channels_last is not brought to the weights",
+        "genfast/convert.py",
+        "t.to(memory_format=torch.channels_last) if t.dim() == 4 else t",
+        "t",
+        "test_modules.py::test_channels_last_on_request",
     ),
     Bug(
         "both ways agree as they are, so no other weights are tried",

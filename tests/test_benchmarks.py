@@ -10,6 +10,7 @@ from benchmarks import agreement, dropin, networks, plot, throughput, timing
 from benchmarks.variants import VARIANTS, Variant, why_not_run
 from benchmarks.workloads import Workload, stock
 from genfast import accelerate, functional, use_backend
+from genfast.models import DCGANDiscriminator, DCGANGenerator
 from genfast.nn import FusedBlock, FusedSequential
 
 CPU = torch.device("cpu")
@@ -123,7 +124,23 @@ def test_a_ratio_is_of_turns_of_the_same_round():
 
 
 TINY_NETWORK = networks.Network(
-    "tiny", lambda: nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 1, 3)), 2, (3, 8, 8)
+    "tiny",
+    lambda: nn.Sequential(
+        nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 1, 3, dilation=2)
+    ),
+    2,
+    (3, 8, 8),
+)
+# Each of `networks.NETWORKS`, in its order, as narrow as it can be, and the shape it takes.
+TINY_NETWORKS = (
+    (lambda: stock(DCGANGenerator(ngf=2)), (100, 1, 1), (3, 64, 64)),
+    (lambda: stock(DCGANDiscriminator(ndf=2)), (3, 64, 64), ()),
+    (lambda: networks.residual_generator(4, blocks=2), (3, 16, 16), (3, 16, 16)),
+    (lambda: networks.patch_discriminator(2), (3, 70, 70), (1, 6, 6)),
+    (lambda: networks.ResNetGenerator(4, latent_dim=8), (8,), (3, 32, 32)),
+    (lambda: networks.ResNetDiscriminator(4), (3, 32, 32), (1,)),
+    (lambda: networks.UNet(2, depth=4), (3, 32, 32), (3, 32, 32)),
+    (lambda: networks.BetaVAE(2), (3, 64, 64), (3, 64, 64)),
 )
 
 
@@ -136,33 +153,89 @@ def accelerated():
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_dropin_measures_turns_of_the_same_rounds(precision, accelerated):
-    row = dropin.measure(TINY_NETWORK, precision, CPU, seconds=0.01)
+    row = dropin.measure(TINY_NETWORK, precision, CPU, seconds=0.01, backend="aot_eager")
     assert set(row) == set(dropin.COLUMNS) - {"machine", "torch", "triton", "python", "date"}
     assert row["turns"] >= 3
     assert row["p20"] <= row["ratio"] <= row["p80"]
+    assert row["compiled_p20"] <= row["compiled_ratio"] <= row["compiled_p80"]
+    assert row["not_compiled"] == ""
     assert row["memory_format"] == ("contiguous" if precision == "fp32" else "channels_last")
+    assert (row["convolutions"], row["convolutions_fused"]) == (2, 1)
+    assert (row["norms"], row["norms_fused"]) == (1, 1)
+    assert row["not_on_kernels"] == "not in this test"
 
 
 def test_dropin_refuses_a_network_that_computes_something_else(monkeypatch):
     stock = nn.Sequential.forward
     monkeypatch.setattr(FusedSequential, "forward", lambda self, x: stock(self, x) * 1.01)
-    with pytest.raises(AssertionError, match="the accelerated network is 0.01 off"):
-        dropin.measure(TINY_NETWORK, "fp32", CPU, seconds=0.01)
+    with pytest.raises(AssertionError, match="the accelerated network's output 0 0.01 off, stock"):
+        dropin.measure(TINY_NETWORK, "fp32", CPU, seconds=0.01, left_out="not in this test")
 
 
-def test_dropin_writes_a_row_a_network(monkeypatch, tmp_path, capsys):
+class _Breaks(nn.Sequential):
+    def forward(self, x):
+        torch._dynamo.graph_break()
+        return super().forward(x)
+
+
+def test_dropin_says_why_a_network_is_not_compiled(accelerated, monkeypatch):
+    """A graph that breaks is a failure, and so are other results."""
+    breaks = networks.Network("breaks", lambda: _Breaks(nn.Conv2d(3, 4, 3)), 2, (3, 8, 8))
+    row = dropin.measure(breaks, "fp32", CPU, seconds=0.01, backend="eager")
+    assert row["compiled_ratio"] is None
+    assert row["not_compiled"].startswith("Unsupported: ")
+
+    def wrong(graph, _):
+        return lambda *inputs: [y * 1.01 for y in graph(*inputs)]
+
+    row = dropin.measure(TINY_NETWORK, "fp32", CPU, seconds=0.01, backend=wrong)
+    assert row["compiled_images_per_s"] is None
+    assert row["not_compiled"].startswith("output 0 0.01 off, ")
+    assert "tiny, fp32: not compiled: output 0 0.01 off, " in dropin.table([row])
+    monkeypatch.setattr(dropin, "missing_compiler", lambda _: "g++")
+    row = dropin.measure(TINY_NETWORK, "fp32", CPU, seconds=0.01)
+    assert row["not_compiled"] == "there is no g++"
+
+
+def test_dropin_writes_and_draws_a_row_a_network(accelerated, monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(dropin, "NETWORKS", [TINY_NETWORK])
-    assert dropin.main(["--seconds", "0.01", "--out", str(tmp_path / "rows.csv")]) == 0
-    with open(tmp_path / "rows.csv", encoding="utf-8") as file:
+    out = tmp_path / "rows.csv"
+    assert dropin.main(["--seconds", "0.01", "--compile-seconds", "0", "--out", str(out)]) == 0
+    with open(out, encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
     assert {row["network"] for row in rows} == {"tiny"}
-    assert "ratio" in capsys.readouterr().out
+    assert all(row["compiled_ratio"] == "" for row in rows)
+    assert all(row["not_compiled"] == "left out after 0 s of compiling" for row in rows)
+    printed = capsys.readouterr().out
+    assert "2/3" in printed
+    assert "what fuses runs through PyTorch here: not in this test" in printed
+    assert out.with_suffix(".png").read_bytes()[:4] == b"\x89PNG"
+
+
+@pytest.mark.parametrize("build, shape, out_shape", TINY_NETWORKS)
+def test_dropin_networks_compute_the_same(build, shape, out_shape, accelerated):
+    network = networks.Network("tiny", build, 2, shape)
+    torch.manual_seed(0)
+    y = build()(torch.randn(2, *shape))
+    assert (y[0] if isinstance(y, tuple) else y).shape == (2, *out_shape)
+    row = dropin.measure(network, "fp32", CPU, seconds=0, left_out="not in this test")
+    assert row["ratio"] > 0
+    assert row["norms_fused"] <= row["norms"]
 
 
 @pytest.mark.parametrize("network", networks.NETWORKS, ids=lambda network: network.name)
-def test_dropin_networks_are_stock_and_fuse(network):
+def test_dropin_networks_are_stock_and_reported(network):
+    """Every convolution has a line; those in an `nn.Sequential` fuse."""
     model = network.build()
     assert not any(isinstance(m, FusedSequential | FusedBlock) for m in model.modules())
+    convolutions = [n for n, m in model.named_modules() if isinstance(m, dropin._CONVOLUTIONS)]
     report = accelerate(model)
-    assert report
-    assert all(entry.fused for entry in report)
+    fused = {entry.name: entry.fused for entry in report}
+    assert set(convolutions) <= set(fused)
+    assert all(entry.fused or entry.reason for entry in report)
+    sequential = [n for n in convolutions if isinstance(_parent(model, n), nn.Sequential)]
+    assert all(fused[name] for name in sequential)
+
+
+def _parent(model, name):
+    return model.get_submodule(name.rpartition(".")[0])

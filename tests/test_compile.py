@@ -115,6 +115,20 @@ def accelerated():
     return model
 
 
+def normalized():
+    """Norms of images."""
+    model = nn.Sequential(
+        nn.Conv2d(3, 8, 3, 2, 1),
+        nn.InstanceNorm2d(8, affine=True),
+        nn.ReLU(),
+        nn.ConvTranspose2d(8, 6, 4, 2, 1),
+        nn.GroupNorm(2, 6),
+        nn.LeakyReLU(0.1),
+    )
+    genfast.accelerate(model)
+    return model
+
+
 def generator():
     return DCGANGenerator(nz=5, ngf=4, nc=3, image_size=16)
 
@@ -131,6 +145,7 @@ CASES = {
         discriminator, IMAGES, 3, groups=2, frozen=("main.0.weight", "main.3.bias"), needs_x=True
     ),
     "discriminator-evaluation-half": Case(discriminator, IMAGES, 3, training=False, half=True),
+    "normalized": Case(normalized, (3, 3, 6, 8), 2, needs_x=True),
     "accelerated": Case(accelerated, (4, 3, 5, 6), 3, groups=2),
     "accelerated-evaluation": Case(accelerated, (2, 3, 5, 6), 3, training=False, needs_x=True),
 }

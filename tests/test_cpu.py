@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from oracle import assert_close, assert_module
 from torch import nn
 
-from genfast import cpu, functional, use_backend
+from genfast import backend, cpu, functional, use_backend
 from genfast.layout import is_channels_last
 from genfast.nn import FusedSequential
 
@@ -153,6 +153,92 @@ def test_float32_is_pytorchs_own_but_for_products(shape, transposed, layout, fas
         y, plain = (convolve(convolutions, shape, transposed, *inputs) for convolutions in (cpu, F))
         assert type(y.grad_fn) is type(plain.grad_fn)
         assert torch.equal(y, plain)
+
+
+@by_shape
+@directions
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("fast", [False, True], ids=["emulated", "bfloat16"])
+def test_the_look_at_a_layer_says_what_its_convolution_takes(
+    shape, transposed, dtype, fast, monkeypatch
+):
+    monkeypatch.setattr(cpu, "has_bfloat16", lambda: fast)
+    kernel, stride, padding, output_padding = pairs(shape)
+    inputs = tensors(shape, transposed, dtype, torch.contiguous_format, True)
+    y, plain = (convolve(convolutions, shape, transposed, *inputs) for convolutions in (cpu, F))
+    gains = type(y.grad_fn) is not type(plain.grad_fn)
+    *_, c_small, c_big = shape
+    if transposed:
+        layer = nn.ConvTranspose2d(c_small, c_big, kernel, stride, padding, output_padding)
+    else:
+        layer = nn.Conv2d(c_big, c_small, kernel, stride, padding)
+    assert cpu.may_gain(layer, inputs[0]) == gains
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("interpreting", [False, True])
+def test_layers_that_gain_nothing_are_called_themselves(
+    precision, interpreting, on_cpu, monkeypatch
+):
+    """In float32 on a processor that multiplies bfloat16 too, where other layers do gain."""
+    monkeypatch.setattr(backend, "INTERPRETING", interpreting)
+    monkeypatch.setattr(cpu, "has_bfloat16", lambda: True)
+    taken = []
+    chain = functional.chain
+    monkeypatch.setattr(functional, "chain", lambda x, blocks: taken.append(1) or chain(x, blocks))
+    network = FusedSequential(
+        nn.Conv2d(16, 24, 4, 2, 1), nn.BatchNorm2d(24), nn.ReLU(),
+        nn.ConvTranspose2d(24, 16, 4, 2, 1), nn.ReLU(),
+        nn.Conv2d(16, 4, 3, 1, 1), nn.Conv2d(4, 2, (8, 8)),
+    )  # fmt: skip
+    x = torch.randn(2, 16, 8, 8)
+    with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
+        network(x)
+    # A map of 4 x 4 pixels is unfolded in bfloat16 alone; the last layer is a product.
+    assert len(taken) == (1 if precision == "fp32" else 3)
+
+
+def test_where_no_kernel_can_run_nobody_asks_for_each_container(on_cpu, monkeypatch):
+    """That takes as long as a small layer; networks of residual blocks have dozens of them."""
+    monkeypatch.setattr(backend, "INTERPRETING", False)
+    asked = []
+    monkeypatch.setattr(functional, "implementation", lambda x: asked.append(1) or "reference")
+    block = FusedSequential(nn.ReflectionPad2d(1), nn.Conv2d(4, 4, 3), nn.ReLU())
+    network = FusedSequential(nn.Conv2d(3, 4, 3), block, block)
+    network(torch.randn(2, 3, 8, 8))
+    assert not asked
+    monkeypatch.setattr(backend, "INTERPRETING", True)
+    network(torch.randn(2, 3, 8, 8))
+    assert asked
+
+
+@pytest.mark.parametrize("fast", [False, True], ids=["emulated", "bfloat16"])
+def test_a_trace_holds_pytorchs_own_layers(fast, monkeypatch):
+    monkeypatch.setattr(backend, "INTERPRETING", False)
+    monkeypatch.setattr(cpu, "has_bfloat16", lambda: fast)
+    network = FusedSequential(
+        nn.ConvTranspose2d(5, 6, 4), nn.BatchNorm2d(6), nn.ReLU(), nn.Conv2d(6, 1, 4)
+    )
+    stock = nn.Sequential(*copy.deepcopy(network))
+    x = torch.randn(2, 5, 1, 1)
+    with use_backend("auto"), torch.autocast("cpu", torch.bfloat16):
+        torch._dynamo.reset()
+        assert torch.equal(torch.compile(network, fullgraph=True, backend="eager")(x), stock(x))
+
+
+@pytest.mark.parametrize("interpreting", [False, True])
+def test_a_container_may_leave_the_cpu(interpreting, on_cpu, monkeypatch):
+    class Move(nn.Module):
+        def forward(self, x):
+            return x.to("meta")
+
+    monkeypatch.setattr(backend, "INTERPRETING", interpreting)
+    network = FusedSequential(
+        nn.Conv2d(3, 4, 3), Move(), nn.Conv2d(4, 5, 3, device="meta"), nn.ReLU()
+    )
+    y = network(torch.randn(2, 3, 8, 8))
+    assert y.device.type == "meta"
+    assert y.shape == (2, 5, 4, 4)
 
 
 @pytest.mark.parametrize("shape", [PRODUCT, PHASES, UNFOLDED], ids=["product", "phases", "unfold"])

@@ -112,6 +112,23 @@ def norm_backward(channels, batch, size, groups, dtype, need_dz=True, training=T
     norm.norm_backward(z, z, vectors, training=training, need_dz=need_dz, **options)
 
 
+def norm_of_images(channels, batch, size, span, dtype, contiguous):
+    """Of each image by itself, every `span` channels sharing statistics, forward and backward."""
+    z = image(batch, channels, size, dtype)
+    z = z.contiguous() if contiguous else z
+    vector = torch.rand(channels)
+    statistics = norm.statistics_of(z, batch)
+    vectors = norm.batch_statistics(statistics, vector, vector, 1e-5, span=span)
+    norm.normalize_activate(z, vectors, "relu", 0.0)
+    options = dict(training=True, need_dz=True, activation="relu", negative_slope=0.0, span=span)
+    norm.norm_backward(z, z, vectors, **options)
+
+
+def known_norm(channels):
+    vector = torch.rand(channels)
+    norm.known_statistics(vector, vector, vector, vector, 1e-5, torch.float32)
+
+
 def many_parts(parts, channels, groups, repeat):
     """Statistics in more parts than one program combines."""
     count = torch.ones(groups * parts // repeat)
@@ -145,6 +162,8 @@ HALF, FLOAT, DOUBLE = torch.bfloat16, torch.float32, torch.float64
 # The kernels that must meet masked lanes, and the call.
 NORM = {"tile_statistics", "batch_statistics", "normalize_activate"}
 BACKWARD = NORM | {"norm_backward_reduce", "norm_backward"}
+# Vectors are made by another kernel, and so are the sums that a program reads.
+SHARED = (BACKWARD - {"batch_statistics"}) | {"shared_statistics", "shared_sums"}
 SAMPLING = {"reparameterize", "reparameterize_backward"}
 LOSS = {"logit_loss", "logit_loss_backward"}
 CASES = (
@@ -155,6 +174,11 @@ CASES = (
     (BACKWARD, norm_backward, (3, 1, (1, 2), 1, DOUBLE)),
     (BACKWARD, norm_backward, (24, 2, (9, 9), 2, FLOAT, True, False)),
     (BACKWARD - {"norm_backward"}, norm_backward, (5, 3, (9, 9), 1, FLOAT, False)),
+    (BACKWARD, norm_of_images, (5, 3, (7, 9), 1, FLOAT, True)),
+    (BACKWARD, norm_of_images, (70, 2, (3, 5), 1, HALF, True)),
+    (SHARED, norm_of_images, (6, 3, (7, 9), 3, FLOAT, True)),
+    (SHARED, norm_of_images, (70, 2, (9, 9), 35, HALF, False)),
+    ({"known_statistics"}, known_norm, (70,)),
     ({"combine_statistics", "batch_statistics"}, many_parts, (601, 3, 2, 1)),
     ({"combine_statistics", "batch_statistics"}, many_parts, (1026, 40, 1, 3)),
     ({"activation_backward_from_output"}, lambda y: norm.activation_backward(y, y, "tanh", 0.0),

@@ -372,6 +372,25 @@ def test_report_notes_weights_that_are_copied(device):
         assert not accelerate(model).notes
 
 
+def test_channels_last_on_request(device):
+    """Weights of 4 dimensions, their gradients and nothing else; the optimizer's stay the same."""
+    stock = nn.Sequential(generator(), nn.Conv3d(2, 3, 2)).to(device)
+    model = copy.deepcopy(stock)
+    parameters = list(model.parameters())
+    first = model[0][0].weight
+    first.grad = torch.ones_like(first)
+    report = accelerate(model, channels_last=True)
+    assert all(map(lambda a, b: a is b, parameters, model.parameters()))
+    for name, weight in model.state_dict().items():
+        assert torch.equal(weight, stock.state_dict()[name])
+        if weight.dim() == 4:
+            assert weight.is_contiguous(memory_format=torch.channels_last)
+    assert first.grad.is_contiguous(memory_format=torch.channels_last)
+    assert not any("not channels_last" in note for note in report.notes)
+    accelerate(stock)
+    assert not stock[0][0].weight.is_contiguous(memory_format=torch.channels_last)
+
+
 @pytest.mark.parametrize(
     ("architecture", "rounding", "dtype", "noted"),
     [

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks import dropin, networks
 from benchmarks.model.cost import GPUS
 from benchmarks.model.prediction import predict
 from benchmarks.model.report import totals
@@ -40,6 +41,15 @@ def test_speeds_of_the_vae_are_what_was_measured():
     said = re.findall(r"at\s+([\d.]+)\s+times", SECTION.split("The VAE of")[1])
     variants = ("genfast", "compile", "genfast/compiled")
     assert said == [f"{float(measured[name]['vs_example']):.2f}" for name in variants]
+
+
+def test_table_of_other_networks_is_what_was_measured():
+    path = re.search(r"\((benchmarks/results/dropin_\S+\.csv)\)", README).group(1)
+    with open(ROOT / path, newline="", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    assert "\n".join(dropin.readme_table(rows)) in README
+    assert rows[0]["machine"].split(",")[0] in README
+    assert {row["network"] for row in rows} == {network.name for network in networks.NETWORKS}
 
 
 def test_files_that_the_readme_names_exist():

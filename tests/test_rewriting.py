@@ -187,7 +187,7 @@ def test_on_a_cpu_the_layers_run_themselves(name, chains, monkeypatch):
     stock = make()
     model = copy.deepcopy(stock)
     accelerate(model)
-    monkeypatch.setattr("genfast.calls.INTERPRETING", False)
+    monkeypatch.setattr("genfast.nn.kernels_run_on_cpu", lambda: False)
     monkeypatch.setattr("genfast.cpu.may_gain", lambda layer, x: False)
     x = torch.randn(shape)
     assert torch.equal(model(x), stock(x))
@@ -412,6 +412,23 @@ def test_what_runs_together(forward, sizes, channels_last, device, chains):
     torch.testing.assert_close(*results)
     assert results[0][0].stride() == results[1][0].stride()
     assert chains == sizes
+
+
+@pytest.mark.parametrize("norm", [nn.InstanceNorm2d(2, affine=True), nn.GroupNorm(1, 2)])
+def test_norms_alone_and_after_convolutions(norm, device, chains, started):
+    def forward(self, x):
+        x = F.leaky_relu(self.norm(x), 0.2)
+        return self.act(self.norm(self.conv(F.avg_pool2d(x, 2))))
+
+    stock = type("Written", (Layers,), {"forward": forward})()
+    stock.norm = copy.deepcopy(norm)
+    stock = stock.to(device, torch.float64)
+    model = copy.deepcopy(stock)
+    accelerate(model)
+    x = torch.randn(2, 2, 6, 4, device=device, dtype=torch.float64)
+    torch.testing.assert_close(model(x), stock(x))
+    assert chains == [1]
+    assert len(started) > 3  # Those of the norm alone too.
 
 
 class Everything(nn.Module):

@@ -100,6 +100,24 @@ def norms(batch):
         norm.norm_backward(z, z, vectors, **options)
 
 
+def norms_of_images(batch, span, memory_format):
+    for size in (40, 15, 4):  # The first in parts, fewer of each of more images.
+        z = images(batch, 64, size).contiguous(memory_format=memory_format)
+        statistics = norm.statistics_of(z, batch)
+        vectors = norm.batch_statistics(statistics, None, None, 1e-5, span=span)
+        norm.normalize_activate(z, vectors, "relu", 0.0)
+        options = dict(training=True, need_dz=True, activation="relu", negative_slope=0.0)
+        norm.norm_backward(z, z, vectors, span=span, **options)
+
+
+def contiguous_batches(batch):
+    z = images(batch, 64, 15).contiguous()
+    vectors = norm.batch_statistics(norm.statistics_of(z, 1), None, None, 1e-5)
+    norm.normalize_activate(z, vectors, "relu", 0.0)
+    options = dict(training=True, need_dz=True, activation="relu", negative_slope=0.0)
+    norm.norm_backward(z, z, vectors, **options)
+
+
 def normalising(batch, groups):
     """The products that normalise as they read."""
     n = batch * groups
@@ -178,6 +196,7 @@ def partial_sums(batch):
     "call",
     [
         norms,
+        contiguous_batches,
         partial(normalising, groups=1),
         partial(normalising, groups=2),
         activations,
@@ -199,6 +218,16 @@ def test_any_batch_is_the_same_kernels(call, keys):
     assert known
     for batch in (97, 16, 2, 1, 1000):
         call(batch)
+    assert_no_new(keys, known)
+
+
+@pytest.mark.parametrize("span", [1, 4])
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last], ids=str)
+def test_any_batch_of_images_with_statistics_is_the_same_kernels(span, memory_format, keys):
+    norms_of_images(128, span, memory_format)
+    known = set(keys.found)
+    for batch in (97, 16, 5, 1000):
+        norms_of_images(batch, span, memory_format)
     assert_no_new(keys, known)
 
 

@@ -210,8 +210,23 @@ FORMULAS = {
             "batch_statistics.group": a.groups,
             "_combine.start": _ceil(a.parts, a.BLOCK_P),
         },
-        about=lambda a: f"{a.channels} channels, {a.groups} x {a.parts} parts",
+        about=lambda a: f"{a.channels} channels, {a.groups * a.grid[1]} x {a.parts} parts",
     ),
+    "shared_statistics": Formula(
+        lambda a: {
+            "shared_statistics.start": _ceil(a.parts * a.span, a.BLOCK),
+            "shared_statistics.first": _ceil(a.span, a.BLOCK_C),
+        },
+        about=lambda a: f"{a.channels} channels by {a.span}, {a.grid[1]} x {a.parts} parts",
+    ),
+    "shared_sums": Formula(
+        lambda a: {
+            "shared_sums.start": _ceil(a.parts * a.span, a.BLOCK),
+            "shared_sums.first": _ceil(a.span, a.BLOCK_C),
+        },
+        about=lambda a: f"{a.channels} channels by {a.span}, {a.grid[1]} x {a.parts} parts",
+    ),
+    "known_statistics": Formula(about=lambda a: f"{a.channels} channels"),
     "normalize_activate": Formula(about=_rows_about),
     "norm_backward_reduce": Formula(
         lambda a: {"norm_backward_reduce.step": a.tiles_per_part}, about=_rows_about

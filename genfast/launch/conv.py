@@ -15,6 +15,7 @@ from genfast.launch import (
     logits,
     memory,
     norm,
+    predict,
     start,
     sums,
     tape,
@@ -105,6 +106,48 @@ def wgrad_makes(source_is_big, weight, geometry, images):
     if logits.fits(geometry, c_small, PLAIN):
         return source_is_big
     return from_image.fits(geometry, c_small, c_big, images) and not source_is_big
+
+
+def sums_apart(operation, source, weight, geometry, output_is_read):
+    """Whether sums over each image take less time as a pass of their own than with the product.
+
+    With it no tile may hold pixels of two images, and of a tile of 128 pixels an image of 4 x 4
+    fills an eighth. By the model in `predict`.
+
+    Args:
+        operation: "fprop" or "dgrad".
+        source: (N, C, H, W), what the product reads.
+        weight, geometry: of the convolution.
+        output_is_read: whether the pass reads another tensor of the result's size too.
+    """
+    c_small, c_big = weight.shape[:2]
+    architecture = start.architecture(source)
+    if source.shape[0] == 1:
+        return False
+    size = geometry.small
+    if operation == "dgrad":
+        size = tuple(map(tiles.ceil_div, geometry.big, geometry.stride))
+    problem = _problem(operation, source, geometry, c_small, c_big, True)
+    config = tiles.gemm_config(architecture, problem)
+    # A smaller last batch goes the same way.
+    images = tiles.representative(source.shape[0])
+    problem = replace(problem, images=images)
+    if config.library:
+        return True
+    box = tiles.box(config.block_n, *size)
+    alone, together = (
+        tiles.pixel_tiles((n, *size), config.block_n, box if config.descriptors else None)
+        for n in (1, images)
+    )
+    if images * alone == together:
+        return False
+    chip = predict.chip(architecture)
+    grown = replace(problem, images=tiles.ceil_div(images * images * alone, together))
+    plain = replace(problem, statistics=False)
+    channels, sides = (c_small, geometry.small) if operation == "fprop" else (c_big, geometry.big)
+    read = images * channels * math.prod(sides) * problem.itemsize * (1 + output_is_read)
+    of_pass = predict.LAUNCH + read / chip.bandwidth
+    return predict.cycles(config, plain, chip) + of_pass < predict.cycles(config, grown, chip)
 
 
 def _wgrad(big, small, geometry, config=None):
@@ -319,20 +362,8 @@ def _config(operation, tensor, geometry, c_small, c_big, epilogue, config, run):
 
     config: it, where it is chosen already, or None: run(config) then computes the product by one.
     """
-    if geometry.is_product:
-        geometry, c_big = _FLAT, c_big * geometry.taps
-    problem = tiles.Problem(
-        operation=operation,
-        precision="half" if tensor.element_size() == 2 else start.precision(tensor),
-        statistics=epilogue.groups > 0 or epilogue.sums_per_channel > 0,
-        c_small=c_small,
-        c_big=c_big,
-        small=geometry.small,
-        big=geometry.big,
-        kernel_size=geometry.kernel_size,
-        stride=geometry.stride,
-        images=tensor.shape[0],
-    )
+    statistics = epilogue.groups > 0 or epilogue.sums_per_channel > 0
+    problem = _problem(operation, tensor, geometry, c_small, c_big, statistics)
     architecture = start.architecture(tensor)
     if problem.images * max(map(math.prod, (geometry.small, geometry.big))) >= _PIXEL_LIMIT:
         config = tiles.LIBRARY
@@ -341,6 +372,24 @@ def _config(operation, tensor, geometry, c_small, c_big, epilogue, config, run):
     if operation != "wgrad" or config.library:
         return config, 1
     return config, tiles.splits(architecture, problem, config)
+
+
+def _problem(operation, tensor, geometry, c_small, c_big, statistics):
+    """The `Problem` of a product, one of whose operands is the tensor."""
+    if geometry.is_product:
+        geometry, c_big = _FLAT, c_big * geometry.taps
+    return tiles.Problem(
+        operation=operation,
+        precision="half" if tensor.element_size() == 2 else start.precision(tensor),
+        statistics=statistics,
+        c_small=c_small,
+        c_big=c_big,
+        small=geometry.small,
+        big=geometry.big,
+        kernel_size=geometry.kernel_size,
+        stride=geometry.stride,
+        images=tensor.shape[0],
+    )
 
 
 def _collapse(big, small, geometry):

@@ -1,4 +1,8 @@
-"""Batch norm around a convolution: its statistics, normalise + activate, and the backward."""
+"""Batch, instance and group norm: statistics, normalise + activate, and the backward.
+
+Tensors are channels_last, which the kernels around them read, or contiguous as PyTorch's are; what
+is made of one lies as it does. Any other is copied into channels_last.
+"""
 
 from dataclasses import dataclass
 
@@ -18,6 +22,10 @@ _STATISTICS_CHUNK = 512
 # Every program of `norm_backward` adds up to this many parts of two sums itself; for more of them
 # a kernel of their own is less work.
 _PARTS_ADDED_BY_ALL = 64
+# One of them also adds the sums of so many groups, one after the other; for more a kernel does.
+_GROUPS_IN_TURN = 4
+# One program of `shared_statistics` combines so many parts of channels, some at a time.
+_SHARED_CHUNK = 2**14
 
 
 @dataclass(frozen=True)
@@ -36,21 +44,36 @@ class TileStatistics:
 
 
 def batch_statistics(
-    statistics, gamma, beta, eps, running_mean=None, running_var=None, momentum=0.0, counter=None
+    statistics,
+    gamma,
+    beta,
+    eps,
+    running_mean=None,
+    running_var=None,
+    momentum=0.0,
+    counter=None,
+    *,
+    span=1,
 ):
     """Combine `TileStatistics` into `vectors` (groups, 5, channels), for normalising by the batch.
 
     Running statistics, where given, move in place by `momentum`, once for each group in turn; the
     counter of batches, an int64 scalar on the device, by the number of groups.
+
+    With a `span` above 1 every so many channels in a row share statistics, and nothing moves.
     """
-    statistics = _combine_chunks(statistics)
+    if span > 1:
+        return _shared_statistics(statistics, gamma, beta, eps, span)
+    statistics = _combine_chunks(statistics, _STATISTICS_CHUNK)
     parts, channels, groups = _parts(statistics)
     vectors = statistics.mean.new_empty((groups, 5, channels))
     # The kernel steps through memory one by one; what it wrote into a copy goes back.
     running = [memory.dense(t, vectors) for t in (running_mean, running_var)]
+    # What moves does so in the order of the groups, which else are as many programs.
+    in_turn = groups if running_mean is not None or counter is not None else 1
     tape.start(
         kernels.batch_statistics,
-        (tiles.ceil_div(channels, _statistics_block(channels)),),
+        (tiles.ceil_div(channels, _statistics_block(channels)), groups // in_turn),
         count_ptr=statistics.count,
         mean_ptr=statistics.mean,
         m2_ptr=statistics.m2,
@@ -60,7 +83,7 @@ def batch_statistics(
         running_mean_ptr=running[0],
         running_var_ptr=running[1],
         counter_ptr=counter if counter is not None else vectors,
-        groups=groups,
+        groups=in_turn,
         parts=parts,
         channels=channels,
         parts_per_count=statistics.repeat,
@@ -70,7 +93,7 @@ def batch_statistics(
         HAS_BETA=beta is not None,
         HAS_RUNNING=running_mean is not None,
         HAS_COUNTER=counter is not None,
-        BLOCK_P=128,
+        BLOCK_P=128 if groups <= _GROUPS_IN_TURN else 32,  # An image has few parts.
         BLOCK_C=_statistics_block(channels),
     )
     for given, dense in zip((running_mean, running_var), running, strict=True):
@@ -79,10 +102,63 @@ def batch_statistics(
     return vectors
 
 
-def _combine_chunks(statistics):
-    """The same statistics in few enough parts for one program to combine."""
+def _shared_statistics(statistics, gamma, beta, eps, span):
+    statistics = _combine_chunks(statistics, max(1, _SHARED_CHUNK // span))
     parts, channels, groups = _parts(statistics)
-    while parts > _STATISTICS_CHUNK:
+    vectors = statistics.mean.new_empty((groups, 5, channels))
+    tape.start(
+        kernels.shared_statistics,
+        (channels // span, groups),
+        count_ptr=statistics.count,
+        mean_ptr=statistics.mean,
+        m2_ptr=statistics.m2,
+        vectors_ptr=vectors,
+        gamma_ptr=memory.dense(gamma, vectors),
+        beta_ptr=memory.dense(beta, vectors),
+        parts=parts,
+        channels=channels,
+        span=span,
+        parts_per_count=statistics.repeat,
+        eps=eps,
+        HAS_GAMMA=gamma is not None,
+        HAS_BETA=beta is not None,
+        **_shared_blocks(span),
+    )
+    return vectors
+
+
+def _shared_blocks(span):
+    """The tile of parts and channels that share statistics. The number of parts has no say."""
+    # A span of few channels is little work for a program, and there are many of them.
+    block, warps = (256, 1) if span <= 32 else (1024, 4)
+    return dict(BLOCK=block, BLOCK_C=min(256, tiles.power_of_two(span)), num_warps=warps)
+
+
+def known_statistics(running_mean, running_var, gamma, beta, eps, dtype):
+    """`vectors` (1, 5, channels) of a dtype, as `batch_statistics` gives them, of known ones."""
+    channels = len(running_mean)
+    vectors = torch.empty((1, 5, channels), dtype=dtype, device=running_mean.device)
+    tape.start(
+        kernels.known_statistics,
+        (tiles.ceil_div(channels, 128),),
+        running_mean_ptr=running_mean.contiguous(),
+        running_var_ptr=running_var.contiguous(),
+        gamma_ptr=memory.dense(gamma, vectors),
+        beta_ptr=memory.dense(beta, vectors),
+        vectors_ptr=vectors,
+        channels=channels,
+        eps=eps,
+        HAS_GAMMA=gamma is not None,
+        HAS_BETA=beta is not None,
+        BLOCK_C=128,
+    )
+    return vectors
+
+
+def _combine_chunks(statistics, most):
+    """The same statistics in at most so many parts of each group."""
+    parts, channels, groups = _parts(statistics)
+    while parts > most:
         chunks = tiles.ceil_div(parts, _STATISTICS_CHUNK)
         mean, m2 = (statistics.mean.new_empty((groups * chunks, channels)) for _ in range(2))
         count = statistics.mean.new_empty(groups * chunks)
@@ -116,24 +192,47 @@ def _statistics_block(channels):
     return min(32, tiles.power_of_two(channels))
 
 
-def normalize_activate(z, vectors, activation, negative_slope):
-    """act((z - mean) * scale + shift): (N, C, H, W) to the same, channels_last."""
-    z = memory.nhwc(z)
-    y = memory.channels_last(z.shape, z)
-    grid, rows, tile = passes.elementwise(z, vectors.shape[0])
+def normalize_activate(z, vectors, activation, negative_slope, dtype=None):
+    """act((z - mean) * scale + shift): (N, C, H, W) to the same, in z's dtype unless another is
+    given."""
+    z, planes = _as_read(z)
+    y = _empty_like(z, planes, dtype)
+    grid, matrix = passes.elementwise(z, vectors.shape[0], planes)
     tape.start(
         kernels.normalize_activate,
         grid,
         z_ptr=z,
         vectors_ptr=vectors,
         y_ptr=y,
-        rows=rows,
-        channels=z.shape[3],
         negative_slope=negative_slope,
         ACTIVATION=activation,
-        **tile,
+        **matrix,
     )
     return y
+
+
+def _as_read(z):
+    """z (N, C, H, W) as kernels read it, dense: NHWC, or NCHW; and whether that."""
+    # Of one channel, or one pixel, both are the same memory. Offsets in an image are 32-bit.
+    planes = (
+        z.is_contiguous()
+        and not z.is_contiguous(memory_format=torch.channels_last)
+        and z.numel() < z.shape[0] * 2**31
+    )
+    return (z, True) if planes else (memory.nhwc(z), False)
+
+
+def _empty_like(z, planes, dtype=None):
+    """(N, C, H, W) that lies as z does, which `_as_read` gave."""
+    if planes:
+        return torch.empty_like(z, dtype=dtype)
+    n, h, w, c = z.shape
+    return torch.empty(
+        (n, c, h, w),
+        dtype=dtype or z.dtype,
+        device=z.device,
+        memory_format=torch.channels_last,
+    )
 
 
 def reading(source, vectors):
@@ -152,7 +251,18 @@ def reading(source, vectors):
 
 
 def norm_backward(
-    dy, z, vectors, *, training, need_dz, activation, negative_slope, partials=None, want_y=False
+    dy,
+    z,
+    vectors,
+    *,
+    training,
+    need_dz,
+    activation,
+    negative_slope,
+    partials=None,
+    want_y=False,
+    need_total=True,
+    span=1,
 ):
     """The backward of `normalize_activate` and, in training, of the statistics in `vectors`.
 
@@ -165,39 +275,72 @@ def norm_backward(
             u, and of g * xhat; or None: a pass of its own computes them.
         want_y: whether y is wanted too, which takes a writing less than another pass; needs
             `need_dz`.
+        need_total: whether the gradients of beta and gamma are wanted.
+        span: as in `batch_statistics`, in training.
 
     Returns:
-        dz (N, C, H, W), None unless `need_dz`; (2, C): the gradients of beta and of gamma; and y,
-        None unless `want_y`.
+        dz (N, C, H, W), None unless `need_dz`; (2, C): the gradients of beta and of gamma, None
+        unless `need_total`; and y, None unless `want_y`.
     """
-    grid, common = _backward(dy, z, vectors, activation, negative_slope)
+    grid, common, (lies, planes) = _backward(dy, z, vectors, activation, negative_slope)
     at_norm = partials is not None
-    if not at_norm:
+    if not at_norm and (need_total or (need_dz and training)):
         partials = _backward_sums(grid, common)
-    channels = common["channels"]
-    total = vectors.new_empty((2, channels))
-    if not need_dz:
+    channels, groups = common["channels"], len(vectors)
+    total = vectors.new_empty((2, channels)) if need_total else None
+    # What a pass over all groups adds up it does so in turn.
+    alone = need_total and (not need_dz or groups > _GROUPS_IN_TURN or span > 1)
+    if alone:
         sums.sum_partials(partials.flatten(0, 1), total)
+    if not need_dz:
         return None, total, None
-    partials = sums.in_fewer_parts(partials, _PARTS_ADDED_BY_ALL)
-    dz = torch.empty_like(z, memory_format=torch.channels_last)
+    if partials is None:  # Nobody reads sums.
+        partials = vectors.view(groups, 1, -1)
+    elif span > 1:
+        partials = _shared_sums(partials, vectors, common["rows"], span)
+    else:
+        # Tiles of contiguous memory have fewer channels, so that more programs add the same.
+        partials = sums.in_fewer_parts(partials, max(1, _PARTS_ADDED_BY_ALL >> planes))
+    dz = _empty_like(lies, planes)
     y = torch.empty_like(dz) if want_y else None
     tape.start(
         kernels.norm_backward,
         grid,
         sums_ptr=partials,
-        total_ptr=total,
+        total_ptr=total if need_total else vectors,
         dz_ptr=dz,
         y_ptr=y if want_y else dz,
         parts=partials.shape[1],
-        groups=partials.shape[0],
+        groups=groups,
         TRAINING=training,
+        SHARED=span > 1,
         AT_NORM=at_norm,
         WRITES_Y=want_y,
+        WRITES_TOTAL=need_total and not alone,
         BLOCK_P=16,
         **common,
     )
     return dz, total, y
+
+
+def _shared_sums(partials, vectors, rows, span):
+    """(groups, 1, 2 * channels): see `kernels.norm.shared_sums`."""
+    groups, _, channels = vectors.shape
+    partials = sums.in_fewer_parts(partials, max(1, _SHARED_CHUNK // span))
+    out = vectors.new_empty((groups, 1, 2 * channels))
+    tape.start(
+        kernels.shared_sums,
+        (channels // span, groups),
+        sums_ptr=partials,
+        vectors_ptr=vectors,
+        out_ptr=out,
+        rows=rows,
+        parts=partials.shape[1],
+        channels=channels,
+        span=span,
+        **_shared_blocks(span),
+    )
+    return out
 
 
 def backward_sums(g, z, vectors):
@@ -207,7 +350,8 @@ def backward_sums(g, z, vectors):
         g, z: (N, C, H, W); z is what the norm took.
         vectors: (groups, 5, channels).
     """
-    return _backward_sums(*_backward(g, z, vectors, "identity", 0.0))
+    grid, common, _ = _backward(g, z, vectors, "identity", 0.0)
+    return _backward_sums(grid, common)
 
 
 def _backward_sums(grid, common):
@@ -227,19 +371,19 @@ def _backward_sums(grid, common):
 
 
 def _backward(dy, z, vectors, activation, negative_slope):
-    """The grid of a pass over a gradient and z, and the arguments that the passes share."""
-    dy, z = memory.nhwc(dy), memory.nhwc(z)
-    grid, rows, tile = passes.elementwise(z, vectors.shape[0])
-    return grid, dict(
+    """The grid of a pass over a gradient and z, the arguments that passes share, and `_as_read`."""
+    z, planes = _as_read(z)
+    dy = dy.contiguous() if planes else memory.nhwc(dy)
+    grid, matrix = passes.elementwise(z, vectors.shape[0], planes)
+    common = dict(
         dy_ptr=dy,
         z_ptr=z,
         vectors_ptr=vectors,
-        rows=rows,
-        channels=z.shape[3],
         negative_slope=negative_slope,
         ACTIVATION=activation,
-        **tile,
+        **matrix,
     )
+    return grid, common, (z, planes)
 
 
 def activation_backward(dy, y, activation, negative_slope):
@@ -264,10 +408,10 @@ def activation_backward(dy, y, activation, negative_slope):
 
 
 def statistics_of(z, groups):
-    """`TileStatistics` of a channels_last tensor, by a pass over it."""
-    z = memory.nhwc(z)
-    channels = z.shape[3]
-    grid, rows, tile = passes.elementwise(z, groups)
+    """`TileStatistics` of a tensor (N, C, H, W), by a pass over it."""
+    z, planes = _as_read(z)
+    grid, matrix = passes.elementwise(z, groups, planes)
+    channels = matrix["channels"]
     tiles_per_part = tiles.ceil_div(grid[0], passes.parts_of_pass(z, grid))
     parts = tiles.ceil_div(grid[0], tiles_per_part)
     dtype = start.acc_dtype(z.dtype)
@@ -280,9 +424,7 @@ def statistics_of(z, groups):
         count_ptr=count,
         mean_ptr=mean,
         m2_ptr=m2,
-        rows=rows,
-        channels=channels,
         tiles_per_part=tiles_per_part,
-        **tile,
+        **matrix,
     )
     return TileStatistics(count, mean, m2, 1, groups)

@@ -6,6 +6,10 @@ import torch
 
 from genfast.launch import from_image, norm
 
+# So few groups, or as many pixels in each of them, and a tile hardly ever meets two.
+_FEW_GROUPS = 4
+_MANY_PIXELS = 1024
+
 
 @dataclass
 class Operand:
@@ -76,7 +80,11 @@ class Output:
     def is_made_reading(self):
         """Whether kernels that can make y as they read `value` should."""
         # Exponentials take longer than memory does, in each of the programs that read an element.
-        return self.vectors is not None and self.activation not in ("tanh", "sigmoid")
+        if self.vectors is None or self.activation in ("tanh", "sigmoid"):
+            return False
+        # A program makes all of its elements anew for each group that it meets.
+        groups, (n, _, h, w) = len(self.vectors), self.value.shape
+        return groups <= _FEW_GROUPS or n // groups * h * w >= _MANY_PIXELS
 
     def as_read(self):
         """As `Operand.as_read`."""
@@ -90,13 +98,13 @@ class Output:
         """As `as_read`: to normalise is all there is to do."""
         return self.as_read()
 
-    def tensor(self):
-        """y (N, C, H, W), channels_last; made once."""
+    def tensor(self, dtype=None):
+        """y (N, C, H, W), channels_last; made once, in the dtype of `value` or of one asked for."""
         if self.vectors is None:
             return self.value
         if self._tensor is None:
             self._tensor = norm.normalize_activate(
-                self.value, self.vectors, self.activation, self.negative_slope
+                self.value, self.vectors, self.activation, self.negative_slope, dtype
             )
         return self._tensor
 

@@ -15,14 +15,39 @@ def programs(tensor, each):
     return each * predict.chip(start.architecture(tensor)).multiprocessors
 
 
-def elementwise(x, groups):
-    """Grid, rows of a group and tile for one pass over an NHWC tensor as groups of [rows, C]."""
-    channels = x.shape[3]
-    block_c = min(64, tiles.power_of_two(channels))
-    block_r = 64 if INTERPRETING else 4096 // block_c
-    rows = x.numel() // (channels * groups)
-    grid = (tiles.ceil_div(rows, block_r), tiles.ceil_div(channels, block_c), groups)
-    return grid, rows, dict(BLOCK_R=block_r, BLOCK_C=block_c)
+def elementwise(x, groups, planes=False):
+    """Grid, and arguments that say what lies where, for one pass over groups of [rows, C].
+
+    Args:
+        x: NHWC, or with `planes` NCHW; dense.
+        groups: equal parts of the batch.
+    """
+    channels = x.shape[1] if planes else x.shape[3]
+    count = x.numel() // (channels * groups)
+    pixels = x.numel() // (x.shape[0] * channels)
+    if planes:
+        # Along the pixels of a channel memory is contiguous, and from one channel to the next.
+        block_r, block_c = (32, 16) if INTERPRETING else (512, 64)
+        block_r = min(block_r, max(16, tiles.power_of_two(pixels)))
+        # Elements that are loaded one by one have an address each, which fill the registers.
+        elements = 2048 if pixels % 4 else 4096
+        block_c = min(block_c, elements // block_r, tiles.power_of_two(channels))
+        rows_of_tiles = count // pixels * tiles.ceil_div(pixels, block_r)
+    else:
+        block_c = min(64, tiles.power_of_two(channels))
+        block_r = 64 if INTERPRETING else 4096 // block_c
+        if 1 < groups == x.shape[0]:  # Of whole images a batch does not change the rows.
+            block_r = min(block_r, max(16, tiles.power_of_two(pixels)))
+        rows_of_tiles = tiles.ceil_div(count, block_r)
+    grid = (rows_of_tiles, tiles.ceil_div(channels, block_c), groups)
+    return grid, dict(
+        rows=count,
+        channels=channels,
+        pixels=pixels if planes else 1,
+        PLANES=planes,
+        BLOCK_R=block_r,
+        BLOCK_C=block_c,
+    )
 
 
 def parts_of_pass(x, grid):

@@ -257,9 +257,14 @@ def splits(architecture, problem, config):
     """In how many parts a configuration cuts wgrad's reduction: see `predict.splits`."""
     if config.splits:
         return config.splits
-    batches = _like(problem.images)
-    like = replace(problem, images=batches[len(batches) // 2])
+    like = replace(problem, images=representative(problem.images))
     return predict.splits(config, like, predict.chip(architecture))
+
+
+def representative(images):
+    """A batch that stands for all that share tiles with one of so many images."""
+    batches = _like(images)
+    return batches[len(batches) // 2]
 
 
 def nearest(batches, images):

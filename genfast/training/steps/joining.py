@@ -58,7 +58,7 @@ def _first_block(discriminator):
     for module in discriminator.modules():
         if isinstance(module, FusedSequential) and len(module):
             run = first_run(module)
-            if run.fused:
+            if run.fused and run.is_block:
                 return run.block()
         elif not any(module.children()):
             return None

@@ -7,6 +7,7 @@ these if they run the same forward.
 import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.instancenorm import _InstanceNorm
 from torch.nn.utils import parametrizations, parametrize
 
 from genfast.models import VAE, ConvVAE, DCGANDiscriminator, DCGANGenerator
@@ -52,6 +53,8 @@ def runs_as(module, kind):
 
 def treats_images_one_by_one(module):
     """Whether it is known to; a batch norm does within `genfast.nn.statistics_groups`."""
+    if runs_as(module, _InstanceNorm):
+        return not module.track_running_stats
     return runs_as(module, _BatchNorm) or _forward_of(module) in _ONE_BY_ONE
 
 

@@ -414,22 +414,28 @@ BUGS = (
     Bug(
         "the groups swap their statistics",
         "kernels/norm.py",
-        "out = vectors_ptr + group * 5 * channels + c",
-        "out = vectors_ptr + (groups - 1 - group) * 5 * channels + c",
+        """eps)
+        out = vectors_ptr + tl.cast(group, tl.int64) * 5 * channels + c""",
+        """eps)
+        out = vectors_ptr + (2 * first_group + groups - 1 - group) * 5 * channels + c""",
         "test_blocks.py::test_groups",
     ),
     Bug(
         "the running variance divides by n",
         "kernels/norm.py",
-        "m2 / (count - 1.0)",
-        "m2 / count",
+        """m2 / tl.maximum(count - 1.0, 1.0)
+        rstd""",
+        """m2 / count
+        rstd""",
         STRIDED,
     ),
     Bug(
         "eps is forgotten",
         "kernels/norm.py",
-        "m2 / count + eps",
-        "m2 / count",
+        """m2 / count + eps)
+        out = vectors_ptr""",
+        """m2 / count)
+        out = vectors_ptr""",
         STRIDED,
     ),
     Bug(

@@ -28,8 +28,13 @@ _MOST_PIXELS_UNFOLDED = 16
 _MOST_PHASE_CHANNELS = 16
 
 
+def looks_for_bfloat16():
+    """Asks PyTorch what `has_bfloat16` knows."""
+    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+
+
 # To ask takes as long as the rest of the look at a layer.
-_HAS_BFLOAT16 = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+_HAS_BFLOAT16 = looks_for_bfloat16()
 
 
 def has_bfloat16():

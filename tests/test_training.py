@@ -16,7 +16,7 @@ from PIL import Image
 from torch import nn
 from torch.nn.utils.parametrizations import spectral_norm
 
-from genfast import use_backend
+from genfast import cpu, use_backend
 from genfast.models import GAN, VAE, ConvVAE, DCGANDiscriminator, DCGANGenerator
 from genfast.training import GANStep, VAEStep
 from genfast.training.data import Batches, batches, normalize, sources
@@ -238,7 +238,8 @@ def test_steps_that_cannot_be():
     for wrong, message in (
         (dict(precision="tf32"), "expected tf32 on an NVIDIA GPU from Ampere on, got it on cpu"),
         (dict(capture=True), "only a GPU has graphs"),
-        (dict(loss="hinge"), "expected a loss among"),
+        (dict(loss="hing"), "expected a loss among"),
+        (dict(ema=1.0), "expected ema to be a number from 0 to below 1"),
     ):
         with pytest.raises(ValueError, match=message):
             GANStep(*_dcgan(), **wrong)
@@ -291,6 +292,7 @@ def test_precision_auto(monkeypatch):
     for avx512, amx, expected in ((0, 0, "fp32"), (1, 0, "bf16"), (0, 1, "bf16")):
         monkeypatch.setattr("torch.cpu._is_avx512_bf16_supported", lambda v=avx512: bool(v))
         monkeypatch.setattr("torch.cpu._is_amx_tile_supported", lambda v=amx: bool(v))
+        monkeypatch.setattr(cpu, "has_bfloat16", cpu.looks_for_bfloat16)
         assert resolve_precision("auto", CPU) == expected
     assert resolve_precision("fp32", CPU) == "fp32"
     with pytest.raises(ValueError, match="expected a precision among .*, got 'fp8'"):

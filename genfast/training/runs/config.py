@@ -45,8 +45,8 @@ NOTED = ("num_images", "checksum", "channels")
 
 @dataclass(frozen=True)
 class Config:
-    """The settings of a run. `ngf`, `ndf` and `loss` are None for models that have none, `ema`
-    where no average is kept.
+    """The settings of a run. `ngf` and `ndf` are None for models that have none, `loss` for those
+    and for the non-saturating one, `ema` where no average is kept.
 
     `num_images` and `checksum` tell the images of a run from others. `background` is None for runs
     begun when the transparency of images was dropped. BadInput if a setting is not what `RULES`
@@ -77,7 +77,7 @@ class Config:
         known = _settings_of(settings.pop("model"))
         for name in (*NOTED, "data"):
             _check_setting(name, settings.pop(name))
-        optional = {"ngf", "ndf", "loss"} - known | {"background", "ema"}
+        optional = {"ngf", "ndf"} - known | {"background", "ema", "loss"}
         check_settings(
             self.model, {k: v for k, v in settings.items() if v is not None or k not in optional}
         )
@@ -286,7 +286,7 @@ def build_step(config, device):
         generator,
         discriminator,
         latent_shape=generator.latent_shape,
-        loss=config.loss,
+        loss=config.loss or _ONCE["loss"],
         ema=config.ema,
         optimizers=(_adam(generator, config), _adam(discriminator, config)),
         precision=config.precision,

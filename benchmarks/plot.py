@@ -55,9 +55,14 @@ def plot(path):
 
 def main():
     """Draw every CSV of throughputs there is."""
-    paths = [Path(name) for name in sys.argv[1:]] or sorted(RESULTS.glob("throughput_*.csv"))
+    draw_all("throughput", plot)
+
+
+def draw_all(benchmark, plot):
+    """Draw the CSVs that the command line names, or else all of a benchmark."""
+    paths = [Path(name) for name in sys.argv[1:]] or sorted(RESULTS.glob(f"{benchmark}_*.csv"))
     if not paths:
-        sys.exit(f"expected throughput_*.csv in {RESULTS}, found none: run benchmarks.throughput")
+        sys.exit(f"expected {benchmark}_*.csv in {RESULTS}, found none: run benchmarks.{benchmark}")
     for path in paths:
         print(plot(path))
 

@@ -1,13 +1,13 @@
 """The picture of the drop-in benchmark: python -m benchmarks.plot_dropin draws its CSVs."""
 
 import csv
-import sys
 from pathlib import Path
 
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
-RESULTS = Path(__file__).parent / "results"
+from benchmarks.plot import draw_all
+
 OURS, COMPILED, TEXT = "#d1495b", "#8d99ae", "#2b2d42"
 _HEIGHT = 0.38
 
@@ -84,11 +84,7 @@ def _bar(axes, y, row, prefix, colour):
 
 def main():
     """Draw every CSV of the drop-in benchmark there is."""
-    paths = [Path(name) for name in sys.argv[1:]] or sorted(RESULTS.glob("dropin_*.csv"))
-    if not paths:
-        sys.exit(f"expected dropin_*.csv in {RESULTS}, found none: run benchmarks.dropin")
-    for path in paths:
-        print(plot(path))
+    draw_all("dropin", plot)
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ import torch
 from genfast import autograd, cpu, layout, operators, reference
 from genfast.backend import INTERPRETING, selected_backend, why_device_cannot_run_triton
 from genfast.geometry import ConvGeometry, pair
-from genfast.launch import from_image
+from genfast.launch import from_image, tape
 
 # Half precision needs fp32 accumulation and float64 an fp64 matrix product, which GPUs' tensor
 # cores offer too unevenly for one kernel; the interpreter does not care.
@@ -297,7 +297,8 @@ def chain(x, blocks, memory_format=None):
         tensors = [t for block in blocks for t in _tensors_of(block)]
         for i in plan.weights_enter:
             tensors[i] = layout.enter(tensors[i])
-        if plan.x_enters and not _lies_padded(x, plan.kinds[0]):
+        first = plan.kinds[0]
+        if plan.x_enters and (first.transposed or not from_image.lies_padded(x, first.geometry)):
             x = layout.enter(x)
         x = autograd.chain(x, plan.kinds, tensors, blocks[-1].inplace, plan.look)
     else:
@@ -357,9 +358,8 @@ def _plan_of(x, blocks, memory_format):
     if plan is None:
         plan = _plan(x, blocks, memory_format)
         if plan.ways == {"triton"}:
-            if len(_plans) >= _MOST_PLANS:
-                _plans.pop(next(iter(_plans)), None)
-            plan = _plans[key] = plan._replace(look=object())
+            plan = plan._replace(look=object())
+            tape.keep(_plans, key, plan, _MOST_PLANS)
     return plan
 
 
@@ -378,11 +378,6 @@ def _key_of(x, blocks, memory_format):
         None if t is None else (type(t), t.shape, t.stride(), t.dtype, t.device) for t in tensors
     ]
     return tuple(found)
-
-
-def _lies_padded(x, kind):
-    few = x.shape[1] <= from_image.CHANNELS and not kind.transposed
-    return few and from_image.lies_padded(x, kind.geometry)
 
 
 def _tensors_of(block):

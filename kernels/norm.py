@@ -143,14 +143,9 @@ def batch_statistics(
     wait_for_previous()
     c, in_c = _channels(tl.program_id(0), channels, BLOCK_C)
     dtype: tl.constexpr = mean_ptr.dtype.element_ty
-    gamma = tl.full((BLOCK_C,), 1.0, dtype=dtype)
-    beta = tl.zeros((BLOCK_C,), dtype=dtype)
+    gamma, beta = _affine(gamma_ptr, beta_ptr, c, in_c, dtype, HAS_GAMMA, HAS_BETA, BLOCK_C)
     running_mean = tl.zeros((BLOCK_C,), dtype=dtype)
     running_var = tl.zeros((BLOCK_C,), dtype=dtype)
-    if HAS_GAMMA:
-        gamma = tl.load(gamma_ptr + c, mask=in_c, other=0.0).to(dtype)
-    if HAS_BETA:
-        beta = tl.load(beta_ptr + c, mask=in_c, other=0.0).to(dtype)
     if HAS_RUNNING:
         running_mean = tl.load(running_mean_ptr + c, mask=in_c, other=0.0).to(dtype)
         running_var = tl.load(running_var_ptr + c, mask=in_c, other=0.0).to(dtype)
@@ -163,11 +158,7 @@ def batch_statistics(
         unbiased_var = m2 / tl.maximum(count - 1.0, 1.0)
         rstd = 1.0 / tl.sqrt(m2 / count + eps)
         out = vectors_ptr + tl.cast(group, tl.int64) * 5 * channels + c
-        tl.store(out + MEAN * channels, mean, mask=in_c)
-        tl.store(out + UNBIASED_VAR * channels, unbiased_var, mask=in_c)
-        tl.store(out + RSTD * channels, rstd, mask=in_c)
-        tl.store(out + SCALE * channels, rstd * gamma, mask=in_c)
-        tl.store(out + SHIFT * channels, beta, mask=in_c)
+        _store_vectors(out, channels, mean, unbiased_var, rstd, gamma, beta, in_c)
         running_mean = running_mean * (1.0 - momentum) + mean * momentum
         running_var = running_var * (1.0 - momentum) + unbiased_var * momentum
     if HAS_RUNNING:
@@ -179,6 +170,31 @@ def batch_statistics(
         # Only the first program's channels hold channel 0.
         first = tl.program_id(0) == 0
         tl.store(counter_ptr, tl.load(counter_ptr) + groups, mask=first)
+
+
+@triton.jit
+def _affine(
+    gamma_ptr, beta_ptr, c, in_c, dtype: tl.constexpr, HAS_GAMMA: tl.constexpr,
+    HAS_BETA: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    """gamma and beta of channels c, where absent 1 and 0."""
+    gamma = tl.full((BLOCK_C,), 1.0, dtype=dtype)
+    beta = tl.zeros((BLOCK_C,), dtype=dtype)
+    if HAS_GAMMA:
+        gamma = tl.load(gamma_ptr + c, mask=in_c, other=0.0).to(dtype)
+    if HAS_BETA:
+        beta = tl.load(beta_ptr + c, mask=in_c, other=0.0).to(dtype)
+    return gamma, beta
+
+
+@triton.jit
+def _store_vectors(out, channels, mean, unbiased_var, rstd, gamma, beta, in_c):
+    """The five rows of a group's vectors, `out` being the first row of the channels meant."""
+    tl.store(out + MEAN * channels, mean, mask=in_c)
+    tl.store(out + UNBIASED_VAR * channels, unbiased_var, mask=in_c)
+    tl.store(out + RSTD * channels, rstd, mask=in_c)
+    tl.store(out + SCALE * channels, rstd * gamma, mask=in_c)
+    tl.store(out + SHIFT * channels, beta, mask=in_c)
 
 
 @triton.jit
@@ -274,20 +290,13 @@ def shared_statistics(
         i = first + tl.arange(0, BLOCK_C)
         in_c = i < span
         c = first_c + in_bounds(i, in_c)
-        gamma = tl.full((BLOCK_C,), 1.0, dtype=dtype)
-        beta = tl.zeros((BLOCK_C,), dtype=dtype)
-        if HAS_GAMMA:
-            gamma = tl.load(gamma_ptr + c, mask=in_c, other=0.0).to(dtype)
-        if HAS_BETA:
-            beta = tl.load(beta_ptr + c, mask=in_c, other=0.0).to(dtype)
+        gamma, beta = _affine(gamma_ptr, beta_ptr, c, in_c, dtype, HAS_GAMMA, HAS_BETA, BLOCK_C)
         out = vectors_ptr + tl.cast(group, tl.int64) * 5 * channels + c
-        all_alike = tl.zeros((BLOCK_C,), dtype=dtype)
-        tl.store(out + MEAN * channels, all_alike + mean, mask=in_c)
         unbiased_var = m2 / tl.maximum(count - 1.0, 1.0)
-        tl.store(out + UNBIASED_VAR * channels, all_alike + unbiased_var, mask=in_c)
-        tl.store(out + RSTD * channels, all_alike + rstd, mask=in_c)
-        tl.store(out + SCALE * channels, rstd * gamma, mask=in_c)
-        tl.store(out + SHIFT * channels, beta, mask=in_c)
+        alike = tl.zeros((BLOCK_C,), dtype=dtype)
+        _store_vectors(
+            out, channels, alike + mean, alike + unbiased_var, alike + rstd, gamma, beta, in_c
+        )
 
 
 @triton.jit(do_not_specialize=["rows", "parts"])
@@ -365,19 +374,10 @@ def known_statistics(
     dtype: tl.constexpr = vectors_ptr.dtype.element_ty
     mean = tl.load(running_mean_ptr + c, mask=in_c, other=0.0).to(dtype)
     var = tl.load(running_var_ptr + c, mask=in_c, other=1.0).to(dtype)
-    gamma = tl.full((BLOCK_C,), 1.0, dtype=dtype)
-    beta = tl.zeros((BLOCK_C,), dtype=dtype)
-    if HAS_GAMMA:
-        gamma = tl.load(gamma_ptr + c, mask=in_c, other=0.0).to(dtype)
-    if HAS_BETA:
-        beta = tl.load(beta_ptr + c, mask=in_c, other=0.0).to(dtype)
+    gamma, beta = _affine(gamma_ptr, beta_ptr, c, in_c, dtype, HAS_GAMMA, HAS_BETA, BLOCK_C)
     rstd = 1.0 / tl.sqrt(var + eps)
     out = vectors_ptr + c
-    tl.store(out + MEAN * channels, mean, mask=in_c)
-    tl.store(out + UNBIASED_VAR * channels, var, mask=in_c)
-    tl.store(out + RSTD * channels, rstd, mask=in_c)
-    tl.store(out + SCALE * channels, rstd * gamma, mask=in_c)
-    tl.store(out + SHIFT * channels, beta, mask=in_c)
+    _store_vectors(out, channels, mean, var, rstd, gamma, beta, in_c)
 
 
 @triton.jit(do_not_specialize=["rows"])

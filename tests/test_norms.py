@@ -16,7 +16,8 @@ from oracle import (
     assert_stable_statistics,
     largest_error,
 )
-from test_chains import chains
+from test_chains import assert_groups_are_calls, chains, fused
+from test_layout import Watched
 from torch import nn
 from torch.autograd import gradcheck, gradgradcheck
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -24,7 +25,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from genfast import functional, reference, use_backend
 from genfast.backend import INTERPRETING
 from genfast.launch import conv, norm, passes, start, tape
-from genfast.nn import FusedSequential, statistics_groups
+from genfast.nn import FusedSequential
 from genfast.training.steps import joining
 from genfast.training.steps.layers import treats_images_one_by_one
 
@@ -363,10 +364,6 @@ def norm_layer(of, channels, **options):
     return {"instance": nn.InstanceNorm2d, "batch": nn.BatchNorm2d}[of](channels, **options)
 
 
-def fused(stock):
-    return FusedSequential(*copy.deepcopy(stock))
-
-
 def randomized(module):
     """With parameters of norms that are not 1 and 0."""
     for m in module.modules():
@@ -485,20 +482,7 @@ def test_no_gradient_that_nobody_wants(network, device):
 
 @EACH
 def test_groups_are_calls(network, device):
-    model = fused(network()).to(device, torch.float64)
-    one, other = copy.deepcopy(model), copy.deepcopy(model)
-    x = torch.randn(2 * SHAPE[0], *SHAPE[1:], dtype=torch.float64, device=device)
-    with statistics_groups(one, 2):
-        together = one(x)
-    dy = torch.randn_like(together)
-    together.backward(dy)
-    parts = [other(part) for part in x.chunk(2)]
-    torch.cat(parts).backward(dy)
-    torch.testing.assert_close(together, torch.cat(parts))
-    for (name, p), q in zip(one.named_parameters(), other.parameters(), strict=True):
-        torch.testing.assert_close(p.grad, q.grad, msg=name)
-    for (name, p), q in zip(one.named_buffers(), other.buffers(), strict=True):
-        torch.testing.assert_close(p, q, msg=name)
+    assert_groups_are_calls(network, SHAPE, device)
 
 
 @EACH
@@ -567,20 +551,6 @@ FORMATS = {
     "contiguous": torch.Tensor.contiguous,
     "channels_last": lambda t: t.contiguous(memory_format=torch.channels_last),
 }
-
-
-class Watched(torch.autograd.Function):
-    """Hands on a tensor as it is, and notes the strides of its gradient."""
-
-    @staticmethod
-    def forward(ctx, x, seen):
-        ctx.seen = seen
-        return x.view_as(x)
-
-    @staticmethod
-    def backward(ctx, dx):
-        ctx.seen.append(dx.stride())
-        return dx, None
 
 
 @pytest.mark.parametrize("convolved", [False, True])

@@ -20,11 +20,14 @@ def nhwc(x):
     return x.permute(0, 2, 3, 1).contiguous()
 
 
-def channels_last(nhwc_shape, like):
+def channels_last(nhwc_shape, like, dtype=None):
     """An empty (N, C, H, W) tensor; no view of another, so that callers may change it in place."""
     n, h, w, c = nhwc_shape
     return torch.empty(
-        (n, c, h, w), dtype=like.dtype, device=like.device, memory_format=torch.channels_last
+        (n, c, h, w),
+        dtype=dtype or like.dtype,
+        device=like.device,
+        memory_format=torch.channels_last,
     )
 
 

@@ -74,23 +74,17 @@ def batch_statistics(
     tape.start(
         kernels.batch_statistics,
         (tiles.ceil_div(channels, _statistics_block(channels)), groups // in_turn),
-        count_ptr=statistics.count,
-        mean_ptr=statistics.mean,
-        m2_ptr=statistics.m2,
         vectors_ptr=vectors,
-        gamma_ptr=memory.dense(gamma, vectors),
-        beta_ptr=memory.dense(beta, vectors),
         running_mean_ptr=running[0],
         running_var_ptr=running[1],
         counter_ptr=counter if counter is not None else vectors,
         groups=in_turn,
         parts=parts,
         channels=channels,
-        parts_per_count=statistics.repeat,
         eps=eps,
         momentum=momentum,
-        HAS_GAMMA=gamma is not None,
-        HAS_BETA=beta is not None,
+        **_tiles(statistics),
+        **_affine(gamma, beta, vectors),
         HAS_RUNNING=running_mean is not None,
         HAS_COUNTER=counter is not None,
         BLOCK_P=128 if groups <= _GROUPS_IN_TURN else 32,  # An image has few parts.
@@ -109,19 +103,13 @@ def _shared_statistics(statistics, gamma, beta, eps, span):
     tape.start(
         kernels.shared_statistics,
         (channels // span, groups),
-        count_ptr=statistics.count,
-        mean_ptr=statistics.mean,
-        m2_ptr=statistics.m2,
         vectors_ptr=vectors,
-        gamma_ptr=memory.dense(gamma, vectors),
-        beta_ptr=memory.dense(beta, vectors),
         parts=parts,
         channels=channels,
         span=span,
-        parts_per_count=statistics.repeat,
         eps=eps,
-        HAS_GAMMA=gamma is not None,
-        HAS_BETA=beta is not None,
+        **_tiles(statistics),
+        **_affine(gamma, beta, vectors),
         **_shared_blocks(span),
     )
     return vectors
@@ -143,13 +131,10 @@ def known_statistics(running_mean, running_var, gamma, beta, eps, dtype):
         (tiles.ceil_div(channels, 128),),
         running_mean_ptr=running_mean.contiguous(),
         running_var_ptr=running_var.contiguous(),
-        gamma_ptr=memory.dense(gamma, vectors),
-        beta_ptr=memory.dense(beta, vectors),
         vectors_ptr=vectors,
         channels=channels,
         eps=eps,
-        HAS_GAMMA=gamma is not None,
-        HAS_BETA=beta is not None,
+        **_affine(gamma, beta, vectors),
         BLOCK_C=128,
     )
     return vectors
@@ -165,21 +150,38 @@ def _combine_chunks(statistics, most):
         tape.start(
             kernels.combine_statistics,
             (tiles.ceil_div(channels, _statistics_block(channels)), chunks, groups),
-            count_ptr=statistics.count,
-            mean_ptr=statistics.mean,
-            m2_ptr=statistics.m2,
             out_count_ptr=count,
             out_mean_ptr=mean,
             out_m2_ptr=m2,
             parts=parts,
             channels=channels,
-            parts_per_count=statistics.repeat,
             chunk=_STATISTICS_CHUNK,
+            **_tiles(statistics),
             BLOCK_P=128,
             BLOCK_C=_statistics_block(channels),
         )
         statistics, parts = TileStatistics(count, mean, m2, 1, groups), chunks
     return statistics
+
+
+def _tiles(statistics):
+    """`TileStatistics` as arguments."""
+    return dict(
+        count_ptr=statistics.count,
+        mean_ptr=statistics.mean,
+        m2_ptr=statistics.m2,
+        parts_per_count=statistics.repeat,
+    )
+
+
+def _affine(gamma, beta, stand_in):
+    """gamma and beta, or None, as arguments."""
+    return dict(
+        gamma_ptr=memory.dense(gamma, stand_in),
+        beta_ptr=memory.dense(beta, stand_in),
+        HAS_GAMMA=gamma is not None,
+        HAS_BETA=beta is not None,
+    )
 
 
 def _parts(statistics):
@@ -226,13 +228,7 @@ def _empty_like(z, planes, dtype=None):
     """(N, C, H, W) that lies as z does, which `_as_read` gave."""
     if planes:
         return torch.empty_like(z, dtype=dtype)
-    n, h, w, c = z.shape
-    return torch.empty(
-        (n, c, h, w),
-        dtype=dtype or z.dtype,
-        device=z.device,
-        memory_format=torch.channels_last,
-    )
+    return memory.channels_last(z.shape, z, dtype)
 
 
 def reading(source, vectors):

@@ -84,7 +84,7 @@ def run(function, tensors, *settings, look=None):
     if isinstance(known, Tape):
         return known.play(tensors)
     if known is None:
-        _remember(key, _SEEN)
+        keep(_tapes, key, _SEEN, _LIMIT)
     if known is not _SEEN or getattr(_thread, "recorder", None) is not None:
         return function(tensors, *settings)
     recorder = Recorder(tensors)
@@ -94,7 +94,7 @@ def run(function, tensors, *settings, look=None):
             results = function(tensors, *settings)
     finally:
         _thread.recorder = None
-    _remember(key, recorder.tape(results))
+    keep(_tapes, key, recorder.tape(results), _LIMIT)
     return results
 
 
@@ -108,10 +108,11 @@ def forget():
     _tapes.clear()
 
 
-def _remember(key, value):
-    if key not in _tapes and len(_tapes) >= _LIMIT:
-        _tapes.pop(next(iter(_tapes)), None)
-    _tapes[key] = value
+def keep(cache, key, value, most):
+    """Put a value into a dict of at most so many; the oldest is forgotten."""
+    if key not in cache and len(cache) >= most:
+        cache.pop(next(iter(cache)), None)
+    cache[key] = value
 
 
 class Tape:

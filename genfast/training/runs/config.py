@@ -45,8 +45,8 @@ NOTED = ("num_images", "checksum", "channels")
 
 @dataclass(frozen=True)
 class Config:
-    """The settings of a run. `ngf` and `ndf` are None for models that have none, `loss` for those
-    and for the non-saturating one, `ema` where no average is kept.
+    """The settings of a run. `ngf`, `ndf` and `loss` are None for models that have none, `ema`
+    where no average is kept. A loss that is not named is the one there was before the choice.
 
     `num_images` and `checksum` tell the images of a run from others. `background` is None for runs
     begun when the transparency of images was dropped. BadInput if a setting is not what `RULES`
@@ -73,11 +73,15 @@ class Config:
     ema: float | None = None
 
     def __post_init__(self):
+        known = _settings_of(self.model)
+        for name in _ONCE.keys() & known:
+            if getattr(self, name) is None:
+                object.__setattr__(self, name, _ONCE[name])
         settings = self.as_dict()
-        known = _settings_of(settings.pop("model"))
+        del settings["model"]
         for name in (*NOTED, "data"):
             _check_setting(name, settings.pop(name))
-        optional = {"ngf", "ndf"} - known | {"background", "ema", "loss"}
+        optional = {"ngf", "ndf", "loss"} - known | {"background", "ema"}
         check_settings(
             self.model, {k: v for k, v in settings.items() if v is not None or k not in optional}
         )
@@ -89,12 +93,8 @@ class Config:
     @classmethod
     def of_checkpoint(cls, content, path):
         """The settings in what `read_checkpoint` gave; BadInput if they are not those of a run."""
-        config = content["config"]
-        if isinstance(config, Mapping) and config.get("model") in MODELS:
-            known = DEFAULTS[config["model"]]
-            config = {k: v for k, v in _ONCE.items() if k in known} | config
         try:
-            return cls(**config)
+            return cls(**content["config"])
         except TypeError as error:
             reason = str(error).partition(" ")[2]
             raise BadInput(
@@ -286,7 +286,7 @@ def build_step(config, device):
         generator,
         discriminator,
         latent_shape=generator.latent_shape,
-        loss=config.loss or _ONCE["loss"],
+        loss=config.loss,
         ema=config.ema,
         optimizers=(_adam(generator, config), _adam(discriminator, config)),
         precision=config.precision,

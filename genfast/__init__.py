@@ -9,9 +9,14 @@ if TYPE_CHECKING:
     from genfast.convert import accelerate, restore
 
 __version__ = "0.1.0"
-__all__ = ["accelerate", "functional", "models", "nn", "restore", "use_backend"]
+__all__ = ["accelerate", "functional", "load", "models", "nn", "restore", "use_backend"]
 
-_HOMES = {"accelerate": "convert", "restore": "convert", "use_backend": "backend"}
+_HOMES = {
+    "accelerate": "convert",
+    "load": "training.runs.trained",
+    "restore": "convert",
+    "use_backend": "backend",
+}
 
 
 def __getattr__(name):

@@ -56,7 +56,7 @@ def test_train_then_sample(tmp_path, images, model, capsys):
     assert _run("train", model, "--data", images, "--epochs", 1, "--out", out, *TINY) == 0
     assert capsys.readouterr().out == f"{out}/samples/epoch_001.png\n"
     assert sorted(p.name for p in out.iterdir()) == [
-        "checkpoint.pt", "config.json", "metrics.csv", "samples",
+        "checkpoint.pt", "config.json", "losses.png", "metrics.csv", "samples",
     ]  # fmt: skip
     for checkpoint in (out, out / "checkpoint.pt"):
         picture = tmp_path / "picture.png"

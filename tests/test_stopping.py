@@ -135,7 +135,8 @@ def test_a_terminal_that_closes(tmp_path, images):
         process.kill()
     logged = [int(row[0]) for row in _losses(out)[1:]]
     assert read_checkpoint(out / "checkpoint.pt")["steps"] == logged[-1] > 1
-    assert sorted(os.listdir(out)) == ["checkpoint.pt", "config.json", "metrics.csv", "samples"]
+    left = ["checkpoint.pt", "config.json", "losses.png", "metrics.csv", "samples"]
+    assert sorted(os.listdir(out)) == left
 
 
 # The first seconds.

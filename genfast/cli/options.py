@@ -1,14 +1,12 @@
 """What several commands take: a device, the seed of samples, and checks of what was given."""
 
 import argparse
-from pathlib import Path
 
 import torch
 
 from genfast.backend import selected_backend
 from genfast.functional import why_not_triton
 from genfast.training.errors import BadInput
-from genfast.training.runs.checkpoint import NAME as CHECKPOINT_NAME
 from genfast.training.runs.devices import as_device
 from genfast.training.steps.precision import resolve_precision
 
@@ -32,12 +30,6 @@ def of_rule(rule):
             raise argparse.ArgumentTypeError(str(error)) from None
 
     return convert
-
-
-def checkpoint_file(name):
-    """The path of a checkpoint, given by itself or by the folder of its run."""
-    path = Path(name)
-    return path / CHECKPOINT_NAME if path.is_dir() else path
 
 
 def working_device(name):

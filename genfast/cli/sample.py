@@ -2,10 +2,16 @@
 
 from pathlib import Path
 
-from genfast.cli.options import add_device, checkpoint_file, of_rule, working_device
+from genfast.cli.options import add_device, of_rule, working_device
+from genfast.training.errors import BadInput
 from genfast.training.runs.rules import whole
-from genfast.training.runs.samples import sample_checkpoint
+from genfast.training.runs.samples import images_to, sample_checkpoint, walk_to
 from genfast.training.runs.settings import RULES
+from genfast.training.runs.trained import load
+
+# What is drawn where no --num is given: a grid, a row, walks side by side, a plane of 20 x 20.
+NUM, IN_A_ROW, WALKS, ON_A_PLANE = 64, 10, 16, 400
+FRAMES, FRAME_SECONDS = 60, 0.07
 
 
 def add(commands):
@@ -13,10 +19,39 @@ def add(commands):
     parser = commands.add_parser("sample", help="draw images with a trained model")
     parser.set_defaults(run=run, memory_options=lambda args: ["--num"])
     parser.add_argument("checkpoint", help="the file, or the folder of a run")
-    parser.add_argument("--num", type=of_rule(whole()), default=64, help="(default: %(default)s)")
-    parser.add_argument("--out", default="samples.png", help="PNG (default: %(default)s)")
     parser.add_argument(
-        "--seed", type=of_rule(RULES["seed"]), default=0, help="(default: %(default)s)"
+        "--num",
+        type=of_rule(whole()),
+        help=f"(default: {NUM}; {IN_A_ROW} with --interpolate, {WALKS} with --walk, {ON_A_PLANE} "
+        "with --manifold)",
+    )
+    parser.add_argument(
+        "--out",
+        help="PNG; with a slash at its end, a folder for single pictures; GIF with --walk "
+        "(default: samples.png, or walk.gif)",
+    )
+    seed = of_rule(RULES["seed"])
+    parser.add_argument("--seed", type=seed, help="(default: 0)")
+    ways = parser.add_mutually_exclusive_group()
+    ways.add_argument(
+        "--interpolate",
+        nargs=2,
+        type=seed,
+        metavar=("A", "B"),
+        help="draw a row of images on the way from one seed to another, spherically interpolated",
+    )
+    ways.add_argument(
+        "--walk",
+        action="store_true",
+        help="draw closed walks through the latent space, side by side, as GIF",
+    )
+    ways.add_argument(
+        "--manifold",
+        action="store_true",
+        help="draw the plane of a VAE's latent of two dimensions, --num images in a square",
+    )
+    parser.add_argument(
+        "--frames", type=of_rule(whole()), help=f"of --walk (default: {FRAMES})", metavar="N"
     )
     parser.add_argument(
         "--no-ema",
@@ -28,7 +63,61 @@ def add(commands):
 
 def run(args):
     """Draw them."""
-    path, device = checkpoint_file(args.checkpoint), working_device(args.device)
-    sample_checkpoint(path, args.num, args.out, device=device, seed=args.seed, ema=not args.no_ema)
-    print(Path(args.out))
+    device = working_device(args.device)
+    out = args.out or ("walk.gif" if args.walk else "samples.png")
+    _check_options(args)
+    draw = _draw_samples
+    if args.interpolate:
+        draw = _draw_between
+    elif args.walk:
+        draw = _draw_walk
+    elif args.manifold:
+        draw = _draw_manifold
+    draw(args, out, device)
+    print(Path(out))
     return 0
+
+
+def _check_options(args):
+    if args.frames and not args.walk:
+        raise BadInput(f"expected --frames with --walk, got --frames {args.frames} without it")
+    if args.seed is not None and args.interpolate:
+        a, b = args.interpolate
+        raise BadInput(
+            f"expected no --seed with --interpolate, which has two of its own, {a} and {b}, got "
+            f"--seed {args.seed}"
+        )
+    if args.seed is not None and args.manifold:
+        raise BadInput(
+            f"expected no --seed with --manifold, which draws no random numbers, got --seed "
+            f"{args.seed}"
+        )
+
+
+def _draw_samples(args, out, device):
+    num, seed = args.num or NUM, args.seed or 0
+    sample_checkpoint(args.checkpoint, num, out, device=device, seed=seed, ema=not args.no_ema)
+
+
+def _draw_between(args, out, device):
+    num = args.num or IN_A_ROW
+    write = images_to(out, num, columns=num)
+    write([_model(args, device).interpolate(*args.interpolate, num)])
+
+
+def _draw_walk(args, out, device):
+    write = walk_to(out, FRAME_SECONDS)
+    write(_model(args, device).walk(args.num or WALKS, args.frames or FRAMES, args.seed or 0))
+
+
+def _draw_manifold(args, out, device):
+    num = args.num or ON_A_PLANE
+    side = round(num**0.5)
+    if side**2 != num:
+        raise BadInput(f"expected --num to be a square such as 400 with --manifold, got {num}")
+    write = images_to(out, num, columns=side)
+    write([_model(args, device).manifold(side)])
+
+
+def _model(args, device):
+    return load(args.checkpoint, device, ema=not args.no_ema)

@@ -7,16 +7,17 @@ from pathlib import Path
 from genfast.cli.options import (
     add_device,
     check_precision,
-    checkpoint_file,
     of_rule,
     working_device,
 )
 from genfast.cli.streams import tell
+from genfast.training import progress
 from genfast.training.errors import BadInput
-from genfast.training.runs import folder
+from genfast.training.runs import board, folder, kept
 from genfast.training.runs.checkpoint import NAME as CHECKPOINT_NAME
-from genfast.training.runs.config import prepare, prepare_resumed
-from genfast.training.runs.loop import CHECKPOINT_SECONDS, train
+from genfast.training.runs.checkpoint import file_of
+from genfast.training.runs.config import LENGTHS, prepare, prepare_resumed
+from genfast.training.runs.loop import CHECKPOINT_SECONDS, KEEP, SAMPLE_EVERY, train
 from genfast.training.runs.models import MODELS
 from genfast.training.runs.rules import FROM_0
 from genfast.training.runs.settings import SETTINGS, option
@@ -45,7 +46,7 @@ def add(commands):
         const=True,
         metavar="CHECKPOINT",
         help=f"go on from a checkpoint or a run's folder (default: {CHECKPOINT_NAME} in --out, or "
-        "a new run if there is none yet); of the settings only --epochs may change",
+        "a new run if there is none yet); of the settings only --epochs or --steps may change",
     )
     parser.add_argument(
         "--checkpoint-seconds",
@@ -53,6 +54,31 @@ def add(commands):
         default=CHECKPOINT_SECONDS,
         metavar="S",
         help="time between two checkpoints (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--keep",
+        type=of_rule(KEEP),
+        default=0,
+        metavar="N",
+        help="keep the newest N checkpoints besides the last one, in the folder checkpoints "
+        "(default: %(default)s)",
+    )
+    parser.add_argument(
+        "--sample-every",
+        type=of_rule(SAMPLE_EVERY),
+        metavar="STEPS",
+        help="steps from one sample picture to the next (default: an epoch)",
+    )
+    parser.add_argument(
+        "--log",
+        type=of_rule(board.LOGS),
+        metavar="tensorboard",
+        help="write losses and sample pictures for TensorBoard too, which must be installed",
+    )
+    parser.add_argument(
+        "--quiet",
+        action="store_true",
+        help="show no progress: nothing but warnings, errors and the last picture's name",
     )
 
 
@@ -84,9 +110,15 @@ def _defaults_of(name):
 
 def run(args):
     """Train, or go on."""
+    with progress.hidden(args.quiet):
+        return _run(args)
+
+
+def _run(args):
     given = {name: getattr(args, name) for name in SETTINGS if getattr(args, name) is not None}
     device = working_device(args.device)
     check_precision(args.precision, device)
+    board.check(args.log)
     resume_from = _resume_from(args)
     out = _out_folder(args, resume_from)
     if resume_from:
@@ -101,14 +133,29 @@ def run(args):
         device=device,
         resume_from=resume_from,
         checkpoint_seconds=args.checkpoint_seconds,
+        sample_every=args.sample_every,
+        keep=args.keep,
+        log=args.log,
     )
     if outcome.interrupted:
         again = ["python", "-m", "genfast", "train", config.model, "--data", config.data]
-        again += ["--out", str(out), "--epochs", str(config.epochs), "--resume"]
+        again += ["--out", str(out), *_length(config), *_outputs(args), "--resume"]
         tell(f"stopped after step {outcome.steps}; to go on: {shlex.join(again)}")
         return 130
     print(outcome.picture)
     return 0
+
+
+def _length(config):
+    """The option that says how long the run is to be."""
+    (name,) = (name for name in LENGTHS if getattr(config, name) is not None)
+    return [option(name), str(getattr(config, name))]
+
+
+def _outputs(args):
+    """The options that say what a run leaves, where they are not the defaults."""
+    given = (("--keep", args.keep), ("--sample-every", args.sample_every), ("--log", args.log))
+    return [text for name, value in given if value for text in (name, str(value))]
 
 
 def _resume_from(args):
@@ -118,7 +165,7 @@ def _resume_from(args):
             raise BadInput("expected --data, which only --resume can do without, got none")
         return None
     if args.resume is not True:
-        return checkpoint_file(args.resume)
+        return file_of(args.resume)
     if args.out is None and args.data is None:
         raise BadInput("expected --resume with --out, --data or a checkpoint, got it alone")
     path = _default_out(args) / CHECKPOINT_NAME
@@ -130,6 +177,11 @@ def _resume_from(args):
 
 def _out_folder(args, resume_from):
     """The folder to write into; BadInput at once, not after the images, if that must not be."""
+    if resume_from and args.out is None and kept.is_kept(resume_from):
+        raise BadInput(
+            f"expected --out with {resume_from}, from which a run goes on in a folder of its own, "
+            f"got none"
+        )
     out = resume_from.parent if resume_from and args.out is None else _default_out(args)
     folder.check(out, resume_from)
     return out

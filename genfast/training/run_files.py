@@ -1,10 +1,13 @@
 """The files by which the folder of a run is known, to runs and to data that hold one."""
 
 import json
+import re
 from contextlib import suppress
 
 SETTINGS = "config.json"
 PICTURES = "samples"
+CURVE = "losses.png"
+SAMPLE = re.compile(r"(?:epoch|step)_\d+\.png")  # The names of pictures in there.
 _LONGEST = 2**16  # Bytes: what is longer is no settings of a run, nor the head of its losses.
 
 

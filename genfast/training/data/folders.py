@@ -1,12 +1,11 @@
 """Which files of a folder are its images: not what would hang, nor what training itself drew."""
 
 import os
-import re
 import stat
 from pathlib import Path
 
 from genfast.training.errors import BadInput
-from genfast.training.run_files import PICTURES, SETTINGS, settings_of
+from genfast.training.run_files import CURVE, PICTURES, SAMPLE, SETTINGS, settings_of
 
 IMAGE_SUFFIXES = (".jpeg", ".jpg", ".png", ".webp")
 SPECIAL = (
@@ -15,8 +14,6 @@ SPECIAL = (
     (stat.S_ISCHR, "a device"),
     (stat.S_ISBLK, "a device"),
 )
-# As the training loop names them. Pictures of older runs do not say themselves who drew them.
-SAMPLE = re.compile(r"epoch_\d+\.png")
 FOLDER, LINK, FILE, BROKEN = "a folder", "a link to a folder", "a file", "a broken link"
 
 
@@ -92,8 +89,11 @@ class _Walk:
                         continue
                     elif kind != FILE:
                         self._pass_over(path, kind)
+                    # Pictures of older runs do not say themselves who drew them.
                     elif of_a_run and SAMPLE.fullmatch(entry.name):
                         drawn += 1
+                    elif entry.name == CURVE and _is_run(real):
+                        self._pass_over(path, "the losses of a run")
                     else:
                         self.paths.append(Path(path))
             if drawn:

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+from genfast.training import progress
 from genfast.training.data.arrays import read_array_file, to_nchw
 from genfast.training.data.decoding import colour, decode
 from genfast.training.data.folders import IMAGE_SUFFIXES, find_images, special_kind
@@ -195,13 +196,12 @@ def _named(things):
 
 def _decode_all(paths, image_size, background):
     """Yield (path, what `decode` gives) in order; by threads, as decoders release the GIL."""
-    tqdm = require("tqdm", "tqdm").tqdm
     # Closing the results cancels what is left, so that an interrupt need not wait for all of it.
     with (
         ThreadPoolExecutor() as pool,
         closing(pool.map(lambda path: decode(path, image_size, background), paths)) as decoded,
     ):
-        yield from tqdm(zip(paths, decoded, strict=True), "images", len(paths), leave=False)
+        yield from progress.bar(zip(paths, decoded, strict=True), "images", len(paths), leave=False)
 
 
 def _idx_file_in(folder):

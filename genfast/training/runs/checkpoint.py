@@ -30,6 +30,12 @@ PARTS = {
 MOMENTS = ("step", "exp_avg", "exp_avg_sq")
 
 
+def file_of(path):
+    """The path of a checkpoint, given by itself or by the folder of its run."""
+    path = Path(path)
+    return path / NAME if path.is_dir() else path
+
+
 def save_checkpoint(path, step, config, steps):
     """Write a checkpoint, atomically.
 

@@ -12,10 +12,13 @@ from genfast.models.dcgan import IMAGE_SIZES
 from genfast.training.data import checksum, colour, load_images, resize
 from genfast.training.data.sources import DEFAULT_SIZES
 from genfast.training.errors import BadInput
-from genfast.training.runs.checkpoint import read_checkpoint
+from genfast.training.runs.checkpoint import file_of, read_checkpoint
 from genfast.training.runs.models import MODELS
 from genfast.training.runs.rules import shown
 from genfast.training.runs.settings import NOTED, RULES, SETTINGS, option
+
+# How long a run is to be: by one of the two.
+LENGTHS = {"epochs", "steps"}
 
 
 class _Settled:
@@ -33,6 +36,8 @@ class _Settled:
             if not lacks:
                 given[name] = value
         check_settings(self.model, given)
+        if not given.keys() & LENGTHS:
+            raise BadInput("expected --epochs or --steps, got neither")
 
     def as_dict(self):
         """The settings as a dict of numbers, strings and None."""
@@ -67,6 +72,7 @@ Config.__module__ = __name__
 Config.__doc__ = """The settings of a run: those of settings.py, each an attribute.
 
 A setting is None where the model has none of that name, and where it is optional and not asked for.
+Of `epochs` and `steps` one is None.
 One that began after the run is what it then was.
 
 `num_images`, `checksum` and `channels` tell the images of a run from others. `background` is None
@@ -92,6 +98,10 @@ def check_settings(model, given):
                 f"expected settings that {model} has, got {option(name)}, which it lacks"
             )
         _check_setting(name, value)
+    if given.keys() >= LENGTHS:
+        raise BadInput(
+            f"expected --epochs or --steps, got both, {given['epochs']} and {given['steps']}"
+        )
     size = given.get("image_size", IMAGE_SIZES[0])
     if MODELS[model].convolutional and size not in IMAGE_SIZES:
         raise BadInput(
@@ -134,6 +144,8 @@ def prepare(model, data, given, out=None):
     _check_data(data)
     kind = MODELS[model]
     settings = kind.defaults | (kind.on_digits if data == "digits" else {})
+    if "steps" in given:
+        settings["epochs"] = None
     chosen = settings | given
     images = load_images(
         data, chosen.get("image_size"), background=chosen["background"], run_folder=out
@@ -160,9 +172,10 @@ def _check_data(data):
 def prepare_resumed(model, data, given, path, out=None):
     """As `prepare`, for a run that goes on from the checkpoint at `path`.
 
-    The settings are the checkpoint's; of those given only `epochs` may differ, and `data` (None for
-    the checkpoint's) may name another place that holds the same images. `out` is the folder of the
-    run that goes on, None for the checkpoint's.
+    The settings are the checkpoint's; of those given only `epochs` or `steps` may differ, and
+    `data` (None for the checkpoint's) may name another place that holds the same images. `path` may
+    be that of the run's folder. `out` is the folder of the run that goes on, None for the
+    checkpoint's.
 
     Raises:
         BadInput: a setting or the images are not those the run began with.
@@ -170,9 +183,11 @@ def prepare_resumed(model, data, given, path, out=None):
     given = check_settings(model, given)
     if data is not None:
         _check_data(data)
+    path = file_of(path)
     began = Config.of_checkpoint(read_checkpoint(path), path)
     if began.model != model:
         raise BadInput(f"expected a checkpoint of {model} at {path}, got one of {began.model}")
+    length = {name: given.pop(name) for name in LENGTHS & given.keys()}
     for name, value in given.items():
         start = getattr(began, name)
         if name == "background" and start is None:
@@ -185,12 +200,13 @@ def prepare_resumed(model, data, given, path, out=None):
                 f"expected no {option(name)}, without which the run in {path} began, got {value}"
             )
         same = colour(value) == colour(start) if name == "background" else value == start
-        if name != "epochs" and not same:
+        if not same:
             raise BadInput(
                 f"expected {option(name)} {start}, with which the run in {path} began, got {value}"
             )
-    data, epochs = _lasting(data or began.data), given.get("epochs", began.epochs)
-    config = replace(began, data=data, epochs=epochs)
+    if length:
+        length = dict.fromkeys(LENGTHS) | length
+    config = replace(began, data=_lasting(data or began.data), **length)
     images = load_images(
         config.data,
         config.image_size,

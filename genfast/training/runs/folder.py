@@ -5,13 +5,15 @@ import re
 from contextlib import contextmanager, suppress
 
 from genfast.training.errors import BadInput
-from genfast.training.run_files import PICTURES, SETTINGS, head, settings_of
-from genfast.training.runs import lock
+from genfast.training.run_files import CURVE, PICTURES, SETTINGS, head, settings_of
+from genfast.training.runs import board, kept, lock
 from genfast.training.runs.checkpoint import NAME as CHECKPOINT
 from genfast.training.runs.loss_log import is_header
+from genfast.training.runs.pictures import drawn_by_genfast
 
 LOSSES = "metrics.csv"
-_PICTURE = re.compile(r"epoch_\d{3,}\.png", re.IGNORECASE)  # Some file systems ignore case.
+# Some file systems ignore case.
+_PICTURE = re.compile(r"(?:epoch_\d{3,}|step_\d{7,})\.png", re.IGNORECASE)
 
 
 @contextmanager
@@ -54,6 +56,10 @@ def _check_files(out, resume_from, demo):
     settings = _settings(out / SETTINGS)
     steps = _steps_logged(out / LOSSES)
     pictures = _pictures(out / PICTURES)
+    checkpoints = _kept(out / kept.FOLDER)
+    _check_curve(out / CURVE)
+    if os.path.lexists(out / board.FOLDER) and not (out / board.FOLDER).is_dir():
+        raise _foreign(out / board.FOLDER, "a folder for what TensorBoard shows of a run")
     if demo and _is_demo(out):
         return
     checkpoint = out / CHECKPOINT
@@ -75,6 +81,11 @@ def _check_files(out, resume_from, demo):
         raise BadInput(
             f"expected --out to be a folder without pictures of a run, got {pictures[-1]}: give "
             f"another --out"
+        )
+    if checkpoints:
+        raise BadInput(
+            f"expected --out to be a folder without checkpoints of a run, got {checkpoints[-1]}: "
+            f"give another --out"
         )
 
 
@@ -107,6 +118,20 @@ def _pictures(folder):
     return sorted(path for path in folder.iterdir() if _PICTURE.fullmatch(path.name))
 
 
+def _kept(folder):
+    """The paths of what look like checkpoints that a run keeps besides the last one."""
+    if not os.path.lexists(folder):
+        return []
+    if not folder.is_dir():
+        raise _foreign(folder, "a folder for the checkpoints of a run")
+    return kept.in_folder(folder)
+
+
+def _check_curve(path):
+    if os.path.lexists(path) and not (path.is_file() and drawn_by_genfast(path)):
+        raise _foreign(path, "the picture of a genfast run's losses")
+
+
 def _foreign(path, expected):
     return BadInput(
         f"expected {path} to be {expected}, got something else, which stays as it is: give "
@@ -124,7 +149,7 @@ def _is_demo(out):
 
 
 def _remove_run(out):
-    for path in (out / CHECKPOINT, out / LOSSES, *_pictures(out / PICTURES)):
+    for path in (out / CHECKPOINT, out / LOSSES, out / CURVE, *_pictures(out / PICTURES)):
         path.unlink(missing_ok=True)
 
 

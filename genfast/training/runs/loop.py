@@ -16,21 +16,26 @@ from pathlib import Path
 import torch
 
 import genfast
+from genfast.training import progress
 from genfast.training.data import Batches
 from genfast.training.errors import BadInput, Diverged, require
 from genfast.training.files import replacing
-from genfast.training.run_files import PICTURES, SETTINGS
-from genfast.training.runs import checkpoint, folder
+from genfast.training.run_files import CURVE, PICTURES, SETTINGS
+from genfast.training.runs import board, checkpoint, folder
 from genfast.training.runs.config import check_run
+from genfast.training.runs.curve import draw_curve
 from genfast.training.runs.devices import as_device
 from genfast.training.runs.finite import first_not_finite, refuse_not_finite
+from genfast.training.runs.kept import Kept
 from genfast.training.runs.loss_log import LossLog
 from genfast.training.runs.models import build_step
+from genfast.training.runs.rules import shown, whole
 from genfast.training.runs.samples import draw_noise, write_samples
 
 SAMPLES = 64
 REPORT_SECONDS = 0.5
 CHECKPOINT_SECONDS = 30.0
+SAMPLE_EVERY, KEEP = whole(), whole(0)  # What these arguments may be.
 
 
 @dataclass(frozen=True)
@@ -38,7 +43,7 @@ class Outcome:
     """How a run ended.
 
     Attributes:
-        finished: whether all epochs were made; if not, a signal or the time limit stopped it.
+        finished: whether all steps were made; if not, a signal or the time limit stopped it.
         interrupted: whether a signal stopped it.
         steps: how many steps have been made, those before a resume included.
         picture: the last picture written, or None.
@@ -58,26 +63,34 @@ def train(
     device,
     resume_from=None,
     checkpoint_seconds=CHECKPOINT_SECONDS,
+    sample_every=None,
+    keep=0,
+    log=None,
     max_seconds=math.inf,
     demo=False,
 ):
     """Train a model and write what comes of it into a folder.
 
     The folder gets config.json, metrics.csv (one row a step), samples/epoch_NNN.png (of the same
-    noise each time) and checkpoint.pt. It is locked while the run lasts, and nothing is written
-    over but what a run of its own left there. A checkpoint is written after the first step, every
-    `checkpoint_seconds`, at the end, and when SIGINT, SIGTERM or SIGHUP asks to stop, which happens
-    after the current step; a second SIGINT or SIGTERM stops at once. A resumed run goes on with the
-    step after its checkpoint, wherever in an epoch that is, and with the losses of a run that was
-    never interrupted.
+    noise each time), checkpoint.pt and, at the end, losses.png. It is locked while the run lasts,
+    and nothing is written over but what a run of its own left there. A checkpoint is written after
+    the first step, every `checkpoint_seconds`, at the end, and when SIGINT, SIGTERM or SIGHUP asks
+    to stop, which happens after the current step; a second SIGINT or SIGTERM stops at once. A
+    resumed run goes on with the step after its checkpoint, wherever in an epoch that is, and with
+    the losses of a run that was never interrupted.
 
     Args:
         config: a `Config`.
         images: the uint8 images (N, C, H, W) that `config` was made for.
         out: the folder; made if need be.
         device: a `torch.device`, or its name as `as_device` takes it.
-        resume_from: the path of a checkpoint to go on from.
+        resume_from: the path of a checkpoint to go on from, or of the folder of its run.
         checkpoint_seconds: 0 writes a checkpoint after each step.
+        sample_every: the steps from one sample picture to the next, samples/step_NNNNNNN.png. None:
+            one an epoch. In any case there is one of the last step.
+        keep: how many of the newest checkpoints are kept as checkpoints/step_NNNNNNN.pt too.
+        log: "tensorboard" writes the losses and sample pictures for TensorBoard too, into the
+            folder tensorboard; None does not.
         max_seconds: stop when this time has passed.
         demo: whether this is a demo. It takes the place of an earlier one in the folder.
 
@@ -93,43 +106,48 @@ def train(
         UserWarning: the discriminator has won, or the folder cannot be locked.
     """
     check_run(config, images)
+    check_outputs(sample_every, keep, log)
     device = as_device(device)
     tqdm = require("tqdm", "tqdm").tqdm
     require("PIL.Image", "pillow")
-    out, resume_from = Path(out), resume_from and Path(resume_from)
+    out, resume_from = Path(out), resume_from and checkpoint.file_of(resume_from)
     torch.manual_seed(config.seed)
     step = build_step(config, device)
     batches = Batches(images, config.batch_size, config.seed, device)
     noise = draw_noise(SAMPLES, step, config.seed)
-    total = config.epochs * len(batches)
+    total = config.steps or config.epochs * len(batches)
+    epochs = math.ceil(total / len(batches))
     with folder.claimed(out, resume_from, demo=demo):
         # Read within the lock: before, another run might have gone on from there.
         done = _go_on_from(resume_from, step) if resume_from else 0
         if done >= total:
+            wanted, had = ("--steps", done) if config.steps else ("--epochs", done // len(batches))
             raise BadInput(
-                f"expected --epochs of more than the {done // len(batches)} that {resume_from} has "
-                f"behind it, got {config.epochs}"
+                f"expected {wanted} of more than the {had} that {resume_from} has behind it, got "
+                f"{config.steps or config.epochs}"
             )
-        checkpoints = _Checkpoints(out, config, checkpoint_seconds, resume_from, done)
+        checkpoints = _Checkpoints(out, config, checkpoint_seconds, resume_from, done, keep)
         (out / PICTURES).mkdir(exist_ok=True)
+        pictures = _Pictures(out / PICTURES, sample_every, len(batches), total)
         _write_settings(out / SETTINGS, config, step, demo)
-        loss_log = LossLog(out / folder.LOSSES, step.result_fields, config.batch_size, keep=done)
         size = f"{config.channels} x {config.image_size} x {config.image_size}"
-        tqdm.write(
+        progress.say(
             f"{config.model} on {len(images)} images of {size} from {config.data}, on {device} in "
-            f"{step.precision}, into {out}",
-            file=sys.stderr,
+            f"{step.precision}, into {out}"
         )
 
         picture, warned = None, False
+        names, rows = step.result_fields, out / folder.LOSSES
         started = time.monotonic()
         with (
             checkpoints.named_if_diverged(),
             cudnn_setting("deterministic", True),  # Else a resumed run could not repeat its losses.
             _StopOnSignal() as stop,
-            tqdm(total=total, initial=done, unit="step", dynamic_ncols=True) as bar,
+            progress.bar(total=total, initial=done, unit="step", dynamic_ncols=True) as bar,
             closing(batches.stream(done)) as stream,  # However this ends, so do its threads.
+            board.opened(log, out, done) as shown_live,
         ):
+            loss_log = LossLog(rows, names, config.batch_size, keep=done, board=shown_live)
             for batch in islice(stream, total - done):
                 result = step(batch)
                 done += 1
@@ -141,27 +159,61 @@ def train(
                 stopping = stop.requested or done == total or late
                 saving = stopping or checkpoints.due()
                 ends_epoch = done % len(batches) == 0
-                if saving or ends_epoch or loss_log.age() >= REPORT_SECONDS:
-                    bar.set_description(f"epoch {epoch}/{config.epochs}", refresh=False)
+                drawing = pictures.due(done)
+                if saving or ends_epoch or drawing or loss_log.age() >= REPORT_SECONDS:
+                    bar.set_description(f"epoch {epoch}/{epochs}", refresh=False)
                     newest = loss_log.flush()
                     bar.set_postfix(newest | {"data": f"{batches.waiting.share():.0%}"})
                 if ends_epoch and loss_log.lost >= len(batches) and not warned:
                     warned = True
                     with tqdm.external_write_mode(sys.stderr):
                         _warn_of_a_lost_game(epoch)
-                if saving or ends_epoch:
+                if saving or drawing:
                     _check_weights(step, done)
-                if ends_epoch:
-                    picture = out / PICTURES / f"epoch_{epoch:03d}.png"
-                    write_samples(step, noise, picture)
+                if drawing:
+                    picture = drawing
+                    shown_live.picture(done, write_samples(step, noise, picture))
+                if stopping:  # Before the checkpoint: what is killed meanwhile goes on from before.
+                    draw_curve(rows, out / CURVE)
                 if saving:
                     checkpoints.save(step, done)
-                if saving or ends_epoch:
+                if saving or drawing:
                     loss_log.restart_clock()
                     batches.waiting.restart()
                 if stopping:
                     break
     return Outcome(done == total, stop.requested and done < total, done, picture)
+
+
+def check_outputs(sample_every, keep, log):
+    """BadInput if `train` does not take these arguments, or an extra is not installed."""
+    given = (("--sample-every", SAMPLE_EVERY, sample_every), ("--keep", KEEP, keep))
+    for name, rule, value in given:
+        if value is not None and not rule.allows(value):
+            raise BadInput(f"expected {name} to be {rule.expected}, got {shown(value)}")
+    board.check(log)
+
+
+class _Pictures:
+    """Which sample pictures there are: of the ends of epochs or every so many steps, and the last.
+
+    Args:
+        folder: where they go.
+        every: how many steps; None for the ends of epochs.
+        epoch: the steps of one.
+        total: the number of the last step.
+    """
+
+    def __init__(self, folder, every, epoch, total):
+        self._folder, self._every, self._epoch, self._total = folder, every, epoch, total
+
+    def due(self, step):
+        """The path of the picture of this step, or None."""
+        if self._every is None and step % self._epoch == 0:
+            return self._folder / f"epoch_{step // self._epoch:03d}.png"
+        if step == self._total or (self._every and step % self._every == 0):
+            return self._folder / f"step_{step:07d}.png"
+        return None
 
 
 def _go_on_from(path, step):
@@ -173,11 +225,12 @@ def _go_on_from(path, step):
 
 
 class _Checkpoints:
-    """The checkpoint of a run: written when it is due, and named when the run diverges."""
+    """The checkpoints of a run: written when one is due, and named when the run diverges."""
 
-    def __init__(self, out, config, seconds, resume_from, steps):
+    def __init__(self, out, config, seconds, resume_from, steps, keep):
         self.path = out / checkpoint.NAME
         self._settings = config.as_dict()
+        self._kept = Kept(out, keep, self._settings)
         self._seconds = seconds
         self._last = (resume_from, steps) if resume_from else None
         self._saved_at = -math.inf
@@ -188,6 +241,7 @@ class _Checkpoints:
     def save(self, step, done):
         checkpoint.save_checkpoint(self.path, step, self._settings, done)
         self._last = self.path, done
+        self._kept.add(self.path, done)
         self._saved_at = time.monotonic()
 
     @contextmanager

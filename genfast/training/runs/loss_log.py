@@ -30,17 +30,19 @@ class LossLog:
         names: the names of the losses.
         batch_size: images a step.
         keep: the number of steps that a resumed run has behind it.
+        board: a `Board` that takes what is written too.
 
     Attributes:
         lost: how many of the newest steps in a row gave the discriminator a loss of next to 0.
     """
 
-    def __init__(self, path, names, batch_size, keep=0):
+    def __init__(self, path, names, batch_size, keep=0, board=None):
         self.path = path
         self.columns = [*FIRST, *names, *LAST]
         self.names = names
         self.batch_size = batch_size
         self.lost = 0
+        self._board = board
         self._pending = []
         self._write_kept_rows(keep)
         self.restart_clock()
@@ -75,6 +77,9 @@ class LossLog:
             for position, row in zip(positions, losses, strict=True):
                 writer.writerow([*position, *row, f"{rate:.1f}"])
         for (step, _), row in zip(positions, losses, strict=True):
+            if self._board:
+                values = dict(zip(self.names, row, strict=True))
+                self._board.losses(step, values | {"images_per_second": rate})
             d_loss = dict(zip(self.names, row, strict=True)).get("d_loss", math.inf)
             self.lost = self.lost + 1 if abs(d_loss) < NOTHING else 0
             if not all(map(math.isfinite, row)):

@@ -82,7 +82,7 @@ def _image_shape(config):
     return config.channels, config.image_size, config.image_size
 
 
-_ALL = dict(seed=0, precision="auto", background="white")
+_ALL = dict(steps=None, seed=0, precision="auto", background="white")
 _GANS = dict(batch_size=64, lr=2e-4, beta1=0.5, nz=100, loss="non-saturating", ema=None, **_ALL)
 _VAES = dict(batch_size=128, epochs=25, lr=1e-3, beta1=0.9, **_ALL)
 # Learning rates, betas and widths are those of the papers and of PyTorch's public examples.

@@ -1,4 +1,4 @@
-"""Grids of images, written as PNG."""
+"""Pictures in files: grids of images and single ones as PNG, grids that move as GIF."""
 
 import math
 
@@ -37,12 +37,52 @@ def grid(images, columns=None):
     return canvas
 
 
-def save_grid(images, path):
-    """Write uint8 images (N, C, H, W), C 1 or 3, as one PNG picture, which says who drew it."""
-    image_module = require("PIL.Image", "pillow")
+def save_grid(images, path, columns=None):
+    """Write uint8 images (N, C, H, W), C 1 or 3, as one PNG picture: see `grid`."""
+    save_png(grid(images, columns), path)
+
+
+def save_png(pixels, path):
+    """Write uint8 pixels (C, H, W), C 1 or 3, as a PNG that takes the place of `path`."""
+    with replacing(path) as file:
+        write_png(pixels, file)
+
+
+def write_png(pixels, file):
+    """Write uint8 pixels (C, H, W), C 1 or 3, into a binary file as PNG, which says who drew it."""
     text = require("PIL.PngImagePlugin", "pillow").PngInfo()
     text.add_text(*DRAWN_BY)  # So that no folder of images takes it for one.
-    pixels = grid(images).permute(1, 2, 0).contiguous().cpu().numpy()
-    picture = image_module.fromarray(pixels[..., 0] if pixels.shape[2] == 1 else pixels)
+    _picture(pixels).save(file, format="PNG", pnginfo=text)
+
+
+def save_gif(frames, path, seconds):
+    """Write uint8 frames (N, C, H, W), C 1 or 3, as a GIF that is repeated for ever.
+
+    `seconds` is the time that a frame is shown, which GIF keeps in hundredths.
+    """
+    first, *rest = map(_picture, frames)
     with replacing(path) as file:
-        picture.save(file, format="PNG", pnginfo=text)
+        first.save(
+            file,
+            format="GIF",
+            save_all=True,
+            append_images=rest,
+            duration=round(1000 * seconds),
+            loop=0,
+            comment=": ".join(DRAWN_BY).encode(),
+        )
+
+
+def drawn_by_genfast(path):
+    """Whether a file is a PNG that says that genfast drew it."""
+    try:
+        with require("PIL.Image", "pillow").open(path, formats=["PNG"]) as picture:
+            return picture.info.get(DRAWN_BY[0]) == DRAWN_BY[1]
+    except Exception:  # Damaged bytes make the decoder raise nearly anything.
+        return False
+
+
+def _picture(pixels):
+    image_module = require("PIL.Image", "pillow")
+    pixels = pixels.permute(1, 2, 0).contiguous().cpu().numpy()
+    return image_module.fromarray(pixels[..., 0] if pixels.shape[2] == 1 else pixels)

@@ -1,88 +1,145 @@
-"""Pictures of what a model makes of noise."""
+"""Pictures of what a model draws, and where they may be written: over nobody's files."""
 
 import os
 import stat
-from dataclasses import replace
 from pathlib import Path
 
 import torch
 
 from genfast.training.errors import BadInput
-from genfast.training.runs import checkpoint, pictures
-from genfast.training.runs.config import Config
-from genfast.training.runs.devices import as_device
-from genfast.training.runs.finite import refuse_not_finite
-from genfast.training.runs.models import build_step
-from genfast.training.steps.precision import resolve_precision
+from genfast.training.runs import latents, pictures
+from genfast.training.runs.trained import AT_ONCE, load
 
-PNG = b"\x89PNG\r\n\x1a\n"  # How every file of that format begins.
+# How every file of a format begins, by the ending of its name.
+SIGNATURES = {".png": b"\x89PNG\r\n\x1a\n", ".gif": b"GIF8"}
 
 
 def draw_noise(num, step, seed):
     """(num, *latent_shape) from N(0, 1): the same on every device, whatever training draws."""
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randn(num, *step.latent_shape, generator=generator).to(step.device)
+    return next(latents.draws(num, step.latent_shape, seed)).to(step.device)
 
 
 def write_samples(step, noise, path):
-    """Write a grid of the images that the networks of a step make of noise, as PNG."""
-    images = torch.cat([step.sample(z) for z in noise.split(256)])
-    pictures.save_grid(pictures.to_uint8(images, step.pixel_range), path)
+    """Write a grid of the images that the networks of a step make of noise, as PNG.
+
+    Returns:
+        Its pixels, uint8 (C, H, W).
+    """
+    images = torch.cat([step.sample(z) for z in noise.split(AT_ONCE)])
+    pixels = pictures.grid(pictures.to_uint8(images, step.pixel_range))
+    pictures.save_png(pixels, path)
+    return pixels
 
 
 def sample_checkpoint(path, num, out, *, device, seed=0, ema=True):
-    """Write a grid of `num` new images by the networks of a checkpoint, as PNG.
+    """Write `num` new images by the networks of a checkpoint to `out`, as `images_to` does.
 
     They are the average generator's where the run kept one, unless `ema` is False.
 
     Raises:
-        BadInput: the checkpoint cannot be read, holds weights that are not finite, `out` is not the
-            name of a picture, or an extra is not installed.
+        BadInput: the checkpoint cannot be read, holds weights that are not finite, nothing must be
+            written to `out`, or an extra is not installed.
     """
-    device = as_device(device)
+    write = images_to(out, num)
+    model = load(path, device, ema=ema)
+    write(map(model.decode, model.noise(num, seed).split(AT_ONCE)))
+
+
+def images_to(out, num, columns=None):
+    """How to write `num` images: a function of them in parts, floats in [0, 1], (N, C, H, W) each.
+
+    It writes a grid of `columns` (None: about square) to `out`, a PNG; or if `out` ends in a slash,
+    single pictures into that folder, 00000.png and so on, of the images' own size.
+
+    Raises:
+        BadInput: nothing must be written there. That is looked at here, before any work.
+    """
+    if str(out).endswith(tuple(filter(None, (os.sep, os.altsep)))):
+        paths = _new_pictures(out, num)
+        return lambda parts: _save_each(parts, paths)
     target = picture_file(out)
-    content = checkpoint.read_checkpoint(path)
-    config = Config.of_checkpoint(content, path)
-    step = build_step(_drawn_here(config, device), device)
-    checkpoint.restore_modules(step, content, path)
-    refuse_not_finite(step.modules, path)
-    if not ema:
-        step.average = None
-    write_samples(step, draw_noise(num, step, seed), target)
+    return lambda parts: pictures.save_grid(_levels(torch.cat([*parts])), target, columns)
 
 
-def picture_file(out):
+def walk_to(out, seconds):
+    """How to write a walk: a function of floats in [0, 1], (frames, N, C, H, W).
+
+    It writes a GIF whose frames are grids, shown for so many seconds each.
+
+    Raises:
+        BadInput: nothing must be written to `out`. That is looked at here, before any work.
+    """
+    target = picture_file(out, ".gif")
+
+    def write(frames):
+        grids = [pictures.grid(_levels(images)) for images in frames]
+        pictures.save_gif(grids, target, seconds)
+
+    return write
+
+
+def picture_file(out, ending=".png"):
     """Where a picture named `out` goes, links followed; BadInput if it must not be written there.
 
-    It may be new, or take the place of a PNG or of an empty file. What is no plain file is not
-    opened: that may block, or do something.
+    It may be new, or take the place of a picture of the same format or of an empty file. What is no
+    plain file is not opened: that may block, or do something.
     """
-    target = Path(os.path.realpath(out))
+    target, name = Path(os.path.realpath(out)), ending[1:].upper()
     if target.is_dir():
-        raise BadInput(f"expected --out to be the name of a picture, got the folder {out}")
-    if not target.parent.is_dir():
-        raise BadInput(f"expected --out in a folder that exists, got {out}")
-    if {Path(out).suffix.lower(), target.suffix.lower()} != {".png"}:
-        raise BadInput(f"expected --out to end in .png, as PNG is what is written, got {out}")
-    if os.path.lexists(target) and not _is_picture(target):
+        hint = f", which takes single pictures as {os.path.join(out, '')}" * (ending == ".png")
+        raise BadInput(f"expected --out to be the name of a picture, got the folder {out}{hint}")
+    _check_parent(target, out)
+    if {Path(out).suffix.lower(), target.suffix.lower()} != {ending}:
         raise BadInput(
-            f"expected --out to be new or a PNG picture, got {out}, which is neither and stays as "
-            f"it is"
+            f"expected --out to end in {ending}, as {name} is what is written, got {out}"
+        )
+    if os.path.lexists(target) and not _is_picture(target, SIGNATURES[ending]):
+        raise BadInput(
+            f"expected --out to be new or a {name} picture, got {out}, which is neither and stays "
+            f"as it is"
         )
     return target
 
 
-def _is_picture(path):
+def _new_pictures(out, num):
+    """The paths of `num` pictures in the folder `out`; BadInput if one of them is there already."""
+    folder = Path(out)
+    if os.path.lexists(folder) and not folder.is_dir():
+        raise BadInput(
+            f"expected --out to be a folder, as it ends in a slash, got the file {folder}"
+        )
+    _check_parent(folder, out)
+    digits = max(5, len(str(num - 1)))
+    names = [f"{i:0{digits}d}.png" for i in range(num)]
+    there = {name.lower() for name in os.listdir(folder)} if folder.is_dir() else set()
+    taken = next((name for name in names if name in there), None)  # Some systems ignore case.
+    if taken:
+        raise BadInput(
+            f"expected --out to be a folder without pictures of these names, got {folder / taken}, "
+            f"which stays as it is: give another --out"
+        )
+    return [folder / name for name in names]
+
+
+def _check_parent(path, out):
+    if not path.parent.is_dir():
+        raise BadInput(f"expected --out in a folder that exists, got {out}")
+
+
+def _save_each(parts, paths):
+    paths[0].parent.mkdir(exist_ok=True)
+    images = (pixels for part in parts for pixels in _levels(part).cpu())
+    for pixels, path in zip(images, paths, strict=True):
+        with open(path, "xb") as file:  # Not over what has come there meanwhile.
+            pictures.write_png(pixels, file)
+
+
+def _levels(images):
+    return pictures.to_uint8(images, (0, 1))
+
+
+def _is_picture(path, signature):
     if not stat.S_ISREG(path.stat().st_mode):
         return False
     with open(path, "rb") as file:
-        return file.read(len(PNG)) in (PNG, b"")
-
-
-def _drawn_here(config, device):
-    """The settings, in float32 where the device has not the precision that trained the model."""
-    try:
-        resolve_precision(config.precision, device)
-    except ValueError:
-        return replace(config, precision="fp32")
-    return config
+        return file.read(len(signature)) in (signature, b"")

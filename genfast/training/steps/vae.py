@@ -285,6 +285,25 @@ class VAEStep(Step):
             return losses.gaussian_reconstruction_loss(reconstruction, images)
         return losses.reconstruction_loss(reconstruction, images, logits=self._gives_logits)
 
+    @torch.no_grad()
+    def encode(self, images):
+        """The mean and the log-variance of images' latents, (N, *latent_shape) each, in float32.
+
+        By the running statistics of batch norms, as `sample` draws. `images` are what a step takes.
+        """
+        images = self._floats(images)
+        with self._precision.products():
+            if not self._looked:
+                self._look(images)
+                self._looked = True
+            with self._precision.autocast(), evaluating(self.model):
+                if self._adapter:
+                    result = self._adapter(self.model, self._present(images))
+                    _, mu, logvar = vae_form.adapted(result)
+                else:
+                    mu, logvar = vae_form.posterior(self._encode(self._present(images)))
+        return losses.widen(mu), losses.widen(logvar)
+
     def _draw(self, z):
         if self._coders is None:
             raise ValueError(

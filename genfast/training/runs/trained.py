@@ -1,0 +1,199 @@
+"""Trained models, from a checkpoint to images."""
+
+from dataclasses import replace
+from itertools import islice
+from pathlib import Path
+
+import torch
+
+from genfast.training.errors import BadInput
+from genfast.training.runs import checkpoint, latents
+from genfast.training.runs.config import Config
+from genfast.training.runs.devices import as_device
+from genfast.training.runs.finite import refuse_not_finite
+from genfast.training.runs.models import build_step
+from genfast.training.runs.rules import shown, whole
+from genfast.training.runs.settings import RULES
+from genfast.training.steps.precision import resolve_precision
+
+AT_ONCE = 256  # Images that run through a network together: as many as a GPU is busy with.
+
+
+def load(path, device="auto", *, ema=True):
+    """A trained model, ready to draw.
+
+        model = genfast.load("runs/dcgan-digits")
+        images = model.sample(64)
+
+    Args:
+        path: a checkpoint, or the folder of a run.
+        device: a `torch.device`, or "auto" (a GPU if there is one), "cpu", "cuda" or "cuda:N".
+        ema: whether images are drawn by the average of a generator where the run kept one.
+
+    Returns:
+        A `Trained`.
+
+    Raises:
+        BadInput: the checkpoint cannot be read, holds weights that are not finite, or this machine
+            has no such device.
+    """
+    device = as_device(device)
+    path = checkpoint.file_of(path)
+    content = checkpoint.read_checkpoint(path)
+    config = Config.of_checkpoint(content, path)
+    step = build_step(_drawn_here(config, device), device)
+    checkpoint.restore_modules(step, content, path)
+    refuse_not_finite(step.modules, path)
+    if not ema:
+        step.average = None
+    for module in step.modules.values():
+        module.eval()
+    return Trained(config, step, path, content["steps"])
+
+
+class Trained:
+    """A trained model. Images are floats in [0, 1], (N, C, H, W), in float32 on its device.
+
+    Attributes:
+        config: the `Config` of the run.
+        path: the checkpoint's `Path`.
+        steps: after how many training steps that was written.
+        generator: a GAN's generator as images are drawn by it, in evaluation mode; None of a VAE.
+        model: the VAE, in evaluation mode; None of a GAN.
+        device: where the networks are.
+        latent_shape: the shape of one image's latent, whose prior is N(0, 1).
+        image_shape: (C, H, W).
+    """
+
+    def __init__(self, config, step, path, steps):
+        self.config, self.path, self.steps = config, Path(path), steps
+        self.device, self.latent_shape = step.device, tuple(step.latent_shape)
+        self.image_shape = config.channels, config.image_size, config.image_size
+        self.model = step.modules.get("model")
+        average = getattr(step, "average", None)
+        self.generator = average.module if average else step.modules.get("generator")
+        self._step = step
+
+    def __repr__(self):
+        c, h, w = self.image_shape
+        return f"<{self.config.model} of {c} x {h} x {w} after {self.steps} steps: {self.path}>"
+
+    def sample(self, num, seed=0):
+        """Draw `num` new images: the same for a seed on every device, up to rounding.
+
+        Raises:
+            BadInput: the number or the seed is none.
+        """
+        return self.decode(self.noise(num, seed))
+
+    def noise(self, num, seed=0):
+        """The latents of `sample`, (num, *latent_shape) on the CPU."""
+        return next(self._draws(num, seed))
+
+    def _draws(self, num, seed):
+        _check("num", whole(), num)
+        _check("seed", RULES["seed"], seed)
+        return latents.draws(num, self.latent_shape, seed)
+
+    def decode(self, z):
+        """The images that latents stand for, (N, *latent_shape) to (N, C, H, W).
+
+        z: of any device and dtype of floats.
+        """
+        if not isinstance(z, torch.Tensor) or tuple(z.shape[1:]) != self.latent_shape:
+            raise BadInput(f"expected latents (N, {_listed(self.latent_shape)}), got {_came(z)}")
+        low, high = self._step.pixel_range
+        parts = z.to(self.device, torch.float32).split(AT_ONCE)
+        images = torch.cat([self._step.sample(part) for part in parts])
+        return ((images - low) / (high - low)).clamp(0, 1)
+
+    def encode(self, images):
+        """The mean and log-variance of images' latents, (N, *latent_shape) each, by a VAE.
+
+        images: (N, C, H, W) of the model's size, floats in [0, 1] or uint8, of any device.
+
+        Raises:
+            BadInput: the model is no VAE, or the images are not such.
+        """
+        self.check_encodes("encode images")
+        images = self._checked_images(images).to(self.device)
+        found = [self._step.encode(part) for part in images.split(AT_ONCE)]
+        mu, logvar = (torch.cat(parts) for parts in zip(*found, strict=True))
+        return mu, logvar
+
+    def reconstruct(self, images):
+        """What a VAE makes of images, by the means of their latents: as `encode` takes them."""
+        self.check_encodes("reconstruct images")
+        return self.decode(self.encode(images)[0])
+
+    def interpolate(self, start, end, num):
+        """`num` images on the way from `sample(1, start)` to `sample(1, end)`, spherically.
+
+        See `latents.between`.
+        """
+        _check("num", whole(), num)
+        a, b = (self.noise(1, seed)[0] for seed in (start, end))
+        return self.decode(latents.between(a, b, num))
+
+    def walk(self, num, frames, seed=0):
+        """`num` closed walks through the latent space, of as many frames each.
+
+        Returns:
+            (frames, num, C, H, W); the first frame is `sample(num, seed)` and follows the last.
+        """
+        _check("frames", whole(), frames)
+        first, second = islice(self._draws(num, seed), 2)
+        z = latents.around(first, second, frames)
+        return self.decode(z.flatten(0, 1)).unflatten(0, (frames, num))
+
+    def manifold(self, side):
+        """side x side images over the latent plane of a VAE: see `latents.quantiles`.
+
+        Raises:
+            BadInput: the model is no VAE whose latent has two dimensions.
+        """
+        _check("side", whole(), side)
+        if self.model is None or self.latent_shape != (2,):
+            raise BadInput(
+                f"expected a VAE with a latent of two dimensions (--nz 2) for a manifold, got a "
+                f"{self.config.model} with --nz {self.latent_shape[0]} in {self.path}"
+            )
+        return self.decode(latents.quantiles(side))
+
+    def check_encodes(self, purpose):
+        if not hasattr(self._step, "encode"):
+            raise BadInput(f"expected a VAE to {purpose}, got a {self.config.model} in {self.path}")
+
+    def _checked_images(self, images):
+        if isinstance(images, torch.Tensor) and images.shape[1:] == self.image_shape:
+            if images.dtype == torch.uint8:
+                return images
+            if images.is_floating_point():
+                return images.float()
+        raise BadInput(
+            f"expected floats or uint8 images (N, {_listed(self.image_shape)}), got {_came(images)}"
+        )
+
+
+def _listed(shape):
+    return ", ".join(map(str, shape))
+
+
+def _came(value):
+    if isinstance(value, torch.Tensor):
+        return f"{value.dtype} {tuple(value.shape)}"
+    return shown(value)
+
+
+def _check(name, rule, value):
+    if not rule.allows(value):
+        raise BadInput(f"expected {name} to be {rule.expected}, got {shown(value)}")
+
+
+def _drawn_here(config, device):
+    """The settings, in float32 where the device has not the precision that trained the model."""
+    try:
+        resolve_precision(config.precision, device)
+    except ValueError:
+        return replace(config, precision="fp32")
+    return config

@@ -230,7 +230,10 @@ def test_settings_that_loop_writes_are_known(folder):
     assert {"model", "versions"} <= settings.keys()
     paths, passed_over = find_images(folder)
     assert not [path for path in paths if "run" in path.parts]
-    assert passed_over == [f"{out / 'samples'} (sample pictures of a run: 2)"]
+    assert passed_over == [
+        f"{out / 'losses.png'} (the losses of a run)",
+        f"{out / 'samples'} (sample pictures of a run: 2)",
+    ]
 
 
 def test_folders_that_may_not_be_read_end_in_a_sentence(folder, monkeypatch):

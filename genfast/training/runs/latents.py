@@ -24,8 +24,8 @@ def between(start, end, num):
         num: how many, both ends included; 1 gives the start.
 
     Returns:
-        (num, *shape). Where the two lie on one line through 0, which leaves no sphere to go along,
-        the straight way.
+        (num, *shape). Where the two lie on one line through 0, with no angle between them to go
+        through, the straight way.
     """
     a, b = start.double().flatten(), end.double().flatten()
     t = torch.linspace(0, 1, num, dtype=torch.float64)[:, None]
@@ -40,10 +40,10 @@ def between(start, end, num):
 
 
 def around(first, second, num):
-    """Points on a closed way through the latent space, evenly spaced: the first follows the last.
+    """Points on a closed way through the latent space, where the first follows the last.
 
-    cos(p) first + sin(p) second, for p from 0 to 2 pi: of two independent draws from N(0, 1) each
-    point again is one.
+    cos(p) first + sin(p) second, for evenly spaced p from 0 to below 2 pi: of two independent draws
+    from N(0, 1) each point again is one.
 
     Args:
         first, second: of one shape.

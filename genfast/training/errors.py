@@ -5,6 +5,7 @@ import importlib
 # The extras of setup.py, by the names that pip knows, and what they are for.
 EXTRAS = {
     "train": ("training", ("pillow", "scikit-learn", "tqdm")),
+    "log": ("--log tensorboard", ("tensorboard",)),
     "export": ("exporting", ("onnx", "onnxscript", "safetensors")),
 }
 

@@ -2,7 +2,7 @@
 
 from contextlib import contextmanager
 
-from genfast.training.errors import BadInput
+from genfast.training.errors import BadInput, require
 from genfast.training.runs.rules import Rule, shown
 
 FOLDER = "tensorboard"
@@ -54,11 +54,4 @@ def opened(log, out, done):
 
 
 def _writer_class():
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError as error:
-        raise BadInput(
-            f"expected tensorboard, which --log tensorboard needs, but it could not be imported "
-            f"({error}): install it with python -m pip install tensorboard"
-        ) from error
-    return SummaryWriter
+    return require("torch.utils.tensorboard", "tensorboard", extra="log").SummaryWriter

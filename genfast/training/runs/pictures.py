@@ -75,8 +75,9 @@ def save_gif(frames, path, seconds):
 
 def drawn_by_genfast(path):
     """Whether a file is a PNG that says that genfast drew it."""
+    image_module = require("PIL.Image", "pillow")
     try:
-        with require("PIL.Image", "pillow").open(path, formats=["PNG"]) as picture:
+        with image_module.open(path, formats=["PNG"]) as picture:
             return picture.info.get(DRAWN_BY[0]) == DRAWN_BY[1]
     except Exception:  # Damaged bytes make the decoder raise nearly anything.
         return False

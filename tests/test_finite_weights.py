@@ -14,6 +14,7 @@ from genfast.training.errors import BadInput, Diverged
 from genfast.training.runs import checkpoint, config, loop
 from genfast.training.runs.finite import first_not_finite
 from genfast.training.runs.loss_log import LossLog
+from genfast.training.runs.models import build_step
 from genfast.training.runs.samples import sample_checkpoint
 
 CPU = torch.device("cpu")
@@ -80,7 +81,7 @@ def test_a_checkpoint_that_is_not_finite(tmp_path, capsys):
     """As earlier versions wrote them."""
     settings, images = _settings(tmp_path)
     path = tmp_path / "bad.pt"
-    step = config.build_step(settings, CPU)
+    step = build_step(settings, CPU)
     step(torch.zeros(4, 1, 16, 16))
     _spoil_weight(step)
     checkpoint.save_checkpoint(path, step, settings.as_dict(), 3)

@@ -14,7 +14,7 @@ from PIL import Image
 
 from genfast.cli import main
 from genfast.training.errors import BadInput, Diverged
-from genfast.training.runs import curve
+from genfast.training.runs import curve, loop
 from genfast.training.runs.checkpoint import read_checkpoint
 from genfast.training.runs.config import Config, prepare, prepare_resumed
 from genfast.training.runs.loop import train
@@ -156,6 +156,20 @@ def test_arguments_of_python_follow_the_same_rules(images, tmp_path):
         with pytest.raises(BadInput, match=message):
             _train(images, tmp_path / "out", dict(steps=1), **options)
     assert not (tmp_path / "out").exists()
+
+
+def test_a_kill_while_the_curve_is_drawn_leaves_a_run_to_go_on_with(images, tmp_path, monkeypatch):
+    """Its last checkpoint is that of before: of a finished run nothing is left to do."""
+
+    def kill(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(loop, "draw_curve", kill)
+    with pytest.raises(KeyboardInterrupt):
+        _train(images, tmp_path / "out", dict(steps=3))
+    monkeypatch.undo()
+    assert _resume(tmp_path / "out", {}).finished
+    assert (tmp_path / "out/losses.png").exists()
 
 
 # Checkpoints that are kept.

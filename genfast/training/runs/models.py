@@ -59,7 +59,18 @@ def _gan_step(config, device, generator, discriminator):
         latent_shape=generator.latent_shape,
         loss=config.loss,
         ema=config.ema,
-        optimizers=(_adam(generator, config), _adam(discriminator, config)),
+        penalty=config.penalty,
+        penalty_weight=config.penalty_weight,
+        penalty_every=config.penalty_every or 1,
+        n_critic=config.n_critic,
+        clip_critic=config.clip_critic,
+        spectral_norm=config.spectral_norm,
+        augment=config.augment,
+        flip=config.flip,
+        optimizers=(
+            _adam(generator, config, config.lr_g),
+            _adam(discriminator, config, config.lr_d),
+        ),
         precision=config.precision,
     )
 
@@ -74,8 +85,8 @@ def _vae_step(config, device, model):
     )
 
 
-def _adam(module, config):
-    return adam(module, config.lr, (config.beta1, 0.999))
+def _adam(module, config, lr=None):
+    return adam(module, lr or config.lr, (config.beta1, 0.999))
 
 
 def _image_shape(config):
@@ -83,7 +94,11 @@ def _image_shape(config):
 
 
 _ALL = dict(seed=0, precision="auto", background="white")
-_GANS = dict(batch_size=64, lr=2e-4, beta1=0.5, nz=100, loss="non-saturating", ema=None, **_ALL)
+_GANS = dict(
+    batch_size=64, lr=2e-4, lr_g=None, lr_d=None, beta1=0.5, nz=100, loss="non-saturating",
+    ema=None, n_critic=1, penalty=None, penalty_weight=None, penalty_every=None, clip_critic=None,
+    spectral_norm=False, augment=None, flip=False, **_ALL,
+)  # fmt: skip
 _VAES = dict(batch_size=128, epochs=25, lr=1e-3, beta1=0.9, **_ALL)
 # Learning rates, betas and widths are those of the papers and of PyTorch's public examples.
 MODELS = {

@@ -1,11 +1,17 @@
 """What the steps share: precision, capture, checks, their state, and the default optimizer."""
 
 from contextlib import contextmanager
+from types import MappingProxyType
 
 import torch
 
 from genfast.training import pixels
-from genfast.training.steps.capture import CapturedStep, CUDARecorder, why_not_captured
+from genfast.training.steps.capture import (
+    CapturedStep,
+    CapturedTurns,
+    CUDARecorder,
+    why_not_captured,
+)
 from genfast.training.steps.precision import Precision
 
 
@@ -29,8 +35,11 @@ class Step:
     converts them), the attributes `pixel_range`, `latent_shape` and `weights_reused` (whether a
     network takes part in more than one pass), and `_draw(z)`, their images in `pixel_range`. They
     may have `_look(images)`, which learns from a first batch of floats what the steps need to know,
-    and leaves no other trace.
+    and leaves no other trace; and `_turn()`, which tells apart calls that do not the same.
     """
+
+    # Which call is the first with an update by an optimizer, by its name, where that is not call 1.
+    first_updates = MappingProxyType({})
 
     def __init__(self, modules, optimizers, precision, capture, followers=None):
         # Followers are networks that a step changes and no optimizer trains.
@@ -50,14 +59,18 @@ class Step:
         self.why_not_captured = reason
         self._run = self._step_in_precision
         if reason is None:
-            self._run = CapturedStep(
-                self._step_in_precision,
-                list(self.modules.values()),
-                list(optimizers.values()),
-                list(self.scalers.values()),
-                CUDARecorder(self.device),
-                list(self._precision.half_weights.values()),
-                list(self._precision.updates.values()),
+            recorder = CUDARecorder(self.device)
+            self._run = CapturedTurns(
+                lambda: CapturedStep(
+                    self._step_in_precision,
+                    list(self.modules.values()),
+                    list(optimizers.values()),
+                    list(self.scalers.values()),
+                    recorder,
+                    list(self._precision.half_weights.values()),
+                    list(self._precision.updates.values()),
+                ),
+                self._turn,
             )
 
     @property
@@ -97,6 +110,9 @@ class Step:
 
     def _look(self, images):
         pass
+
+    def _turn(self):
+        """What the next call does, hashable: one graph replays all calls of a turn."""
 
     def _floats(self, images):
         """uint8 images in `pixel_range` and the networks' dtype; others are that already."""

@@ -4,7 +4,7 @@ from contextlib import ExitStack
 
 import torch
 
-from genfast import autograd, cpu
+from genfast import autograd, cpu, losses
 from genfast.training.steps import half_weights
 from genfast.training.steps.product_settings import products_in
 from genfast.training.steps.updates import Update
@@ -142,6 +142,23 @@ class Precision:
         if half and not kept:
             half.hand_over_gradients()
 
+    def gradient(self, outputs, inputs, optimizer):
+        """The gradient of the sum of outputs by the inputs, to be differentiated itself.
+
+        In fp16 the sum is scaled as that optimizer's losses are, and the gradient back again.
+
+        Args:
+            outputs: a tensor with a graph.
+            inputs: the tensor, in float32 or wider, by which it is differentiated.
+            optimizer: the name.
+        """
+        scaler = self.scalers.get(optimizer)
+        total = losses.widen(outputs).sum()
+        scale = scaler.scale(autograd.one(total)) if scaler else None
+        total = scaler.scale(total) if scaler else total
+        (found,) = torch.autograd.grad(total, inputs, create_graph=True)
+        return found / scale if scaler else found
+
     def update(self, optimizer, refresh=False):
         """Step the optimizer of that name.
 
@@ -155,7 +172,12 @@ class Precision:
             return
         scaler.step(self._optimizers[optimizer])
         scaler.update()
-        if refresh and optimizer in self.half_weights:
+        if refresh:
+            self.refresh(optimizer)
+
+    def refresh(self, optimizer):
+        """Within `weights`, let half-precision copies be what that one's network is now."""
+        if optimizer in self.half_weights:
             half_weights.refresh(self.half_weights[optimizer])
 
 

@@ -512,7 +512,8 @@ BUGS = (
         "an average follows half-precision copies",
         "genfast/training/steps/gan.py",
         """        losses = super()._step_in_precision(images)
-        if self._average:  # By now the generator holds its own weights again.
+        # By now the generator holds its own weights again.
+        if self._average and self._turn().generator_trains:
             self._average.update()
         return losses
 """,

@@ -1,6 +1,7 @@
 """Penalties, critics, spectral norm and augmentations, beside a plain PyTorch loop with them."""
 
 import gc
+import warnings
 import weakref
 from contextlib import contextmanager
 
@@ -341,8 +342,25 @@ def test_discriminators_that_cannot_have_it():
     GANStep(generator, discriminator, spectral_norm=True)
     with pytest.raises(ValueError, match="layer main.0 has a parametrisation already"):
         GANStep(generator, discriminator, spectral_norm=True)
+    step, images = GANStep(*networks(), penalty="wgan-gp"), torch.rand(2, 1, 16, 16)
     with pytest.warns(UserWarning, match="wgan-gp is not defined for a discriminator with batch"):
-        GANStep(*networks(), penalty="wgan-gp")
+        step(images)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        step(images)  # It was said.
+        GANStep(*networks(norm=False), penalty="wgan-gp")(images)
+
+
+def test_an_average_moves_when_the_generator_does():
+    """Batch norm's statistics move at every call."""
+    step = gan_step(*networks(), n_critic=2, ema=0.5, precision="fp32")
+    newest, average = (m.main[1].running_mean for m in (step.generator, step.average.module))
+    seen = []
+    for _ in range(2):
+        step(2 * torch.rand(2, 1, 16, 16) - 1)
+        seen.append((newest.clone(), average.clone()))
+    assert seen[0][0].norm() > 0 and not seen[0][1].any()
+    assert torch.equal(seen[1][1], seen[1][0] / 2)
 
 
 @pytest.mark.parametrize("name", ["penalty_weight", "penalty_every"])

@@ -67,6 +67,8 @@ def _gan_step(config, device, generator, discriminator):
         spectral_norm=config.spectral_norm,
         augment=config.augment,
         flip=config.flip,
+        clip_grad=config.clip_grad,
+        skip_nonfinite=config.skip_nonfinite,
         optimizers=(
             _adam(generator, config, config.lr_g),
             _adam(discriminator, config, config.lr_d),
@@ -97,7 +99,7 @@ _ALL = dict(seed=0, precision="auto", background="white")
 _GANS = dict(
     batch_size=64, lr=2e-4, lr_g=None, lr_d=None, beta1=0.5, nz=100, loss="non-saturating",
     ema=None, n_critic=1, penalty=None, penalty_weight=None, penalty_every=None, clip_critic=None,
-    spectral_norm=False, augment=None, flip=False, **_ALL,
+    spectral_norm=False, augment=None, flip=False, clip_grad=None, skip_nonfinite=False, **_ALL,
 )  # fmt: skip
 _VAES = dict(batch_size=128, epochs=25, lr=1e-3, beta1=0.9, **_ALL)
 # Learning rates, betas and widths are those of the papers and of PyTorch's public examples.

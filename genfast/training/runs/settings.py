@@ -106,6 +106,12 @@ SETTINGS = {
         optional=True,
         metavar="NAMES",
     ),
+    "clip_grad": Setting(
+        ABOVE_0, "scale a network's gradients down to this norm at each update", optional=True
+    ),
+    "skip_nonfinite": Setting(
+        FLAG, "pass over updates that are not finite, and count them, instead of ending", once=False
+    ),
     "flip": Setting(FLAG, "mirror real images of a GAN left to right at random", once=False),
 }
 

@@ -1,9 +1,8 @@
 """One optimisation step of a GAN."""
 
-import math
 import warnings
 from contextlib import contextmanager, nullcontext
-from numbers import Integral, Real
+from numbers import Integral
 from typing import NamedTuple
 
 import torch
@@ -14,7 +13,7 @@ from genfast.nn import statistics_groups
 from genfast.training.memory import missing_memory
 from genfast.training.steps.augment import Augmentation, mirrored
 from genfast.training.steps.average import Average
-from genfast.training.steps.base import Step, adam, evaluating
+from genfast.training.steps.base import Step, above_0, adam, evaluating
 from genfast.training.steps.joining import joined
 from genfast.training.steps.judge import Judge, describe
 from genfast.training.steps.merging import (
@@ -90,6 +89,10 @@ class GANStep(Step):
         augment: what the discriminator sees is changed so: names in `augment.AUGMENTATIONS`, with
             commas between (Zhao et al., 2020). None: as it is.
         flip: whether real images are mirrored left to right at random.
+        clip_grad: the largest norm of a network's gradients at an update: larger ones are scaled
+            down to it. None: any.
+        skip_nonfinite: whether to pass over the updates whose gradients are not finite, and to
+            count them in `skipped`. What is not finite then leaves no trace in buffers either.
         output: a function that picks the logits out of what the discriminator returns, or "logits":
             what it returns are logits, whatever it looks like. None: that is checked.
 
@@ -102,7 +105,7 @@ class GANStep(Step):
         why_not_merged, why_not_captured, why_no_half_weights, why_not_adam_kernel: why not, in
             words; None where it is.
             Where only the first batch can tell, `why_not_merged` is final after the first call.
-        calls: how many there have been.
+        calls, skipped: how many calls there have been, and how many updates were passed over.
         final_sigmoid: the name of the Sigmoid in which the discriminator ends; None if in none.
         average: the `Average` of the generator that `sample` draws from, or None to draw from the
             generator itself.
@@ -142,6 +145,8 @@ class GANStep(Step):
         spectral_norm=False,
         augment=None,
         flip=False,
+        clip_grad=None,
+        skip_nonfinite=False,
     ):
         self.generator = generator
         self.discriminator = discriminator
@@ -150,10 +155,9 @@ class GANStep(Step):
         self._set_penalty(penalty, penalty_weight, penalty_every)
         self._n_critic = _whole("n_critic", n_critic)
         self.first_updates = {"generator": self._n_critic}
-        self._clip = None if clip_critic is None else _above_0("clip_critic", clip_critic)
+        self._clip = None if clip_critic is None else above_0("clip_critic", clip_critic)
         self._augment = None if augment is None else Augmentation(augment)
         self._flip = bool(flip)
-        self.calls = 0
         self._spectral_norm = SpectralNorm(discriminator) if spectral_norm else None
         self._judge = Judge(discriminator, output)
         if optimizers is None:
@@ -179,6 +183,8 @@ class GANStep(Step):
             precision,
             capture,
             {} if ema is None else {"average": self.average.module},
+            clip_grad=clip_grad,
+            skip_nonfinite=skip_nonfinite,
         )
 
     @property
@@ -203,6 +209,7 @@ class GANStep(Step):
                     f"{type(error).__name__}: " + str(error).partition("\n")[0]
                 ) from error
         self._check_fakes(fakes, images)
+        self._warn_of_batch_norm()
         with self._precision.autocast():
             self._judge.look(images)
         if self._merge_if_equal:
@@ -220,23 +227,9 @@ class GANStep(Step):
                 raise ValueError("expected a penalty for its weight and how often, got none")
             self._penalty = None
             return
-        self._penalty = penalty_named(name)
+        self._penalty_name, self._penalty = name, penalty_named(name)
         weight = self._penalty.weight if weight is None else weight
-        self._penalty_weight = _above_0("penalty_weight", weight) * self._penalty_every
-        if self._penalty.of_each_image and any(
-            isinstance(m, _BatchNorm) for m in self.discriminator.modules()
-        ):
-            warnings.warn(
-                f"genfast: the penalty {name} is not defined for a discriminator with batch norm, "
-                "where a logit depends on all images of its batch (Gulrajani et al., 2017, section "
-                "4); instance norm, layer norm or no norm in its place is",
-                stacklevel=3,
-            )
-
-    def __call__(self, batch):
-        result = super().__call__(batch)
-        self.calls += 1
-        return result
+        self._penalty_weight = above_0("penalty_weight", weight) * self._penalty_every
 
     def _turn(self):
         """What the next call does: a `_Turn`."""
@@ -245,17 +238,21 @@ class GANStep(Step):
             (self.calls + 1) % self._n_critic == 0,
         )
 
-    def state_dict(self):
-        return super().state_dict() | {"counters": {"calls": self.calls}}
-
-    def load_state_dict(self, state):
-        super().load_state_dict(state)
-        # Of before there were counters, none was needed.
-        self.calls = state.get("counters", {"calls": 0})["calls"]
+    def _warn_of_batch_norm(self):
+        if not (self._penalty and self._penalty.of_each_image):
+            return
+        if any(isinstance(m, _BatchNorm) for m in self.discriminator.modules()):
+            warnings.warn(
+                f"genfast: the penalty {self._penalty_name} is not defined for a discriminator "
+                "with batch norm, where a logit depends on all images of its batch (Gulrajani et "
+                "al., 2017, section 4)",
+                stacklevel=4,
+            )
 
     def _step_in_precision(self, images):
         losses = super()._step_in_precision(images)
-        if self._average:  # By now the generator holds its own weights again.
+        # By now the generator holds its own weights again.
+        if self._average and self._turn().generator_trains:
             self._average.update()
         return losses
 
@@ -411,12 +408,6 @@ def _whole(name, number):
     if isinstance(number, Integral) and not isinstance(number, bool) and number > 0:
         return int(number)
     raise ValueError(f"expected {name} to be a whole number from 1 on, got {number!r}")
-
-
-def _above_0(name, number):
-    if isinstance(number, Real) and not isinstance(number, bool) and 0 < number < math.inf:
-        return float(number)
-    raise ValueError(f"expected {name} to be a number above 0, got {number!r}")
 
 
 def _are_lengths(shape):

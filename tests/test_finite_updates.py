@@ -5,8 +5,8 @@ import math
 import pytest
 import torch
 
-from genfast.models import DCGANDiscriminator, DCGANGenerator
-from genfast.training import GANStep
+from genfast.models import VAE, DCGANDiscriminator, DCGANGenerator
+from genfast.training import GANStep, VAEStep
 from genfast.training.errors import Diverged
 from genfast.training.runs.checkpoint import read_checkpoint
 from genfast.training.runs.config import prepare
@@ -67,6 +67,20 @@ def test_what_is_not_finite_leaves_no_trace(optimizer, precision, captured, capt
     step(images())
     assert step.skipped == skipped + 1
     assert not all(map(torch.equal, values(step.discriminator), discriminator))
+
+
+def test_a_vae_has_both():
+    torch.manual_seed(0)
+    model = VAE(64, 8, 2)
+    optimizer = torch.optim.SGD(model.parameters(), 1.0)
+    step = VAEStep(
+        model, optimizer=optimizer, clip_grad=1e-3, skip_nonfinite=True, precision="fp32"
+    )
+    before = torch.cat([p.detach().flatten() for p in model.parameters()])
+    step(torch.rand(4, 1, 8, 8))
+    step(torch.full((4, 1, 8, 8), math.nan))
+    after = torch.cat([p.detach().flatten() for p in model.parameters()])
+    assert step.skipped == 1 and (after - before).norm().item() == pytest.approx(1e-3, rel=1e-3)
 
 
 def test_without_it_nothing_is_counted():

@@ -82,6 +82,8 @@ def _vae_step(config, device, model):
     return VAEStep(
         model,
         optimizer=_adam(model, config),
+        clip_grad=config.clip_grad,
+        skip_nonfinite=config.skip_nonfinite,
         precision=config.precision,
         image_shape=_image_shape(config),
     )
@@ -96,12 +98,13 @@ def _image_shape(config):
 
 
 _ALL = dict(seed=0, precision="auto", background="white")
+_GUARDS = dict(clip_grad=None, skip_nonfinite=False)
 _GANS = dict(
     batch_size=64, lr=2e-4, lr_g=None, lr_d=None, beta1=0.5, nz=100, loss="non-saturating",
     ema=None, n_critic=1, penalty=None, penalty_weight=None, penalty_every=None, clip_critic=None,
-    spectral_norm=False, augment=None, flip=False, clip_grad=None, skip_nonfinite=False, **_ALL,
+    spectral_norm=False, augment=None, flip=False, **_GUARDS, **_ALL,
 )  # fmt: skip
-_VAES = dict(batch_size=128, epochs=25, lr=1e-3, beta1=0.9, **_ALL)
+_VAES = dict(batch_size=128, epochs=25, lr=1e-3, beta1=0.9, **_GUARDS, **_ALL)
 # Learning rates, betas and widths are those of the papers and of PyTorch's public examples.
 MODELS = {
     "gan": Model(_gan, dict(epochs=50, **_GANS), dict(image_size=16, epochs=150)),

@@ -63,9 +63,9 @@ class Step:
         self.calls = 0
         network = next(iter(modules.values()))
         self.device, self._dtype = _device_of(network), next(network.parameters()).dtype
-        self._skipped = Skipped(self.device) if skip_nonfinite else None
+        self._passed_over = Skipped(self.device) if skip_nonfinite else None
         if skip_nonfinite:
-            self.modules["skipped"] = self._skipped
+            self.modules["skipped"] = self._passed_over
         self._precision = Precision(
             precision,
             self.device,
@@ -73,7 +73,7 @@ class Step:
             optimizers,
             self.weights_reused,
             clip_grad,
-            self._skipped,
+            self._passed_over,
         )
         reason = "it was switched off"
         if capture is not False:
@@ -188,10 +188,10 @@ class Step:
     @property
     def skipped(self):
         """How many updates were passed over as they were not finite; waits for the device."""
-        return int(self._skipped.count) if self._skipped else 0
+        return int(self._passed_over.count) if self._passed_over else 0
 
     def _step_in_precision(self, images):
-        modules = list(self.modules.values()) if self._skipped else []
+        modules = list(self.modules.values()) if self._passed_over else []
         with kept_finite(modules), self._precision.weights():
             return self._step(images)
 

@@ -72,7 +72,7 @@ class Precision:
         clip_grad=None,
         skipped=None,
     ):
-        self._clip_grad, self._skipped = clip_grad, skipped
+        self._clip_grad, self._passed_over = clip_grad, skipped
         self.name = resolve_precision(precision, device)
         self._device = device
         self._optimizers = optimizers
@@ -106,7 +106,7 @@ class Precision:
     @property
     def why_not_adam_kernel(self):
         """Why PyTorch's own `step` updates a network, in words; None if of none."""
-        if self._skipped:
+        if self._passed_over:
             return "updates that are not finite are passed over, and PyTorch's own step knows how"
         if self.scalers:
             return "fp16 scales its losses, and PyTorch's own step knows how"
@@ -191,8 +191,8 @@ class Precision:
         if scaler is None:
             self.updates[optimizer].step(refresh)
             return
-        if self._skipped:
-            self._skipped.add_unless_finite([p.grad for p in self._with_gradients(optimizer)])
+        if self._passed_over:
+            self._passed_over.add_unless_finite([p.grad for p in self._with_gradients(optimizer)])
         scaler.step(self._optimizers[optimizer])
         scaler.update(self._scale)
         if refresh:

@@ -13,6 +13,7 @@ from torch import nn
 from torch.nn.utils import parametrizations
 from torch.nn.utils.parametrizations import _SpectralNorm
 
+from genfast import autograd
 from genfast.backend import use_backend
 from genfast.models import DCGANDiscriminator, DCGANGenerator
 from genfast.nn import FusedSequential
@@ -205,6 +206,22 @@ def test_on_the_kernels(options, norm, device):
         with use_backend("reference"):
             expected = plain_loop(*tiny_networks(norm), batches, **options)
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.kernels
+def test_a_penalty_computes_no_gradient_that_is_thrown_away(device, started):
+    images = torch.rand(2, 1, 8, 8, device=device, requires_grad=True)
+    _, discriminator = tiny_networks(norm=True)
+    discriminator.to(device)
+    with autograd.inputs_first():
+        total = discriminator(images).sum()
+    started.clear()
+    (gradient,) = torch.autograd.grad(total, images, create_graph=True)
+    assert started and not any("wgrad" in name for name in started)
+    gradient.square().sum().backward()
+    assert any("wgrad" in name for name in started)
+    # The last bias has none, as in PyTorch.
+    assert [p.grad is None for p in discriminator.parameters()].count(True) == 1
 
 
 def test_spectral_norm_leaves_blocks_fused():

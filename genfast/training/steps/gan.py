@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from genfast import losses
+from genfast import autograd, losses
 from genfast.nn import statistics_groups
 from genfast.training.memory import missing_memory
 from genfast.training.steps.augment import Augmentation, mirrored
@@ -326,7 +326,7 @@ class GANStep(Step):
             passes = [(images, 1) for images in groups]
         for images, count in passes:
             images = images.detach().requires_grad_()
-            with statistics_groups(self.discriminator, count) if count > 1 else nullcontext():
+            with autograd.inputs_first(), statistics_groups(self.discriminator, count):
                 logits = self._logits(images.to(self._dtype))
             gradient = self._precision.gradient(logits, images, "discriminator")
             # The mean over images of each of the points.

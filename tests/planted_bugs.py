@@ -626,6 +626,20 @@ BUGS = (
         "test_finite_updates.py",
     ),
     Bug(
+        "a penalty computes gradients that are thrown away",
+        "genfast/autograd.py",
+        "needs = [need and not tensor.is_leaf for need, tensor in pairs]",
+        "needs = [need for need, tensor in pairs]",
+        "test_gan_extensions.py::test_a_penalty_computes_no_gradient_that_is_thrown_away",
+    ),
+    Bug(
+        "a critic that cannot tell has won",
+        "genfast/training/runs/loop.py",
+        'won = loss_log.lost >= len(batches) and config.loss != "wgan"',
+        "won = loss_log.lost >= len(batches)",
+        "test_gan_extensions.py::test_a_critic_that_cannot_tell_has_not_won",
+    ),
+    Bug(
         "least squares pull generated images to the label 1 too",
         "kernels/losses.py",
         "slope = tl.where(is_real, x - 1.0, x)",

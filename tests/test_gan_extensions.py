@@ -22,10 +22,10 @@ from genfast.nn import FusedSequential
 from genfast.training import GANStep
 from genfast.training.errors import BadInput
 from genfast.training.runs.checkpoint import read_checkpoint, restore, save_checkpoint
-from genfast.training.runs.config import Config, check_settings, prepare
+from genfast.training.runs.config import Config, check_settings, prepare, prepare_resumed
 from genfast.training.runs.loop import train
 from genfast.training.runs.models import build_step
-from genfast.training.steps import adam
+from genfast.training.steps import adam, base
 from genfast.training.steps.penalties import PENALTIES
 from genfast.training.steps.precision import Precision
 
@@ -251,14 +251,25 @@ EVERYTHING = dict(
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_turns_are_captured_each(precision, capture_anyway):
+def test_turns_are_captured_each(precision, capture_anyway, monkeypatch):
     images = 2 * torch.rand(4, 1, 16, 16) - 1
+
+    def losses(step):
+        first = losses_of(step, [images] * 5)
+        for optimizer in step.optimizers.values():
+            optimizer.param_groups[0]["lr"] = 2**-7
+        return torch.cat([first, losses_of(step, [images] * 9)])
+
     plain = gan_step(*networks(), precision=precision, **EVERYTHING)
-    expected = losses_of(plain, [images] * 9)
+    expected = losses(plain)
     capture_anyway()
+    recorded, record = [], base.CUDARecorder.record
+    monkeypatch.setattr(base.CUDARecorder, "record", lambda *a: recorded.append(1) or record(*a))
     step = gan_step(*networks(), precision=precision, **EVERYTHING)
-    assert torch.equal(losses_of(step, [images] * 9), expected)
+    assert torch.equal(losses(step), expected)
     turns = list(step._run._steps)
+    # The first turn once more: the generator's optimizer had no state yet.
+    assert len(recorded) == len(turns) + 1
     assert turns == [(True, False), (False, True), (False, False), (True, True)]
     assert step._run.failure is None
     for ours, theirs in zip(step.modules.values(), plain.modules.values(), strict=True):
@@ -325,6 +336,18 @@ def test_a_run_and_its_resume(tmp_path):
         assert all(torch.equal(value, parts["modules"][name][key]) for key, value in module.items())
     rates = [o["param_groups"][0]["lr"] for o in whole["optimizers"].values()]
     assert rates == [1e-3, 2e-3]
+    with pytest.raises(BadInput, match="expected no --skip-nonfinite, without which the run in"):
+        prepare_resumed("dcgan", None, dict(skip_nonfinite=True), stopped)
+
+
+def test_a_critic_that_cannot_tell_has_not_won(tmp_path):
+    given = dict(epochs=2, batch_size=1000, nz=4, ngf=4, ndf=4, image_size=16, loss="wgan")
+    config, images = prepare("dcgan", "digits", given | dict(clip_critic=1e-4))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        train(config, images, tmp_path / "run", device="cpu")
+    rows = (tmp_path / "run" / "metrics.csv").read_text().splitlines()
+    assert abs(float(rows[2].split(",")[2])) < 5e-4
 
 
 def test_settings_of_before_there_were_these():

@@ -147,7 +147,9 @@ def train(
                     bar.set_description(f"epoch {epoch}/{config.epochs}", refresh=False)
                     newest = loss_log.flush()
                     bar.set_postfix(newest | {"data": f"{batches.waiting.share():.0%}"})
-                if ends_epoch and loss_log.lost >= len(batches) and not warned:
+                # Of wgan a loss of 0 means that the critic cannot tell.
+                won = loss_log.lost >= len(batches) and config.loss != "wgan"
+                if ends_epoch and won and not warned:
                     warned = True
                     with tqdm.external_write_mode(sys.stderr):
                         _warn_of_a_lost_game(epoch)

@@ -79,7 +79,8 @@ class GANStep(Step):
             too, by a pass of the discriminator of its own. None: none.
         penalty_weight: its weight; None for the paper's.
         penalty_every: at how many updates of the discriminator one has the penalty, with so many
-            times its weight (Karras et al., 2020, appendix B).
+            times its weight (Karras et al., 2020, appendix B). It is the gradient of the same
+            update, so Adam's rates stay, which are changed there for updates of the penalty alone.
         n_critic: at how many calls, each an update of the discriminator on a batch of its own, one
             updates the generator: the last of them.
         clip_critic: keep the discriminator's parameters within this distance of 0 (Arjovsky et al.,

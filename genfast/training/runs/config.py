@@ -108,6 +108,9 @@ def check_settings(model, given):
             f"expected --image-size to be a power of two from {IMAGE_SIZES[0]} to "
             f"{IMAGE_SIZES[-1]} for {model}, got {size}"
         )
+    for name in ("penalty_weight", "penalty_every"):
+        if given.get(name) is not None and given.get("penalty") is None:
+            raise BadInput(f"expected {option(name)} with --penalty, got it alone")
     return given
 
 
@@ -195,7 +198,7 @@ def prepare_resumed(model, data, given, path, out=None):
                 f"expected no --background, as the run in {path} began when the transparency of "
                 f"images was dropped, got {value}"
             )
-        if start is None:
+        if start is None or start is False:
             raise BadInput(
                 f"expected no {option(name)}, without which the run in {path} began, got {value}"
             )

@@ -100,7 +100,8 @@ def train(
     Raises:
         BadInput: an argument or the checkpoint does not fit, the folder is in use or holds
             somebody else's files, or an extra is not installed.
-        Diverged: a loss or a weight is no longer finite. The last checkpoint stays.
+        Diverged: a loss or a weight is no longer finite. The last checkpoint stays. With
+            `skip_nonfinite` that is a weight alone.
 
     Warns:
         UserWarning: the discriminator has won, or the folder cannot be locked.
@@ -148,6 +149,7 @@ def train(
             board.opened(log, out, done) as shown_live,
         ):
             loss_log = LossLog(rows, names, config.batch_size, keep=done, board=shown_live)
+            loss_log.passes_over = bool(config.skip_nonfinite)
             for batch in islice(stream, total - done):
                 result = step(batch)
                 done += 1
@@ -164,7 +166,9 @@ def train(
                     bar.set_description(f"epoch {epoch}/{epochs}", refresh=False)
                     newest = loss_log.flush()
                     bar.set_postfix(newest | {"data": f"{batches.waiting.share():.0%}"})
-                if ends_epoch and loss_log.lost >= len(batches) and not warned:
+                # Of wgan a loss of 0 means that the critic cannot tell.
+                won = loss_log.lost >= len(batches) and config.loss != "wgan"
+                if ends_epoch and won and not warned:
                     warned = True
                     with tqdm.external_write_mode(sys.stderr):
                         _warn_of_a_lost_game(epoch)
@@ -182,6 +186,10 @@ def train(
                     batches.waiting.restart()
                 if stopping:
                     break
+        if step.skipped:
+            tqdm.write(
+                f"{step.skipped} updates were passed over, as they were not finite", file=sys.stderr
+            )
     return Outcome(done == total, stop.requested and done < total, done, picture)
 
 

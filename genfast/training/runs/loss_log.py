@@ -34,7 +34,10 @@ class LossLog:
 
     Attributes:
         lost: how many of the newest steps in a row gave the discriminator a loss of next to 0.
+        passes_over: whether losses that are not finite are written like others.
     """
+
+    passes_over = False
 
     def __init__(self, path, names, batch_size, keep=0, board=None):
         self.path = path
@@ -63,7 +66,7 @@ class LossLog:
         """Write what was added and return the newest losses and the speed, formatted.
 
         Raises:
-            Diverged: a loss is not finite.
+            Diverged: a loss is not finite, unless that is passed over.
         """
         if not self._pending:
             return {}
@@ -82,7 +85,7 @@ class LossLog:
                 self._board.losses(step, values | {"images_per_second": rate})
             d_loss = dict(zip(self.names, row, strict=True)).get("d_loss", math.inf)
             self.lost = self.lost + 1 if abs(d_loss) < NOTHING else 0
-            if not all(map(math.isfinite, row)):
+            if not (self.passes_over or all(map(math.isfinite, row))):
                 values = ", ".join(f"{n} {v}" for n, v in zip(self.names, row, strict=True))
                 raise Diverged(f"training diverged: the losses of step {step} are {values}")
         newest = {name: f"{v:.3f}" for name, v in zip(self.names, losses[-1], strict=True)}

@@ -10,6 +10,7 @@ from PIL import Image
 
 import genfast
 from genfast.cli import main
+from genfast.training import VAEStep
 from genfast.training.data import load_images
 from genfast.training.errors import BadInput
 from genfast.training.runs import latents, reconstructions
@@ -161,17 +162,42 @@ def test_what_a_trained_model_does_not_take(runs):
 
 def test_a_step_encodes_before_its_first_step(runs):
     """And then as after: the look at the first images leaves no trace."""
-    config, images = prepare("vae", runs / "images.npy", dict(nz=3, image_size=16))
+    config, images = prepare("conv-vae", runs / "images.npy", TINY | dict(nz=3))
     steps = [build_step(config, CPU) for _ in range(2)]
     steps[1].model.load_state_dict(steps[0].model.state_dict())
     first = steps[0].encode(images)
     assert [t.shape for t in first] == [(8, 3), (8, 3)]
+    assert steps[0].model.training
+    with torch.no_grad():
+        expected = steps[1].model.eval().encode(images / 255)
+    torch.testing.assert_close(first, expected)
+    steps[1].model.train()
     results = []
     for step in steps:
         torch.manual_seed(1)
         results.append([t.item() for t in step(images)])
     assert results[0] == results[1]
     assert not torch.equal(steps[0].encode(images)[0], first[0])
+
+
+def test_a_step_encodes_what_a_network_wants():
+    """Rows of pixels, in [-1, 1] where the decoder ends in tanh."""
+
+    class Rows(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inward, self.outward = torch.nn.Linear(64, 4), torch.nn.Linear(2, 64)
+
+        def encode(self, rows):
+            return self.inward(rows).chunk(2, 1)
+
+        def decode(self, z):
+            return self.outward(z).tanh()
+
+    model, images = Rows(), torch.rand(3, 1, 8, 8)
+    mu, logvar = VAEStep(model).encode(images)
+    with torch.no_grad():
+        torch.testing.assert_close((mu, logvar), model.encode(2 * images.flatten(1) - 1))
 
 
 def test_a_folder_will_do_in_python_too(runs, tmp_path):
@@ -255,7 +281,9 @@ def test_originals_beside_reconstructions(runs, tmp_path, capsys):
     assert np.array_equal(pixels[2:66:4, 134:198:4], originals[1, 0].numpy())
     made = genfast.load(runs / "plane", "cpu").reconstruct(originals)[1, 0]
     assert np.array_equal(pixels[2:66:4, 200:264:4], (made * 255).round().numpy())
-    assert "a VAE to reconstruct" in _refused(capsys, "reconstruct", runs / "gan", "--out", out)
+    # That is said before images are loaded.
+    gan = ("reconstruct", runs / "gan", "--data", tmp_path / "absent", "--out", out)
+    assert "a VAE to reconstruct" in _refused(capsys, *gan)
     colour = np.zeros((2, 16, 16, 3), np.uint8)
     colour[..., 0] = 255
     np.save(tmp_path / "colour.npy", colour)

@@ -327,7 +327,8 @@ class GANStep(Step):
             passes = [(images, 1) for images in groups]
         for images, count in passes:
             images = images.detach().requires_grad_()
-            with autograd.inputs_first(), statistics_groups(self.discriminator, count):
+            apart = statistics_groups(self.discriminator, count) if count > 1 else nullcontext()
+            with autograd.inputs_first(), apart:
                 logits = self._logits(images.to(self._dtype))
             gradient = self._precision.gradient(logits, images, "discriminator")
             # The mean over images of each of the points.

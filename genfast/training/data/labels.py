@@ -32,6 +32,11 @@ class LabelledImages:
     labels: torch.Tensor
     classes: tuple[str, ...]
 
+    @property
+    def shape(self):
+        """(N, C, H, W)."""
+        return self.images.shape
+
     def __len__(self):
         return len(self.labels)
 

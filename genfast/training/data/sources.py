@@ -9,6 +9,7 @@ import warnings
 import zlib
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -138,8 +139,10 @@ def _mode(path):
 def resize(images, image_size):
     """Crop uint8 images (N, C, H, W) to squares around their centres, then resize the squares.
 
-    `image_size` is in pixels; None keeps the size of the square.
+    `image_size` is in pixels; None keeps the size of the square. `LabelledImages` keep their labels.
     """
+    if isinstance(images, LabelledImages):
+        return replace(images, images=resize(images.images, image_size))
     height, width = images.shape[2:]
     side = min(height, width)
     if height == width and image_size in (None, side):

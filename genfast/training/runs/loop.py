@@ -26,7 +26,7 @@ from genfast.training.runs.devices import as_device
 from genfast.training.runs.finite import first_not_finite, refuse_not_finite
 from genfast.training.runs.loss_log import LossLog
 from genfast.training.runs.models import build_step
-from genfast.training.runs.samples import draw_noise, write_samples
+from genfast.training.runs.samples import draw_noise, labels_of_samples, write_samples
 
 SAMPLES = 64
 REPORT_SECONDS = 0.5
@@ -73,7 +73,7 @@ def train(
 
     Args:
         config: a `Config`.
-        images: the uint8 images (N, C, H, W) that `config` was made for.
+        images: the uint8 images (N, C, H, W), or `LabelledImages`, that `config` was made for.
         out: the folder; made if need be.
         device: a `torch.device`, or its name as `as_device` takes it.
         resume_from: the path of a checkpoint to go on from.
@@ -100,7 +100,8 @@ def train(
     torch.manual_seed(config.seed)
     step = build_step(config, device)
     batches = Batches(images, config.batch_size, config.seed, device)
-    noise = draw_noise(SAMPLES, step, config.seed)
+    labels = labels_of_samples(config)
+    noise = draw_noise(SAMPLES if labels is None else len(labels), step, config.seed)
     total = config.epochs * len(batches)
     with folder.claimed(out, resume_from, demo=demo):
         # Read within the lock: before, another run might have gone on from there.
@@ -153,7 +154,7 @@ def train(
                     _check_weights(step, done)
                 if ends_epoch:
                     picture = out / PICTURES / f"epoch_{epoch:03d}.png"
-                    write_samples(step, noise, picture)
+                    write_samples(step, noise, picture, labels)
                 if saving:
                     checkpoints.save(step, done)
                 if saving or ends_epoch:

@@ -37,12 +37,15 @@ def grid(images, columns=None):
     return canvas
 
 
-def save_grid(images, path):
-    """Write uint8 images (N, C, H, W), C 1 or 3, as one PNG picture, which says who drew it."""
+def save_grid(images, path, columns=None):
+    """Write uint8 images (N, C, H, W), C 1 or 3, as one PNG picture, which says who drew it.
+
+    columns: as `grid` takes them.
+    """
     image_module = require("PIL.Image", "pillow")
     text = require("PIL.PngImagePlugin", "pillow").PngInfo()
     text.add_text(*DRAWN_BY)  # So that no folder of images takes it for one.
-    pixels = grid(images).permute(1, 2, 0).contiguous().cpu().numpy()
+    pixels = grid(images, columns).permute(1, 2, 0).contiguous().cpu().numpy()
     picture = image_module.fromarray(pixels[..., 0] if pixels.shape[2] == 1 else pixels)
     with replacing(path) as file:
         picture.save(file, format="PNG", pnginfo=text)

@@ -1,5 +1,6 @@
 """Pictures of what a model makes of noise."""
 
+import math
 import os
 import stat
 from dataclasses import replace
@@ -13,7 +14,13 @@ from genfast.training.runs.config import Config
 from genfast.training.runs.devices import as_device
 from genfast.training.runs.finite import refuse_not_finite
 from genfast.training.runs.models import build_step
+from genfast.training.runs.rules import shown
 from genfast.training.steps.precision import resolve_precision
+
+# Of a conditional model, where nobody says how many: so many of each class, of so many classes.
+OF_A_CLASS, CLASSES_SHOWN = 8, 32
+NUM = 64
+NAMED = 20  # How many names of classes a message holds.
 
 PNG = b"\x89PNG\r\n\x1a\n"  # How every file of that format begins.
 
@@ -24,31 +31,90 @@ def draw_noise(num, step, seed):
     return torch.randn(num, *step.latent_shape, generator=generator).to(step.device)
 
 
-def write_samples(step, noise, path):
-    """Write a grid of the images that the networks of a step make of noise, as PNG."""
-    images = torch.cat([step.sample(z) for z in noise.split(256)])
-    pictures.save_grid(pictures.to_uint8(images, step.pixel_range), path)
+def labels_of_samples(config, num=None, of_class=None):
+    """The labels of a grid of samples, int64 (num,): as many of each class, class by class.
+
+    Args:
+        config: a `Config`.
+        num: how many samples. None: 8 of each of the first 32 classes, or 64 of one.
+        of_class: all are of this class: its name, or its number from 0 where no name is a number.
+
+    Returns:
+        The labels; None for a run that is not conditional.
+
+    Raises:
+        BadInput: there is no such class.
+    """
+    if not config.conditional:
+        if of_class is not None:
+            raise BadInput(
+                f"expected a model trained with --conditional for --class {of_class}, got one "
+                "trained without"
+            )
+        return None
+    if of_class is not None:
+        return torch.full((num or NUM,), _class_number(config.classes, str(of_class)))
+    count = len(config.classes)
+    if num is None:
+        return torch.arange(min(count, CLASSES_SHOWN)).repeat_interleave(OF_A_CLASS)
+    return torch.arange(num) // math.ceil(num / count)
 
 
-def sample_checkpoint(path, num, out, *, device, seed=0, ema=True):
+def _class_number(classes, text):
+    if text in classes:
+        return classes.index(text)
+    numbers = not any(name.isdecimal() for name in classes)
+    if numbers and text.isdecimal() and len(text) < 10 and int(text) < len(classes):
+        return int(text)
+    named = ", ".join(classes[:NAMED]) + (" …" if len(classes) > NAMED else "")
+    also = f", or a number from 0 to {len(classes) - 1}" if numbers else ""
+    raise BadInput(f"expected --class to be one of {named}{also}, got {shown(text)}")
+
+
+def write_samples(step, noise, path, labels=None):
+    """Write a grid of the images that the networks of a step make of noise, as PNG.
+
+    labels: int64, one a row of noise, those of a class together, for networks that take them. Then
+        a row of the grid holds one class, unless all are of one.
+    """
+    parts = [None] * len(noise) if labels is None else labels.to(noise.device).split(256)
+    images = torch.cat([step.sample(*part) for part in zip(noise.split(256), parts, strict=False)])
+    columns = None
+    if labels is not None and labels[0] != labels[-1]:
+        columns = int((labels == labels[0]).sum())
+    pictures.save_grid(pictures.to_uint8(images, step.pixel_range), path, columns)
+
+
+def sample_checkpoint(path, num, out, *, device, seed=0, ema=True, of_class=None):
     """Write a grid of `num` new images by the networks of a checkpoint, as PNG.
 
     They are the average generator's where the run kept one, unless `ema` is False.
 
+    Args:
+        path: the checkpoint.
+        num: how many. None: 64, or of a conditional model as `labels_of_samples` has it.
+        out: the name of the picture.
+        device: a `torch.device` or its name.
+        seed: of the noise.
+        ema: see above.
+        of_class: as `labels_of_samples` takes it, for a conditional model.
+
     Raises:
-        BadInput: the checkpoint cannot be read, holds weights that are not finite, `out` is not the
-            name of a picture, or an extra is not installed.
+        BadInput: the checkpoint cannot be read, holds weights that are not finite, there is no such
+            class, `out` is not the name of a picture, or an extra is not installed.
     """
     device = as_device(device)
     target = picture_file(out)
     content = checkpoint.read_checkpoint(path)
     config = Config.of_checkpoint(content, path)
+    labels = labels_of_samples(config, num, of_class)
+    num = (num or NUM) if labels is None else len(labels)
     step = build_step(_drawn_here(config, device), device)
     checkpoint.restore_modules(step, content, path)
     refuse_not_finite(step.modules, path)
     if not ema:
         step.average = None
-    write_samples(step, draw_noise(num, step, seed), target)
+    write_samples(step, draw_noise(num, step, seed), target, labels)
 
 
 def picture_file(out):

@@ -7,7 +7,8 @@ take the same images; and the noise is Gaussian rather than uniform.
 
 With `classes` the networks are conditional as those of Mirza and Osindero (2014, arXiv:1411.1784):
 labels and noise, or labels and images, have hidden layers of their own, side by side, before one
-that joins them. The layer of a label is an embedding, which is what a layer makes of a one-hot vector.
+that joins them. The layer of a label is an embedding: that is what a layer makes of a one-hot
+vector.
 """
 
 import math

@@ -135,7 +135,7 @@ def _of_npz(path, count):
 
 
 def _beside_idx(path, count):
-    """Of MNIST's format: 0, 0, 8 for uint8, the rank 1, the length as big-endian int32, the data."""
+    """Of MNIST's format: 0, 0, 8 for uint8, the rank 1, the length as a big-endian int32, data."""
     home = _label_file_beside(path)
     with arrays.reading(home, "labels"):
         with open(home, "rb") as file:

@@ -139,7 +139,7 @@ def _mode(path):
 def resize(images, image_size):
     """Crop uint8 images (N, C, H, W) to squares around their centres, then resize the squares.
 
-    `image_size` is in pixels; None keeps the size of the square. `LabelledImages` keep their labels.
+    `image_size` is in pixels; None keeps the size of the square. `LabelledImages` keep labels.
     """
     if isinstance(images, LabelledImages):
         return replace(images, images=resize(images.images, image_size))

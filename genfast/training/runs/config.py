@@ -81,10 +81,10 @@ Config.__doc__ = """The settings of a run: those of settings.py, each an attribu
 A setting is None where the model has none of that name, and where it is optional and not asked for.
 One that began after the run is what it then was.
 
-`num_images`, `checksum` and `channels` tell the images of a run from others. `classes` are the names
-of a conditional run's classes, in the order of the labels; None for another run. `background` is None
-for runs begun when the transparency of images was dropped. BadInput if a setting is not what its
-rule allows, or not one that the model has.
+`num_images`, `checksum` and `channels` tell the images of a run from others. `classes` are the
+names of a conditional run's classes, in the order of the labels; None for another run. `background`
+is None for runs begun when the transparency of images was dropped. BadInput if a setting is not
+what its rule allows, or not one that the model has.
 """
 
 

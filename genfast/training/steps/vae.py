@@ -58,7 +58,8 @@ class VAEStep(Step):
         image_shape: (C, H, W), to which `sample` brings rows of pixels. None: as in the first step.
 
     Calling it with images (N, C, H, W), floats in [0, 1] or uint8, of which level p is taken for
-    p / 255, or with a list or tuple of them and labels where the model takes any, makes one step and returns a `VAEResult`.
+    p / 255, or with a list or tuple of them and of labels where the model takes any, makes one step
+    and returns a `VAEResult`.
 
     Attributes:
         why_not_captured: why not, in words; None where it is.

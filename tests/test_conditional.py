@@ -20,6 +20,7 @@ from genfast.training.runs.config import Config, prepare, prepare_resumed
 from genfast.training.runs.loop import train
 from genfast.training.runs.samples import labels_of_samples, sample_checkpoint
 from genfast.training.steps import adam
+from genfast.training.steps.labels import Labels, classes_of
 
 CLASSES = 5
 
@@ -239,6 +240,26 @@ def test_a_captured_step_reads_the_labels_of_each_batch(capture_anyway):
     assert torch.equal(losses_of(step, data), expected)
     # A graph finds them in the same place, after a batch of another size too.
     assert len({place for count, place in places if count == 6}) == 1
+
+
+def test_labels_of_more_than_a_batch():
+    labels = Labels(CLASSES)
+    assert Labels()(6) == ()
+    with labels.given(torch.tensor([3, 1]), torch.zeros(2)):
+        assert labels(4)[0].tolist() == [3, 1, 3, 1]  # Real images, then generated ones.
+        assert labels(4, each=True)[0].tolist() == [3, 3, 1, 1]  # Several latents an image.
+        with pytest.raises(ValueError, match="number of images that the 2 of the batch divide"):
+            labels(3)
+
+    class Compiled(nn.Module):  # As `torch.compile` wraps a network.
+        classes = CLASSES
+
+        def forward(self, *args, **kwargs):
+            return self._orig_mod(*args, **kwargs)
+
+    wrapper = Compiled()
+    wrapper._orig_mod = dcgan()[0]
+    assert classes_of(wrapper) == CLASSES
 
 
 def test_networks_without_labels_ignore_them():

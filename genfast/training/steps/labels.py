@@ -15,6 +15,7 @@ def classes_of(network, function="forward"):
     classes = getattr(network, "classes", None)
     if type(classes) is not int:  # Somebody else's may be names, or a layer.
         return None
+    network = getattr(network, "_orig_mod", network)  # Of what torch.compile made.
     try:
         parameters = inspect.signature(getattr(network, function)).parameters
     except (AttributeError, TypeError, ValueError):
@@ -24,6 +25,9 @@ def classes_of(network, function="forward"):
 
 class Labels:
     """What networks are given beside images or noise: `network(x, *labels(len(x)))`.
+
+    More images or latents than the batch has are several batches, one after the other, or with
+    `each` several of one image, one after the other.
 
     Within a step they are the labels of its batch, in memory that a captured step finds again: one
     place for each size of a batch.
@@ -50,8 +54,8 @@ class Labels:
             )
         return cls(first)
 
-    def __call__(self, count):
-        """(labels,) for `count` images, those of the batch as often as need be; () for none."""
+    def __call__(self, count, each=False):
+        """(labels,) for `count` images or latents; () for networks that take none."""
         if self.classes is None:
             return ()
         times, rest = divmod(count, len(self._current))
@@ -60,7 +64,9 @@ class Labels:
                 f"expected a number of images that the {len(self._current)} of the batch divide, "
                 f"got {count}"
             )
-        return (self._current if times == 1 else self._current.repeat(times),)
+        if times == 1:
+            return (self._current,)
+        return (self._current.repeat_interleave(times) if each else self._current.repeat(times),)
 
     @contextmanager
     def of_batch(self, batch, images):

@@ -144,7 +144,7 @@ class VAEStep(Step):
         return getattr(self.model, self._coders[0])(images, *self._labels(len(images)))
 
     def _decode(self, z):
-        return getattr(self.model, self._coders[1])(z, *self._labels(len(z)))
+        return getattr(self.model, self._coders[1])(z, *self._labels(len(z), each=True))
 
     def _look(self, images):
         """Find out what the model takes and gives, by running it on these images once."""
@@ -282,7 +282,7 @@ class VAEStep(Step):
         z, kl = sample(losses.widen(mu), losses.widen(logvar))
         with self._precision.autocast():
             if self._takes_logits:
-                return self.model.decode_logits(z, *self._labels(len(z))), kl
+                return self.model.decode_logits(z, *self._labels(len(z), each=True)), kl
             return vae_form.decoded(self._decode(z)), kl
 
     def _reconstruction_loss(self, reconstruction, images):

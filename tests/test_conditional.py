@@ -16,9 +16,10 @@ from genfast.models import GAN, VAE, ConvVAE, DCGANDiscriminator, DCGANGenerator
 from genfast.training import GANStep, VAEStep
 from genfast.training.errors import BadInput
 from genfast.training.runs.checkpoint import read_checkpoint
+from genfast.training.runs.classes import labels_of_samples
 from genfast.training.runs.config import Config, prepare, prepare_resumed
 from genfast.training.runs.loop import train
-from genfast.training.runs.samples import labels_of_samples, sample_checkpoint
+from genfast.training.runs.samples import sample_checkpoint
 from genfast.training.steps import adam
 from genfast.training.steps.labels import Labels, classes_of
 

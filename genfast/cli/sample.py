@@ -3,8 +3,9 @@
 from pathlib import Path
 
 from genfast.cli.options import add_device, checkpoint_file, of_rule, working_device
+from genfast.training.runs.classes import NUM, OF_A_CLASS
 from genfast.training.runs.rules import whole
-from genfast.training.runs.samples import NUM, OF_A_CLASS, sample_checkpoint
+from genfast.training.runs.samples import sample_checkpoint
 from genfast.training.runs.settings import RULES
 
 

@@ -1,6 +1,5 @@
 """Pictures of what a model makes of noise."""
 
-import math
 import os
 import stat
 from dataclasses import replace
@@ -10,17 +9,12 @@ import torch
 
 from genfast.training.errors import BadInput
 from genfast.training.runs import checkpoint, pictures
+from genfast.training.runs.classes import NUM, labels_of_samples, row_length
 from genfast.training.runs.config import Config
 from genfast.training.runs.devices import as_device
 from genfast.training.runs.finite import refuse_not_finite
 from genfast.training.runs.models import build_step
-from genfast.training.runs.rules import shown
 from genfast.training.steps.precision import resolve_precision
-
-# Of a conditional model, where nobody says how many: so many of each class, of so many classes.
-OF_A_CLASS, CLASSES_SHOWN = 8, 32
-NUM = 64
-NAMED = 20  # How many names of classes a message holds.
 
 PNG = b"\x89PNG\r\n\x1a\n"  # How every file of that format begins.
 
@@ -31,46 +25,6 @@ def draw_noise(num, step, seed):
     return torch.randn(num, *step.latent_shape, generator=generator).to(step.device)
 
 
-def labels_of_samples(config, num=None, of_class=None):
-    """The labels of a grid of samples, int64 (num,): as many of each class, class by class.
-
-    Args:
-        config: a `Config`.
-        num: how many samples. None: 8 of each of the first 32 classes, or 64 of one.
-        of_class: all are of this class: its name, or its number from 0 where no name is a number.
-
-    Returns:
-        The labels; None for a run that is not conditional.
-
-    Raises:
-        BadInput: there is no such class.
-    """
-    if not config.conditional:
-        if of_class is not None:
-            raise BadInput(
-                f"expected a model trained with --conditional for --class {of_class}, got one "
-                "trained without"
-            )
-        return None
-    if of_class is not None:
-        return torch.full((num or NUM,), _class_number(config.classes, str(of_class)))
-    count = len(config.classes)
-    if num is None:
-        return torch.arange(min(count, CLASSES_SHOWN)).repeat_interleave(OF_A_CLASS)
-    return torch.arange(num) // math.ceil(num / count)
-
-
-def _class_number(classes, text):
-    if text in classes:
-        return classes.index(text)
-    numbers = not any(name.isdecimal() for name in classes)
-    if numbers and text.isdecimal() and len(text) < 10 and int(text) < len(classes):
-        return int(text)
-    named = ", ".join(classes[:NAMED]) + (" …" if len(classes) > NAMED else "")
-    also = f", or a number from 0 to {len(classes) - 1}" if numbers else ""
-    raise BadInput(f"expected --class to be one of {named}{also}, got {shown(text)}")
-
-
 def write_samples(step, noise, path, labels=None):
     """Write a grid of the images that the networks of a step make of noise, as PNG.
 
@@ -79,10 +33,8 @@ def write_samples(step, noise, path, labels=None):
     """
     parts = [None] * len(noise) if labels is None else labels.to(noise.device).split(256)
     images = torch.cat([step.sample(*part) for part in zip(noise.split(256), parts, strict=False)])
-    columns = None
-    if labels is not None and labels[0] != labels[-1]:
-        columns = int((labels == labels[0]).sum())
-    pictures.save_grid(pictures.to_uint8(images, step.pixel_range), path, columns)
+    images = pictures.to_uint8(images, step.pixel_range)
+    pictures.save_grid(images, path, row_length(labels))
 
 
 def sample_checkpoint(path, num, out, *, device, seed=0, ema=True, of_class=None):

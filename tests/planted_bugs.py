@@ -646,7 +646,7 @@ BUGS = (
     Bug(
         "a claim of pixels is believed",
         "genfast/training/data/arrays.py",
-        '    require_memory(count, f"the images in {path}")\n',
+        "    require_memory(count, what)\n",
         "",
         "test_hostile_data.py",
     ),

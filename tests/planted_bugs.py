@@ -782,7 +782,7 @@ BUGS = (
     Bug(
         "a claim of pixels is believed",
         "genfast/training/data/arrays.py",
-        '    require_memory(count, f"the images in {path}")\n',
+        "    require_memory(count, what)\n",
         "",
         "test_hostile_data.py",
     ),
@@ -953,6 +953,41 @@ BUGS = (
         "network = step.average.module if step.average and ema else step.generator",
         "network = step.generator",
         "test_export.py::test_the_newest_generator_on_request",
+    ),
+    Bug(
+        "generated images are judged for another image's class",
+        "genfast/training/steps/labels.py",
+        "if each else self._current.repeat(times)",
+        "if not each else self._current.repeat(times)",
+        "test_conditional.py::test_a_step_is_that_of_a_plain_loop",
+    ),
+    Bug(
+        "labels that are not in the graph's memory",
+        "genfast/training/steps/labels.py",
+        "        return place.copy_(labels)",
+        "        return labels.clone()",
+        "test_conditional.py::test_a_captured_step_reads_the_labels_of_each_batch",
+    ),
+    Bug(
+        "an image that was skipped leaves its label",
+        "genfast/training/data/sources.py",
+        "    return images[:, :1].contiguous() if grey else images, values",
+        "    return images[:, :1].contiguous() if grey else images, names[:count]",
+        "test_labels.py::test_folders_are_classes",
+    ),
+    Bug(
+        "batches gathered ahead have the labels of later ones",
+        "genfast/training/data/batches.py",
+        "labels = self.labels.index_select(0, ahead.popleft())",
+        "labels = self.labels.index_select(0, ahead.pop())",
+        "test_labels.py::test_batches_hold_the_labels_of_their_images",
+    ),
+    Bug(
+        "projection of features that are not summed over pixels",
+        "genfast/models/dcgan.py",
+        "features.sum((2, 3), dtype=wide)",
+        "features.mean((2, 3), dtype=wide)",
+        "test_conditional.py::test_a_step_is_that_of_a_plain_loop",
     ),
 )
 

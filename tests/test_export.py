@@ -1,5 +1,6 @@
 """`genfast export`: what other programs read gives the images that genfast draws."""
 
+import json
 import re
 import sys
 
@@ -24,14 +25,18 @@ def runs(tmp_path_factory):
     folder = tmp_path_factory.mktemp("runs")
     images = np.random.default_rng(0).integers(0, 256, (8, 16, 16), dtype=np.uint8)
     np.save(folder / "images.npy", images)
+    np.savez(folder / "labelled.npz", images=images, labels=np.arange(8) % 2)
     more = {
         "gan": [],
         "dcgan": ["--ngf", "4", "--ndf", "4", "--ema", "0.5"],
         "vae": [],
         "conv-vae": ["--ngf", "4"],
+        "conditional": ["--conditional"],
     }
     for model, arguments in more.items():
-        out = ["--data", str(folder / "images.npy"), "--out", str(folder / model)]
+        data = "labelled.npz" if model == "conditional" else "images.npy"
+        out = ["--data", str(folder / data), "--out", str(folder / model)]
+        model = "gan" if model == "conditional" else model
         with use_backend("reference"):  # This is before each test's own environment.
             assert cli.main(["train", model, *out, *TINY, *arguments]) == 0
     return folder
@@ -101,6 +106,18 @@ def test_torchscript_of_an_encoder_and_a_discriminator(runs, tmp_path):
     network = exporting.load_part(runs / "dcgan/checkpoint.pt", "discriminator").network
     with torch.no_grad():
         torch.testing.assert_close(torch.jit.load(str(out))(images), network(2 * images - 1))
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.load` is deprecated")
+def test_a_conditional_network_takes_labels(runs, tmp_path):
+    out, notes = tmp_path / "g.pt", {"genfast.json": ""}
+    assert _export(runs, "conditional", "torchscript", out) == 0
+    program = torch.jit.load(str(out), _extra_files=notes)
+    assert json.loads(json.loads(notes["genfast.json"])["classes"]) == ["0", "1"]
+    network = exporting.load_part(runs / "conditional/checkpoint.pt").network
+    z, labels = torch.randn(3, 3), torch.tensor([0, 1, 1])
+    with torch.no_grad():
+        torch.testing.assert_close(program(z, labels), (network(z, labels) + 1) / 2)
 
 
 def test_weights_load_without_genfast(runs, tmp_path):

@@ -4,13 +4,14 @@ from pathlib import Path
 
 from genfast.cli.options import add_device, of_rule, working_device
 from genfast.training.errors import BadInput
+from genfast.training.runs.classes import NUM, OF_A_CLASS
 from genfast.training.runs.rules import whole
 from genfast.training.runs.samples import images_to, sample_checkpoint, walk_to
 from genfast.training.runs.settings import RULES
 from genfast.training.runs.trained import load
 
-# What is drawn where no --num is given: a grid, a row, walks side by side, a plane of 20 x 20.
-NUM, IN_A_ROW, WALKS, ON_A_PLANE = 64, 10, 16, 400
+# What is drawn where no --num is given: a row, walks side by side, a plane of 20 x 20.
+IN_A_ROW, WALKS, ON_A_PLANE = 10, 16, 400
 FRAMES, FRAME_SECONDS = 60, 0.07
 
 
@@ -20,10 +21,17 @@ def add(commands):
     parser.set_defaults(run=run, memory_options=lambda args: ["--num"])
     parser.add_argument("checkpoint", help="the file, or the folder of a run")
     parser.add_argument(
+        "--class",
+        dest="of_class",
+        metavar="NAME",
+        help="of a conditional model, the name or number of the class to draw (default: all, a row "
+        "each; the first with --interpolate and --manifold)",
+    )
+    parser.add_argument(
         "--num",
         type=of_rule(whole()),
-        help=f"(default: {NUM}; {IN_A_ROW} with --interpolate, {WALKS} with --walk, {ON_A_PLANE} "
-        "with --manifold)",
+        help=f"(default: {NUM}, or of a conditional model {OF_A_CLASS} of each class; {IN_A_ROW} "
+        f"with --interpolate, {WALKS} with --walk, {ON_A_PLANE} with --manifold)",
     )
     parser.add_argument(
         "--out",
@@ -95,19 +103,27 @@ def _check_options(args):
 
 
 def _draw_samples(args, out, device):
-    num, seed = args.num or NUM, args.seed or 0
-    sample_checkpoint(args.checkpoint, num, out, device=device, seed=seed, ema=not args.no_ema)
+    sample_checkpoint(
+        args.checkpoint,
+        args.num,
+        out,
+        device=device,
+        seed=args.seed or 0,
+        ema=not args.no_ema,
+        of_class=args.of_class,
+    )
 
 
 def _draw_between(args, out, device):
     num = args.num or IN_A_ROW
     write = images_to(out, num, columns=num)
-    write([_model(args, device).interpolate(*args.interpolate, num)])
+    write([_model(args, device).interpolate(*args.interpolate, num, args.of_class)])
 
 
 def _draw_walk(args, out, device):
     write = walk_to(out, FRAME_SECONDS)
-    write(_model(args, device).walk(args.num or WALKS, args.frames or FRAMES, args.seed or 0))
+    num, frames, seed = args.num or WALKS, args.frames or FRAMES, args.seed or 0
+    write(_model(args, device).walk(num, frames, seed, args.of_class))
 
 
 def _draw_manifold(args, out, device):
@@ -116,7 +132,7 @@ def _draw_manifold(args, out, device):
     if side**2 != num:
         raise BadInput(f"expected --num to be a square such as 400 with --manifold, got {num}")
     write = images_to(out, num, columns=side)
-    write([_model(args, device).manifold(side)])
+    write([_model(args, device).manifold(side, args.of_class)])
 
 
 def _model(args, device):

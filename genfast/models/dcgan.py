@@ -3,11 +3,17 @@
 The layers, their names in `state_dict` and their initialisation are those of the DCGAN among
 PyTorch's public examples, so checkpoints load from one into the other. The discriminator ends
 before the example's sigmoid: it returns logits, from which the loss is computed more accurately.
+
+With `classes` both are conditional. The generator is given an embedding of the label beside the
+noise, in the way of Mirza and Osindero (2014, arXiv:1411.1784); the discriminator adds the inner
+product of an embedding of the label and its last features (Miyato and Koyama, 2018,
+arXiv:1802.05637).
 """
 
 import torch
 from torch import nn
 
+from genfast.models.classes import check_classes
 from genfast.nn import FusedSequential
 
 IMAGE_SIZES = (16, 32, 64, 128, 256)
@@ -43,18 +49,21 @@ class DCGANGenerator(nn.Module):
         ngf: the channels of the last hidden layer; the first has ngf * image_size / 8.
         nc: the channels of the images.
         image_size: their height and width: 16, 32, 64, 128 or 256.
+        classes: how many classes there are labels of; None for a generator that takes no labels.
 
     Shape:
-        (N, nz, 1, 1) to (N, nc, image_size, image_size), in [-1, 1].
+        (N, nz, 1, 1), and int64 labels (N,), to (N, nc, image_size, image_size), in [-1, 1].
     """
 
-    def __init__(self, nz=100, ngf=64, nc=3, image_size=64):
+    def __init__(self, nz=100, ngf=64, nc=3, image_size=64, classes=None):
         super().__init__()
         check_image_size(image_size)
+        check_classes(classes)
         self.latent_shape = (nz, 1, 1)
+        self.classes = classes
         width = ngf * image_size // 8
         layers = [
-            nn.ConvTranspose2d(nz, width, 4, 1, 0, bias=False),
+            nn.ConvTranspose2d(2 * nz if classes else nz, width, 4, 1, 0, bias=False),
             nn.BatchNorm2d(width),
             nn.ReLU(True),
         ]
@@ -70,9 +79,17 @@ class DCGANGenerator(nn.Module):
         self.apply(weights_init)
         # The layout the kernels read, so that no step repacks a weight.
         self.to(memory_format=torch.channels_last)
+        if classes:
+            self.embedding = nn.Embedding(classes, nz)
+            # Of a length of 1, as a one-hot label would have. Where it begins as strong as the
+            # noise, a generator of digits comes to draw one picture a class: in 30 epochs the
+            # deviation within a class fell to 0.02, this way it stays at 0.19, of 0.29 in the data.
+            nn.init.normal_(self.embedding.weight, 0.0, nz**-0.5)
 
-    def forward(self, z):
-        """Draw the images that these noise vectors stand for."""
+    def forward(self, z, labels=None):
+        """Draw the images that these noise vectors, and labels, stand for."""
+        if self.classes:
+            z = torch.cat([z, self.embedding(labels)[:, :, None, None]], 1)
         return self.main(z)
 
 
@@ -83,14 +100,18 @@ class DCGANDiscriminator(nn.Module):
         nc: the channels of the images.
         ndf: the channels of the first hidden layer; the last has ndf * image_size / 8.
         image_size: height and width of the images: 16, 32, 64, 128 or 256.
+        classes: how many classes there are labels of; None for a discriminator that takes none.
 
     Shape:
-        (N, nc, image_size, image_size) to (N,): positive where an image looks real.
+        (N, nc, image_size, image_size), and int64 labels (N,), to (N,): positive where an image
+        looks real, and of its class.
     """
 
-    def __init__(self, nc=3, ndf=64, image_size=64):
+    def __init__(self, nc=3, ndf=64, image_size=64, classes=None):
         super().__init__()
         check_image_size(image_size)
+        check_classes(classes)
+        self.classes = classes
         layers = [nn.Conv2d(nc, ndf, 4, 2, 1, bias=False), nn.LeakyReLU(0.2, True)]
         width = ndf
         while width < ndf * image_size // 8:
@@ -104,7 +125,15 @@ class DCGANDiscriminator(nn.Module):
         self.main = FusedSequential(*layers)
         self.apply(weights_init)
         self.to(memory_format=torch.channels_last)
+        if classes:
+            self.embedding = nn.Embedding(classes, width)
+            nn.init.normal_(self.embedding.weight, 0.0, 0.02)  # As the weights of the last layer.
 
-    def forward(self, images):
-        """Judge the images."""
-        return self.main(images).flatten()
+    def forward(self, images, labels=None):
+        """Judge the images, and whether they are of these classes."""
+        if not self.classes:
+            return self.main(images).flatten()
+        features = self.main[:-1](images)
+        wide = torch.promote_types(features.dtype, torch.float32)
+        projection = self.embedding(labels) * features.sum((2, 3), dtype=wide)
+        return self.main[-1:](features).flatten() + projection.sum(1)

@@ -4,11 +4,19 @@ The sizes are those of the authors' MNIST experiment: 1200 rectified linear unit
 generator, 240 maxout units of 5 pieces twice in the discriminator, with dropout. Two things differ.
 Images lie in [-1, 1] and the generator ends in tanh rather than a sigmoid, so that both GANs here
 take the same images; and the noise is Gaussian rather than uniform.
+
+With `classes` the networks are conditional as those of Mirza and Osindero (2014, arXiv:1411.1784):
+labels and noise, or labels and images, have hidden layers of their own, side by side, before one
+that joins them. The layer of a label is an embedding: that is what a layer makes of a one-hot
+vector.
 """
 
 import math
 
+import torch
 from torch import nn
+
+from genfast.models.classes import check_classes
 
 
 class Maxout(nn.Module):
@@ -35,27 +43,40 @@ class GANGenerator(nn.Module):
         image_shape: (C, H, W) of the images.
         nz: the length of the noise vector.
         hidden: the width of the two hidden layers.
+        classes: how many classes there are labels of; None for a generator that takes no labels.
 
     Shape:
-        (N, nz) to (N, C, H, W), in [-1, 1].
+        (N, nz), and int64 labels (N,), to (N, C, H, W), in [-1, 1].
     """
 
-    def __init__(self, image_shape=(1, 28, 28), nz=100, hidden=1200):
+    def __init__(self, image_shape=(1, 28, 28), nz=100, hidden=1200, classes=None):
         super().__init__()
+        check_classes(classes)
         self.image_shape = tuple(image_shape)
         self.latent_shape = (nz,)
+        self.classes = classes
+        # Of the first layer a sixth is the noise's, the rest the label's: 200 and 1000 there.
+        of_noise = hidden // 6 if classes else hidden
         self.main = nn.Sequential(
-            nn.Linear(nz, hidden),
+            nn.Linear(nz, of_noise),
             nn.ReLU(True),
             nn.Linear(hidden, hidden),
             nn.ReLU(True),
             nn.Linear(hidden, math.prod(self.image_shape)),
             nn.Tanh(),
         )
+        if classes:
+            self.embedding = nn.Embedding(classes, hidden - of_noise)
+            # As PyTorch begins the rows of the noise: from N(0, 1) the label would drown it.
+            nn.init.uniform_(self.embedding.weight, -(nz**-0.5), nz**-0.5)
 
-    def forward(self, z):
-        """Draw the images that these noise vectors stand for."""
-        return self.main(z).view(-1, *self.image_shape)
+    def forward(self, z, labels=None):
+        """Draw the images that these noise vectors, and labels, stand for."""
+        if not self.classes:
+            return self.main(z).view(-1, *self.image_shape)
+        hidden = self.main[:2](z)
+        of_label = self.embedding(labels).relu().to(hidden.dtype)
+        return self.main[2:](torch.cat([hidden, of_label], 1)).view(-1, *self.image_shape)
 
 
 class GANDiscriminator(nn.Module):
@@ -64,26 +85,38 @@ class GANDiscriminator(nn.Module):
     Args:
         image_shape: (C, H, W) of the images.
         units, pieces: the size of the two maxout layers.
+        classes: how many classes there are labels of; None for a discriminator that takes none.
 
     Shape:
-        (N, C, H, W) to (N,).
+        (N, C, H, W), and int64 labels (N,), to (N,).
     """
 
-    def __init__(self, image_shape=(1, 28, 28), units=240, pieces=5):
+    def __init__(self, image_shape=(1, 28, 28), units=240, pieces=5, classes=None):
         super().__init__()
+        check_classes(classes)
+        self.classes = classes
+        of_label = 5 * units // 24 if classes else 0  # 50 there.
         self.main = nn.Sequential(
             nn.Flatten(),
             nn.Dropout(0.2),
             Maxout(math.prod(image_shape), units, pieces),
             nn.Dropout(0.5),
-            Maxout(units, units, pieces),
+            Maxout(units + of_label, units, pieces),
             nn.Dropout(0.5),
             nn.Linear(units, 1),
         )
+        if classes:
+            self.embedding = nn.Embedding(classes, of_label)
+            # As PyTorch begins a layer of one-hot vectors.
+            nn.init.uniform_(self.embedding.weight, -(classes**-0.5), classes**-0.5)
 
-    def forward(self, images):
-        """Judge the images."""
-        return self.main(images).squeeze(1)
+    def forward(self, images, labels=None):
+        """Judge the images, and whether they are of these classes."""
+        if not self.classes:
+            return self.main(images).squeeze(1)
+        hidden = self.main[:3](images)
+        hidden = torch.cat([hidden, self.embedding(labels).to(hidden.dtype)], 1)
+        return self.main[3:](hidden).squeeze(1)
 
 
 class GAN(nn.Module):
@@ -92,9 +125,10 @@ class GAN(nn.Module):
     Args:
         image_shape: (C, H, W) of the images.
         nz: the length of the noise vector.
+        classes: how many classes there are labels of; None for networks that take no labels.
     """
 
-    def __init__(self, image_shape=(1, 28, 28), nz=100):
+    def __init__(self, image_shape=(1, 28, 28), nz=100, classes=None):
         super().__init__()
-        self.generator = GANGenerator(image_shape, nz)
-        self.discriminator = GANDiscriminator(image_shape)
+        self.generator = GANGenerator(image_shape, nz, classes=classes)
+        self.discriminator = GANDiscriminator(image_shape, classes=classes)

@@ -3,6 +3,8 @@
 `VAE` has the layers, and the names in `state_dict`, of the VAE among PyTorch's public examples.
 Both models end in a sigmoid taken in at least float32 also under autocast: bfloat16 has no number
 between 0.996 and 1, and the loss takes the logarithm of one minus the result.
+
+With `classes` encoder and decoder are given the label too (Sohn, Lee and Yan, 2015).
 """
 
 import torch
@@ -10,6 +12,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from genfast.functional import reparameterize
+from genfast.models.classes import check_classes
 from genfast.models.dcgan import check_image_size
 from genfast.nn import DiscriminatorBlock, FusedSequential, GeneratorBlock
 
@@ -25,20 +28,34 @@ class VAE(nn.Module):
         image_dim: the number of values of an image.
         hidden_dim: the width of the hidden layers.
         latent_dim: the length of the latent vector.
+        classes: how many classes there are labels of; None for a model that takes no labels. Both
+            hidden layers are then given a one-hot label beside what they take: that adds a row of
+            an embedding to each.
     """
 
-    def __init__(self, image_dim=784, hidden_dim=400, latent_dim=20):
+    def __init__(self, image_dim=784, hidden_dim=400, latent_dim=20, classes=None):
         super().__init__()
+        check_classes(classes)
         self.latent_dim = latent_dim
+        self.classes = classes
         self.fc1 = nn.Linear(image_dim, hidden_dim)
         self.fc21 = nn.Linear(hidden_dim, latent_dim)
         self.fc22 = nn.Linear(hidden_dim, latent_dim)
         self.fc3 = nn.Linear(latent_dim, hidden_dim)
         self.fc4 = nn.Linear(hidden_dim, image_dim)
+        if classes:
+            self.label_of_encoder = nn.Embedding(classes, hidden_dim)
+            self.label_of_decoder = nn.Embedding(classes, hidden_dim)
 
-    def encode(self, images):
-        """(N, ...) in [0, 1] to the mean and log-variance of the latent, (N, latent_dim) each."""
-        hidden = F.relu(self.fc1(images.flatten(1)))
+    def encode(self, images, labels=None):
+        """(N, ...) in [0, 1] to the mean and log-variance of the latent, (N, latent_dim) each.
+
+        labels: int64 (N,), for a conditional model.
+        """
+        hidden = self.fc1(images.flatten(1))
+        if self.classes:
+            hidden = hidden + self.label_of_encoder(labels)
+        hidden = F.relu(hidden)
         # Both heads in one matrix product: each alone is too narrow to be worth its start.
         heads = self.fc21, self.fc22
         weight, bias = (torch.cat([getattr(h, name) for h in heads]) for name in ("weight", "bias"))
@@ -48,18 +65,21 @@ class VAE(nn.Module):
         """Sample the latent: see `genfast.functional.reparameterize`."""
         return reparameterize(mu, logvar)
 
-    def decode_logits(self, z):
+    def decode_logits(self, z, labels=None):
         """(N, latent_dim) to flat images before the sigmoid, (N, image_dim)."""
-        return self.fc4(F.relu(self.fc3(z)))
+        hidden = self.fc3(z)
+        if self.classes:
+            hidden = hidden + self.label_of_decoder(labels)
+        return self.fc4(F.relu(hidden))
 
-    def decode(self, z):
+    def decode(self, z, labels=None):
         """(N, latent_dim) to flat images, (N, image_dim) in [0, 1]."""
-        return _sigmoid(self.decode_logits(z))
+        return _sigmoid(self.decode_logits(z, labels))
 
-    def forward(self, images):
-        """Images to (their reconstructions, mu, logvar)."""
-        mu, logvar = self.encode(images)
-        return self.decode(self.reparameterize(mu, logvar)), mu, logvar
+    def forward(self, images, labels=None):
+        """Images, and labels, to (their reconstructions, mu, logvar)."""
+        mu, logvar = self.encode(images, labels)
+        return self.decode(self.reparameterize(mu, logvar), labels), mu, logvar
 
 
 class ConvVAE(nn.Module):
@@ -70,47 +90,63 @@ class ConvVAE(nn.Module):
         image_size: their height and width: 16, 32, 64, 128 or 256.
         latent_dim: the length of the latent vector.
         width: the channels of the layers next to the image; each halving of the size doubles them.
+        classes: how many classes there are labels of; None for a model that takes no labels. An
+            embedding of the label is then one more channel of the image, and another one lies
+            beside the latent.
     """
 
-    def __init__(self, nc=1, image_size=32, latent_dim=32, width=32):
+    def __init__(self, nc=1, image_size=32, latent_dim=32, width=32, classes=None):
         super().__init__()
         check_image_size(image_size)
+        check_classes(classes)
         self.latent_dim = latent_dim
+        self.classes = classes
         widest = width * image_size // 8
         # The widths from the image's side to the 4x4 maps.
         widths = [width]
         while widths[-1] < widest:
             widths.append(widths[-1] * 2)
         self.encoder = FusedSequential(
-            DiscriminatorBlock(nc, width, inplace=True),
+            DiscriminatorBlock(nc + bool(classes), width, inplace=True),
             *(DiscriminatorBlock(w, w * 2, inplace=True) for w in widths[:-1]),
             DiscriminatorBlock(
                 widest, 2 * latent_dim, 4, 1, 0, bias=True, norm=False, activation="identity"
             ),
         )
         self.decoder = FusedSequential(
-            GeneratorBlock(latent_dim, widest, 4, 1, 0),
+            GeneratorBlock(2 * latent_dim if classes else latent_dim, widest, 4, 1, 0),
             *(GeneratorBlock(w * 2, w) for w in reversed(widths[:-1])),
             GeneratorBlock(width, nc, bias=True, norm=False, activation="identity"),
         )
+        if classes:
+            self.label_of_encoder = nn.Embedding(classes, image_size**2)
+            self.label_of_decoder = nn.Embedding(classes, latent_dim)
 
-    def encode(self, images):
-        """(N, nc, H, W) in [0, 1] to the mean and log-variance, (N, latent_dim) each."""
+    def encode(self, images, labels=None):
+        """(N, nc, H, W) in [0, 1] to the mean and log-variance, (N, latent_dim) each.
+
+        labels: int64 (N,), for a conditional model.
+        """
+        if self.classes:
+            channel = self.label_of_encoder(labels).view(-1, 1, *images.shape[2:])
+            images = torch.cat([images, channel.to(images.dtype)], 1)
         return self.encoder(images).flatten(1).chunk(2, dim=1)
 
     def reparameterize(self, mu, logvar):
         """Sample the latent: see `genfast.functional.reparameterize`."""
         return reparameterize(mu, logvar)
 
-    def decode_logits(self, z):
+    def decode_logits(self, z, labels=None):
         """(N, latent_dim) to images before the sigmoid, (N, nc, H, W)."""
+        if self.classes:
+            z = torch.cat([z, self.label_of_decoder(labels)], 1)
         return self.decoder(z[:, :, None, None])
 
-    def decode(self, z):
+    def decode(self, z, labels=None):
         """(N, latent_dim) to images, (N, nc, H, W) in [0, 1]."""
-        return _sigmoid(self.decode_logits(z))
+        return _sigmoid(self.decode_logits(z, labels))
 
-    def forward(self, images):
-        """Images to (their reconstructions, mu, logvar)."""
-        mu, logvar = self.encode(images)
-        return self.decode(self.reparameterize(mu, logvar)), mu, logvar
+    def forward(self, images, labels=None):
+        """Images, and labels, to (their reconstructions, mu, logvar)."""
+        mu, logvar = self.encode(images, labels)
+        return self.decode(self.reparameterize(mu, logvar), labels), mu, logvar

@@ -2,7 +2,17 @@
 
 from genfast.training.data.batches import Batches
 from genfast.training.data.decoding import colour
-from genfast.training.data.sources import checksum, load_images, resize
+from genfast.training.data.labels import LabelledImages
+from genfast.training.data.sources import checksum, load_images, load_labelled, resize
 from genfast.training.pixels import normalize
 
-__all__ = ["Batches", "checksum", "colour", "load_images", "normalize", "resize"]
+__all__ = [
+    "Batches",
+    "LabelledImages",
+    "checksum",
+    "colour",
+    "load_images",
+    "load_labelled",
+    "normalize",
+    "resize",
+]

@@ -6,6 +6,7 @@ import math
 import struct
 import warnings
 import zipfile
+from contextlib import contextmanager
 
 import numpy as np
 import torch
@@ -31,15 +32,22 @@ def read_array_file(path, map_from):
         BadInput: the file holds something else, less than it claims, or more than fits in memory.
     """
     read = {".npy": _read_npy, ".npz": _read_npz}.get(path.suffix.lower(), _read_idx)
-    try:
+    with reading(path, "uint8 images"):
         return _to_tensor(read(path), path, map_from)
+
+
+@contextmanager
+def reading(path, what):
+    """Within, any error becomes a BadInput that names `what` was expected in a file, and why."""
+    try:
+        yield
     except BadInput:
         raise
     except Exception as error:  # Damaged bytes make the readers raise nearly anything.
         reason = str(error).partition("\n")[0] or type(error).__name__
         if isinstance(error, EOFError):  # The readers of archives say no more than that.
             reason = "it is truncated"
-        raise BadInput(f"expected uint8 images in {path}, could not read it: {reason}") from None
+        raise BadInput(f"expected {what} in {path}, could not read it: {reason}") from None
 
 
 def to_nchw(images):
@@ -49,7 +57,7 @@ def to_nchw(images):
 
 def _read_npy(path):
     with open(path, "rb") as file:
-        shape, order, offset = _npy_header(file, path)
+        shape, order, offset = _image_header(file, path)
     _check_claim(shape, path.stat().st_size - offset)
     return np.memmap(path, np.uint8, "r", offset, shape, order)
 
@@ -58,29 +66,34 @@ def _read_npz(path):
     with zipfile.ZipFile(path) as archive:
         member = _only_array(archive, path)
         with archive.open(member) as file:
-            shape, order, offset = _npy_header(file, path)
+            shape, order, offset = _image_header(file, path)
         _check_claim(shape, member.file_size - offset)
         with archive.open(member) as file:
             file.read(offset)
-            pixels, length = _unpack(file, math.prod(shape), path)
+            pixels, length = unpack(file, math.prod(shape), f"the images in {path}")
     _check_claim(shape, length)  # The archive's own list may have claimed too much as well.
     return pixels.reshape(shape, order=order)
 
 
 def _only_array(archive, path):
-    members = {info.filename.removesuffix(".npy"): info for info in archive.infolist()}
-    names = list(members)
+    found = members(archive)
+    names = list(found)
     name = next((n for n in ("images", "x_train") if n in names), names[0] if names else None)
     if name is None or (len(names) > 1 and name not in ("images", "x_train")):
         raise BadInput(
             f"expected {path} to hold one array, or one called images or x_train, "
             f"got {', '.join(names[:9]) or 'none'}" + (" …" if len(names) > 9 else "")
         )
-    return members[name]
+    return found[name]
 
 
-def _npy_header(file, path):
-    """(shape, order, offset of the data) of uint8 images in .npy format."""
+def members(archive):
+    """The arrays of a .npz file, an open archive: what `zipfile` knows of each by its name."""
+    return {info.filename.removesuffix(".npy"): info for info in archive.infolist()}
+
+
+def npy_header(file):
+    """(shape, order, dtype, offset of the data) of an array in .npy format; ValueError if none."""
     # Of a bounded part, for a header may claim to be of any length itself.
     start = io.BytesIO(file.read(NPY_START))
     version = np.lib.format.read_magic(start)
@@ -92,10 +105,16 @@ def _npy_header(file, path):
         shape, fortran, dtype = np.lib.format.read_array_header_2_0(start)
     if dtype.hasobject:
         raise ValueError("it holds Python objects, and reading those can run code")
+    return shape, "F" if fortran else "C", dtype, start.tell()
+
+
+def _image_header(file, path):
+    """(shape, order, offset of the data) of uint8 images in .npy format."""
+    shape, order, dtype, offset = npy_header(file)
     if dtype != np.uint8:
         raise BadInput(f"{_expected(path)}, got dtype {dtype}")
     _check_shape(shape, path)
-    return shape, "F" if fortran else "C", start.tell()
+    return shape, order, offset
 
 
 def _check_claim(shape, length):
@@ -103,12 +122,13 @@ def _check_claim(shape, length):
         raise ValueError(f"its header claims {math.prod(shape)} bytes of pixels, it has {length}")
 
 
-def _unpack(file, count, path):
+def unpack(file, count, what):
     """The next `count` bytes of a file that is being unpacked, and how many there were.
 
-    Of more than `count` it counts one, and unpacks no further.
+    Of more than `count` it counts one, and unpacks no further. `what` they are is said where they
+    take more memory than is free.
     """
-    require_memory(count, f"the images in {path}")
+    require_memory(count, what)
     pixels = np.empty(count, np.uint8)
     view, length = memoryview(pixels), 0
     while length < count:
@@ -135,7 +155,7 @@ def _read_idx(path):
     try:
         with gzip.open(path) as file:
             shape = _idx_shape(file.read(16), path)
-            pixels, length = _unpack(file, math.prod(shape), path)
+            pixels, length = unpack(file, math.prod(shape), f"the images in {path}")
     except EOFError:
         raise BadInput(f"expected a whole gzip file, got {path}, which is truncated") from None
     _check_idx_length(shape, length, path)

@@ -1,12 +1,15 @@
 """Batches of uint8 images, shuffled anew each epoch."""
 
 import time
+from collections import deque
+from contextlib import closing
 from functools import partial
 
 import numpy as np
 import torch
 
 from genfast.training.data import sources
+from genfast.training.data.labels import LabelledImages
 from genfast.training.data.prefetch import CudaCopies, NoCopy, Prefetcher, WaitingClock
 from genfast.training.errors import BadInput
 
@@ -23,11 +26,13 @@ class Batches:
     may lie in a file. From memory a batch is gathered in less than a hundredth of the time of the
     fastest step, and on the same cores: there a thread would gain nothing.
 
+    Labels are gathered in turn wherever the images are, as they are few bytes.
+
     Attributes:
         waiting: a `WaitingClock`, whose `share()` says how much the data hold up training.
 
     Args:
-        images: uint8 (N, C, H, W).
+        images: uint8 (N, C, H, W), or `LabelledImages`.
         batch_size: the number of images a batch; BadInput if there are fewer.
         seed: an int from 0.
         device: where batches are wanted.
@@ -38,9 +43,13 @@ class Batches:
             raise BadInput(
                 f"expected --batch-size of at most the {len(images)} images, got {batch_size}"
             )
+        self.labels = None
+        if isinstance(images, LabelledImages):
+            images, self.labels = images.images, images.labels
         on_cuda = device.type == "cuda"
         if on_cuda and images.nbytes <= torch.cuda.mem_get_info(device)[0] // 4:
             images = images.to(device)
+            self.labels = self.labels if self.labels is None else self.labels.to(device)
         self.images = images
         self.batch_size = batch_size
         self.seed = seed
@@ -57,11 +66,29 @@ class Batches:
     def stream(self, start=0):
         """Yield uint8 batches for ever, epoch after epoch, from batch number `start` on.
 
-        Closing the generator ends the threads, if there are any.
+        Of labelled images a batch is (images, labels), int64 (batch_size,). Closing the generator
+        ends the threads, if there are any.
         """
         self.waiting.restart()
         indices = self._indices(start)
-        return self._prefetched(indices) if self._prefetches else self._gathered(indices)
+        gather = self._prefetched if self._prefetches else self._gathered
+        return gather(indices) if self.labels is None else self._with_labels(gather, indices)
+
+    def _with_labels(self, gather, indices):
+        # Batches that are gathered ahead ask for indices ahead.
+        ahead = deque()
+
+        def noted():
+            for chosen in indices:
+                ahead.append(chosen)
+                yield chosen
+
+        with closing(gather(noted())) as batches:
+            for batch in batches:
+                labels = self.labels.index_select(0, ahead.popleft())
+                if labels.device != batch.device:  # Pinned, as the host would wait for the copy.
+                    labels = labels.pin_memory().to(batch.device, non_blocking=True)
+                yield batch, labels
 
     def _gathered(self, indices):
         on_cpu = self.images.device.type == "cpu"

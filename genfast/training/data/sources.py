@@ -9,6 +9,7 @@ import warnings
 import zlib
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +20,13 @@ from genfast.training import progress
 from genfast.training.data.arrays import read_array_file, to_nchw
 from genfast.training.data.decoding import colour, decode
 from genfast.training.data.folders import IMAGE_SUFFIXES, find_images, special_kind
+from genfast.training.data.labels import (
+    LabelledImages,
+    folders_of,
+    labelled,
+    read_label_file,
+    refuse_without,
+)
 from genfast.training.errors import BadInput, require
 from genfast.training.memory import require_memory
 
@@ -66,11 +74,34 @@ def load_images(source, image_size=None, *, background="white", run_folder=None)
         UserWarning: what was passed over in a folder, and images that were skipped, by name and
             with the reason.
     """
+    return _load(source, image_size, background, run_folder)[0]
+
+
+def load_labelled(source, image_size=None, *, background="white", run_folder=None):
+    """As `load_images`, with the class of each image: `LabelledImages`.
+
+    The digits have labels, and so have folders with a folder of images for each class, right below
+    and with no image elsewhere; `.npz` files with `images` and `labels`, or `x_train` and
+    `y_train`; and MNIST's IDX files, whose labels lie in a file beside them.
+
+    Raises:
+        BadInput: as `load_images`; or there are no labels, they are not whole numbers from 0, not
+            as many as the images, or all the same.
+    """
+    images, values = _load(source, image_size, background, run_folder, with_labels=True)
+    return labelled(images, values, source)
+
+
+def _load(source, image_size, background, run_folder, with_labels=False):
+    """The images, and the label of each, a number or a name; None where none are asked for."""
     behind = None if background is None else colour(background)
     if source == "digits":
-        return resize(_digits(), image_size or DEFAULT_SIZES["digits"])
+        images, values = _digits()
+        return resize(images, image_size or DEFAULT_SIZES["digits"]), values
     if source == "photos":
-        return _photos(image_size or DEFAULT_SIZES["photos"])
+        if with_labels:
+            refuse_without(source)
+        return _photos(image_size or DEFAULT_SIZES["photos"]), None
     path = Path(source)
     mode = _mode(path) if source != "" else None  # An empty name would be the current folder.
     if mode is None:
@@ -86,11 +117,14 @@ def load_images(source, image_size=None, *, background="white", run_folder=None)
             raise BadInput(f"expected a readable folder, got {path}, which may not be read")
         idx = _idx_file_in(path)
         if idx is None:
-            return _read_folder(path, image_size or DEFAULT_FOLDER_SIZE, behind, run_folder)
+            size = image_size or DEFAULT_FOLDER_SIZE
+            return _read_folder(path, size, behind, run_folder, with_labels)
         path = idx
     elif path.suffix.lower() in IMAGE_SUFFIXES:
         raise BadInput(f"expected --data to be a folder of images, got the single image {path}")
-    return resize(read_array_file(path, LARGE), image_size)
+    images = read_array_file(path, LARGE)
+    values = read_label_file(path, len(images)) if with_labels else None
+    return resize(images, image_size), values
 
 
 def _mode(path):
@@ -106,8 +140,10 @@ def _mode(path):
 def resize(images, image_size):
     """Crop uint8 images (N, C, H, W) to squares around their centres, then resize the squares.
 
-    `image_size` is in pixels; None keeps the size of the square.
+    `image_size` is in pixels; None keeps the size of the square. `LabelledImages` keep labels.
     """
+    if isinstance(images, LabelledImages):
+        return replace(images, images=resize(images.images, image_size))
     height, width = images.shape[2:]
     side = min(height, width)
     if height == width and image_size in (None, side):
@@ -129,8 +165,9 @@ def resize(images, image_size):
 
 def _digits():
     datasets = require("sklearn.datasets", "scikit-learn")
-    grey = datasets.load_digits().images  # (1797, 8, 8), 0 to 16
-    return torch.from_numpy(np.round(grey * (255 / 16)).astype(np.uint8))[:, None]
+    digits = datasets.load_digits()
+    grey = digits.images  # (1797, 8, 8), 0 to 16
+    return torch.from_numpy(np.round(grey * (255 / 16)).astype(np.uint8))[:, None], digits.target
 
 
 def _photos(image_size):
@@ -153,7 +190,7 @@ def _photos(image_size):
     return crops
 
 
-def _read_folder(folder, image_size, background, run_folder):
+def _read_folder(folder, image_size, background, run_folder, with_labels):
     require("PIL.Image", "pillow")
     require("tqdm", "tqdm")
     paths, passed_over = find_images(folder, run_folder)
@@ -164,18 +201,21 @@ def _read_folder(folder, image_size, background, run_folder):
             + (f"; passed over: {_named(passed_over)}" if passed_over else "")
         )
     if passed_over:
-        warnings.warn(f"passed over in {folder}: {_named(passed_over)}", stacklevel=3)
+        warnings.warn(f"passed over in {folder}: {_named(passed_over)}", stacklevel=4)
+    names = folders_of(paths, folder) if with_labels else [None] * len(paths)
     require_memory(
         len(paths) * 3 * image_size**2, f"{len(paths)} images of {image_size} x {image_size} pixels"
     )
     images = torch.empty(len(paths), 3, image_size, image_size, dtype=torch.uint8)
-    count, grey, failures = 0, True, []
-    for path, (pixels, is_grey, problem) in _decode_all(paths, image_size, background):
+    count, grey, failures, values = 0, True, [], []
+    decoded = _decode_all(paths, image_size, background)
+    for name, (path, (pixels, is_grey, problem)) in zip(names, decoded, strict=True):
         if problem:
             failures.append(f"{path} ({problem})")
             continue
         images[count] = pixels
         grey &= is_grey
+        values.append(name)
         count += 1
     if count == 0:
         raise BadInput(
@@ -183,10 +223,10 @@ def _read_folder(folder, image_size, background, run_folder):
         )
     if failures:
         warnings.warn(
-            f"skipped {len(failures)} of {len(paths)} images: {_named(failures)}", stacklevel=3
+            f"skipped {len(failures)} of {len(paths)} images: {_named(failures)}", stacklevel=4
         )
     images = images[:count]
-    return images[:, :1].contiguous() if grey else images
+    return images[:, :1].contiguous() if grey else images, values
 
 
 def _named(things):
@@ -214,8 +254,11 @@ def checksum(images):
 
     Of a set of a GiB or more it takes the shape and 1,024 images, evenly spread. Other images, or
     the same ones in another order, are noticed then too; a change to one image in a hundred goes
-    unnoticed about once in 30,000 times, a change to a few images nearly always.
+    unnoticed about once in 30,000 times, a change to a few images nearly always. Of
+    `LabelledImages` all labels count too.
     """
+    if isinstance(images, LabelledImages):
+        return zlib.crc32(images.labels.numpy(), checksum(images.images))
     if images.nbytes < LARGE:
         return zlib.crc32(images.contiguous().numpy())
     crc = zlib.crc32(str(tuple(images.shape)).encode())

@@ -9,7 +9,14 @@ import numpy as np
 import torch
 
 from genfast.models.dcgan import IMAGE_SIZES
-from genfast.training.data import checksum, colour, load_images, resize
+from genfast.training.data import (
+    LabelledImages,
+    checksum,
+    colour,
+    load_images,
+    load_labelled,
+    resize,
+)
 from genfast.training.data.sources import DEFAULT_SIZES
 from genfast.training.errors import BadInput
 from genfast.training.runs.checkpoint import file_of, read_checkpoint
@@ -38,9 +45,13 @@ class _Settled:
         check_settings(self.model, given)
         if not given.keys() & LENGTHS:
             raise BadInput("expected --epochs or --steps, got neither")
+        if self.conditional:
+            _check_setting("classes", self.classes)
+        elif self.classes is not None:
+            raise BadInput("expected classes of a conditional run alone, got some of another run")
 
     def as_dict(self):
-        """The settings as a dict of numbers, strings and None."""
+        """The settings as a dict of numbers, strings and None, and a tuple of `classes`."""
         return asdict(self)
 
     @classmethod
@@ -64,6 +75,7 @@ Config = make_dataclass(
         ("data", str),
         *((name, int) for name in NOTED),
         *((name, setting.rule.kind, field(default=None)) for name, setting in SETTINGS.items()),
+        ("classes", tuple, field(default=None)),
     ],
     bases=(_Settled,),
     frozen=True,
@@ -75,9 +87,10 @@ A setting is None where the model has none of that name, and where it is optiona
 Of `epochs` and `steps` one is None.
 One that began after the run is what it then was.
 
-`num_images`, `checksum` and `channels` tell the images of a run from others. `background` is None
-for runs begun when the transparency of images was dropped. BadInput if a setting is not what its
-rule allows, or not one that the model has.
+`num_images`, `checksum` and `channels` tell the images of a run from others. `classes` are the
+names of a conditional run's classes, in the order of the labels; None for another run. `background`
+is None for runs begun when the transparency of images was dropped. BadInput if a setting is not
+what its rule allows, or not one that the model has.
 """
 
 
@@ -124,7 +137,7 @@ def _settings_of(model):
 def _check_setting(name, value):
     rule = RULES[name]
     if not rule.allows(value):
-        called = name if name in NOTED else option(name)
+        called = name if name in NOTED or name == "classes" else option(name)
         raise BadInput(f"expected {called} to be {rule.expected}, got {shown(value)}")
 
 
@@ -138,7 +151,7 @@ def prepare(model, data, given, out=None):
         out: the folder the run will have, from which no images are taken if it lies in `data`.
 
     Returns:
-        (Config, uint8 images).
+        (Config, uint8 images, or `LabelledImages` for a conditional run).
 
     Raises:
         BadInput: a setting or the data cannot be used.
@@ -150,9 +163,8 @@ def prepare(model, data, given, out=None):
     if "steps" in given:
         settings["epochs"] = None
     chosen = settings | given
-    images = load_images(
-        data, chosen.get("image_size"), background=chosen["background"], run_folder=out
-    )
+    load = load_labelled if chosen.get("conditional") else load_images
+    images = load(data, chosen.get("image_size"), background=chosen["background"], run_folder=out)
     if kind.convolutional and images.shape[-1] not in IMAGE_SIZES:
         wanted = (size for size in IMAGE_SIZES if size >= images.shape[-1])
         images = resize(images, next(wanted, IMAGE_SIZES[-1]))
@@ -162,9 +174,14 @@ def prepare(model, data, given, out=None):
         data=_lasting(data),
         num_images=len(images),
         checksum=checksum(images),
+        classes=_classes_of(images),
         **(settings | given | dict(channels=images.shape[1], image_size=images.shape[2])),
     )
     return config, images
+
+
+def _classes_of(images):
+    return images.classes if isinstance(images, LabelledImages) else None
 
 
 def _check_data(data):
@@ -210,7 +227,8 @@ def prepare_resumed(model, data, given, path, out=None):
     if length:
         length = dict.fromkeys(LENGTHS) | length
     config = replace(began, data=_lasting(data or began.data), **length)
-    images = load_images(
+    load = load_labelled if config.conditional else load_images
+    images = load(
         config.data,
         config.image_size,
         background=config.background,
@@ -220,6 +238,11 @@ def prepare_resumed(model, data, given, path, out=None):
         raise BadInput(
             f"expected the {began.num_images} images with which the run in {path} began, got "
             f"{len(images)} images from {config.data} that are not the same"
+        )
+    if _classes_of(images) != began.classes:
+        raise BadInput(
+            f"expected the names of classes with which the run in {path} began, got others from "
+            f"{config.data}"
         )
     return config, images
 
@@ -235,6 +258,13 @@ def check_run(config, images):
         raise BadInput(f"expected a Config, as prepare gives it, got {shown(config)}")
     shape = (config.num_images, config.channels, config.image_size, config.image_size)
     came = shown(images)
+    if config.conditional:
+        if not isinstance(images, LabelledImages) or images.classes != config.classes:
+            raise BadInput(
+                "expected the LabelledImages that prepare gives with the settings of a conditional "
+                f"run, got {came}"
+            )
+        images = images.images
     if isinstance(images, torch.Tensor):
         if images.dtype == torch.uint8 and images.shape == shape:
             return

@@ -38,6 +38,7 @@ class Part(NamedTuple):
     example: an input of one image or latent.
     inputs, outputs: the names, in order.
     notes: a dict of strings.
+    labels: of a conditional network, an example of what comes second; else None.
     """
 
     module: nn.Module
@@ -46,42 +47,48 @@ class Part(NamedTuple):
     inputs: tuple[str, ...]
     outputs: tuple[str, ...]
     notes: dict
+    labels: torch.Tensor | None = None
+
+    def examples(self, count):
+        """Inputs of `count` images or latents: a tuple."""
+        given = (self.example,) if self.labels is None else (self.example, self.labels)
+        return tuple(t.expand(count, *t.shape[1:]).contiguous() for t in given)
 
 
 class _Drawn(nn.Module):
-    """Latents (N, *latent_shape) to images (N, C, H, W) in [0, 1]."""
+    """Latents (N, *latent_shape), and labels (N,), to images (N, C, H, W) in [0, 1]."""
 
     def __init__(self, network, image_shape, low, high):
         super().__init__()
         self.network, self.image_shape, self.low, self.high = network, image_shape, low, high
 
-    def forward(self, z):
+    def forward(self, z, *labels):
         decode = getattr(self.network, "decode", self.network)
-        images = decode(z).reshape(-1, *self.image_shape)
+        images = decode(z, *labels).reshape(-1, *self.image_shape)
         return ((images - self.low) / (self.high - self.low)).clamp(0, 1)
 
 
 class _Encoded(nn.Module):
-    """Images (N, C, H, W) in [0, 1] to the mean and log-variance of their latents."""
+    """Images (N, C, H, W) in [0, 1], and labels (N,), to mean and log-variance of their latents."""
 
     def __init__(self, network):
         super().__init__()
         self.network = network
 
-    def forward(self, images):
-        mean, logvar = self.network.encode(images)
+    def forward(self, images, *labels):
+        mean, logvar = self.network.encode(images, *labels)
         return mean, logvar
 
 
 class _Judged(nn.Module):
-    """Images (N, C, H, W) in [0, 1] to logits, one an image."""
+    """Images (N, C, H, W) in [0, 1], and labels (N,), to logits, one an image."""
 
     def __init__(self, network, low, high):
         super().__init__()
         self.network, self.low, self.high = network, low, high
 
-    def forward(self, images):
-        return self.network(images * (self.high - self.low) + self.low)
+    def forward(self, images, *labels):
+        return self.network(images * (self.high - self.low) + self.low, *labels)
 
 
 def load_part(path, part=None, *, ema=True):
@@ -112,6 +119,10 @@ def load_part(path, part=None, *, ema=True):
     low, high = step.pixel_range
     notes = {"genfast": genfast.__version__, "model": config.model, "part": part}
     latent, images = torch.zeros(1, *step.latent_shape), torch.zeros(1, *shape)
+    labels, second = None, ()
+    if config.conditional:
+        labels, second = torch.zeros(1, dtype=torch.int64), ("labels",)
+        notes["classes"] = json.dumps(config.classes)
     if part in ("generator", "decoder"):
         if part == "decoder":
             network = step.model
@@ -119,12 +130,13 @@ def load_part(path, part=None, *, ema=True):
             network = step.average.module if step.average and ema else step.generator
             notes["ema"] = str(bool(step.average and ema))
         module = _Drawn(network, shape, low, high)
-        return Part(module, network, latent, ("z",), ("images",), notes)
+        return Part(module, network, latent, ("z", *second), ("images",), notes, labels)
+    given = ("images", *second)
     if part == "encoder":
         module = _Encoded(step.model)
-        return Part(module, step.model, images, ("images",), ("mean", "logvar"), notes)
+        return Part(module, step.model, images, given, ("mean", "logvar"), notes, labels)
     module = _Judged(step.discriminator, low, high)
-    return Part(module, step.discriminator, images, ("images",), ("logits",), notes)
+    return Part(module, step.discriminator, images, given, ("logits",), notes, labels)
 
 
 def _as_onnx(part, path):
@@ -132,8 +144,7 @@ def _as_onnx(part, path):
     for name in ("onnx", "onnxscript"):
         require(name, name, extra="export")
     batch = torch.export.Dim("batch", min=1)
-    # An exporter takes a batch of 1 for a constant.
-    example = part.example.expand(2, *part.example.shape[1:]).contiguous()
+    first, *labels = part.examples(2)  # An exporter takes a batch of 1 for a constant.
     log = logging.getLogger("torch.onnx")
     level = log.level
     with warnings.catch_warnings(), redirect_stdout(StringIO()):
@@ -141,11 +152,12 @@ def _as_onnx(part, path):
         log.setLevel(logging.ERROR)
         program = torch.onnx.export(
             part.module,
-            (example,),
+            (first, *labels),
             dynamo=True,
             input_names=list(part.inputs),
             output_names=list(part.outputs),
-            dynamic_shapes=({0: batch},),
+            # One entry for what comes first, and one, a tuple, for all that follows.
+            dynamic_shapes=({0: batch}, ({0: batch},)) if labels else ({0: batch},),
             verbose=False,
         )
     log.setLevel(level)
@@ -158,7 +170,7 @@ def _as_torchscript(part, path):
     with warnings.catch_warnings():
         # That TorchScript will go one day: who asks for it knows.
         warnings.simplefilter("ignore")
-        traced = torch.jit.trace(part.module, part.example)
+        traced = torch.jit.trace(part.module, part.examples(1))
         torch.jit.save(traced, str(path), _extra_files={"genfast.json": json.dumps(part.notes)})
 
 
@@ -197,7 +209,8 @@ def export(path, out, form, *, part=None, ema=True):
         out: the name of the file.
         form: one of `FORMATS`. The first two hold a function: of latents to images in [0, 1], of
             images in [0, 1] to a mean and a log-variance, or to logits, for batches of any size in
-            float32. The others hold the network's `state_dict`.
+            float32; those of a conditional run take labels, int64 (N,), too. The others hold the
+            network's `state_dict`.
         part, ema: as in `load_part`.
 
     Raises:

@@ -22,6 +22,7 @@ from genfast.training.errors import BadInput, Diverged, require
 from genfast.training.files import replacing
 from genfast.training.run_files import CURVE, PICTURES, SETTINGS
 from genfast.training.runs import board, checkpoint, folder
+from genfast.training.runs.classes import labels_of_samples
 from genfast.training.runs.config import check_run
 from genfast.training.runs.curve import draw_curve
 from genfast.training.runs.devices import as_device
@@ -81,7 +82,7 @@ def train(
 
     Args:
         config: a `Config`.
-        images: the uint8 images (N, C, H, W) that `config` was made for.
+        images: the uint8 images (N, C, H, W), or `LabelledImages`, that `config` was made for.
         out: the folder; made if need be.
         device: a `torch.device`, or its name as `as_device` takes it.
         resume_from: the path of a checkpoint to go on from, or of the folder of its run.
@@ -115,7 +116,8 @@ def train(
     torch.manual_seed(config.seed)
     step = build_step(config, device)
     batches = Batches(images, config.batch_size, config.seed, device)
-    noise = draw_noise(SAMPLES, step, config.seed)
+    labels = labels_of_samples(config)
+    noise = draw_noise(SAMPLES if labels is None else len(labels), step, config.seed)
     total = config.steps or config.epochs * len(batches)
     epochs = math.ceil(total / len(batches))
     with folder.claimed(out, resume_from, demo=demo):
@@ -176,7 +178,7 @@ def train(
                     _check_weights(step, done)
                 if drawing:
                     picture = drawing
-                    shown_live.picture(done, write_samples(step, noise, picture))
+                    shown_live.picture(done, write_samples(step, noise, picture, labels))
                 if stopping:  # Before the checkpoint: what is killed meanwhile goes on from before.
                     draw_curve(rows, out / CURVE)
                 if saving:

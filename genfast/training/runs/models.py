@@ -30,23 +30,26 @@ class Model(NamedTuple):
 
 
 def _gan(config, device):
-    gan = GAN(_image_shape(config), config.nz)
+    gan = GAN(_image_shape(config), config.nz, _classes(config))
     return _gan_step(config, device, gan.generator, gan.discriminator)
 
 
 def _dcgan(config, device):
-    generator = DCGANGenerator(config.nz, config.ngf, config.channels, config.image_size)
-    discriminator = DCGANDiscriminator(config.channels, config.ndf, config.image_size)
+    images = dict(nc=config.channels, image_size=config.image_size, classes=_classes(config))
+    generator = DCGANGenerator(config.nz, config.ngf, **images)
+    discriminator = DCGANDiscriminator(ndf=config.ndf, **images)
     return _gan_step(config, device, generator, discriminator)
 
 
 def _vae(config, device):
     c, h, w = _image_shape(config)
-    return _vae_step(config, device, VAE(image_dim=c * h * w, latent_dim=config.nz))
+    model = VAE(image_dim=c * h * w, latent_dim=config.nz, classes=_classes(config))
+    return _vae_step(config, device, model)
 
 
 def _conv_vae(config, device):
-    model = ConvVAE(config.channels, config.image_size, config.nz, config.ngf)
+    images = dict(nc=config.channels, image_size=config.image_size, classes=_classes(config))
+    model = ConvVAE(latent_dim=config.nz, width=config.ngf, **images)
     return _vae_step(config, device, model)
 
 
@@ -97,6 +100,11 @@ def _image_shape(config):
     return config.channels, config.image_size, config.image_size
 
 
+def _classes(config):
+    """How many classes the networks take labels of; None if they take none."""
+    return len(config.classes) if config.conditional else None
+
+
 _ALL = dict(steps=None, seed=0, precision="auto", background="white")
 _GUARDS = dict(clip_grad=None, skip_nonfinite=False)
 _GANS = dict(
@@ -105,19 +113,24 @@ _GANS = dict(
     spectral_norm=False, augment=None, flip=False, **_GUARDS, **_ALL,
 )  # fmt: skip
 _VAES = dict(batch_size=128, epochs=25, lr=1e-3, beta1=0.9, **_GUARDS, **_ALL)
+_CONDITIONAL = dict(conditional=False)
 # Learning rates, betas and widths are those of the papers and of PyTorch's public examples.
 MODELS = {
-    "gan": Model(_gan, dict(epochs=50, **_GANS), dict(image_size=16, epochs=150)),
+    "gan": Model(_gan, dict(epochs=50, **_GANS, **_CONDITIONAL), dict(image_size=16, epochs=150)),
     "dcgan": Model(
         _dcgan,
-        dict(epochs=25, ngf=64, ndf=64, **_GANS),
+        dict(epochs=25, ngf=64, ndf=64, **_GANS, **_CONDITIONAL),
         dict(image_size=32, epochs=80, lr=5e-4, nz=20, ngf=32, ndf=16),
         convolutional=True,
     ),
-    "vae": Model(_vae, dict(nz=20, **_VAES), dict(image_size=16, batch_size=64, epochs=150, nz=10)),
+    "vae": Model(
+        _vae,
+        dict(nz=20, **_VAES, **_CONDITIONAL),
+        dict(image_size=16, batch_size=64, epochs=150, nz=10),
+    ),
     "conv-vae": Model(
         _conv_vae,
-        dict(nz=32, ngf=32, **_VAES),
+        dict(nz=32, ngf=32, **_VAES, **_CONDITIONAL),
         dict(image_size=16, batch_size=64, epochs=60, nz=10),
         convolutional=True,
     ),

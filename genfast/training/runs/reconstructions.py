@@ -1,8 +1,10 @@
 """Pictures of images beside what a VAE makes of them."""
 
+from dataclasses import replace
+
 import torch
 
-from genfast.training.data import load_images
+from genfast.training.data import load_images, load_labelled
 from genfast.training.errors import BadInput
 from genfast.training.runs import pictures
 from genfast.training.runs.samples import picture_file
@@ -32,23 +34,36 @@ def reconstruct_checkpoint(path, data, num, out, *, device, seed=0):
     model.check_encodes("reconstruct images")
     images = _images_like(model, model.config.data if data is None else data)
     generator = torch.Generator().manual_seed(seed)
-    originals = images[torch.randperm(len(images), generator=generator)[:num]]
-    reconstructed = pictures.to_uint8(model.reconstruct(originals).cpu(), (0, 1))
+    chosen = torch.randperm(len(images), generator=generator)[:num]
+    labels = images.labels[chosen] if model.config.conditional else None
+    originals = images.images[chosen] if model.config.conditional else images[chosen]
+    reconstructed = pictures.to_uint8(model.reconstruct(originals, labels).cpu(), (0, 1))
     pairs = torch.stack([originals, reconstructed], 1).flatten(0, 1)
     columns = 2 * min(PAIRS_A_ROW, len(originals))
     pictures.save_grid(pairs, target, columns)
 
 
 def _images_like(model, data):
-    """The images of `data` in the size and with the channels of the model's."""
+    """The images of `data`, with labels for a conditional model, of the model's size and channels.
+
+    BadInput if their classes are not those of the run.
+    """
     config = model.config
-    images = load_images(
+    load = load_labelled if config.conditional else load_images
+    images = load(
         data, config.image_size, background=config.background, run_folder=model.path.parent
     )
+    if config.conditional and images.classes != config.classes:
+        raise BadInput(
+            f"expected images of the classes {', '.join(config.classes)}, as the run in "
+            f"{model.path} has them, got {', '.join(images.classes)} from {data}"
+        )
     if images.shape[1] == config.channels:
         return images
     if config.channels == 1:
         raise BadInput(
             f"expected grey images, as those of the run in {model.path} are, got colour from {data}"
         )
+    if config.conditional:
+        return replace(images, images=images.images.expand(-1, config.channels, -1, -1))
     return images.expand(-1, config.channels, -1, -1)

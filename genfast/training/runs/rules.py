@@ -13,7 +13,7 @@ class Rule(NamedTuple):
     """Values that a setting takes.
 
     Attributes:
-        kind: int, float, str or bool. An int does for a float.
+        kind: int, float, str, bool or tuple. An int does for a float.
         expected: the values in words.
         holds: a function of a value of that kind.
         choices: the values, where they are few.
@@ -62,6 +62,15 @@ def one_of(*choices):
     """The rule for one of a few strings or numbers."""
     words = f"{', '.join(map(str, choices[:-1]))} or {choices[-1]}"
     return Rule(type(choices[0]), words, lambda v: v in choices, choices)
+
+
+def names(low):
+    """The rule for a tuple of at least `low` names, no two of them the same."""
+    return Rule(
+        tuple,
+        f"at least {low} names, each another",
+        lambda v: all(type(n) is str and n for n in v) and len(v) == len(set(v)) >= low,
+    )
 
 
 ABOVE_0 = Rule(float, "a number above 0", lambda v: 0 < v < float("inf"))

@@ -8,6 +8,7 @@ import torch
 
 from genfast.training.errors import BadInput
 from genfast.training.runs import latents, pictures
+from genfast.training.runs.classes import NUM, labels_of_samples, row_length
 from genfast.training.runs.trained import AT_ONCE, load
 
 # How every file of a format begins, by the ending of its name.
@@ -19,30 +20,53 @@ def draw_noise(num, step, seed):
     return next(latents.draws(num, step.latent_shape, seed)).to(step.device)
 
 
-def write_samples(step, noise, path):
+def write_samples(step, noise, path, labels=None):
     """Write a grid of the images that the networks of a step make of noise, as PNG.
+
+    Args:
+        step: a step.
+        noise: (N, *latent_shape).
+        path: of the picture.
+        labels: int64, one a row of noise, those of a class together, for networks that take them.
+            Then a row of the grid holds one class, unless all are of one.
 
     Returns:
         Its pixels, uint8 (C, H, W).
     """
-    images = torch.cat([step.sample(z) for z in noise.split(AT_ONCE)])
-    pixels = pictures.grid(pictures.to_uint8(images, step.pixel_range))
+    parts = noise.split(AT_ONCE)
+    of_parts = [None] * len(parts) if labels is None else labels.to(noise.device).split(AT_ONCE)
+    images = torch.cat([step.sample(*part) for part in zip(parts, of_parts, strict=True)])
+    pixels = pictures.grid(pictures.to_uint8(images, step.pixel_range), row_length(labels))
     pictures.save_png(pixels, path)
     return pixels
 
 
-def sample_checkpoint(path, num, out, *, device, seed=0, ema=True):
+def sample_checkpoint(path, num, out, *, device, seed=0, ema=True, of_class=None):
     """Write `num` new images by the networks of a checkpoint to `out`, as `images_to` does.
 
     They are the average generator's where the run kept one, unless `ema` is False.
 
+    Args:
+        path: the checkpoint.
+        num: how many. None: 64, or of a conditional model as `labels_of_samples` has it.
+        out: as `images_to` takes it.
+        device: a `torch.device` or its name.
+        seed: of the noise.
+        ema: see above.
+        of_class: as `labels_of_samples` takes it, for a conditional model.
+
     Raises:
-        BadInput: the checkpoint cannot be read, holds weights that are not finite, nothing must be
-            written to `out`, or an extra is not installed.
+        BadInput: the checkpoint cannot be read, holds weights that are not finite, there is no such
+            class, nothing must be written to `out`, or an extra is not installed.
     """
-    write = images_to(out, num)
+    images_to(out, num or NUM)  # What must not be written to is refused before the model is loaded.
     model = load(path, device, ema=ema)
-    write(map(model.decode, model.noise(num, seed).split(AT_ONCE)))
+    labels = labels_of_samples(model.config, num, of_class)
+    num = (num or NUM) if labels is None else len(labels)
+    write = images_to(out, num, row_length(labels))
+    parts = model.noise(num, seed).split(AT_ONCE)
+    of_parts = [None] * len(parts) if labels is None else labels.split(AT_ONCE)
+    write(map(model.decode, parts, of_parts))
 
 
 def images_to(out, num, columns=None):

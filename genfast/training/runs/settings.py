@@ -9,7 +9,7 @@ from typing import NamedTuple
 from genfast.losses import GAN_LOSSES
 from genfast.models.dcgan import IMAGE_SIZES
 from genfast.training.data.decoding import COLOURS, is_colour
-from genfast.training.runs.rules import ABOVE_0, BELOW_1, FLAG, Rule, one_of, whole
+from genfast.training.runs.rules import ABOVE_0, BELOW_1, FLAG, Rule, names, one_of, whole
 from genfast.training.steps.augment import EXPECTED, are_names
 from genfast.training.steps.penalties import PENALTIES
 from genfast.training.steps.precision import PRECISIONS
@@ -65,6 +65,11 @@ SETTINGS = {
         "bf16 and fp16 are autocast; auto takes bf16 where it is fast, else fp32",
     ),
     "loss": Setting(one_of(*GAN_LOSSES), "what a GAN's networks minimise", once="non-saturating"),
+    "conditional": Setting(
+        FLAG,
+        "train on images with labels, and draw images of a class",
+        once=False,
+    ),
     "ema": Setting(
         BELOW_1,
         "keep an average of a GAN's generator, 0.999 for example, from which pictures are drawn",
@@ -122,9 +127,12 @@ NOTED = {
     "checksum": whole(0, 2**32 - 1),
     "channels": one_of(1, 3),
 }
+# What a conditional run notes too; other runs have none.
+CLASSES = names(2)
 RULES = {
     "data": Rule(str, "a name or a path", bool),
     **NOTED,
+    "classes": CLASSES,
     **{name: setting.rule for name, setting in SETTINGS.items()},
 }
 

@@ -8,6 +8,7 @@ import torch
 
 from genfast.training.errors import BadInput
 from genfast.training.runs import checkpoint, latents
+from genfast.training.runs.classes import labels_of_samples
 from genfast.training.runs.config import Config
 from genfast.training.runs.devices import as_device
 from genfast.training.runs.finite import refuse_not_finite
@@ -78,13 +79,16 @@ class Trained:
         c, h, w = self.image_shape
         return f"<{self.config.model} of {c} x {h} x {w} after {self.steps} steps: {self.path}>"
 
-    def sample(self, num, seed=0):
+    def sample(self, num, seed=0, labels=None):
         """Draw `num` new images: the same for a seed on every device, up to rounding.
 
+        labels: of a conditional model, whole numbers (num,) or a list of them; or the name or
+            number of one class; or None for as many of each class, class by class.
+
         Raises:
-            BadInput: the number or the seed is none.
+            BadInput: the number or the seed is none, or there are no such labels.
         """
-        return self.decode(self.noise(num, seed))
+        return self.decode(self.noise(num, seed), self._labels(num, labels))
 
     def noise(self, num, seed=0):
         """The latents of `sample`, (num, *latent_shape) on the CPU."""
@@ -95,47 +99,82 @@ class Trained:
         _check("seed", RULES["seed"], seed)
         return latents.draws(num, self.latent_shape, seed)
 
-    def decode(self, z):
+    def _labels(self, num, labels):
+        """Labels as `sample` takes them as int64 (num,), or None for a model that takes none."""
+        if labels is None or isinstance(labels, str | int):
+            return labels_of_samples(self.config, num, labels)
+        labels = torch.as_tensor(labels)
+        count = len(self.config.classes or ())
+        if not count:
+            raise BadInput(f"expected no labels for a model trained without, got {_came(labels)}")
+        whole_ones = not (labels.is_floating_point() or labels.dtype == torch.bool)
+        if not whole_ones or labels.shape != (num,):
+            raise BadInput(f"expected {num} whole numbers as labels, got {_came(labels)}")
+        if labels.min() < 0 or labels.max() >= count:
+            raise BadInput(
+                f"expected labels from 0 to {count - 1}, got {labels.min()} to {labels.max()}"
+            )
+        return labels.to(torch.int64)
+
+    def _all_of(self, num, of_class):
+        """As `_labels`, all of one class: where none is named, the first."""
+        classes = self.config.classes
+        of_class = classes[0] if of_class is None and classes else of_class
+        return self._labels(num, of_class)
+
+    def decode(self, z, labels=None):
         """The images that latents stand for, (N, *latent_shape) to (N, C, H, W).
 
-        z: of any device and dtype of floats.
+        Args:
+            z: of any device and dtype of floats.
+            labels: as `sample` takes them.
         """
         if not isinstance(z, torch.Tensor) or tuple(z.shape[1:]) != self.latent_shape:
             raise BadInput(f"expected latents (N, {_listed(self.latent_shape)}), got {_came(z)}")
         low, high = self._step.pixel_range
         parts = z.to(self.device, torch.float32).split(AT_ONCE)
-        images = torch.cat([self._step.sample(part) for part in parts])
+        labels = self._labels(len(z), labels)
+        given = [None] * len(parts) if labels is None else labels.to(self.device).split(AT_ONCE)
+        images = torch.cat([self._step.sample(*part) for part in zip(parts, given, strict=True)])
         return ((images - low) / (high - low)).clamp(0, 1)
 
-    def encode(self, images):
+    def encode(self, images, labels=None):
         """The mean and log-variance of images' latents, (N, *latent_shape) each, by a VAE.
 
-        images: (N, C, H, W) of the model's size, floats in [0, 1] or uint8, of any device.
+        Args:
+            images: (N, C, H, W) of the model's size, floats in [0, 1] or uint8, of any device.
+            labels: as `sample` takes them, but for a conditional model not None.
 
         Raises:
-            BadInput: the model is no VAE, or the images are not such.
+            BadInput: the model is no VAE, or the images or labels are not such.
         """
         self.check_encodes("encode images")
         images = self._checked_images(images).to(self.device)
-        found = [self._step.encode(part) for part in images.split(AT_ONCE)]
+        if self.config.conditional and labels is None:
+            raise BadInput(
+                "expected the labels of the images, as the model was trained with, got none"
+            )
+        labels, parts = self._labels(len(images), labels), images.split(AT_ONCE)
+        given = [None] * len(parts) if labels is None else labels.to(self.device).split(AT_ONCE)
+        found = [self._step.encode(*part) for part in zip(parts, given, strict=True)]
         mu, logvar = (torch.cat(parts) for parts in zip(*found, strict=True))
         return mu, logvar
 
-    def reconstruct(self, images):
+    def reconstruct(self, images, labels=None):
         """What a VAE makes of images, by the means of their latents: as `encode` takes them."""
         self.check_encodes("reconstruct images")
-        return self.decode(self.encode(images)[0])
+        return self.decode(self.encode(images, labels)[0], labels)
 
-    def interpolate(self, start, end, num):
+    def interpolate(self, start, end, num, of_class=None):
         """`num` images on the way from `sample(1, start)` to `sample(1, end)`, spherically.
 
-        See `latents.between`.
+        See `latents.between`. Of a conditional model all are of one class, by default the first.
         """
         _check("num", whole(), num)
         a, b = (self.noise(1, seed)[0] for seed in (start, end))
-        return self.decode(latents.between(a, b, num))
+        return self.decode(latents.between(a, b, num), self._all_of(num, of_class))
 
-    def walk(self, num, frames, seed=0):
+    def walk(self, num, frames, seed=0, of_class=None):
         """`num` closed walks through the latent space, of as many frames each.
 
         Returns:
@@ -144,9 +183,11 @@ class Trained:
         _check("frames", whole(), frames)
         first, second = islice(self._draws(num, seed), 2)
         z = latents.around(first, second, frames)
-        return self.decode(z.flatten(0, 1)).unflatten(0, (frames, num))
+        labels = self._labels(num, of_class)
+        labels = labels if labels is None else labels.repeat(frames)
+        return self.decode(z.flatten(0, 1), labels).unflatten(0, (frames, num))
 
-    def manifold(self, side):
+    def manifold(self, side, of_class=None):
         """side x side images over the latent plane of a VAE: see `latents.quantiles`.
 
         Raises:
@@ -158,7 +199,7 @@ class Trained:
                 f"expected a VAE with a latent of two dimensions (--nz 2) for a manifold, got a "
                 f"{self.config.model} with --nz {self.latent_shape[0]} in {self.path}"
             )
-        return self.decode(latents.quantiles(side))
+        return self.decode(latents.quantiles(side), self._all_of(side**2, of_class))
 
     def check_encodes(self, purpose):
         if not hasattr(self._step, "encode"):

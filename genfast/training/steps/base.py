@@ -15,6 +15,7 @@ from genfast.training.steps.capture import (
     why_not_captured,
 )
 from genfast.training.steps.finite import Skipped, kept_finite
+from genfast.training.steps.labels import Labels
 from genfast.training.steps.precision import Precision
 
 
@@ -38,11 +39,14 @@ class Step:
     converts them), the attributes `pixel_range`, `latent_shape` and `weights_reused` (whether a
     network takes part in more than one pass), and `_draw(z)`, their images in `pixel_range`. They
     may have `_look(images)`, which learns from a first batch of floats what the steps need to know,
-    and leaves no other trace; and `_turn()`, which tells apart calls that do not the same.
+    and leaves no other trace; and `_turn()`, which tells apart calls that do not the same. Networks
+    that take labels are given those of `_labels`.
     """
 
     # Which call is the first with an update by an optimizer, by its name, where that is not call 1.
     first_updates = MappingProxyType({})
+
+    _labels = Labels()
 
     def __init__(
         self,
@@ -125,10 +129,11 @@ class Step:
     def __call__(self, batch):
         """Make one step: of images, or of a list or tuple that begins with them.
 
-        Of uint8 images, level p is low + p * (high - low) / 255 in `pixel_range` = (low, high).
+        Where the networks take labels, these come second: int64 (N,). Of uint8 images, level p is
+        low + p * (high - low) / 255 in `pixel_range` = (low, high).
         """
         images = _checked_images(_images_of(batch), self.device, self._dtype)
-        with self._precision.products():
+        with self._precision.products(), self._labels.of_batch(batch, images):
             if not self._looked:
                 self._look(self._floats(images))
                 self._looked = True
@@ -196,9 +201,16 @@ class Step:
             return self._step(images)
 
     @torch.no_grad()
-    def sample(self, z):
-        """Images in `pixel_range` for this noise, by the running statistics of batch norms."""
-        with self._precision.products(), self._precision.autocast():
+    def sample(self, z, labels=None):
+        """Images in `pixel_range` for this noise, by the running statistics of batch norms.
+
+        labels: int64 (N,), for networks that take them.
+        """
+        with (
+            self._precision.products(),
+            self._precision.autocast(),
+            self._labels.given(labels, z),
+        ):
             return self._draw(z).float()
 
 

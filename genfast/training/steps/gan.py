@@ -16,6 +16,7 @@ from genfast.training.steps.average import Average
 from genfast.training.steps.base import Step, above_0, adam, evaluating
 from genfast.training.steps.joining import joined
 from genfast.training.steps.judge import Judge, describe
+from genfast.training.steps.labels import Labels, classes_of
 from genfast.training.steps.merging import (
     converts_its_input,
     why_they_differ,
@@ -58,7 +59,9 @@ class GANStep(Step):
     PyTorch's public DCGAN example has them: the generated images of both updates are the same.
 
     Args:
-        generator: (N, *latent_shape) to images in [-1, 1].
+        generator: (N, *latent_shape) to images in [-1, 1]. Where it and the discriminator have
+            `classes`, a number, and take `labels`, int64 (N,), after the noise and the images, they
+            are given those of the batch: real and generated images have the same.
         discriminator: images to logits, one an image or a map of them. Where it ends in a Sigmoid,
             what goes into that is taken, and a warning says so.
         latent_shape: the shape of one image's noise. By default the generator's own `latent_shape`,
@@ -98,7 +101,8 @@ class GANStep(Step):
             what it returns are logits, whatever it looks like. None: that is checked.
 
     Calling it with images (N, C, H, W), floats in [-1, 1] or uint8 from 0 to 255, or with what a
-    loader gives, a list or tuple that begins with them, makes one step and returns a `GANResult`.
+    loader gives, a list or tuple that begins with them, and goes on with the labels where the
+    networks take any, makes one step and returns a `GANResult`.
     Level p of uint8 images is taken for p * 2 / 255 - 1. The first call also runs the networks to
     learn how they are to be run, and puts back what that moved.
 
@@ -160,7 +164,10 @@ class GANStep(Step):
         self._augment = None if augment is None else Augmentation(augment)
         self._flip = bool(flip)
         self._spectral_norm = SpectralNorm(discriminator) if spectral_norm else None
-        self._judge = Judge(discriminator, output)
+        self._labels = Labels.of(
+            generator=classes_of(generator), discriminator=classes_of(discriminator)
+        )
+        self._judge = Judge(discriminator, output, self._labels)
         if optimizers is None:
             optimizers = adam(generator), adam(discriminator)
         if not isinstance(optimizers, tuple | list) or len(optimizers) != 2:
@@ -276,7 +283,7 @@ class GANStep(Step):
         dtype = images.dtype if images.is_floating_point() else self._dtype
         z = torch.randn(len(images), *self.latent_shape, device=images.device, dtype=dtype)
         with self._precision.autocast():
-            return self.generator(z)
+            return self.generator(z, *self._labels(len(z)))
 
     def _check_fakes(self, fakes, images):
         if not isinstance(fakes, torch.Tensor):
@@ -391,7 +398,7 @@ class GANStep(Step):
     def _draw(self, z):
         generator = self.average.module if self.average else self.generator
         with evaluating(generator):
-            return generator(z)
+            return generator(z, *self._labels(len(z)))
 
 
 def _latent_shape(given, generator):

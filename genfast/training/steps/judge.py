@@ -9,6 +9,7 @@ from torch import nn
 from genfast.losses import widen
 from genfast.nn import FusedBlock
 from genfast.training.memory import missing_memory
+from genfast.training.steps.labels import Labels
 from genfast.training.steps.layers import runs_as
 from genfast.training.steps.trial import redrawn, undone
 
@@ -28,6 +29,7 @@ class Judge:
     Args:
         discriminator: the network.
         output: None, "logits" or a function, as in `GANStep`.
+        labels: the `Labels` that it takes beside images.
 
     Attributes:
         sigmoid: the name of the Sigmoid in which the discriminator ends and whose input is taken
@@ -37,10 +39,11 @@ class Judge:
         ValueError: `output` is something else.
     """
 
-    def __init__(self, discriminator, output=None):
+    def __init__(self, discriminator, output=None, labels=None):
         if output not in (None, "logits") and not callable(output):
             raise ValueError(f'expected output=None, "logits" or a function, got {output!r}')
         self._discriminator, self._output = discriminator, output
+        self._labels = labels or Labels()
         self._contiguous = False
         self.sigmoid = None
 
@@ -48,15 +51,18 @@ class Judge:
         """The logits of images (N, C, H, W); an error where it returns something else."""
         images = images.contiguous() if self._contiguous else images
         if self.sigmoid is None:
-            return self._taken(self._discriminator(images), images)
+            return self._taken(self._run(images), images)
         with _inputs_of(dict(_sigmoids(self._discriminator)), [self.sigmoid]) as inputs:
-            self._discriminator(images)
+            self._run(images)
         if self.sigmoid not in inputs:
             raise RuntimeError(
                 f"expected a discriminator that ends in {self.sigmoid} at every call, and in this "
                 "one it did not run"
             )
         return inputs[self.sigmoid]
+
+    def _run(self, images):
+        return self._discriminator(images, *self._labels(len(images)))
 
     def look(self, images):
         """Find out from a first batch how the discriminator is to be run and read.
@@ -91,7 +97,7 @@ class Judge:
 
     def _first_run(self, images):
         try:
-            return self._discriminator(images)
+            return self._run(images)
         except Exception as error:  # It is somebody's own code.
             if missing_memory(error):
                 raise
@@ -137,7 +143,7 @@ class Judge:
         for seed in range(_DRAWS):
             with undone(network, images.device), redrawn(network, seed):
                 try:
-                    outputs = self._taken(network(images), images)
+                    outputs = self._taken(self._run(images), images)
                 except Exception as error:
                     if missing_memory(error):
                         raise

@@ -31,7 +31,7 @@ _RESHAPING = (
     nn.PixelShuffle, nn.PixelUnshuffle, nn.Upsample, nn.AdaptiveAvgPool2d, nn.AdaptiveMaxPool2d,
     nn.AvgPool2d, nn.MaxPool2d, nn.ReflectionPad2d, nn.ReplicationPad2d, nn.ZeroPad2d,
 )  # fmt: skip
-_WEIGHTED = (nn.Bilinear, nn.GroupNorm, nn.LayerNorm, Maxout)
+_WEIGHTED = (nn.Bilinear, nn.Embedding, nn.GroupNorm, nn.LayerNorm, Maxout)
 _CONTAINERS = (
     nn.Sequential, FusedSequential, FusedBlock, DCGANDiscriminator, DCGANGenerator,
     GANDiscriminator, GANGenerator,

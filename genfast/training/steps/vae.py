@@ -12,6 +12,7 @@ import torch
 from genfast import functional, losses, reference
 from genfast.training.steps import vae_form
 from genfast.training.steps.base import Step, adam, evaluating
+from genfast.training.steps.labels import Labels, classes_of
 from genfast.training.steps.trial import undone
 
 # How far images may lie outside [0, 1]: roundings.
@@ -42,7 +43,8 @@ class VAEStep(Step):
             pair, or under names such as `mu` and `logvar`, and `decode(z) -> images` or rows of
             pixels; or it is a `nn.ModuleDict` of an `encoder` and a `decoder` that do so. Where it
             has `decode_logits`, the decoder before its sigmoid, that is taken. A standard deviation
-            in place of the log-variance cannot be told from one.
+            in place of the log-variance cannot be told from one. Where it has `classes`, a number,
+            and these functions take `labels`, int64 (N,), they are given those of the batch.
         optimizer: of the model's parameters. By default Adam(lr=2e-4, betas=(0.5, 0.999)).
         precision, capture, clip_grad, skip_nonfinite: as in `GANStep`.
         compile: whether `torch.compile` makes the forward and backward pass. A small model on a CPU
@@ -56,7 +58,8 @@ class VAEStep(Step):
         image_shape: (C, H, W), to which `sample` brings rows of pixels. None: as in the first step.
 
     Calling it with images (N, C, H, W), floats in [0, 1] or uint8, of which level p is taken for
-    p / 255, makes one step and returns a `VAEResult`.
+    p / 255, or with a list or tuple of them and of labels where the model takes any, makes one step
+    and returns a `VAEResult`.
 
     Attributes:
         why_not_captured: why not, in words; None where it is.
@@ -104,6 +107,8 @@ class VAEStep(Step):
         self.image_shape = None if image_shape is None else tuple(image_shape)
         self._adapter = adapter
         self._likelihood = likelihood
+        if adapter is None:
+            self._labels = Labels.of(**{name: classes_of(model, name) for name in self._coders})
         self._has_logits = adapter is None and hasattr(model, "decode_logits")
         self._present = self._decoder = self._drawing = self._latent_shape = None
         super().__init__(
@@ -145,10 +150,10 @@ class VAEStep(Step):
         return (said,)
 
     def _encode(self, images):
-        return getattr(self.model, self._coders[0])(images)
+        return getattr(self.model, self._coders[0])(images, *self._labels(len(images)))
 
     def _decode(self, z):
-        return getattr(self.model, self._coders[1])(z)
+        return getattr(self.model, self._coders[1])(z, *self._labels(len(z), each=True))
 
     def _look(self, images):
         """Find out what the model takes and gives, by running it on these images once."""
@@ -286,7 +291,7 @@ class VAEStep(Step):
         z, kl = sample(losses.widen(mu), losses.widen(logvar))
         with self._precision.autocast():
             if self._takes_logits:
-                return self.model.decode_logits(z), kl
+                return self.model.decode_logits(z, *self._labels(len(z), each=True)), kl
             return vae_form.decoded(self._decode(z)), kl
 
     def _reconstruction_loss(self, reconstruction, images):
@@ -295,13 +300,14 @@ class VAEStep(Step):
         return losses.reconstruction_loss(reconstruction, images, logits=self._gives_logits)
 
     @torch.no_grad()
-    def encode(self, images):
+    def encode(self, images, labels=None):
         """The mean and the log-variance of images' latents, (N, *latent_shape) each, in float32.
 
-        By the running statistics of batch norms, as `sample` draws. `images` are what a step takes.
+        By the running statistics of batch norms, as `sample` draws. `images` are what a step takes,
+        and so are `labels`, int64 (N,), for a model that takes them.
         """
         images = self._floats(images)
-        with self._precision.products():
+        with self._precision.products(), self._labels.given(labels, images):
             if not self._looked:
                 self._look(images)
                 self._looked = True

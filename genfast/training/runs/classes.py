@@ -1,0 +1,63 @@
+"""The classes of a conditional run: which are drawn, and in which order."""
+
+import math
+
+import torch
+
+from genfast.training.errors import BadInput
+from genfast.training.runs.rules import shown
+
+NUM = 64
+# Of a conditional model, where nobody says how many: so many of each class, of so many classes.
+OF_A_CLASS, CLASSES_SHOWN = 8, 32
+NAMED = 20  # How many names of classes a message holds.
+
+
+def labels_of_samples(config, num=None, of_class=None):
+    """The labels of a grid of samples, int64 (num,): as many of each class, class by class.
+
+    Args:
+        config: a `Config`.
+        num: how many samples. None: 8 of each of the first 32 classes, or 64 of one.
+        of_class: all are of this class: its name, or its number from 0 where no name is a number.
+
+    Returns:
+        The labels; None for a run that is not conditional.
+
+    Raises:
+        BadInput: there is no such class.
+    """
+    if not config.conditional:
+        if of_class is not None:
+            raise BadInput(
+                f"expected a model trained with --conditional for --class {of_class}, got one "
+                "trained without"
+            )
+        return None
+    if of_class is not None:
+        return torch.full((num or NUM,), _class_number(config.classes, str(of_class)))
+    count = len(config.classes)
+    if num is None:
+        return torch.arange(min(count, CLASSES_SHOWN)).repeat_interleave(OF_A_CLASS)
+    return torch.arange(num) // math.ceil(num / count)
+
+
+def _class_number(classes, text):
+    if text in classes:
+        return classes.index(text)
+    numbers = not any(name.isdecimal() for name in classes)
+    if numbers and text.isdecimal() and len(text) < 10 and int(text) < len(classes):
+        return int(text)
+    named = ", ".join(classes[:NAMED]) + (" …" if len(classes) > NAMED else "")
+    also = f", or a number from 0 to {len(classes) - 1}" if numbers else ""
+    raise BadInput(f"expected --class to be one of {named}{also}, got {shown(text)}")
+
+
+def row_length(labels):
+    """How many samples a row of their grid has, to hold one class; None for about a square.
+
+    labels: as `labels_of_samples` gives them.
+    """
+    if labels is None or labels[0] == labels[-1]:
+        return None
+    return int((labels == labels[0]).sum())

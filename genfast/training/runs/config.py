@@ -13,6 +13,7 @@ from genfast.training.data import checksum, colour, load_images, resize
 from genfast.training.data.sources import DEFAULT_SIZES
 from genfast.training.errors import BadInput
 from genfast.training.runs.checkpoint import read_checkpoint
+from genfast.training.runs.held_out import num_training
 from genfast.training.runs.models import MODELS
 from genfast.training.runs.rules import shown
 from genfast.training.runs.settings import NOTED, RULES, SETTINGS, option
@@ -98,6 +99,13 @@ def check_settings(model, given):
             f"expected --image-size to be a power of two from {IMAGE_SIZES[0]} to "
             f"{IMAGE_SIZES[-1]} for {model}, got {size}"
         )
+    samples, beta = given.get("importance_samples"), given.get("beta", 1)
+    if samples and (beta != 1 or given.get("beta_warmup")):
+        raise BadInput(
+            "expected --importance-samples with --beta 1 and without --beta-warmup, as other "
+            f"weights make no bound, got --beta {beta}"
+            + (f" and --beta-warmup {given['beta_warmup']}" if given.get("beta_warmup") else "")
+        )
     return given
 
 
@@ -141,7 +149,8 @@ def prepare(model, data, given, out=None):
     if kind.convolutional and images.shape[-1] not in IMAGE_SIZES:
         wanted = (size for size in IMAGE_SIZES if size >= images.shape[-1])
         images = resize(images, next(wanted, IMAGE_SIZES[-1]))
-    settings["batch_size"] = min(settings["batch_size"], len(images))
+    left = num_training(len(images), given.get("validate"))
+    settings["batch_size"] = min(settings["batch_size"], left)
     config = Config(
         model=model,
         data=_lasting(data),

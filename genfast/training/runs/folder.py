@@ -6,11 +6,12 @@ from contextlib import contextmanager, suppress
 
 from genfast.training.errors import BadInput
 from genfast.training.run_files import PICTURES, SETTINGS, head, settings_of
-from genfast.training.runs import lock
+from genfast.training.runs import held_out, lock
 from genfast.training.runs.checkpoint import NAME as CHECKPOINT
 from genfast.training.runs.loss_log import is_header
 
 LOSSES = "metrics.csv"
+VALIDATION = held_out.NAME
 _PICTURE = re.compile(r"epoch_\d{3,}\.png", re.IGNORECASE)  # Some file systems ignore case.
 
 
@@ -53,6 +54,7 @@ def check(out, resume_from=None, *, demo=False):
 def _check_files(out, resume_from, demo):
     settings = _settings(out / SETTINGS)
     steps = _steps_logged(out / LOSSES)
+    _refuse_another_validation(out / VALIDATION)
     pictures = _pictures(out / PICTURES)
     if demo and _is_demo(out):
         return
@@ -98,6 +100,14 @@ def _steps_logged(path):
     return len(rows)
 
 
+def _refuse_another_validation(path):
+    """BadInput if a file that a run would write over is not one that a run left."""
+    if os.path.lexists(path):
+        header, *_ = head(path).decode(errors="replace").splitlines() or [""]
+        if not held_out.is_header(header.split(",")):
+            raise _foreign(path, "what a genfast run measured")
+
+
 def _pictures(folder):
     """The paths of what look like pictures of a run."""
     if not os.path.lexists(folder):
@@ -124,7 +134,7 @@ def _is_demo(out):
 
 
 def _remove_run(out):
-    for path in (out / CHECKPOINT, out / LOSSES, *_pictures(out / PICTURES)):
+    for path in (out / CHECKPOINT, out / LOSSES, out / VALIDATION, *_pictures(out / PICTURES)):
         path.unlink(missing_ok=True)
 
 

@@ -24,6 +24,7 @@ from genfast.training.runs import checkpoint, folder
 from genfast.training.runs.config import check_run
 from genfast.training.runs.devices import as_device
 from genfast.training.runs.finite import first_not_finite, refuse_not_finite
+from genfast.training.runs.held_out import HeldOut, split
 from genfast.training.runs.loss_log import LossLog
 from genfast.training.runs.models import build_step
 from genfast.training.runs.samples import draw_noise, write_samples
@@ -64,12 +65,12 @@ def train(
     """Train a model and write what comes of it into a folder.
 
     The folder gets config.json, metrics.csv (one row a step), samples/epoch_NNN.png (of the same
-    noise each time) and checkpoint.pt. It is locked while the run lasts, and nothing is written
-    over but what a run of its own left there. A checkpoint is written after the first step, every
-    `checkpoint_seconds`, at the end, and when SIGINT, SIGTERM or SIGHUP asks to stop, which happens
-    after the current step; a second SIGINT or SIGTERM stops at once. A resumed run goes on with the
-    step after its checkpoint, wherever in an epoch that is, and with the losses of a run that was
-    never interrupted.
+    noise each time), checkpoint.pt and, of images kept aside, validation.csv (a row an epoch). It
+    is locked while the run lasts, and nothing is written over but what a run of its own left there.
+    A checkpoint is written after the first step, every `checkpoint_seconds`, at the end, and when
+    SIGINT, SIGTERM or SIGHUP asks to stop, which happens after the current step; a second SIGINT or
+    SIGTERM stops at once. A resumed run goes on with the step after its checkpoint, wherever in an
+    epoch that is, and with the losses of a run that was never interrupted.
 
     Args:
         config: a `Config`.
@@ -99,7 +100,8 @@ def train(
     out, resume_from = Path(out), resume_from and Path(resume_from)
     torch.manual_seed(config.seed)
     step = build_step(config, device)
-    batches = Batches(images, config.batch_size, config.seed, device)
+    trained_on, kept_aside = split(len(images), config.validate, config.seed)
+    batches = Batches(images, config.batch_size, config.seed, device, trained_on)
     noise = draw_noise(SAMPLES, step, config.seed)
     total = config.epochs * len(batches)
     with folder.claimed(out, resume_from, demo=demo):
@@ -114,6 +116,17 @@ def train(
         (out / PICTURES).mkdir(exist_ok=True)
         _write_settings(out / SETTINGS, config, step, demo)
         loss_log = LossLog(out / folder.LOSSES, step.result_fields, config.batch_size, keep=done)
+        held_out = None
+        if kept_aside is not None:
+            held_out = HeldOut(
+                out / folder.VALIDATION,
+                step,
+                images,
+                kept_aside,
+                config.batch_size,
+                config.seed,
+                keep=done,
+            )
         size = f"{config.channels} x {config.image_size} x {config.image_size}"
         tqdm.write(
             f"{config.model} on {len(images)} images of {size} from {config.data}, on {device} in "
@@ -144,6 +157,7 @@ def train(
                 if saving or ends_epoch or loss_log.age() >= REPORT_SECONDS:
                     bar.set_description(f"epoch {epoch}/{config.epochs}", refresh=False)
                     newest = loss_log.flush()
+                    newest |= held_out.newest if held_out else {}
                     bar.set_postfix(newest | {"data": f"{batches.waiting.share():.0%}"})
                 if ends_epoch and loss_log.lost >= len(batches) and not warned:
                     warned = True
@@ -154,8 +168,12 @@ def train(
                 if ends_epoch:
                     picture = out / PICTURES / f"epoch_{epoch:03d}.png"
                     write_samples(step, noise, picture)
+                    if held_out and done < total:
+                        held_out.measure(done, epoch)
                 if saving:
                     checkpoints.save(step, done)
+                if held_out and done == total:
+                    tqdm.write(held_out.measure(done, epoch, last=True), file=sys.stderr)
                 if saving or ends_epoch:
                     loss_log.restart_clock()
                     batches.waiting.restart()

@@ -7,7 +7,10 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 from genfast.models import GAN, VAE, ConvVAE, DCGANDiscriminator, DCGANGenerator
+from genfast.training.errors import BadInput
+from genfast.training.runs.held_out import num_training
 from genfast.training.steps import GANStep, VAEStep, adam
+from genfast.training.steps.vae import missing_compiler
 
 
 class Model(NamedTuple):
@@ -66,10 +69,19 @@ def _gan_step(config, device, generator, discriminator):
 
 def _vae_step(config, device, model):
     model.to(device)
+    compiler = missing_compiler(device) if config.compile else None
+    if compiler:
+        raise BadInput(f"expected a C++ compiler for --compile on a CPU, found no {compiler}")
+    epoch = num_training(config.num_images, config.validate) // config.batch_size
     return VAEStep(
         model,
         optimizer=_adam(model, config),
         precision=config.precision,
+        compile=bool(config.compile),
+        likelihood=config.likelihood,
+        beta=config.beta,
+        beta_warmup=config.beta_warmup and max(1, config.beta_warmup * epoch),
+        importance_samples=config.importance_samples,
         image_shape=_image_shape(config),
     )
 
@@ -84,7 +96,10 @@ def _image_shape(config):
 
 _ALL = dict(seed=0, precision="auto", background="white")
 _GANS = dict(batch_size=64, lr=2e-4, beta1=0.5, nz=100, loss="non-saturating", ema=None, **_ALL)
-_VAES = dict(batch_size=128, epochs=25, lr=1e-3, beta1=0.9, **_ALL)
+_VAES = dict(
+    batch_size=128, epochs=25, lr=1e-3, beta1=0.9, likelihood="bernoulli", beta=1.0,
+    beta_warmup=None, importance_samples=None, validate=None, compile=None, **_ALL,
+)  # fmt: skip
 # Learning rates, betas and widths are those of the papers and of PyTorch's public examples.
 MODELS = {
     "gan": Model(_gan, dict(epochs=50, **_GANS), dict(image_size=16, epochs=150)),

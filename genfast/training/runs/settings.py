@@ -6,10 +6,19 @@ line, checkpoints and Python's checks follow from that.
 
 from typing import NamedTuple
 
-from genfast.losses import GAN_LOSSES
+from genfast.losses import GAN_LOSSES, LIKELIHOODS
 from genfast.models.dcgan import IMAGE_SIZES
 from genfast.training.data.decoding import COLOURS, is_colour
-from genfast.training.runs.rules import ABOVE_0, BELOW_1, Rule, one_of, whole
+from genfast.training.runs.rules import (
+    ABOVE_0,
+    BELOW_1,
+    BETWEEN_0_AND_1,
+    FLAG,
+    FROM_0,
+    Rule,
+    one_of,
+    whole,
+)
 from genfast.training.steps.precision import PRECISIONS
 
 
@@ -67,6 +76,35 @@ SETTINGS = {
         "keep an average of a GAN's generator, 0.999 for example, from which pictures are drawn",
         optional=True,
         metavar="DECAY",
+    ),
+    "likelihood": Setting(
+        one_of(*LIKELIHOODS),
+        "what a VAE's pixels are, given the latent: white with a probability, or normal",
+        once="bernoulli",
+    ),
+    "beta": Setting(FROM_0, "weight of the KL divergence in a VAE's loss", once=1.0),
+    "beta_warmup": Setting(
+        whole(),
+        "epochs over which that weight grows to --beta",
+        optional=True,
+        metavar="EPOCHS",
+    ),
+    "importance_samples": Setting(
+        whole(),
+        "minimise the importance-weighted bound of so many latents an image",
+        optional=True,
+        metavar="K",
+    ),
+    "validate": Setting(
+        BETWEEN_0_AND_1,
+        "keep this share of the images aside, 0.1 for example, and measure a VAE on them",
+        optional=True,
+        metavar="SHARE",
+    ),
+    "compile": Setting(
+        FLAG,
+        "let torch.compile make a VAE's forward and backward pass",
+        optional=True,
     ),
 }
 

@@ -88,12 +88,16 @@ class Step:
 
         Of uint8 images, level p is low + p * (high - low) / 255 in `pixel_range` = (low, high).
         """
-        images = _checked_images(_images_of(batch), self.device, self._dtype)
+        images = self._checked(batch)
         with self._precision.products():
             if not self._looked:
                 self._look(self._floats(images))
                 self._looked = True
             return self._result(*self._run(images))
+
+    def _checked(self, batch):
+        """The images of a batch, in the memory format of the kernels; an error if it has none."""
+        return _checked_images(_images_of(batch), self.device, self._dtype)
 
     def _look(self, images):
         pass

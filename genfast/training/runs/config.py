@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from genfast.losses import GAN_LOSSES
 from genfast.models.dcgan import IMAGE_SIZES
 from genfast.training.data import checksum, colour, load_images, resize
 from genfast.training.data.sources import DEFAULT_SIZES
@@ -98,6 +99,11 @@ def check_settings(model, given):
         raise BadInput(
             f"expected --image-size to be a power of two from {IMAGE_SIZES[0]} to "
             f"{IMAGE_SIZES[-1]} for {model}, got {size}"
+        )
+    if model == "vae-gan" and GAN_LOSSES[given.get("loss", "non-saturating")].paired:
+        raise BadInput(
+            "expected a --loss that judges images alone for vae-gan, got "
+            f"{given['loss']}, which judges them in pairs"
         )
     samples, beta = given.get("importance_samples"), given.get("beta", 1)
     if samples and (beta != 1 or given.get("beta_warmup")):

@@ -6,10 +6,10 @@ To add one, add a row to `MODELS`.
 from collections.abc import Callable
 from typing import NamedTuple
 
-from genfast.models import GAN, VAE, ConvVAE, DCGANDiscriminator, DCGANGenerator
+from genfast.models import GAN, VAE, VAEGAN, ConvVAE, DCGANDiscriminator, DCGANGenerator
 from genfast.training.errors import BadInput
 from genfast.training.runs.held_out import num_training
-from genfast.training.steps import GANStep, VAEStep, adam
+from genfast.training.steps import GANStep, VAEGANStep, VAEStep, adam
 from genfast.training.steps.vae import missing_compiler
 
 
@@ -51,6 +51,18 @@ def _vae(config, device):
 def _conv_vae(config, device):
     model = ConvVAE(config.channels, config.image_size, config.nz, config.ngf)
     return _vae_step(config, device, model)
+
+
+def _vae_gan(config, device):
+    model = VAEGAN(config.channels, config.image_size, config.nz, config.ngf, config.ndf).to(device)
+    networks = model.encoder, model.decoder, model.discriminator
+    return VAEGANStep(
+        *networks,
+        gamma=config.gamma,
+        loss=config.loss,
+        optimizers=[_adam(network, config) for network in networks],
+        precision=config.precision,
+    )
 
 
 def _gan_step(config, device, generator, discriminator):
@@ -114,6 +126,23 @@ MODELS = {
         _conv_vae,
         dict(nz=32, ngf=32, **_VAES),
         dict(image_size=16, batch_size=64, epochs=60, nz=10),
+        convolutional=True,
+    ),
+    "vae-gan": Model(
+        _vae_gan,
+        dict(
+            batch_size=64,
+            epochs=25,
+            lr=2e-4,
+            beta1=0.5,
+            nz=100,
+            ngf=64,
+            ndf=64,
+            loss="non-saturating",
+            gamma=1e-2,
+            **_ALL,
+        ),  # fmt: skip
+        dict(image_size=32, epochs=80, lr=5e-4, nz=20, ngf=32, ndf=16),
         convolutional=True,
     ),
 }

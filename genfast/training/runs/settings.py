@@ -95,6 +95,11 @@ SETTINGS = {
         optional=True,
         metavar="K",
     ),
+    "gamma": Setting(
+        FROM_0,
+        "weight of a VAE/GAN's reconstruction beside what its discriminator says",
+        once=1e-2,
+    ),
     "validate": Setting(
         BETWEEN_0_AND_1,
         "keep this share of the images aside, 0.1 for example, and measure a VAE on them",

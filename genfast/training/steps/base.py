@@ -220,3 +220,16 @@ def evaluating(module):
     finally:
         for m, training in modes:
             m.training = training
+
+
+@contextmanager
+def frozen(module):
+    """Let no gradient of the module's own parameters be computed, only those that flow through."""
+    parameters = [p for p in module.parameters() if p.requires_grad]
+    for p in parameters:
+        p.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for p in parameters:
+            p.requires_grad_(True)

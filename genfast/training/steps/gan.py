@@ -1,6 +1,5 @@
 """One optimisation step of a GAN."""
 
-from contextlib import contextmanager
 from numbers import Integral
 from typing import NamedTuple
 
@@ -10,7 +9,7 @@ from genfast import losses
 from genfast.nn import statistics_groups
 from genfast.training.memory import missing_memory
 from genfast.training.steps.average import Average
-from genfast.training.steps.base import Step, adam, evaluating
+from genfast.training.steps.base import Step, adam, evaluating, frozen
 from genfast.training.steps.joining import joined
 from genfast.training.steps.judge import Judge, describe
 from genfast.training.steps.merging import (
@@ -219,7 +218,7 @@ class GANStep(Step):
         return torch.cat([reals, fakes])
 
     def _update_generator(self, reals, fakes):
-        with _frozen(self.discriminator):
+        with frozen(self.discriminator):
             if self.loss.paired:
                 with torch.no_grad():
                     of_reals = self._logits(self._floats(reals))
@@ -259,16 +258,3 @@ def _latent_shape(given, generator):
 
 def _are_lengths(shape):
     return all(isinstance(n, Integral) and n > 0 for n in shape)
-
-
-@contextmanager
-def _frozen(module):
-    """Let no gradient of the module's own parameters be computed, only those that flow through."""
-    parameters = [p for p in module.parameters() if p.requires_grad]
-    for p in parameters:
-        p.requires_grad_(False)
-    try:
-        yield
-    finally:
-        for p in parameters:
-            p.requires_grad_(True)

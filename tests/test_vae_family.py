@@ -23,7 +23,14 @@ from genfast.training.runs.loop import train
 from genfast.training.steps import adam
 
 MODELS = {"vae": lambda: VAE(256, 12, 3), "conv-vae": lambda: ConvVAE(1, 16, 3, 4)}
-TINY = dict(epochs=3, batch_size=400, nz=3, image_size=8)
+TINY = dict(epochs=3, batch_size=9, nz=3)
+
+
+@pytest.fixture
+def data(tmp_path):
+    path = tmp_path / "images.npy"
+    np.save(path, np.random.default_rng(0).integers(0, 256, (40, 8, 8), np.uint8))
+    return path
 
 
 def seeded(model):
@@ -199,17 +206,17 @@ def test_images_kept_aside():
     assert [sorted(e) for e in epochs] == [sorted(trained.tolist())] * 2 and epochs[0] != epochs[1]
 
 
-def test_a_run_with_images_kept_aside_and_its_resume(tmp_path, capsys):
-    config, digits = prepare("vae", "digits", TINY | dict(validate=0.3, beta=2.0, beta_warmup=2))
-    train(config, digits, tmp_path / "whole", device="cpu")
+def test_a_run_with_images_kept_aside_and_its_resume(data, tmp_path, capsys):
+    config, images = prepare("vae", data, TINY | dict(validate=0.3, beta=2.0, beta_warmup=2))
+    train(config, images, tmp_path / "whole", device="cpu")
     assert "IWAE bound of 64 samples" in capsys.readouterr().err
-    train(config, digits, tmp_path / "parts", device="cpu", max_seconds=0)
+    train(config, images, tmp_path / "parts", device="cpu", max_seconds=0)
     # As if it had been killed after a row that no checkpoint knows of.
     with open(tmp_path / "parts" / "validation.csv", "a") as file:
         file.write("6,2,-1.0,1.0,0.0,\n7,")
     stopped = tmp_path / "parts" / "checkpoint.pt"
     assert read_checkpoint(stopped)["modules"]["kl_weight"]["steps"] == 1
-    train(config, digits, tmp_path / "parts", device="cpu", resume_from=stopped)
+    train(config, images, tmp_path / "parts", device="cpu", resume_from=stopped)
     whole, parts = (
         read_checkpoint(tmp_path / run / "checkpoint.pt")["modules"] for run in ("whole", "parts")
     )
@@ -232,26 +239,26 @@ def test_a_run_with_images_kept_aside_and_its_resume(tmp_path, capsys):
     blind = tmp_path / "blind"
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(held_out.HeldOut, "measure", lambda *args, **options: "")
-        train(config, digits, blind, device="cpu")
+        train(config, images, blind, device="cpu")
     unmeasured = read_checkpoint(blind / "checkpoint.pt")["modules"]["model"]
     assert all(torch.equal(v, unmeasured[k]) for k, v in whole["model"].items())
 
 
-def test_a_file_that_no_run_left_stays(tmp_path):
-    config, digits = prepare("vae", "digits", TINY | dict(validate=0.3))
+def test_a_file_that_no_run_left_stays(data, tmp_path):
+    config, images = prepare("vae", data, TINY | dict(validate=0.3))
     other = tmp_path / "validation.csv"
     other.write_text("mine\n")
     with pytest.raises(BadInput, match="validation.csv to be what a genfast run measured, got som"):
-        train(config, digits, tmp_path, device="cpu")
+        train(config, images, tmp_path, device="cpu")
     assert other.read_text() == "mine\n"
 
 
-def test_a_compiled_run(tmp_path, monkeypatch, capsys):
+def test_a_compiled_run(data, tmp_path, monkeypatch, capsys):
     compiled = torch.compile
     monkeypatch.setattr(torch, "compile", lambda function: compiled(function, backend="eager"))
     out, picture = tmp_path / "run", tmp_path / "a.png"
-    given = ("--epochs", "2", "--batch-size", "900", "--nz", "3", "--image-size", "8")
-    command = ["train", "vae", "--data", "digits", "--compile", "--beta-warmup", "1", *given]
+    given = ("--epochs", "2", "--batch-size", "20", "--nz", "3")
+    command = ["train", "vae", "--data", str(data), "--compile", "--beta-warmup", "1", *given]
     command += ["--out", str(out)]
     monkeypatch.setenv("CXX", "no-such-compiler")
     assert cli.main(command) == 1

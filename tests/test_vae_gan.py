@@ -1,6 +1,5 @@
 """VAE/GANs beside a plain PyTorch loop of the paper's algorithm, and as runs."""
 
-import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -11,9 +10,7 @@ from genfast.models import VAEGAN
 from genfast.nn import FusedSequential, GeneratorBlock
 from genfast.training import VAEGANStep
 from genfast.training.errors import BadInput
-from genfast.training.runs.checkpoint import read_checkpoint
 from genfast.training.runs.config import prepare
-from genfast.training.runs.loop import train
 from genfast.training.steps import adam
 
 GAMMA = 0.05
@@ -153,19 +150,6 @@ def test_networks_that_do_not_fit():
         VAEGANStep(VAEGAN(1, 32, 3, 2).encoder, decoder, discriminator)(torch.rand(2, 1, 32, 32))
 
 
-def test_a_run_and_its_resume(tmp_path):
-    np.save(tmp_path / "images.npy", np.random.default_rng(0).integers(0, 256, (8, 16, 16), "u1"))
-    given = dict(epochs=2, batch_size=4, nz=4, ngf=2, ndf=2, gamma=0.1)
-    config, images = prepare("vae-gan", tmp_path / "images.npy", given)
-    train(config, images, tmp_path / "whole", device="cpu")
-    train(config, images, tmp_path / "parts", device="cpu", max_seconds=0)
-    stopped = tmp_path / "parts" / "checkpoint.pt"
-    train(config, images, tmp_path / "parts", device="cpu", resume_from=stopped)
-    whole, parts = (
-        read_checkpoint(tmp_path / run / "checkpoint.pt")["modules"] for run in ("whole", "parts")
-    )
-    assert whole.keys() == {"encoder", "decoder", "discriminator"}
-    for name, module in whole.items():
-        assert all(torch.equal(value, parts[name][key]) for key, value in module.items())
+def test_a_loss_of_pairs_is_refused():
     with pytest.raises(BadInput, match="--loss that judges images alone for vae-gan, got rpgan"):
         prepare("vae-gan", "digits", dict(loss="rpgan"))

@@ -26,7 +26,7 @@ from genfast.training.runs.devices import as_device
 from genfast.training.runs.finite import first_not_finite, refuse_not_finite
 from genfast.training.runs.held_out import HeldOut, split
 from genfast.training.runs.loss_log import LossLog
-from genfast.training.runs.models import build_step
+from genfast.training.runs.models import build_step, check_compiler
 from genfast.training.runs.samples import draw_noise, write_samples
 
 SAMPLES = 64
@@ -98,6 +98,7 @@ def train(
     tqdm = require("tqdm", "tqdm").tqdm
     require("PIL.Image", "pillow")
     out, resume_from = Path(out), resume_from and Path(resume_from)
+    check_compiler(config, device)
     torch.manual_seed(config.seed)
     step = build_step(config, device)
     trained_on, kept_aside = split(len(images), config.validate, config.seed)

@@ -81,15 +81,12 @@ def _gan_step(config, device, generator, discriminator):
 
 def _vae_step(config, device, model):
     model.to(device)
-    compiler = missing_compiler(device) if config.compile else None
-    if compiler:
-        raise BadInput(f"expected a C++ compiler for --compile on a CPU, found no {compiler}")
     epoch = num_training(config.num_images, config.validate) // config.batch_size
     return VAEStep(
         model,
         optimizer=_adam(model, config),
         precision=config.precision,
-        compile=bool(config.compile),
+        compile=bool(config.compile) and missing_compiler(device) is None,
         likelihood=config.likelihood,
         beta=config.beta,
         beta_warmup=config.beta_warmup and max(1, config.beta_warmup * epoch),
@@ -146,6 +143,13 @@ MODELS = {
         convolutional=True,
     ),
 }
+
+
+def check_compiler(config, device):
+    """BadInput where training is to be compiled and nothing can: pictures need no compiler."""
+    compiler = missing_compiler(device) if config.compile else None
+    if compiler:
+        raise BadInput(f"expected a C++ compiler for --compile on a CPU, found no {compiler}")
 
 
 def build_step(config, device):

@@ -81,8 +81,6 @@ def _is_picture(path):
 
 def _drawn_here(config, device):
     """The settings, in float32 where the device has not the precision that trained the model."""
-    if config.compile:  # Which only training is, and which needs a compiler.
-        config = replace(config, compile=None)
     try:
         resolve_precision(config.precision, device)
     except ValueError:

@@ -169,12 +169,13 @@ def importance_samples_backward(
 ):
     """dmu = sum of d; dlogvar = 1/2 * sum of (d * exp(logvar / 2) * eps - dkl); d = dz + dkl * z.
 
-    The sums are over an image's samples, BLOCK_K at a time. Grid: (N, tiles of the columns).
+    The sums are over an image's samples, BLOCK_K at a time. Grid: (N * tiles of the columns,).
     """
     wait_for_previous()
     seed = tl.load(seed_ptr)
-    n = tl.program_id(0)
-    i0 = tl.program_id(1) * BLOCK_Q
+    tiles = (quarter + BLOCK_Q - 1) // BLOCK_Q
+    n = tl.program_id(0) // tiles
+    i0 = tl.program_id(0) % tiles * BLOCK_Q
     of_image, exists = _columns(n + tl.zeros((1,), dtype=tl.int32), i0, N, D, BLOCK_Q)
     mu = tl.load(mu_ptr + of_image, mask=exists, other=0.0).to(ACC_DTYPE)
     deviation = tl.load(logvar_ptr + of_image, mask=exists, other=0.0).to(ACC_DTYPE)

@@ -114,7 +114,7 @@ def importance_samples_backward(dz, dkl, mu, logvar, samples, seed):
     block_k = min(256 // block_q, tiles.power_of_two(samples))
     tape.start(
         kernels.importance_samples_backward,
-        (rows, tiles.ceil_div(quarter, block_q)),
+        (rows * tiles.ceil_div(quarter, block_q),),
         dz_ptr=mu if dz is None else dz.contiguous(),
         dkl_ptr=mu if dkl is None else dkl.contiguous(),
         mu_ptr=mu,

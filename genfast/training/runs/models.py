@@ -138,8 +138,8 @@ MODELS = {
             loss="non-saturating",
             gamma=1e-2,
             **_ALL,
-        ),  # fmt: skip
-        dict(image_size=32, epochs=80, lr=5e-4, nz=20, ngf=32, ndf=16),
+        ),
+        dict(image_size=32, epochs=80, lr=5e-4, nz=10, ngf=32, ndf=16),
         convolutional=True,
     ),
 }

@@ -1,7 +1,10 @@
 """What is trained: a model with its weights, the shape of its images, and a batch of them."""
 
+import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
+from typing import NamedTuple
 
 import torch
 from torch import nn
@@ -10,12 +13,52 @@ from genfast.models import GAN, VAE, ConvVAE, DCGANDiscriminator, DCGANGenerator
 from genfast.nn import FusedBlock
 from genfast.training.data import load_images, normalize
 
-MODELS = ("gan", "dcgan", "vae", "conv-vae")
 SEED = 0
-# Of PyTorch's public examples: MNIST's images for the perceptrons, 64 x 64 RGB for the DCGAN.
-_DEFAULT_SIZES = {"gan": 28, "dcgan": 64, "vae": 28, "conv-vae": 64}
-_DEFAULT_BATCHES = {"gan": 128, "dcgan": 64, "vae": 128, "conv-vae": 64}
 _ACTIVATIONS = {"relu": nn.ReLU, "leaky_relu": nn.LeakyReLU, "identity": nn.Identity}
+
+
+class Model(NamedTuple):
+    """A model that is timed: one row of `MODELS`.
+
+    build: a function of (the images' shape, the channels next to the image of networks of
+        convolutions) that gives (generator, discriminator), or (vae,).
+    batch_size, image_size: as PyTorch's public examples have them.
+    channels: of the images.
+    is_vae: whether a step trains one model rather than two against each other.
+    """
+
+    build: Callable
+    batch_size: int
+    image_size: int
+    channels: int
+    is_vae: bool = False
+
+
+def _gan(shape, width):
+    gan = GAN(shape)
+    return gan.generator, gan.discriminator
+
+
+def _dcgan(shape, width):
+    images = dict(nc=shape[0], image_size=shape[1])
+    return DCGANGenerator(ngf=width, **images), DCGANDiscriminator(ndf=width, **images)
+
+
+def _vae(shape, width):
+    return (VAE(math.prod(shape)),)
+
+
+def _conv_vae(shape, width):
+    return (ConvVAE(shape[0], shape[1], width=width // 2),)
+
+
+# MNIST's images for the perceptrons, 64 x 64 RGB for the convolutions.
+MODELS = {
+    "gan": Model(_gan, 128, 28, 1),
+    "dcgan": Model(_dcgan, 64, 64, 3),
+    "vae": Model(_vae, 128, 28, 1, is_vae=True),
+    "conv-vae": Model(_conv_vae, 64, 64, 3, is_vae=True),
+}
 
 
 @dataclass(frozen=True)
@@ -40,21 +83,20 @@ class Workload:
         """The model as PyTorch's public examples have it, but for what is given."""
         return cls(
             model,
-            batch_size or _DEFAULT_BATCHES[model],
-            image_size or _DEFAULT_SIZES[model],
+            batch_size or MODELS[model].batch_size,
+            image_size or MODELS[model].image_size,
             device,
         )
 
     @property
     def is_vae(self):
         """Whether a step trains one model rather than two against each other."""
-        return self.model in ("vae", "conv-vae")
+        return MODELS[self.model].is_vae
 
     @property
     def image_shape(self):
         """(C, H, W)."""
-        channels = 3 if self.model in ("dcgan", "conv-vae") else 1
-        return channels, self.image_size, self.image_size
+        return MODELS[self.model].channels, self.image_size, self.image_size
 
     def images(self):
         """The same float batch every time, on the device, in the range the model expects.
@@ -72,19 +114,7 @@ class Workload:
         Without `dropout` nothing is random but the noise that the step draws.
         """
         torch.manual_seed(SEED)
-        channels, size, _ = self.image_shape
-        if self.model == "gan":
-            gan = GAN(self.image_shape)
-            networks = gan.generator, gan.discriminator
-        elif self.model == "dcgan":
-            networks = (
-                DCGANGenerator(ngf=self.width, nc=channels, image_size=size),
-                DCGANDiscriminator(ndf=self.width, nc=channels, image_size=size),
-            )
-        elif self.model == "vae":
-            networks = (VAE(size * size),)
-        else:
-            networks = (ConvVAE(channels, size, width=self.width // 2),)
+        networks = MODELS[self.model].build(self.image_shape, self.width)
         for module in (m for network in networks for m in network.modules()):
             if isinstance(module, nn.Dropout) and not dropout:
                 module.p = 0.0

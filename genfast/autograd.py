@@ -130,6 +130,11 @@ def reparameterize_with_kl(mu, logvar, seed):
     return _Reparameterize.apply(mu, logvar, seed, True)
 
 
+def importance_samples(mu, logvar, samples, seed):
+    """`functional.importance_samples` on the kernels, with noise keyed by `seed`."""
+    return _ImportanceSamples.apply(mu, logvar, samples, seed)
+
+
 def logit_loss(logits, targets, scale, kind="logistic", paired=False):
     """`reference.logit_loss` on the kernels: contiguous logits, and targets of their shape."""
     # Labels are those of a GAN's logits, which are few: their gradient takes no time beside them.
@@ -377,6 +382,30 @@ class _Reparameterize(Function):
         eps = sampling.reparameterize(zeros, zeros, seed, with_kl=False)[0]
         dmu, dlogvar = reference.reparameterize_gradients(dz, dkl, mu, logvar, eps)
         return dmu, dlogvar, None, None
+
+
+class _ImportanceSamples(Function):
+    """Several z an image and log q - log p of each. Saves inputs and seed, not the noise."""
+
+    @staticmethod
+    def forward(ctx, mu, logvar, samples, seed):
+        ctx.save_for_backward(mu, logvar, seed)
+        ctx.samples = samples
+        ctx.set_materialize_grads(False)
+        return sampling.importance_samples(mu, logvar, samples, seed)
+
+    @staticmethod
+    def backward(ctx, dz, dkl):
+        mu, logvar, seed = ctx.saved_tensors
+        if dz is None and dkl is None:
+            return None, None, None, None
+        if torch.is_grad_enabled():
+            zeros = torch.zeros_like(mu)
+            eps = sampling.importance_samples(zeros, zeros, ctx.samples, seed)[0]
+            found = reference.importance_samples_gradients(dz, dkl, mu, logvar, eps)
+        else:
+            found = sampling.importance_samples_backward(dz, dkl, mu, logvar, ctx.samples, seed)
+        return *found, None, None
 
 
 class _LogitLoss(Function):

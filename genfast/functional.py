@@ -507,6 +507,37 @@ def reparameterize_with_kl(mu, logvar, *, generator=None):
     return z, reference.kl_divergence(mu.to(wide), logvar.to(wide))
 
 
+def importance_samples(mu, logvar, samples, *, generator=None):
+    """Several samples of the latent an image, and how likely each is (Burda et al., 2016).
+
+    mu and logvar are not copied for the samples.
+
+    Args:
+        mu, logvar, generator: as `reparameterize` takes them.
+        samples: how many of each image, a whole number from 1.
+
+    Returns:
+        (z, kl): z = mu + exp(logvar / 2) * eps, of shape (N, samples, ...) and the dtype of mu; and
+        log q(z | image) - log p(z), of shape (N, samples), summed over the latent, in float32
+        (float64 for float64 inputs). p is N(0, 1). The mean of kl over draws is the KL divergence;
+        with `rec` = -log p(image | z) of shape (N, samples), `losses.iwae_loss(rec, kl)` is the
+        importance-weighted bound.
+    """
+    _check_latent(mu, logvar)
+    if mu.dim() == 0:
+        raise ValueError("expected mu of shape (N, ...), got a scalar")
+    if isinstance(samples, bool) or not isinstance(samples, int) or samples < 1:
+        raise ValueError(f"expected samples to be a whole number from 1, got {samples!r}")
+    if implementation(mu, logvar) == "triton":
+        if torch.compiler.is_compiling():
+            return operators.importance_samples(mu, logvar, samples, _draw_seed(mu, generator))
+        mu, logvar, _ = _in_order(mu, logvar)
+        return autograd.importance_samples(mu, logvar, samples, _draw_seed(mu, generator))
+    shape = (mu.shape[0], samples, *mu.shape[1:])
+    eps = torch.randn(shape, dtype=mu.dtype, device=mu.device, generator=generator)
+    return reference.importance_samples(mu, logvar, eps)
+
+
 def why_not_triton(*tensors, activation="identity", negative_slope=0.2):
     """Say why an operation on these tensors would run through PyTorch; None if kernels run it."""
     first = tensors[0]

@@ -203,6 +203,45 @@ def elbo_loss(reconstruction, images, mu, logvar):
     return reconstruction_loss(reconstruction, images) + kl_divergence(mu, logvar)
 
 
+def each_reconstruction_loss(reconstruction, images, likelihood, *, logits=False):
+    """-log p(image | latent) of each of several reconstructions an image: (N, samples).
+
+    Args:
+        reconstruction: (N, samples, ...), of as many values as an image has, in any shape.
+        images: (N, ...); not copied for the samples.
+        likelihood: a name in `LIKELIHOODS`: the terms of `reconstruction_loss` or
+            `gaussian_reconstruction_loss`, not summed over images.
+        logits: as `reconstruction_loss` takes it.
+    """
+    _check_alike(reconstruction[:, 0], images)
+    x, images = widen(reconstruction).flatten(2), widen(images).flatten(1).unsqueeze(1)
+    if likelihood == "gaussian":
+        return 0.5 * (x - images).square().sum(2)
+    images = images.expand_as(x)
+    loss = F.binary_cross_entropy_with_logits if logits else F.binary_cross_entropy
+    return loss(x, images, reduction="none").sum(2)
+
+
+def iwae_loss(reconstruction, kl):
+    """The negative importance-weighted bound, summed over the batch, in nats: a scalar.
+
+    -log of the mean over samples of w = p(image | z) p(z) / q(z | image) (Burda et al., 2016,
+    equation 8). Of one sample that is the negative evidence lower bound, with log q - log p at that
+    sample in the place of the KL divergence.
+
+    Args:
+        reconstruction: -log p(image | z), (N, samples): `each_reconstruction_loss`.
+        kl: log q(z | image) - log p(z), (N, samples): `functional.importance_samples`.
+    """
+    if reconstruction.shape != kl.shape or kl.dim() != 2:
+        raise ValueError(
+            "expected two tensors of one shape (N, samples), got shapes "
+            f"{tuple(reconstruction.shape)} and {tuple(kl.shape)}"
+        )
+    log_weights = -(widen(reconstruction) + widen(kl))
+    return (math.log(kl.shape[1]) - log_weights.logsumexp(1)).sum()
+
+
 def _loss(logits, targets, count, kind="logistic", paired=False):
     """sum(f(logits, targets)) / count: a scalar, float32 or wider.
 

@@ -535,6 +535,54 @@ for _operator in (reparameterize, reparameterize_with_kl):
     _operator.register_autograd(_latent_gradients, setup_context=_keep_latent)
 
 
+@torch.library.custom_op("genfast::importance_samples", mutates_args=())
+def importance_samples(
+    mu: Tensor, logvar: Tensor, samples: int, seed: Tensor
+) -> tuple[Tensor, Tensor]:
+    """`functional.importance_samples` with noise keyed by `seed`, (1,) int64."""
+    return sampling.importance_samples(_in_order(mu), _in_order(logvar), samples, seed)
+
+
+@importance_samples.register_fake
+def _(mu, logvar, samples, seed):
+    z = mu.new_empty((mu.shape[0], samples, *mu.shape[1:]))
+    return z, mu.new_empty(z.shape[:2], dtype=start.acc_dtype(mu.dtype))
+
+
+@torch.library.custom_op("genfast::importance_samples_backward", mutates_args=())
+def _importance_samples_backward(
+    dz: Tensor | None, dkl: Tensor | None, mu: Tensor, logvar: Tensor, samples: int, seed: Tensor
+) -> tuple[Tensor, Tensor]:
+    """The gradients of mu and logvar; dz or dkl is None where nothing flows back."""
+    mu_in_order, logvar_in_order = _in_order(mu), _in_order(logvar)
+    gradients = sampling.importance_samples_backward(
+        dz, dkl, mu_in_order, logvar_in_order, samples, seed
+    )
+    return _like(gradients[0], mu), _like(gradients[1], logvar)
+
+
+@_importance_samples_backward.register_fake
+def _(dz, dkl, mu, logvar, samples, seed):
+    return _empty_like(mu), _empty_like(logvar)
+
+
+def _keep_latents(ctx, inputs, output):
+    mu, logvar, ctx.samples, seed = inputs
+    ctx.save_for_backward(mu, logvar, seed)
+    ctx.set_materialize_grads(False)
+
+
+def _importance_samples_gradients(ctx, dz, dkl):
+    if dz is None and dkl is None:
+        return None, None, None, None
+    mu, logvar, seed = ctx.saved_tensors
+    found = torch.ops.genfast.importance_samples_backward(dz, dkl, mu, logvar, ctx.samples, seed)
+    return *found, None, None
+
+
+importance_samples.register_autograd(_importance_samples_gradients, setup_context=_keep_latents)
+
+
 def logit_loss(logits, targets, count, kind, paired):
     """`autograd.logit_loss` with a scale of 1 / count, for a trace.
 

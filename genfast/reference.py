@@ -156,6 +156,43 @@ def reparameterize_gradients(dz, dkl, mu, logvar, eps):
     return dmu, dlogvar
 
 
+def importance_samples(mu, logvar, eps):
+    """z = mu + exp(logvar / 2) * eps of several draws an image, and log q(z | image) - log p(z).
+
+    Args:
+        mu, logvar: (N, ...).
+        eps: (N, samples, ...), from N(0, 1).
+
+    Returns:
+        z, of the shape of `eps`; and 1/2 * sum(z^2 - eps^2 - logvar), (N, samples), in at least
+        float32: of q = N(mu, exp(logvar)) and p = N(0, 1) the difference of the logarithms at z
+        (Burda et al., 2016, section 3), whose mean over draws is the KL divergence.
+    """
+    mu, logvar = mu.unsqueeze(1), logvar.unsqueeze(1)
+    z = reparameterize(mu, logvar, eps)
+    wide = torch.promote_types(mu.dtype, torch.float32)
+    mu, logvar, eps = mu.to(wide), logvar.to(wide), eps.to(wide)
+    # z^2 - eps^2 by the difference z - eps, which near the prior is small and has all its digits.
+    shift = mu + torch.expm1(0.5 * logvar) * eps
+    terms = shift * (2 * eps + shift) - logvar
+    return z, 0.5 * terms.reshape(*z.shape[:2], -1).sum(2)
+
+
+def importance_samples_gradients(dz, dkl, mu, logvar, eps):
+    """The gradients of mu and logvar from those of `importance_samples`; None stands for 0.
+
+    In PyTorch's own operations, which can be differentiated again.
+    """
+    scaled = torch.exp(0.5 * logvar).unsqueeze(1) * eps
+    d = torch.zeros_like(eps) if dz is None else dz
+    dlogvar = 0
+    if dkl is not None:
+        dkl = dkl.to(mu.dtype).view(*dkl.shape, *[1] * (mu.dim() - 1))
+        d = d + dkl * (mu.unsqueeze(1) + scaled)
+        dlogvar = dkl
+    return d.sum(1), 0.5 * (d * scaled - dlogvar).sum(1)
+
+
 def logit_loss(logits, targets, scale, kind="logistic", paired=False):
     """scale * sum(f(logits, targets)), in at least float32: a scalar.
 

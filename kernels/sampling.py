@@ -1,8 +1,10 @@
 """Reparameterised sampling: the noise is drawn in the kernel, and drawn again in backward.
 
-mu and logvar are matrices [N, D]. With Q = ceil(D / 4), the Philox counter row * Q + i gives four
-normals, for the columns 4i to 4i + 3: the noise depends on the seed and the shape, not on the
-tiles, and a thread's four values are one vector in memory.
+mu and logvar are matrices [N, D]; of several samples an image, sample k of image n is the row
+n * samples + k of a matrix [N * samples, D], and mu and logvar are read as they are. With
+Q = ceil(D / 4), the Philox counter row * Q + i gives four normals, for the columns 4i to 4i + 3:
+the noise depends on the seed and the shape, not on the tiles, and a thread's four values are one
+vector in memory.
 """
 
 import triton
@@ -101,6 +103,105 @@ def reparameterize_backward(
             dlogvar += 0.5 * dkl * _expm1(logvar)
         tl.store(dmu_ptr + offset, dmu.to(dmu_ptr.dtype.element_ty), mask=inside)
         tl.store(dlogvar_ptr + offset, dlogvar.to(dlogvar_ptr.dtype.element_ty), mask=inside)
+
+
+@triton.jit(do_not_specialize=["N", "samples", "quarter", "tiles_per_part"])
+def importance_samples(
+    mu_ptr,
+    logvar_ptr,
+    seed_ptr,
+    z_ptr,
+    kl_ptr,
+    N,
+    samples,
+    D,
+    quarter,
+    tiles_per_part,
+    ACC_DTYPE: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_Q: tl.constexpr,
+):
+    """z = mu + exp(logvar / 2) * eps for each sample, and this part's share of its log q - log p.
+
+    kl[part, row] = 1/2 * sum over the part's columns of z^2 - eps^2 - logvar. Grid: (tiles of the
+    N * samples rows, parts of the columns).
+    """
+    wait_for_previous()
+    seed = tl.load(seed_ptr)
+    part = tl.program_id(1)
+    row = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    rows = N * samples
+    kl = tl.zeros((BLOCK_N, 4 * BLOCK_Q), dtype=ACC_DTYPE)
+    for step in range(0, tiles_per_part):
+        i0 = (part * tiles_per_part + step) * BLOCK_Q
+        noise = _normals(seed, row, i0, quarter, BLOCK_N, BLOCK_Q).to(ACC_DTYPE)
+        of_image, inside = _columns(row // samples, i0, N, D, BLOCK_Q)
+        mu = tl.load(mu_ptr + of_image, mask=inside, other=0.0).to(ACC_DTYPE)
+        logvar = tl.load(logvar_ptr + of_image, mask=inside, other=0.0).to(ACC_DTYPE)
+        offset, _ = _columns(row, i0, rows, D, BLOCK_Q)
+        z = mu + tl.exp(0.5 * logvar) * noise
+        tl.store(z_ptr + offset, z.to(z_ptr.dtype.element_ty), mask=inside)
+        # z^2 - eps^2 by the difference z - eps, which near the prior is small and has all digits.
+        shift = mu + _expm1(0.5 * logvar) * noise
+        kl += shift * (2.0 * noise + shift) - logvar
+    out = kl_ptr + part.to(tl.int64) * rows + row
+    tl.store(out, 0.5 * tl.sum(kl, axis=1), mask=row < rows)
+
+
+@triton.jit(do_not_specialize=["N", "samples", "quarter"])
+def importance_samples_backward(
+    dz_ptr,
+    dkl_ptr,
+    mu_ptr,
+    logvar_ptr,
+    seed_ptr,
+    dmu_ptr,
+    dlogvar_ptr,
+    N,
+    samples,
+    D,
+    quarter,
+    ACC_DTYPE: tl.constexpr,
+    HAS_DZ: tl.constexpr,
+    HAS_DKL: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_Q: tl.constexpr,
+):
+    """dmu = sum of d; dlogvar = 1/2 * sum of (d * exp(logvar / 2) * eps - dkl); d = dz + dkl * z.
+
+    The sums are over an image's samples, BLOCK_K at a time. Grid: (N * tiles of the columns,).
+    """
+    wait_for_previous()
+    seed = tl.load(seed_ptr)
+    tiles = (quarter + BLOCK_Q - 1) // BLOCK_Q
+    n = tl.program_id(0) // tiles
+    i0 = tl.program_id(0) % tiles * BLOCK_Q
+    of_image, exists = _columns(n + tl.zeros((1,), dtype=tl.int32), i0, N, D, BLOCK_Q)
+    mu = tl.load(mu_ptr + of_image, mask=exists, other=0.0).to(ACC_DTYPE)
+    deviation = tl.load(logvar_ptr + of_image, mask=exists, other=0.0).to(ACC_DTYPE)
+    deviation = tl.exp(0.5 * deviation)
+    dmu = tl.zeros((BLOCK_K, 4 * BLOCK_Q), dtype=ACC_DTYPE)
+    dlogvar = tl.zeros((BLOCK_K, 4 * BLOCK_Q), dtype=ACC_DTYPE)
+    end = (n + 1) * samples
+    for first in range(0, samples, BLOCK_K):
+        row = n * samples + first + tl.arange(0, BLOCK_K)
+        offset, inside = _columns(row, i0, end, D, BLOCK_Q)
+        scaled = deviation * _normals(seed, row, i0, quarter, BLOCK_K, BLOCK_Q).to(ACC_DTYPE)
+        d = tl.zeros((BLOCK_K, 4 * BLOCK_Q), dtype=ACC_DTYPE)
+        if HAS_DZ:
+            d += tl.load(dz_ptr + offset, mask=inside, other=0.0).to(ACC_DTYPE)
+        if HAS_DKL:
+            in_row = row < end
+            dkl = tl.load(dkl_ptr + in_bounds(row, in_row), mask=in_row, other=0.0)
+            dkl = dkl.to(ACC_DTYPE)[:, None]
+            d += dkl * (mu + scaled)
+            dlogvar -= dkl
+        dmu += d
+        dlogvar += d * scaled
+    dmu = tl.sum(dmu, axis=0)[None, :]
+    dlogvar = 0.5 * tl.sum(dlogvar, axis=0)[None, :]
+    tl.store(dmu_ptr + of_image, dmu.to(dmu_ptr.dtype.element_ty), mask=exists)
+    tl.store(dlogvar_ptr + of_image, dlogvar.to(dlogvar_ptr.dtype.element_ty), mask=exists)
 
 
 @triton.jit

@@ -138,6 +138,8 @@ def _around(dtype, activations):
         mu = torch.empty(shape, dtype=dtype)
         sampling.reparameterize(mu, mu, seed, with_kl=with_kl)
         sampling.reparameterize_backward(mu, mu[:, 0] if with_kl else None, mu, mu, seed)
+        z, kl = sampling.importance_samples(mu, mu, 8, seed)
+        sampling.importance_samples_backward(z, kl if with_kl else None, mu, mu, 8, seed)
     for logits in (torch.empty(128, dtype=dtype), torch.empty(128 * 784, dtype=dtype)):
         for targets in (0, 1, 64, logits):
             for with_gradient in (False, True):

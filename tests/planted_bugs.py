@@ -989,6 +989,48 @@ BUGS = (
         "features.mean((2, 3), dtype=wide)",
         "test_conditional.py::test_a_step_is_that_of_a_plain_loop",
     ),
+    Bug(
+        "importance samples: log q lacks the log-variance",
+        "kernels/sampling.py",
+        "kl += shift * (2.0 * noise + shift) - logvar",
+        "kl += shift * (2.0 * noise + shift)",
+        "test_importance_samples.py::test_samples_and_gradients",
+    ),
+    Bug(
+        "importance samples: only the first tile of samples is drawn again",
+        "kernels/sampling.py",
+        "row = n * samples + first + tl.arange(0, BLOCK_K)",
+        "row = n * samples + 0 * first + tl.arange(0, BLOCK_K)",
+        "test_importance_samples.py::test_samples_and_gradients",
+    ),
+    Bug(
+        "importance samples: the mean of logarithms, not the logarithm of the mean",
+        "genfast/losses.py",
+        "return (math.log(kl.shape[1]) - log_weights.logsumexp(1)).sum()",
+        "return -log_weights.mean(1).sum()",
+        "test_importance_samples.py::test_the_bound_of_a_model_whose_likelihood_is_known",
+    ),
+    Bug(
+        "beta: the warm-up begins at once with all of it",
+        "genfast/training/steps/kl_weight.py",
+        "(self.steps / self._warmup)",
+        "(self.steps / 1)",
+        "test_vae_family.py::test_a_step_is_that_of_a_plain_loop",
+    ),
+    Bug(
+        "measuring held-out images uses up random numbers",
+        "genfast/training/runs/held_out.py",
+        'with torch.random.fork_rng([device] if device.type == "cuda" else []):',
+        "for device in [device]:",
+        "test_vae_family.py::test_a_run_with_images_kept_aside_and_its_resume",
+    ),
+    Bug(
+        "VAE/GAN: the encoder's loss trains the decoder too",
+        "genfast/training/steps/vae_gan.py",
+        'inputs=self._trained("encoder"), again=True',
+        "again=True",
+        "test_vae_gan.py::test_a_step_is_that_of_a_plain_loop",
+    ),
 )
 
 

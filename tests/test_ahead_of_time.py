@@ -30,6 +30,8 @@ KERNELS = {
     "activation_backward_from_output",
     "reparameterize",
     "reparameterize_backward",
+    "importance_samples",
+    "importance_samples_backward",
     "logit_loss",
     "logit_loss_backward",
     "adam",

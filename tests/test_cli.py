@@ -327,7 +327,7 @@ runpy.run_module("genfast", run_name="__main__")
     assert done.returncode == 0, done.stderr
     words = " ".join(done.stdout.split())
     assert words.startswith("usage: genfast train")
-    assert "(default: gan 0.5; dcgan 0.5; vae 0.9; conv-vae 0.9)" in words
+    assert "(default: gan 0.5; dcgan 0.5; vae 0.9; conv-vae 0.9; vae-gan 0.5)" in words
 
 
 def test_missing_tqdm_is_named(images, tmp_path, monkeypatch, capsys):

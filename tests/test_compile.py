@@ -24,6 +24,8 @@ pytestmark = pytest.mark.kernels
 OPERATORS = (
     "chain",
     "chain_backward",
+    "importance_samples",
+    "importance_samples_backward",
     "logit_loss",
     "logit_loss_backward",
     "reparameterize",
@@ -363,6 +365,8 @@ def calls():
                 functional.reparameterize(mu, logvar).sum().backward()
                 z, kl = functional.reparameterize_with_kl(mu, logvar)
                 kl.sum().backward()
+                z, kl = functional.importance_samples(mu, logvar, 3)
+                (z.sum() + kl.sum()).backward()
             logits = torch.randn(3, 4, device=device, requires_grad=True)
             targets = torch.rand(3, 4, device=device)
             loss = losses.reconstruction_loss(logits, targets, logits=True)

@@ -32,6 +32,7 @@ def runs(tmp_path_factory):
         "vae": [],
         "conv-vae": ["--ngf", "4"],
         "conditional": ["--conditional"],
+        "vae-gan": ["--ngf", "4", "--ndf", "4"],
     }
     for model, arguments in more.items():
         data = "labelled.npz" if model == "conditional" else "images.npy"
@@ -54,7 +55,7 @@ def _drawn(runs, model, count=5):
         return z, part.module(z)
 
 
-@pytest.mark.parametrize("model", ["gan", "dcgan", "vae", "conv-vae"])
+@pytest.mark.parametrize("model", ["gan", "dcgan", "vae", "conv-vae", "vae-gan"])
 def test_a_part_draws_what_sample_draws(runs, model):
     path = runs / model / "checkpoint.pt"
     content = checkpoint.read_checkpoint(path)
@@ -101,6 +102,9 @@ def test_torchscript_of_an_encoder_and_a_discriminator(runs, tmp_path):
     expected = exporting.load_part(runs / "conv-vae/checkpoint.pt", "encoder").network
     with torch.no_grad():
         torch.testing.assert_close((mean, logvar), tuple(expected.encode(images)))
+    network = exporting.load_part(runs / "vae-gan/checkpoint.pt", "encoder")
+    with torch.no_grad():
+        torch.testing.assert_close(network.module(images), network.network(2 * images - 1))
     out = tmp_path / "discriminator.pt"
     assert _export(runs, "dcgan", "torchscript", out, "--part", "discriminator") == 0
     network = exporting.load_part(runs / "dcgan/checkpoint.pt", "discriminator").network

@@ -16,8 +16,8 @@ import genfast
 from genfast import functional
 from genfast.functional import reparameterize_with_kl
 from genfast.launch import start, tiles
-from genfast.models import VAE, DCGANDiscriminator, DCGANGenerator
-from genfast.training import GANStep, VAEStep
+from genfast.models import VAE, VAEGAN, DCGANDiscriminator, DCGANGenerator
+from genfast.training import GANStep, VAEGANStep, VAEStep
 
 pytestmark = [
     pytest.mark.kernels,
@@ -186,9 +186,30 @@ def vae_step(**options):
     return VAEStep(VAE().to(CUDA), **options)
 
 
+def iwae_step(**options):
+    return vae_step(importance_samples=5, **options)
+
+
+def warmed_up_step(**options):
+    return vae_step(beta=2.0, beta_warmup=5, **options)
+
+
+def vae_gan_step(**options):
+    torch.manual_seed(SEED)
+    model = VAEGAN(1, 32, 20, 32, 32).to(CUDA)
+    return VAEGANStep(model.encoder, model.decoder, model.discriminator, **options)
+
+
 @pytest.mark.parametrize("precision", ["bf16", "fp16", "fp32"])
 @pytest.mark.parametrize(
-    ("make", "shape"), [(gan_step, (16, 3, 64, 64)), (vae_step, (32, 1, 28, 28))]
+    ("make", "shape"),
+    [
+        (gan_step, (16, 3, 64, 64)),
+        (vae_step, (32, 1, 28, 28)),
+        (iwae_step, (32, 1, 28, 28)),
+        (warmed_up_step, (32, 1, 28, 28)),
+        (vae_gan_step, (16, 1, 32, 32)),
+    ],
 )
 def test_the_captured_step_is_the_step(make, shape, precision, monkeypatch):
     """Warm-up leaves no trace; weights, statistics, moments and random numbers advance alike.

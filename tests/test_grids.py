@@ -41,6 +41,11 @@ def _reparameterize():
     sampling.reparameterize(mu, mu, torch.empty(1, dtype=torch.int64), with_kl=True)
 
 
+def _importance_samples():
+    mu = torch.empty(2, 2**17)
+    sampling.importance_samples(mu, mu, 4, torch.empty(1, dtype=torch.int64))
+
+
 # The kernel that shares, what starts it, and how many programs it has on each multiprocessor.
 CASES = {
     "fprop_image": (
@@ -58,6 +63,7 @@ CASES = {
     "norm_backward_reduce": (_norm_backward, 4),
     "logit_loss": (lambda: losses.logit_loss(torch.empty(2**22), 0, 1.0), 8),
     "reparameterize": (_reparameterize, 16),
+    "importance_samples": (_importance_samples, 16),
 }
 
 

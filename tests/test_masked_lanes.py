@@ -143,6 +143,13 @@ def reparameterized(shape, dtype, with_kl):
     sampling.reparameterize_backward(z, kl, mu, logvar, seed)
 
 
+def several_samples(shape, dtype, samples):
+    mu, logvar = torch.randn(2, *shape).to(dtype)
+    seed = torch.zeros(1, dtype=torch.int64)
+    z, kl = sampling.importance_samples(mu, logvar, samples, seed)
+    sampling.importance_samples_backward(z, kl, mu, logvar, samples, seed)
+
+
 def logistic(shape, labels, dtype):
     logits = torch.randn(shape).to(dtype)
     targets = torch.rand(shape).to(dtype) if labels is None else labels
@@ -165,6 +172,7 @@ BACKWARD = NORM | {"norm_backward_reduce", "norm_backward"}
 # Vectors are made by another kernel, and so are the sums that a program reads.
 SHARED = (BACKWARD - {"batch_statistics"}) | {"shared_statistics", "shared_sums"}
 SAMPLING = {"reparameterize", "reparameterize_backward"}
+SAMPLES = {"importance_samples", "importance_samples_backward"}
 LOSS = {"logit_loss", "logit_loss_backward"}
 CASES = (
     (NORM, norm_forward, (5, 3, (7, 9), 1, FLOAT)),
@@ -189,6 +197,8 @@ CASES = (
     (SAMPLING, reparameterized, ((1, 1), HALF, True)),
     (SAMPLING, reparameterized, ((300, 3), HALF, False)),
     (SAMPLING, reparameterized, ((3, 1037), DOUBLE, True)),
+    (SAMPLES, several_samples, ((3, 5), HALF, 3)),
+    (SAMPLES, several_samples, ((1, 523), FLOAT, 5)),
     (LOSS, logistic, ((6, 1), 3, FLOAT)),
     (LOSS, logistic, ((1,), 1, HALF)),
     (LOSS, logistic, ((7, 781), None, HALF)),

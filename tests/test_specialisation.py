@@ -170,6 +170,8 @@ def latents(batch, width):
     seed = torch.zeros(1, dtype=torch.int64)
     _, kl = sampling.reparameterize(mu, mu, seed, with_kl=True)
     sampling.reparameterize_backward(mu, kl, mu, mu, seed)
+    z, kl = sampling.importance_samples(mu, mu, 5, seed)
+    sampling.importance_samples_backward(z, kl, mu, mu, 5, seed)
 
 
 def logits(batch):

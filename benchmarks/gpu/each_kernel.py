@@ -8,7 +8,7 @@ GPU at work, and slow it down.
 import torch
 
 from genfast import functional, losses, use_backend
-from genfast.functional import reparameterize_with_kl
+from genfast.functional import importance_samples, reparameterize_with_kl
 from genfast.geometry import ConvGeometry
 from genfast.launch import adam, from_image
 
@@ -60,6 +60,8 @@ def main(device="cuda", layers=LAYERS, dtypes=(torch.bfloat16, torch.float32)):
         mu, logvar = torch.randn(2, 5, 77, device=device, dtype=dtype)
         mu, logvar = mu.requires_grad_(), logvar.requires_grad_()
         z, kl = reparameterize_with_kl(mu, logvar)
+        (z.sum() + kl.sum()).backward()
+        z, kl = importance_samples(mu, logvar, 5)
         (z.sum() + kl.sum()).backward()
         logits = torch.randn(6, 999, device=device, dtype=dtype, requires_grad=True)
         loss = losses.discriminator_loss(logits)

@@ -248,6 +248,14 @@ FORMULAS = {
         lambda a: {"reparameterize_backward.step": a.tiles_per_part},
         about=lambda a: f"{a.N} x {a.D}",
     ),
+    "importance_samples": Formula(
+        lambda a: {"importance_samples.step": a.tiles_per_part},
+        about=lambda a: f"{a.N} x {a.samples} x {a.D}",
+    ),
+    "importance_samples_backward": Formula(
+        lambda a: {"importance_samples_backward.first": _ceil(a.samples, a.BLOCK_K)},
+        about=lambda a: f"{a.N} x {a.samples} x {a.D}",
+    ),
     "logit_loss": Formula(
         lambda a: {"logit_loss.step": a.tiles_per_part},
         about=lambda a: f"{a.rows * a.row_length} logits",

@@ -23,7 +23,7 @@ from genfast.training.runs.rules import FROM_0
 from genfast.training.runs.settings import SETTINGS, option
 
 # Those that decide how much memory training takes.
-MEMORY_SETTINGS = ("batch_size", "image_size", "nz", "ngf", "ndf")
+MEMORY_SETTINGS = ("batch_size", "image_size", "nz", "ngf", "ndf", "importance_samples")
 
 
 def add(commands):
@@ -194,4 +194,5 @@ def _default_out(args):
 def memory_options(args):
     """The options that, lower, let a run that is to begin take less memory."""
     names = ("image_size", *MODELS[args.model].defaults)
-    return [option(name) for name in MEMORY_SETTINGS if name in names and args.resume is None]
+    names = [name for name in MEMORY_SETTINGS if name in names and args.resume is None]
+    return [option(n) for n in names if not SETTINGS[n].optional or getattr(args, n) is not None]

@@ -66,6 +66,75 @@ def reparameterize_backward(dz, dkl, mu, logvar, seed):
     return dmu, dlogvar
 
 
+def importance_samples(mu, logvar, samples, seed):
+    """z for `samples` draws an image, and log q(z | image) - log p(z) of each.
+
+    Args:
+        mu, logvar: (N, ...), of one shape and dtype.
+        samples: how many, from 1.
+        seed: (1,) int64 on the device. Draw k of image n has the noise that `reparameterize` gives
+            the row n * samples + k of a matrix.
+
+    Returns:
+        (N, samples, ...) like mu, and (N, samples), float32 or wider.
+    """
+    mu, logvar = mu.contiguous(), logvar.contiguous()
+    z = mu.new_empty((mu.shape[0], samples, *mu.shape[1:]))
+    grid, sizes = _sampling_grid(z.flatten(0, 1))
+    parts = grid[1]
+    acc_dtype = start.acc_dtype(mu.dtype)
+    kl = partials = torch.empty(z.shape[:2], dtype=acc_dtype, device=mu.device)
+    if parts > 1:
+        partials = kl.new_empty((parts, kl.numel()))
+    tape.start(
+        kernels.importance_samples,
+        grid,
+        mu_ptr=mu,
+        logvar_ptr=logvar,
+        seed_ptr=seed,
+        z_ptr=z,
+        kl_ptr=partials,
+        samples=samples,
+        ACC_DTYPE=start.tl_dtype(acc_dtype),
+        **sizes | dict(N=mu.shape[0]),
+    )
+    if parts > 1:
+        sums.sum_partials(partials, kl, of_batch=True)
+    return z, kl
+
+
+def importance_samples_backward(dz, dkl, mu, logvar, samples, seed):
+    """The gradients of mu and logvar; dz or dkl is None where nothing flows back."""
+    mu, logvar = mu.contiguous(), logvar.contiguous()
+    dmu, dlogvar = torch.empty_like(mu), torch.empty_like(logvar)
+    rows, columns = passes.rows(mu)
+    quarter = tiles.ceil_div(columns, 4)
+    # 1024 values a tile, as forward.
+    block_q = min(64, tiles.power_of_two(quarter))
+    block_k = min(256 // block_q, tiles.power_of_two(samples))
+    tape.start(
+        kernels.importance_samples_backward,
+        (rows * tiles.ceil_div(quarter, block_q),),
+        dz_ptr=mu if dz is None else dz.contiguous(),
+        dkl_ptr=mu if dkl is None else dkl.contiguous(),
+        mu_ptr=mu,
+        logvar_ptr=logvar,
+        seed_ptr=seed,
+        dmu_ptr=dmu,
+        dlogvar_ptr=dlogvar,
+        N=rows,
+        samples=samples,
+        D=columns,
+        quarter=quarter,
+        ACC_DTYPE=start.tl_dtype(start.acc_dtype(mu.dtype)),
+        HAS_DZ=dz is not None,
+        HAS_DKL=dkl is not None,
+        BLOCK_K=block_k,
+        BLOCK_Q=block_q,
+    )
+    return dmu, dlogvar
+
+
 def _sampling_grid(mu):
     """Grid and sizes for sampling, mu seen as a matrix of its first dimension and the rest."""
     rows, columns = passes.rows(mu)

@@ -36,12 +36,15 @@ class Batches:
         batch_size: the number of images a batch; BadInput if there are fewer.
         seed: an int from 0.
         device: where batches are wanted.
+        chosen: the numbers of the images that take part, an int64 tensor; None for all.
     """
 
-    def __init__(self, images, batch_size, seed, device):
-        if len(images) < batch_size:
+    def __init__(self, images, batch_size, seed, device, chosen=None):
+        self._chosen = chosen
+        self._count = len(images) if chosen is None else len(chosen)
+        if self._count < batch_size:
             raise BadInput(
-                f"expected --batch-size of at most the {len(images)} images, got {batch_size}"
+                f"expected --batch-size of at most the {self._count} images, got {batch_size}"
             )
         self.labels = None
         if isinstance(images, LabelledImages):
@@ -61,7 +64,7 @@ class Batches:
 
     def __len__(self):
         """The number of batches in an epoch."""
-        return len(self.images) // self.batch_size
+        return self._count // self.batch_size
 
     def stream(self, start=0):
         """Yield uint8 batches for ever, epoch after epoch, from batch number `start` on.
@@ -127,7 +130,8 @@ class Batches:
     def _order(self, epoch):
         seed = np.random.SeedSequence([self.seed, epoch]).generate_state(1, np.uint32)
         generator = torch.Generator().manual_seed(int(seed[0]))
-        return torch.randperm(len(self.images), generator=generator)
+        order = torch.randperm(self._count, generator=generator)
+        return order if self._chosen is None else self._chosen[order]
 
 
 def _take(rows, indices, out):

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from genfast.losses import GAN_LOSSES
 from genfast.models.dcgan import IMAGE_SIZES
 from genfast.training.data import (
     LabelledImages,
@@ -20,6 +21,7 @@ from genfast.training.data import (
 from genfast.training.data.sources import DEFAULT_SIZES
 from genfast.training.errors import BadInput
 from genfast.training.runs.checkpoint import file_of, read_checkpoint
+from genfast.training.runs.held_out import num_training
 from genfast.training.runs.models import MODELS
 from genfast.training.runs.rules import shown
 from genfast.training.runs.settings import NOTED, RULES, SETTINGS, option
@@ -124,6 +126,18 @@ def check_settings(model, given):
     for name in ("penalty_weight", "penalty_every"):
         if given.get(name) is not None and given.get("penalty") is None:
             raise BadInput(f"expected {option(name)} with --penalty, got it alone")
+    if model == "vae-gan" and GAN_LOSSES[given.get("loss", "non-saturating")].paired:
+        raise BadInput(
+            "expected a --loss that judges images alone for vae-gan, got "
+            f"{given['loss']}, which judges them in pairs"
+        )
+    samples, beta = given.get("importance_samples"), given.get("beta", 1)
+    if samples and (beta != 1 or given.get("beta_warmup")):
+        raise BadInput(
+            "expected --importance-samples with --beta 1 and without --beta-warmup, as other "
+            f"weights make no bound, got --beta {beta}"
+            + (f" and --beta-warmup {given['beta_warmup']}" if given.get("beta_warmup") else "")
+        )
     return given
 
 
@@ -168,7 +182,8 @@ def prepare(model, data, given, out=None):
     if kind.convolutional and images.shape[-1] not in IMAGE_SIZES:
         wanted = (size for size in IMAGE_SIZES if size >= images.shape[-1])
         images = resize(images, next(wanted, IMAGE_SIZES[-1]))
-    settings["batch_size"] = min(settings["batch_size"], len(images))
+    left = num_training(len(images), given.get("validate"))
+    settings["batch_size"] = min(settings["batch_size"], left)
     config = Config(
         model=model,
         data=_lasting(data),

@@ -71,12 +71,15 @@ class _Drawn(nn.Module):
 class _Encoded(nn.Module):
     """Images (N, C, H, W) in [0, 1], and labels (N,), to mean and log-variance of their latents."""
 
-    def __init__(self, network):
+    def __init__(self, network, low, high):
         super().__init__()
-        self.network = network
+        self.network, self.low, self.high = network, low, high
 
     def forward(self, images, *labels):
-        mean, logvar = self.network.encode(images, *labels)
+        encode = getattr(self.network, "encode", self.network)
+        if (self.low, self.high) != (0, 1):
+            images = images * (self.high - self.low) + self.low
+        mean, logvar = encode(images, *labels)
         return mean, logvar
 
 
@@ -112,6 +115,8 @@ def load_part(path, part=None, *, ema=True):
     for module in step.modules.values():
         module.eval().requires_grad_(False)
     has = VAE_PARTS if "model" in step.modules else GAN_PARTS
+    if "encoder" in step.modules:  # A VAE/GAN.
+        has = (*VAE_PARTS, "discriminator")
     part = part or has[0]
     if part not in has:
         raise BadInput(f"expected --part {' or '.join(has)} of {config.model}, got {part}")
@@ -125,7 +130,7 @@ def load_part(path, part=None, *, ema=True):
         notes["classes"] = json.dumps(config.classes)
     if part in ("generator", "decoder"):
         if part == "decoder":
-            network = step.model
+            network = step.modules.get("model") or step.decoder
         else:
             network = step.average.module if step.average and ema else step.generator
             notes["ema"] = str(bool(step.average and ema))
@@ -133,8 +138,9 @@ def load_part(path, part=None, *, ema=True):
         return Part(module, network, latent, ("z", *second), ("images",), notes, labels)
     given = ("images", *second)
     if part == "encoder":
-        module = _Encoded(step.model)
-        return Part(module, step.model, images, given, ("mean", "logvar"), notes, labels)
+        network = step.modules.get("model") or step.encoder
+        module = _Encoded(network, low, high)
+        return Part(module, network, images, given, ("mean", "logvar"), notes, labels)
     module = _Judged(step.discriminator, low, high)
     return Part(module, step.discriminator, images, given, ("logits",), notes, labels)
 

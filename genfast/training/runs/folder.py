@@ -6,12 +6,13 @@ from contextlib import contextmanager, suppress
 
 from genfast.training.errors import BadInput
 from genfast.training.run_files import CURVE, PICTURES, SETTINGS, head, settings_of
-from genfast.training.runs import board, kept, lock
+from genfast.training.runs import board, held_out, kept, lock
 from genfast.training.runs.checkpoint import NAME as CHECKPOINT
 from genfast.training.runs.loss_log import is_header
 from genfast.training.runs.pictures import drawn_by_genfast
 
 LOSSES = "metrics.csv"
+VALIDATION = held_out.NAME
 # Some file systems ignore case.
 _PICTURE = re.compile(r"(?:epoch_\d{3,}|step_\d{7,})\.png", re.IGNORECASE)
 
@@ -55,6 +56,7 @@ def check(out, resume_from=None, *, demo=False):
 def _check_files(out, resume_from, demo):
     settings = _settings(out / SETTINGS)
     steps = _steps_logged(out / LOSSES)
+    _refuse_another_validation(out / VALIDATION)
     pictures = _pictures(out / PICTURES)
     checkpoints = _kept(out / kept.FOLDER)
     _check_curve(out / CURVE)
@@ -109,6 +111,14 @@ def _steps_logged(path):
     return len(rows)
 
 
+def _refuse_another_validation(path):
+    """BadInput if a file that a run would write over is not one that a run left."""
+    if os.path.lexists(path):
+        header, *_ = head(path).decode(errors="replace").splitlines() or [""]
+        if not held_out.is_header(header.split(",")):
+            raise _foreign(path, "what a genfast run measured")
+
+
 def _pictures(folder):
     """The paths of what look like pictures of a run."""
     if not os.path.lexists(folder):
@@ -149,7 +159,8 @@ def _is_demo(out):
 
 
 def _remove_run(out):
-    for path in (out / CHECKPOINT, out / LOSSES, out / CURVE, *_pictures(out / PICTURES)):
+    files = out / CHECKPOINT, out / LOSSES, out / VALIDATION, out / CURVE
+    for path in (*files, *_pictures(out / PICTURES)):
         path.unlink(missing_ok=True)
 
 

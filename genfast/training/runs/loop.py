@@ -27,9 +27,10 @@ from genfast.training.runs.config import check_run
 from genfast.training.runs.curve import draw_curve
 from genfast.training.runs.devices import as_device
 from genfast.training.runs.finite import first_not_finite, refuse_not_finite
+from genfast.training.runs.held_out import HeldOut, split
 from genfast.training.runs.kept import Kept
 from genfast.training.runs.loss_log import LossLog
-from genfast.training.runs.models import build_step
+from genfast.training.runs.models import build_step, check_compiler
 from genfast.training.runs.rules import shown, whole
 from genfast.training.runs.samples import draw_noise, write_samples
 
@@ -73,7 +74,8 @@ def train(
     """Train a model and write what comes of it into a folder.
 
     The folder gets config.json, metrics.csv (one row a step), samples/epoch_NNN.png (of the same
-    noise each time), checkpoint.pt and, at the end, losses.png. It is locked while the run lasts,
+    noise each time), checkpoint.pt, at the end losses.png and, of images kept aside,
+    validation.csv (a row an epoch). It is locked while the run lasts,
     and nothing is written over but what a run of its own left there. A checkpoint is written after
     the first step, every `checkpoint_seconds`, at the end, and when SIGINT, SIGTERM or SIGHUP asks
     to stop, which happens after the current step; a second SIGINT or SIGTERM stops at once. A
@@ -113,9 +115,11 @@ def train(
     tqdm = require("tqdm", "tqdm").tqdm
     require("PIL.Image", "pillow")
     out, resume_from = Path(out), resume_from and checkpoint.file_of(resume_from)
+    check_compiler(config, device)
     torch.manual_seed(config.seed)
     step = build_step(config, device)
-    batches = Batches(images, config.batch_size, config.seed, device)
+    trained_on, kept_aside = split(len(images), config.validate, config.seed)
+    batches = Batches(images, config.batch_size, config.seed, device, trained_on)
     labels = labels_of_samples(config)
     noise = draw_noise(SAMPLES if labels is None else len(labels), step, config.seed)
     total = config.steps or config.epochs * len(batches)
@@ -133,6 +137,17 @@ def train(
         (out / PICTURES).mkdir(exist_ok=True)
         pictures = _Pictures(out / PICTURES, sample_every, len(batches), total)
         _write_settings(out / SETTINGS, config, step, demo)
+        held_out = None
+        if kept_aside is not None:
+            held_out = HeldOut(
+                out / folder.VALIDATION,
+                step,
+                images,
+                kept_aside,
+                config.batch_size,
+                config.seed,
+                keep=done,
+            )
         size = f"{config.channels} x {config.image_size} x {config.image_size}"
         progress.say(
             f"{config.model} on {len(images)} images of {size} from {config.data}, on {device} in "
@@ -167,6 +182,7 @@ def train(
                 if saving or ends_epoch or drawing or loss_log.age() >= REPORT_SECONDS:
                     bar.set_description(f"epoch {epoch}/{epochs}", refresh=False)
                     newest = loss_log.flush()
+                    newest |= held_out.newest if held_out else {}
                     bar.set_postfix(newest | {"data": f"{batches.waiting.share():.0%}"})
                 # Of wgan a loss of 0 means that the critic cannot tell.
                 won = loss_log.lost >= len(batches) and config.loss != "wgan"
@@ -179,10 +195,14 @@ def train(
                 if drawing:
                     picture = drawing
                     shown_live.picture(done, write_samples(step, noise, picture, labels))
+                if held_out and ends_epoch and done < total:
+                    held_out.measure(done, epoch)
                 if stopping:  # Before the checkpoint: what is killed meanwhile goes on from before.
                     draw_curve(rows, out / CURVE)
                 if saving:
                     checkpoints.save(step, done)
+                if held_out and done == total:
+                    progress.say(held_out.measure(done, epoch, last=True))
                 if saving or drawing:
                     loss_log.restart_clock()
                     batches.waiting.restart()

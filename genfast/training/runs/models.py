@@ -6,8 +6,11 @@ To add one, add a row to `MODELS`.
 from collections.abc import Callable
 from typing import NamedTuple
 
-from genfast.models import GAN, VAE, ConvVAE, DCGANDiscriminator, DCGANGenerator
-from genfast.training.steps import GANStep, VAEStep, adam
+from genfast.models import GAN, VAE, VAEGAN, ConvVAE, DCGANDiscriminator, DCGANGenerator
+from genfast.training.errors import BadInput
+from genfast.training.runs.held_out import num_training
+from genfast.training.steps import GANStep, VAEGANStep, VAEStep, adam
+from genfast.training.steps.vae import missing_compiler
 
 
 class Model(NamedTuple):
@@ -53,6 +56,18 @@ def _conv_vae(config, device):
     return _vae_step(config, device, model)
 
 
+def _vae_gan(config, device):
+    model = VAEGAN(config.channels, config.image_size, config.nz, config.ngf, config.ndf).to(device)
+    networks = model.encoder, model.decoder, model.discriminator
+    return VAEGANStep(
+        *networks,
+        gamma=config.gamma,
+        loss=config.loss,
+        optimizers=[_adam(network, config) for network in networks],
+        precision=config.precision,
+    )
+
+
 def _gan_step(config, device, generator, discriminator):
     generator.to(device)
     discriminator.to(device)
@@ -82,12 +97,18 @@ def _gan_step(config, device, generator, discriminator):
 
 def _vae_step(config, device, model):
     model.to(device)
+    epoch = num_training(config.num_images, config.validate) // config.batch_size
     return VAEStep(
         model,
         optimizer=_adam(model, config),
         clip_grad=config.clip_grad,
         skip_nonfinite=config.skip_nonfinite,
         precision=config.precision,
+        compile=bool(config.compile) and missing_compiler(device) is None,
+        likelihood=config.likelihood,
+        beta=config.beta,
+        beta_warmup=config.beta_warmup and max(1, config.beta_warmup * epoch),
+        importance_samples=config.importance_samples,
         image_shape=_image_shape(config),
     )
 
@@ -112,7 +133,10 @@ _GANS = dict(
     ema=None, n_critic=1, penalty=None, penalty_weight=None, penalty_every=None, clip_critic=None,
     spectral_norm=False, augment=None, flip=False, **_GUARDS, **_ALL,
 )  # fmt: skip
-_VAES = dict(batch_size=128, epochs=25, lr=1e-3, beta1=0.9, **_GUARDS, **_ALL)
+_VAES = dict(
+    batch_size=128, epochs=25, lr=1e-3, beta1=0.9, likelihood="bernoulli", beta=1.0,
+    beta_warmup=None, importance_samples=None, validate=None, compile=None, **_GUARDS, **_ALL,
+)  # fmt: skip
 _CONDITIONAL = dict(conditional=False)
 # Learning rates, betas and widths are those of the papers and of PyTorch's public examples.
 MODELS = {
@@ -134,7 +158,31 @@ MODELS = {
         dict(image_size=16, batch_size=64, epochs=60, nz=10),
         convolutional=True,
     ),
+    "vae-gan": Model(
+        _vae_gan,
+        dict(
+            batch_size=64,
+            epochs=25,
+            lr=2e-4,
+            beta1=0.5,
+            nz=100,
+            ngf=64,
+            ndf=64,
+            loss="non-saturating",
+            gamma=1e-2,
+            **_ALL,
+        ),
+        dict(image_size=32, epochs=80, lr=5e-4, nz=10, ngf=32, ndf=16),
+        convolutional=True,
+    ),
 }
+
+
+def check_compiler(config, device):
+    """BadInput where training is to be compiled and nothing can: pictures need no compiler."""
+    compiler = missing_compiler(device) if config.compile else None
+    if compiler:
+        raise BadInput(f"expected a C++ compiler for --compile on a CPU, found no {compiler}")
 
 
 def build_step(config, device):

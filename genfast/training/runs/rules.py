@@ -76,4 +76,5 @@ def names(low):
 ABOVE_0 = Rule(float, "a number above 0", lambda v: 0 < v < float("inf"))
 FROM_0 = Rule(float, "a number from 0", lambda v: 0 <= v < float("inf"))
 BELOW_1 = Rule(float, "a number from 0 to below 1", lambda v: 0 <= v < 1)
+BETWEEN_0_AND_1 = Rule(float, "a number above 0 and below 1", lambda v: 0 < v < 1)
 FLAG = Rule(bool, "True or False", lambda v: True)

@@ -6,10 +6,20 @@ line, checkpoints and Python's checks follow from that.
 
 from typing import NamedTuple
 
-from genfast.losses import GAN_LOSSES
+from genfast.losses import GAN_LOSSES, LIKELIHOODS
 from genfast.models.dcgan import IMAGE_SIZES
 from genfast.training.data.decoding import COLOURS, is_colour
-from genfast.training.runs.rules import ABOVE_0, BELOW_1, FLAG, Rule, names, one_of, whole
+from genfast.training.runs.rules import (
+    ABOVE_0,
+    BELOW_1,
+    BETWEEN_0_AND_1,
+    FLAG,
+    FROM_0,
+    Rule,
+    names,
+    one_of,
+    whole,
+)
 from genfast.training.steps.augment import EXPECTED, are_names
 from genfast.training.steps.penalties import PENALTIES
 from genfast.training.steps.precision import PRECISIONS
@@ -119,6 +129,40 @@ SETTINGS = {
         FLAG, "pass over updates that are not finite, and count them, instead of ending", once=False
     ),
     "flip": Setting(FLAG, "mirror real images of a GAN left to right at random", once=False),
+    "likelihood": Setting(
+        one_of(*LIKELIHOODS),
+        "what a VAE's pixels are, given the latent: white with a probability, or normal",
+        once="bernoulli",
+    ),
+    "beta": Setting(FROM_0, "weight of the KL divergence in a VAE's loss", once=1.0),
+    "beta_warmup": Setting(
+        whole(),
+        "epochs over which that weight grows to --beta",
+        optional=True,
+        metavar="EPOCHS",
+    ),
+    "importance_samples": Setting(
+        whole(),
+        "minimise the importance-weighted bound of so many latents an image",
+        optional=True,
+        metavar="K",
+    ),
+    "gamma": Setting(
+        FROM_0,
+        "weight of a VAE/GAN's reconstruction beside what its discriminator says",
+        once=1e-2,
+    ),
+    "validate": Setting(
+        BETWEEN_0_AND_1,
+        "keep this share of the images aside, 0.1 for example, and measure a VAE on them",
+        optional=True,
+        metavar="SHARE",
+    ),
+    "compile": Setting(
+        FLAG,
+        "let torch.compile make a VAE's forward and backward pass",
+        optional=True,
+    ),
 }
 
 # What a run notes of its images, and nobody sets.

@@ -7,5 +7,14 @@ returns stays on the device: nothing here waits for it.
 from genfast.training.steps.base import adam
 from genfast.training.steps.gan import GANResult, GANStep
 from genfast.training.steps.vae import VAEResult, VAEStep
+from genfast.training.steps.vae_gan import VAEGANResult, VAEGANStep
 
-__all__ = ["GANResult", "GANStep", "VAEResult", "VAEStep", "adam"]
+__all__ = [
+    "GANResult",
+    "GANStep",
+    "VAEGANResult",
+    "VAEGANStep",
+    "VAEResult",
+    "VAEStep",
+    "adam",
+]

@@ -132,7 +132,7 @@ class Step:
         Where the networks take labels, these come second: int64 (N,). Of uint8 images, level p is
         low + p * (high - low) / 255 in `pixel_range` = (low, high).
         """
-        images = _checked_images(_images_of(batch), self.device, self._dtype)
+        images = self._checked(batch)
         with self._precision.products(), self._labels.of_batch(batch, images):
             if not self._looked:
                 self._look(self._floats(images))
@@ -140,6 +140,10 @@ class Step:
             result = self._result(*self._run(images))
         self.calls += 1
         return result
+
+    def _checked(self, batch):
+        """The images of a batch, in the memory format of the kernels; an error if it has none."""
+        return _checked_images(_images_of(batch), self.device, self._dtype)
 
     def _look(self, images):
         pass
@@ -296,3 +300,16 @@ def evaluating(module):
     finally:
         for m, training in modes:
             m.training = training
+
+
+@contextmanager
+def frozen(module):
+    """Let no gradient of the module's own parameters be computed, only those that flow through."""
+    parameters = [p for p in module.parameters() if p.requires_grad]
+    for p in parameters:
+        p.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for p in parameters:
+            p.requires_grad_(True)

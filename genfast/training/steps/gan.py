@@ -1,7 +1,7 @@
 """One optimisation step of a GAN."""
 
 import warnings
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from numbers import Integral
 from typing import NamedTuple
 
@@ -13,7 +13,7 @@ from genfast.nn import statistics_groups
 from genfast.training.memory import missing_memory
 from genfast.training.steps.augment import Augmentation, mirrored
 from genfast.training.steps.average import Average
-from genfast.training.steps.base import Step, above_0, adam, evaluating
+from genfast.training.steps.base import Step, above_0, adam, evaluating, frozen
 from genfast.training.steps.joining import joined
 from genfast.training.steps.judge import Judge, describe
 from genfast.training.steps.labels import Labels, classes_of
@@ -372,7 +372,7 @@ class GANStep(Step):
         return torch.cat([reals, fakes])
 
     def _update_generator(self, reals, fakes):
-        with _frozen(self.discriminator):
+        with frozen(self.discriminator):
             if self.loss.paired:
                 with torch.no_grad():
                     of_reals = self._logits(self._floats(reals))
@@ -421,16 +421,3 @@ def _whole(name, number):
 
 def _are_lengths(shape):
     return all(isinstance(n, Integral) and n > 0 for n in shape)
-
-
-@contextmanager
-def _frozen(module):
-    """Let no gradient of the module's own parameters be computed, only those that flow through."""
-    parameters = [p for p in module.parameters() if p.requires_grad]
-    for p in parameters:
-        p.requires_grad_(False)
-    try:
-        yield
-    finally:
-        for p in parameters:
-            p.requires_grad_(True)

@@ -12,6 +12,7 @@ from torch.nn.utils import parametrizations, parametrize
 
 from genfast.models import VAE, ConvVAE, DCGANDiscriminator, DCGANGenerator
 from genfast.models.gan import GANDiscriminator, GANGenerator, Maxout
+from genfast.models.vae_gan import VAEGANDiscriminator, VAEGANEncoder
 from genfast.nn import FusedBlock, FusedSequential
 
 # Layers whose weights autocast converts, and which use them for nothing else.
@@ -34,7 +35,7 @@ _RESHAPING = (
 _WEIGHTED = (nn.Bilinear, nn.Embedding, nn.GroupNorm, nn.LayerNorm, Maxout)
 _CONTAINERS = (
     nn.Sequential, FusedSequential, FusedBlock, DCGANDiscriminator, DCGANGenerator,
-    GANDiscriminator, GANGenerator,
+    GANDiscriminator, GANGenerator, VAEGANDiscriminator, VAEGANEncoder,
 )  # fmt: skip
 _ONE_BY_ONE = {
     kind.forward

@@ -147,8 +147,15 @@ class Precision:
             return ExitStack()
         return torch.autocast(self._device.type, _AUTOCAST[self.name])
 
-    def backward(self, loss, optimizer):
-        """Backward of a loss that the optimizer of that name minimises."""
+    def backward(self, loss, optimizer, inputs=None, again=False):
+        """Backward of a loss that the optimizer of that name minimises.
+
+        Args:
+            loss: the loss.
+            optimizer: the name.
+            inputs: the parameters that get a gradient; None for all that took part.
+            again: whether another loss follows on the same graph.
+        """
         scaler = self.scalers.get(optimizer)
         loss = scaler.scale(loss) if scaler else loss
         # Where autograd starts: not made by one more kernel at each step.
@@ -157,7 +164,7 @@ class Precision:
         kept = half and not scaler and self.updates[optimizer].takes_half
         if kept:  # Gradients of an earlier backward pass: their sum is in float32.
             half.hand_over_gradients()
-        loss.backward(one)
+        loss.backward(one, retain_graph=again, inputs=inputs)
         if half and not kept:
             half.hand_over_gradients()
 

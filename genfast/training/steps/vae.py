@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 
 from genfast import functional, losses, reference
-from genfast.training.steps import vae_form
+from genfast.training.steps import kl_weight, vae_form
 from genfast.training.steps.base import Step, adam, evaluating
 from genfast.training.steps.labels import Labels, classes_of
 from genfast.training.steps.trial import undone
@@ -20,7 +20,11 @@ _SLACK = 1e-3
 
 
 class VAEResult(NamedTuple):
-    """The loss of one step and its two parts in nats an image, scalar tensors on the device."""
+    """The loss of one step and its two parts in nats an image, scalar tensors on the device.
+
+    The parts are not weighted: with a beta the loss is reconstruction + beta * kl. Of several
+    samples an image they are means over these, and their sum is at least the loss.
+    """
 
     loss: torch.Tensor
     reconstruction: torch.Tensor
@@ -53,6 +57,13 @@ class VAEStep(Step):
             what a decoder gives that ends in a layer alone are its logits; "gaussian" is
             `losses.gaussian_reconstruction_loss`, of unit variance in the range that the network is
             given. None: bernoulli where the decoder's images are in [0, 1], else gaussian.
+        beta: the weight of the KL divergence (Higgins et al., 2017).
+        beta_warmup: the number of steps over which that weight grows to beta, in equal parts from
+            0; None to begin with beta. `modules["kl_weight"]` then counts the steps.
+        importance_samples: minimise the importance-weighted bound of so many latents an image
+            (Burda et al., 2016), which the model decodes as one batch. With 1 it is the evidence
+            lower bound whose KL divergence is that at the one latent drawn, log q - log p, and not
+            its closed form. None: that bound, with the closed form.
         adapter: a function (model, images) -> (reconstruction, mu, logvar), for a model whose
             parts are called otherwise. It draws the latent itself.
         image_shape: (C, H, W), to which `sample` brings rows of pixels. None: as in the first step.
@@ -66,8 +77,8 @@ class VAEStep(Step):
         image_shape: see above; None as long as it is not known.
 
     Raises:
-        ValueError, TypeError: there is no such precision or likelihood, the model is no VAE of this
-            form, or capture=True or compile=True and it cannot be.
+        ValueError, TypeError: there is no such precision, likelihood, beta or number of samples,
+            the model is no VAE of this form, or capture=True or compile=True and it cannot be.
     """
 
     pixel_range = (0.0, 1.0)
@@ -86,6 +97,9 @@ class VAEStep(Step):
         capture=None,
         compile=False,
         likelihood=None,
+        beta=1.0,
+        beta_warmup=None,
+        importance_samples=None,
         adapter=None,
         image_shape=None,
     ):
@@ -101,6 +115,15 @@ class VAEStep(Step):
                 "expected a model with encode(images) and decode(z), or an adapter that gives "
                 f"(reconstruction, mu, logvar), got {vae_form.describe(model)}"
             )
+        kl_weight.check(beta, beta_warmup)
+        if importance_samples is not None:
+            _check_samples(importance_samples, adapter)
+            if beta != 1 or beta_warmup:
+                raise ValueError(
+                    "expected beta=1 without a warm-up for importance_samples, as only the weights "
+                    f"of p(image, z) bound its likelihood, got beta={beta} and "
+                    f"beta_warmup={beta_warmup}"
+                )
         if compile and adapter:
             raise ValueError("expected encode and decode for compile=True, got an adapter")
         self.model = model
@@ -109,16 +132,23 @@ class VAEStep(Step):
         self._likelihood = likelihood
         if adapter is None:
             self._labels = Labels.of(**{name: classes_of(model, name) for name in self._coders})
+        self._beta, self._samples = float(beta), importance_samples
         self._has_logits = adapter is None and hasattr(model, "decode_logits")
         self._present = self._decoder = self._drawing = self._latent_shape = None
+        warmup = {}
+        if beta_warmup:
+            device = next(model.parameters()).device
+            warmup["kl_weight"] = kl_weight.KLWeight(beta, beta_warmup, device)
         super().__init__(
             {"model": model},
             {"model": optimizer or adam(model)},
             precision,
             capture,
+            warmup,
             clip_grad=clip_grad,
             skip_nonfinite=skip_nonfinite,
         )
+        self._warmup = warmup.get("kl_weight")
         self._compiled_terms = None
         if compile:
             name = missing_compiler(self.device)
@@ -242,9 +272,10 @@ class VAEStep(Step):
     def _step(self, images):
         images = self._floats(images)
         self.optimizers["model"].zero_grad(set_to_none=True)
+        beta = self._warmup() if self._warmup else self._beta
         with vae_form.skipped(self._skipped) as skips:
             if self._compiled_terms is None:
-                minimised, *terms = self._terms(images, functional.reparameterize_with_kl)
+                minimised, *terms = self._terms(images, _sampler(self._samples), beta)
                 if self._skipped and len(skips) != 1:
                     raise RuntimeError(
                         "expected the decoder to end in its sigmoid as in the first step, got one "
@@ -252,35 +283,78 @@ class VAEStep(Step):
                     )
             else:
                 # Noise comes from outside: compiled code would draw other numbers.
-                noise = torch.randn(len(images), *self.latent_shape, device=images.device)
-                minimised, *terms = self._compiled_terms(images, noise)
+                samples = () if self._samples is None else (self._samples,)
+                shape = (len(images), *samples, *self.latent_shape)
+                noise = torch.randn(shape, device=images.device)
+                minimised, *terms = self._compiled_terms(images, noise, beta)
         self._precision.backward(minimised, "model")
         self._precision.update("model")
         return tuple(terms)
 
-    def _terms(self, images, sample):
+    @torch.no_grad()
+    def evaluate(self, batch, importance_samples=None):
+        """The bound of images that are not trained on: a `VAEResult`, of which nothing moves.
+
+        By the running statistics of batch norms. Its `loss` is minus the evidence lower bound, of
+        one latent an image and the closed form of the KL divergence; or with `importance_samples`
+        minus the importance-weighted bound of so many, which is no lower and nearer to the images'
+        log-likelihood (Burda et al., 2016). It has no beta. A Gaussian lacks its constant, as in
+        training.
+
+        Args:
+            batch: images as a step takes them.
+            importance_samples: how many latents an image, or None.
+        """
+        if importance_samples is not None:
+            _check_samples(importance_samples, self._adapter)
+        images = self._checked(batch)
+        with self._precision.products(), self._labels.of_batch(batch, images):
+            if not self._looked:
+                self._look(self._floats(images))
+                self._looked = True
+            with evaluating(self.model), vae_form.skipped(self._skipped):
+                sample = _sampler(importance_samples)
+                _, *terms = self._terms(self._floats(images), sample, 1.0)
+        return VAEResult(*terms)
+
+    def _terms(self, images, sample, beta):
         """What is minimised, and the terms of a `VAEResult`.
 
-        sample: (mu, logvar) in float32 to latents and the KL divergence of each image.
+        sample: (mu, logvar) in float32 to latents and the KL divergence of each image, (N,); or to
+            several latents an image and log q - log p of each, (N, samples).
+        beta: a number or a scalar tensor.
         """
         if self._signed:
             images = 2 * images - 1
         reconstruction, kl = self._reconstructed(images, sample)
-        reconstruction, kl = self._reconstruction_loss(reconstruction, images), kl.sum()
-        minimised = reconstruction + kl
+        if kl.dim() == 1:
+            reconstruction, kl = self._reconstruction_loss(reconstruction, images), kl.sum()
+            plain = isinstance(beta, float) and beta == 1
+            minimised = reconstruction + (kl if plain else beta * kl)
+        else:
+            reconstruction = losses.each_reconstruction_loss(
+                reconstruction.unflatten(0, kl.shape),
+                images,
+                self.likelihood,
+                logits=self._gives_logits,
+            )
+            minimised = losses.iwae_loss(reconstruction, kl)
+            reconstruction, kl = (t.mean(1).sum() for t in (reconstruction, kl))
         # Detached, or compiled code would provide for gradients that flow through these too.
         terms = (t.detach() / len(images) for t in (minimised, reconstruction, kl))
         return minimised, *terms
 
-    def _terms_given_noise(self, images, noise):
+    def _terms_given_noise(self, images, noise, beta):
         def sample(mu, logvar):
+            if self._samples is not None:
+                return reference.importance_samples(mu, logvar, noise.to(mu.dtype))
             kl = reference.kl_divergence(mu, logvar)
             return reference.reparameterize(mu, logvar, noise.to(mu.dtype)), kl
 
-        return self._terms(images, sample)
+        return self._terms(images, sample, beta)
 
     def _reconstructed(self, images, sample):
-        """What the decoder makes of these images' latents, and their KL divergences."""
+        """What the decoder makes of these images' latents, a batch, and their KL divergences."""
         if self._adapter:
             with self._precision.autocast():
                 result = self._adapter(self.model, self._present(images))
@@ -289,6 +363,8 @@ class VAEStep(Step):
         with self._precision.autocast():
             mu, logvar = vae_form.posterior(self._encode(self._present(images)))
         z, kl = sample(losses.widen(mu), losses.widen(logvar))
+        if kl.dim() == 2:
+            z = z.flatten(0, 1)
         with self._precision.autocast():
             if self._takes_logits:
                 return self.model.decode_logits(z, *self._labels(len(z), each=True)), kl
@@ -360,6 +436,25 @@ class VAEStep(Step):
                 f"{tuple(decoded.shape)}"
             )
         return decoded.reshape(len(decoded), *shape)
+
+
+def _sampler(samples):
+    """What draws latents and their KL divergences: see `VAEStep._terms`."""
+    if samples is None:
+        return functional.reparameterize_with_kl
+    return partial(functional.importance_samples, samples=samples)
+
+
+def _check_samples(samples, adapter):
+    if type(samples) is not int or samples < 1:
+        raise ValueError(
+            f"expected importance_samples to be a whole number from 1, or None, got {samples!r}"
+        )
+    if adapter:
+        raise ValueError(
+            "expected encode and decode for importance_samples, got an adapter, which draws one "
+            "latent itself"
+        )
 
 
 def _warn(message):

@@ -1,0 +1,91 @@
+"""VAE/GAN: a VAE whose decoder is a GAN's generator (Larsen et al., 2016, arXiv:1512.09300).
+
+The layers are those of DCGANs, for images in [-1, 1].
+"""
+
+from torch import nn
+
+from genfast.models.dcgan import DCGANGenerator, check_image_size, weights_init
+from genfast.nn import DiscriminatorBlock, FusedSequential
+
+
+def _halving(nc, width, image_size):
+    """Blocks from an image to 4x4 maps, each with twice the channels; and the last one's."""
+    check_image_size(image_size)
+    blocks, widest = [DiscriminatorBlock(nc, width, inplace=True)], width * image_size // 8
+    while width < widest:
+        blocks.append(DiscriminatorBlock(width, width * 2, inplace=True))
+        width *= 2
+    return blocks, widest
+
+
+def _from_maps(in_channels, out_channels):
+    """4x4 maps to as many numbers an image."""
+    return DiscriminatorBlock(
+        in_channels, out_channels, 4, 1, 0, bias=True, norm=False, activation="identity"
+    )
+
+
+class VAEGANEncoder(nn.Module):
+    """Images to the mean and log-variance of their latents.
+
+    Args:
+        nc: the channels of the images.
+        image_size: their height and width: 16, 32, 64, 128 or 256.
+        nz: the length of the latent vector.
+        width: the channels next to the image.
+
+    Shape:
+        (N, nc, image_size, image_size) to two of (N, nz).
+    """
+
+    def __init__(self, nc=3, image_size=64, nz=100, width=64):
+        super().__init__()
+        blocks, widest = _halving(nc, width, image_size)
+        self.main = FusedSequential(*blocks, _from_maps(widest, 2 * nz))
+        self.apply(weights_init)
+
+    def forward(self, images):
+        """Encode the images."""
+        return self.main(images).flatten(1).chunk(2, dim=1)
+
+
+class VAEGANDiscriminator(nn.Module):
+    """Images to logits, in two parts: `features`, and `judge` of these.
+
+    Args:
+        nc, image_size: of the images.
+        ndf: the channels next to the image.
+
+    Shape:
+        (N, nc, image_size, image_size) to (N,); features are (N, ndf * image_size / 8, 4, 4).
+    """
+
+    def __init__(self, nc=3, image_size=64, ndf=64):
+        super().__init__()
+        blocks, widest = _halving(nc, ndf, image_size)
+        self.features = FusedSequential(*blocks)
+        self.judge = FusedSequential(_from_maps(widest, 1), nn.Flatten(0))
+        self.apply(weights_init)
+
+    def forward(self, images):
+        """Judge the images."""
+        return self.judge(self.features(images))
+
+
+class VAEGAN(nn.Module):
+    """The three networks, as `encoder`, `decoder` and `discriminator`.
+
+    Args:
+        nc: the channels of the images.
+        image_size: their height and width: 16, 32, 64, 128 or 256.
+        nz: the length of the latent vector.
+        ngf: the channels next to the image in encoder and decoder.
+        ndf: likewise in the discriminator.
+    """
+
+    def __init__(self, nc=3, image_size=64, nz=100, ngf=64, ndf=64):
+        super().__init__()
+        self.encoder = VAEGANEncoder(nc, image_size, nz, ngf)
+        self.decoder = DCGANGenerator(nz, ngf, nc, image_size)
+        self.discriminator = VAEGANDiscriminator(nc, image_size, ndf)

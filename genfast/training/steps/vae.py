@@ -387,6 +387,7 @@ class VAEStep(Step):
             if not self._looked:
                 self._look(images)
                 self._looked = True
+            images = 2 * images - 1 if self._signed else images
             with self._precision.autocast(), evaluating(self.model):
                 if self._adapter:
                     result = self._adapter(self.model, self._present(images))

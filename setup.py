@@ -14,6 +14,8 @@ version = re.search(r'__version__ = "(.+)"', (HERE / "genfast/__init__.py").read
 train = ["pillow>=10.1", "scikit-learn", "tqdm"]
 # pytest-benchmark 5.2.3, the newest, fails with pytest 9.2: it reads an attribute that is gone.
 benchmark = [*train, "matplotlib", "pytest<9.2", "pytest-benchmark"]
+# What `evaluate` takes features from, but for the digits and TorchScript files.
+evaluate = ["torch-fidelity", "onnxruntime"]
 test = [*benchmark, "pytest-xdist", "ruff", "setuptools>=77"]
 
 setup(
@@ -24,7 +26,7 @@ setup(
     long_description_content_type="text/markdown",
     python_requires=">=3.10,<3.14",
     install_requires=["torch>=2.11", 'triton>=3.6; sys_platform == "linux"', "numpy"],
-    extras_require={"train": train, "benchmark": benchmark, "test": test},
+    extras_require={"train": train, "benchmark": benchmark, "evaluate": evaluate, "test": test},
     entry_points={"console_scripts": ["genfast = genfast.__main__:main"]},
     # `kernels/` installs as genfast.kernels: another package owns the name `kernels`.
     packages=["genfast.kernels", *find_packages(include=["genfast", "genfast.*"])],

@@ -9,8 +9,8 @@ import torch
 from scipy import stats
 
 from benchmarks import quality
-from benchmarks.frechet import Classifier
 from benchmarks.quality_report import LAST, MEASURES, compare, table
+from genfast.training.evaluation.digits import Classifier
 
 CPU = torch.device("cpu")
 YARDSTICK = {"frechet_of_real_halves": 5.0, "frechet_of_noise": 900.0, "classifier_accuracy": 0.98}

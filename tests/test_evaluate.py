@@ -1,0 +1,272 @@
+"""`genfast evaluate`: whose images are measured in which features, and what it refuses."""
+
+import json
+import sys
+from types import ModuleType, SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+from genfast import cli, use_backend
+from genfast.training.errors import BadInput
+from genfast.training.evaluation import digits, evaluate, measuring
+from genfast.training.evaluation.digits import Classifier, good_classifier
+from genfast.training.evaluation.features import extract, extractor
+from genfast.training.evaluation.frechet import frechet_distance
+from genfast.training.runs.config import prepare
+from genfast.training.runs.loop import train
+from genfast.training.runs.pictures import to_uint8
+from genfast.training.runs.samples import draw_noise
+
+pytestmark = pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated")
+CPU = torch.device("cpu")
+GREY, COLOUR = (1, 8, 8), (3, 8, 8)
+
+
+class Columns(torch.nn.Module):
+    """Features that say which values came: each image's mean over columns, (N, 3 W)."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x.mean(2).flatten(1)
+
+
+class Faulty(torch.nn.Module):
+    """Features that are none, in several ways."""
+
+    def __init__(self, way: int):
+        super().__init__()
+        self.way = way
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.way == 0:
+            return x.flatten(1) / 0.0
+        if self.way == 1:
+            return x
+        if self.way == 2:
+            return x.flatten(1)[1:]
+        if self.way == 3:
+            return x.flatten(1).long()
+        return x.reshape(7, 7)
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    """TorchScript files by what is in them, images, and a run on them that keeps an average."""
+    folder = tmp_path_factory.mktemp("evaluation")
+    torch.jit.script(Columns()).save(folder / "columns.pt")
+    for way in range(5):
+        torch.jit.script(Faulty(way)).save(folder / f"faulty{way}.pt")
+    pixels = np.random.default_rng(0).integers(0, 256, (20, 8, 8), dtype=np.uint8)
+    np.save(folder / "images.npy", pixels)
+    np.save(folder / "colour.npy", np.repeat(pixels[..., None], 3, -1))
+    config, images = prepare(
+        "gan", folder / "images.npy", dict(epochs=2, batch_size=5, nz=4, ema=0.9, precision="fp32")
+    )
+    with use_backend("reference"):  # The fixture that does so for tests comes later.
+        train(config, images, folder / "run", device="cpu")
+    return folder
+
+
+def _images(shape, count=6):
+    generator = torch.Generator().manual_seed(0)
+    return torch.randint(0, 256, (count, *shape), dtype=torch.uint8, generator=generator)
+
+
+def _expected(images):
+    return (images.expand(-1, 3, -1, -1).double() / 255).mean(2).flatten(1).float()
+
+
+class _Session:
+    """Stands in for a session of onnxruntime, running `Columns`."""
+
+    first_axis = "batch"
+
+    def __init__(self, path, providers):
+        assert providers == ["CPUExecutionProvider"]
+        if "damaged" in path:
+            raise RuntimeError("INVALID_PROTOBUF\nmore")
+
+    def get_inputs(self):
+        return [SimpleNamespace(name="x", shape=[self.first_axis, 3, 8, 8])]
+
+    def run(self, outputs, inputs):
+        assert inputs["x"].dtype == np.float32
+        return [Columns()(torch.from_numpy(inputs["x"])).numpy()]
+
+
+class _Inception(torch.nn.Module):
+    """Stands in for torch-fidelity's."""
+
+    def __init__(self, name, features_list):
+        super().__init__()
+        self.features_list = features_list
+
+    def forward(self, images):
+        assert self.features_list == ["2048"] and images.dtype == torch.uint8
+        return (Columns()(images / 255.0),)
+
+
+def _module(monkeypatch, name, **contents):
+    module = ModuleType(name)
+    vars(module).update(contents)
+    monkeypatch.setitem(sys.modules, name, module)
+
+
+@pytest.mark.parametrize("shape", [GREY, COLOUR])
+@pytest.mark.parametrize("kind", ["columns.pt", "columns.onnx", "inception"])
+def test_every_kind_of_features_sees_the_same_images(kind, shape, files, monkeypatch):
+    _module(monkeypatch, "torch_fidelity", FeatureExtractorInceptionV3=_Inception)
+    _module(monkeypatch, "onnxruntime", InferenceSession=_Session)
+    name = kind
+    if kind != "inception":
+        name = str(files / kind)
+        (files / "columns.onnx").touch()
+    images = _images(shape)
+    found = extract(extractor(name, shape, CPU), name, images.split(4))
+    assert found.dtype == torch.float32
+    torch.testing.assert_close(found, _expected(images))
+
+
+def _refused(name, shape, message):
+    with pytest.raises(BadInput, match=message) as raised:
+        extract(extractor(name, shape, CPU), name, [_images(shape)])
+    assert "\n" not in str(raised.value)
+
+
+def test_features_that_cannot_be_had(files, monkeypatch):
+    _refused("absent.pt", GREY, "digits, inception or a TorchScript or ONNX file, got absent.pt")
+    _refused("digits", COLOUR, "expected grey images for --features digits, got 3 channels")
+    _refused(str(files / "images.npy"), GREY, "expected a TorchScript file at .*could not read it")
+    for way, message in enumerate(
+        [
+            r"finite floats \(6, D\) for 6 images, got float32 \(6, 192\) with NaN or infinity",
+            r"got float32 \(6, 3, 8, 8\)",
+            r"got float32 \(5, 192\)",
+            r"got int64 \(6, 192\)",
+            r"to take images of 8 x 8 pixels, but it failed: .*shape '\[7, 7\]' is invalid",
+        ]
+    ):
+        _refused(str(files / f"faulty{way}.pt"), GREY, message)
+    path = files / "damaged.onnx"
+    path.touch()
+    for package, name in (("onnxruntime", str(path)), ("torch_fidelity", "inception")):
+        monkeypatch.setitem(sys.modules, package, None)
+        pip = package.replace("_", "-")
+        _refused(name, GREY, f"expected {pip},.* install it with python -m pip install {pip}$")
+    _module(monkeypatch, "onnxruntime", InferenceSession=_Session)
+    _refused(str(path), GREY, "expected an ONNX file at .*: INVALID_PROTOBUF$")
+    monkeypatch.setattr(_Session, "first_axis", 1)
+    path = files / "one.onnx"
+    path.touch()
+    _refused(str(path), GREY, "any number of images at .*, got one for 1: export it with")
+
+    def unreachable(*_):
+        raise OSError("<urlopen error>\nand more")
+
+    _module(monkeypatch, "torch_fidelity", FeatureExtractorInceptionV3=unreachable)
+    _refused("inception", GREY, "could not have them: <urlopen error>; give --features a file")
+
+
+def _by_hand(folder, num, seed, ema):
+    """The Fréchet distance of what the run's generator draws, without `evaluate`."""
+    config, images = prepare("gan", folder / "images.npy", dict(nz=4, precision="fp32"))
+    step = measuring.build_step(config, CPU)
+    saved = torch.load(folder / "run/checkpoint.pt", weights_only=True)["modules"]
+    step.generator.load_state_dict(saved["average" if ema else "generator"])
+    drawn = to_uint8(step.sample(draw_noise(num, step, seed)), (-1.0, 1.0))
+    return frechet_distance(_expected(images), _expected(drawn))
+
+
+@pytest.mark.filterwarnings("ignore:fid of 20 images")
+@pytest.mark.parametrize("ema", [True, False])
+def test_what_is_measured(files, ema):
+    """The images that `sample` draws from the same seed, from the average unless told otherwise."""
+    found = evaluate(
+        files / "run/checkpoint.pt", features=str(files / "columns.pt"), seed=3, ema=ema
+    )
+    assert found.metrics["fid"] == pytest.approx(_by_hand(files, 20, 3, ema), rel=1e-4)
+    assert found.metrics["fid"] != pytest.approx(_by_hand(files, 20, 4, ema), rel=1e-3)
+    about = dict(num=20, feature_length=24, seed=3, steps=8, average=ema, image_size=8)
+    assert about.items() <= found.about.items()
+
+
+def _run(*arguments):
+    return cli.main([str(argument) for argument in arguments])
+
+
+def test_the_command(files, tmp_path, capsys):
+    out = tmp_path / "report.json"
+    command = ["evaluate", files / "run", "--features", files / "columns.pt", "--device", "cpu"]
+    assert _run(*command, "--out", out) == 0
+    printed = capsys.readouterr()
+    assert "warning: fid of 20 images in 24 features is far too large" in printed.err
+    header, *lines, last = printed.out.splitlines()
+    assert header.split() == ["metric", "value", "images", "features", "seed"]
+    names = ["fid", "kid", "precision", "recall", "density", "coverage"]
+    assert [line.split()[0] for line in lines] == names
+    assert all(line.split()[-3:] == ["20", str(files / "columns.pt"), "0"] for line in lines)
+    assert last == str(out)
+    first = json.loads(out.read_text())
+    assert list(first["metrics"]) == [*names[:2], "kid_sd", *names[2:]]
+    assert f"{first['metrics']['fid']:.4g}" == lines[0].split()[1]
+
+    options = ("--metrics", "kid,fid", "--num", 9, "--data", files / "images.npy", "--out", out)
+    assert _run(*command, *options) == 0  # An earlier report may be replaced.
+    second = json.loads(out.read_text())
+    assert list(second["metrics"]) == ["kid", "kid_sd", "fid"] and second["num"] == 9
+    assert _run(*command, *options) == 0
+    assert json.loads(out.read_text()) == second
+
+
+def test_what_the_command_refuses(files, tmp_path, capsys):
+    features = ("--features", files / "columns.pt", "--device", "cpu")
+    mine = tmp_path / "mine.json"
+    mine.write_text('{"versions": {"genfast": "0.1.0"}}')
+    for arguments, message in (
+        ((files / "absent",), "expected a checkpoint file at"),
+        ((files / "run", "--num", 21), "at least the 21 images that --num asks for, got 20"),
+        ((files / "run", "--num", 5), "at least 6 images, which density-coverage needs, got 5"),
+        ((files / "run", "--data", files / "colour.npy"), "with 1 channels, .* got 3"),
+        ((files / "run", "--out", tmp_path), "name of a file, got the folder"),
+        ((files / "run", "--out", tmp_path / "no/a.json"), "in a folder that exists"),
+        ((files / "run", "--out", mine), "mine.json, which is neither and stays as it is"),
+    ):
+        assert _run("evaluate", *arguments, *features) == 1
+        error = capsys.readouterr().err.strip().splitlines()[-1]
+        assert pytest.raises(BadInput, match=message).matches(BadInput(error)), error
+    assert "metrics" not in mine.read_text()
+    with pytest.raises(SystemExit):
+        _run("evaluate", files / "run", "--metrics", "fid,is")
+    assert "expected names among fid, kid, precision-recall, den" in capsys.readouterr().err
+    for metrics in ("fid", (), ["is"]):
+        with pytest.raises(BadInput, match="expected metrics among fid, kid"):
+            evaluate(files / "run/checkpoint.pt", metrics=metrics)
+
+
+def test_the_classifier_is_trained_once(tmp_path, monkeypatch):
+    trainings = []
+
+    def stand_in(of):
+        trainings.append(len(of.images))
+        return Classifier().requires_grad_(False), accuracy
+
+    monkeypatch.setattr(digits, "train_classifier", stand_in)
+    monkeypatch.setenv("GENFAST_CACHE_DIR", str(tmp_path / "cache"))
+    accuracy = 0.5
+    with pytest.raises(RuntimeError, match="recognises 97% of the digits held out, got 50.0%"):
+        good_classifier(8)
+    accuracy = 0.98
+    first, second = good_classifier(8), good_classifier(8)
+    assert trainings == [1797, 1797]
+    images = _images(GREY)
+    np.testing.assert_array_equal(first.features(images), second.features(images))
+    (kept,) = (tmp_path / "cache").iterdir()
+    kept.write_bytes(kept.read_bytes()[:-100])
+    found = extract(extractor("digits", GREY, CPU), "digits", [images])
+    assert len(trainings) == 3 and found.shape == (6, 64)
+    good_classifier(8)
+    assert len(trainings) == 3
+    monkeypatch.setenv("GENFAST_CACHE_DIR", str(kept))  # No folder: then it is kept nowhere.
+    good_classifier(8)
+    assert len(trainings) == 4

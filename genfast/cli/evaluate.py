@@ -38,7 +38,7 @@ def add(commands):
         metavar="NAME",
         help=f"{' or '.join(EXTRACTORS)}, or a TorchScript or ONNX file that takes floats "
         "(N, 3, H, W) from 0 to 1 and gives (N, D); loading TorchScript runs code of its maker "
-        "(default: digits for the digits, else inception, which pip install torch-fidelity brings)",
+        "(default: digits for the digits, else inception)",
     )
     parser.add_argument(
         "--num",

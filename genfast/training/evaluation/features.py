@@ -104,7 +104,7 @@ def _digits(image_shape, device):
 
 
 def _inception(image_shape, device):
-    fidelity = require("torch_fidelity", "torch-fidelity", ("torch-fidelity",))
+    fidelity = require("torch_fidelity", "torch-fidelity", "evaluate")
     try:
         network = fidelity.FeatureExtractorInceptionV3("inception", ["2048"]).to(device)
     except Exception as error:  # It downloads its weights, which may fail in any way.
@@ -144,7 +144,7 @@ def _torchscript(path, device):
 
 
 def _onnx(path, device):
-    runtime = require("onnxruntime", "onnxruntime", ("onnxruntime",))
+    runtime = require("onnxruntime", "onnxruntime", "evaluate")
     providers = ["CPUExecutionProvider"]
     if device.type == "cuda" and "CUDAExecutionProvider" in runtime.get_available_providers():
         providers.insert(0, ("CUDAExecutionProvider", {"device_id": device.index or 0}))

@@ -128,7 +128,7 @@ def summarise(rows):
                 for seed in seeds
             ]
             found[measure] = statistics.fmean(results)
-            found[f"{measure}_sd"] = statistics.stdev(results)
+            found[f"{measure}_sd"] = float(np.std(results, ddof=1))
         summary.append(found)
     return summary
 
@@ -157,8 +157,6 @@ def report(args):
         every=args.every,
         device=device,
     )
-    summary = summarise(rows)
-    print(table(summary))
     about = {
         "epochs_of_all": args.epochs,
         "seeds": args.seeds,
@@ -168,6 +166,8 @@ def report(args):
     } | machine.describe(device)
     args.out.mkdir(parents=True, exist_ok=True)
     write_csv([row | about for row in rows], args.out / "quality_variants.csv")
+    summary = summarise(rows)
+    print(table(summary))
     write_csv([row | about for row in summary], args.out / "quality_variants_summary.csv")
     title = f"One DCGAN on digits, {args.epochs} epochs, {args.seeds} seeds, on {about['machine']}"
     draw(rows, summary, samples, title, args.out / "quality_variants.png")

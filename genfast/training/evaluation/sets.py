@@ -44,8 +44,8 @@ def unwatched(blocks, text, total):
 def squared_distances(features, others, text="distances", watch=unwatched):
     """Squared Euclidean distances between the rows of two sets, in blocks.
 
-    In float64, and from the mean of `others`: |a - b|^2 is taken from |a|^2, |b|^2 and a b, as a
-    matrix product is the only way that is fast, and these cancel where the sets are far from 0.
+    In float64: |a - b|^2 is taken from |a|^2, |b|^2 and a b, as a matrix product is the only way
+    that is fast, and in float32 these would cancel where the sets are far from 0.
 
     Args:
         features, others: tensors (N, D) and (M, D) on one device; the same object for the distances
@@ -57,11 +57,10 @@ def squared_distances(features, others, text="distances", watch=unwatched):
         (rows, columns, block): two slices, and a float64 tensor that holds the distances between
         those rows of `features` and those of `others`. Of a row to itself it is infinity.
     """
-    centre = mean_of(others)
     firsts = [(i, j) for i in range(0, len(features), BLOCK) for j in range(0, len(others), BLOCK)]
     for i, j in watch(firsts, text, len(firsts)):
         rows, columns = slice(i, i + BLOCK), slice(j, j + BLOCK)
-        a, b = features[rows].double() - centre, others[columns].double() - centre
+        a, b = features[rows].double(), others[columns].double()
         squares = a.square().sum(1)[:, None] + b.square().sum(1)
         block = torch.addmm(squares, a, b.T, alpha=-2).clamp_(min=0)
         if features is others and i == j:

@@ -818,6 +818,27 @@ BUGS = (
         "network = step.generator",
         "test_export.py::test_the_newest_generator_on_request",
     ),
+    Bug(
+        "an image is its own nearest neighbour",
+        "genfast/training/evaluation/sets.py",
+        "            block.fill_diagonal_(torch.inf)\n",
+        "            pass\n",
+        "test_metrics.py::test_neighbours",
+    ),
+    Bug(
+        "the kernel distance compares images with themselves",
+        "genfast/training/evaluation/kernel_distance.py",
+        "k.sum() - k.diagonal().sum()",
+        "k.sum()",
+        "test_metrics.py::test_kernel_distance",
+    ),
+    Bug(
+        "samples are measured in another range of pixels",
+        "genfast/training/evaluation/measuring.py",
+        "to_uint8(step.sample(z), step.pixel_range)",
+        "to_uint8(step.sample(z), (0, 1))",
+        "test_evaluate.py::test_what_is_measured",
+    ),
 )
 
 

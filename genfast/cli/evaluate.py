@@ -3,7 +3,7 @@
 import argparse
 from pathlib import Path
 
-from genfast.cli.options import add_device, checkpoint_file, of_rule, working_device
+from genfast.cli.options import add_device, of_rule, working_device
 from genfast.training.evaluation.features import EXTRACTORS
 from genfast.training.evaluation.measuring import (
     MOST,
@@ -68,9 +68,9 @@ def _metrics(text):
 def run(args):
     """Measure, and print what comes of it."""
     target = report_file(args.out) if args.out else None
-    path, device = checkpoint_file(args.checkpoint), working_device(args.device)
+    device = working_device(args.device)
     evaluation = evaluate(
-        path,
+        args.checkpoint,
         args.data,
         metrics=args.metrics,
         features=args.features,

@@ -3,6 +3,7 @@
 import json
 import os
 import warnings
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -23,8 +24,8 @@ from genfast.training.runs.finite import refuse_not_finite
 from genfast.training.runs.models import build_step
 from genfast.training.runs.pictures import to_uint8
 from genfast.training.runs.rules import shown
-from genfast.training.runs.samples import _drawn_here as drawn_here
 from genfast.training.runs.samples import draw_noise
+from genfast.training.steps.precision import resolve_precision
 
 MOST = 50_000  # Images of each kind, unless asked for more: as many as the papers take.
 BATCH = 64  # Images whose features are computed at once; Inception enlarges them to 299 x 299.
@@ -66,7 +67,7 @@ def evaluate(
     ones go through the same extractor of features.
 
     Args:
-        path: the checkpoint.
+        path: the checkpoint, or the folder of its run.
         data: the real images, as `load_images` takes them, which are brought to the model's size.
             None: those of the run.
         metrics: names of `METRICS`.
@@ -87,6 +88,7 @@ def evaluate(
     metrics = _checked_metrics(metrics)
     device = as_device(device)
     watch = _bars if bars else unwatched
+    path = Path(path) / checkpoint.NAME if Path(path).is_dir() else Path(path)
     content = checkpoint.read_checkpoint(path)
     config = Config.of_checkpoint(content, path)
     real = _real_images(config, data, path)
@@ -114,7 +116,7 @@ def evaluate(
         "features": features,
         "feature_length": of_real.shape[1],
         "seed": seed,
-        "checkpoint": str(Path(path).absolute()),
+        "checkpoint": str(path.absolute()),
         "steps": content["steps"],
         "average": getattr(step, "average", None) is not None,
         "data": data,
@@ -126,7 +128,11 @@ def evaluate(
 
 
 def _trained_step(content, config, path, device):
-    step = build_step(drawn_here(config, device), device)
+    try:
+        resolve_precision(config.precision, device)
+    except ValueError:  # The run was made on another machine.
+        config = replace(config, precision="fp32")
+    step = build_step(config, device)
     checkpoint.restore_modules(step, content, path)
     refuse_not_finite(step.modules, path)
     return step
@@ -143,7 +149,7 @@ def _real_images(config, data, path):
         config.data if data is None else data,
         config.image_size,
         background=config.background,
-        run_folder=Path(path).parent,
+        run_folder=path.parent,
     )
     if images.shape[1] != config.channels:
         raise BadInput(

@@ -50,8 +50,8 @@ class Variant(NamedTuple):
     share: float = 1.0
 
 
-# To add one, add a row. What is about little data has its place beside "a tenth of them". In a short
-# run an average over many steps would still hold the first weights.
+# To add one, add a row; what is about little data beside "a tenth of them". In a short run an
+# average over many steps would still hold the first weights.
 VARIANTS = (
     *(Variant(loss, {"loss": loss}) for loss in GAN_LOSSES),
     Variant("ema 0.98", {"ema": 0.98}),

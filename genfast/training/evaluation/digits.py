@@ -27,6 +27,10 @@ LEAST_ACCURACY = 0.97
 CACHED = "digits_classifier_1_{size}_torch-{torch}.pt"
 
 
+class PoorClassifier(RuntimeError):
+    """A classifier recognises so few digits that its features are not worth comparing."""
+
+
 class Digits(NamedTuple):
     """Handwritten digits: uint8 images (N, 1, H, W), and which digit each is, int64 (N,)."""
 
@@ -105,7 +109,7 @@ def good_classifier(image_size):
 
     Raises:
         BadInput: scikit-learn is not installed.
-        RuntimeError: it recognises too few digits for its features to be worth comparing.
+        PoorClassifier: it recognises too few digits.
     """
     name = CACHED.format(size=image_size, torch=torch.__version__)
     # Damaged bytes make the unpickler raise nearly anything.
@@ -125,11 +129,11 @@ def good_classifier(image_size):
 
 
 def check_accuracy(accuracy):
-    """RuntimeError unless a classifier recognises enough of the digits held out."""
+    """PoorClassifier unless a classifier recognises enough of the digits held out."""
     if accuracy < LEAST_ACCURACY:
-        raise RuntimeError(
+        raise PoorClassifier(
             f"expected a classifier that recognises {LEAST_ACCURACY:.0%} of the digits held out, "
-            f"got {accuracy:.1%}: its features would not be worth comparing"
+            f"for its features to be worth comparing, got one that recognises {accuracy:.1%}"
         )
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from genfast.training.errors import BadInput, require
-from genfast.training.evaluation.digits import good_classifier
+from genfast.training.evaluation.digits import PoorClassifier, good_classifier
 from genfast.training.memory import missing_memory
 from genfast.training.pixels import normalize
 
@@ -99,7 +99,10 @@ def _digits(image_shape, device):
     channels, size, _ = image_shape
     if channels != 1:
         raise BadInput(f"expected grey images for --features digits, got {channels} channels")
-    classifier = good_classifier(size)
+    try:
+        classifier = good_classifier(size)
+    except PoorClassifier as error:  # Of images so small that digits cannot be told apart.
+        raise BadInput(f"{error}, of {size} x {size} pixels") from None
     return lambda images: torch.from_numpy(classifier.features(images))
 
 

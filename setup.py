@@ -13,6 +13,7 @@ version = re.search(r'__version__ = "(.+)"', (HERE / "genfast/__init__.py").read
 # What genfast's message names where one is absent: genfast/training/errors.py.
 train = ["pillow>=10.1", "scikit-learn", "tqdm"]
 log = ["tensorboard"]
+evaluate = ["onnxruntime", "torch-fidelity"]
 export = ["onnx", "onnxscript", "safetensors"]
 # pytest-benchmark 5.2.3, the newest, fails with pytest 9.2: it reads an attribute that is gone.
 benchmark = [*train, "matplotlib", "pytest<9.2", "pytest-benchmark"]
@@ -29,6 +30,7 @@ setup(
     extras_require={
         "train": train,
         "log": log,
+        "evaluate": evaluate,
         "export": export,
         "benchmark": benchmark,
         "test": test,

@@ -3,8 +3,9 @@
 The same DCGAN is trained on digits by two recipes. For each seed, genfast's step (in the precision
 it chooses) and PyTorch's public recipe (float32, NCHW) start from the same weights and see the same
 batches and the same noise for as many epochs. What their generators make is compared with the real
-digits by the Fréchet distance; see `benchmarks.frechet`. Written are results/quality.csv (every
-measurement), quality_summary.csv (the comparison) and quality.png.
+digits by the Fréchet distance; see `genfast.training.evaluation`. Written are results/quality.csv
+(every measurement), quality_summary.csv (the comparison) and quality.png. With --variants it is
+losses and other settings that are compared; see `benchmarks.quality_variants`.
 """
 
 import argparse
@@ -21,7 +22,6 @@ import numpy as np
 import torch
 
 from benchmarks import machine
-from benchmarks.frechet import PIXEL_RANGE, frechet_distance, load_digits, train_classifier
 from benchmarks.quality_report import check_matplotlib, compare, draw, table, write_csv
 from benchmarks.workloads import stock
 from genfast.models import DCGANDiscriminator, DCGANGenerator
@@ -29,6 +29,14 @@ from genfast.models.dcgan import IMAGE_SIZES
 from genfast.training import GANStep
 from genfast.training.data import Batches, normalize
 from genfast.training.errors import BadInput, Diverged, require
+from genfast.training.evaluation.digits import (
+    PIXEL_RANGE,
+    check_accuracy,
+    load_digits,
+    train_classifier,
+)
+from genfast.training.evaluation.frechet import frechet_distance
+from genfast.training.runs.devices import as_device
 from genfast.training.runs.pictures import to_uint8
 from genfast.training.steps.stock import StockGANStep, loss_of_logits
 
@@ -38,7 +46,6 @@ SUMMARY = "Train a DCGAN on digits with genfast and with stock PyTorch, and comp
 BATCH_SIZE, LR, BETAS, NZ, NGF, NDF = 64, 5e-4, (0.5, 0.999), 20, 32, 16
 SAMPLES = 2048  # Generated for each measurement, always from the same noise.
 SHOWN = 24
-LEAST_ACCURACY = 0.97
 
 
 class Study(NamedTuple):
@@ -104,15 +111,14 @@ def run(*, seeds, epochs, image_size, every, device):
     tqdm = require("tqdm", "tqdm").tqdm
     digits = load_digits(image_size)
     classifier, accuracy = train_classifier(digits)
-    if accuracy < LEAST_ACCURACY:
-        raise RuntimeError(
-            f"expected a classifier that recognises {LEAST_ACCURACY:.0%} of the digits held out, "
-            f"got {accuracy:.1%}: its features would not be worth comparing"
-        )
+    check_accuracy(accuracy)
     real = classifier.features(digits.images)
 
     def distance(images):
         return frechet_distance(real, classifier.features(images))
+
+    def measure(images):
+        return {"frechet_distance": distance(images)}
 
     rows, samples = [], {"real": digits.images[:SHOWN]}
     steps = len(digits.images) // BATCH_SIZE
@@ -123,7 +129,7 @@ def run(*, seeds, epochs, image_size, every, device):
             for recipe, step in build_steps(seed, image_size, device).items():
                 bar.set_description(f"seed {seed}, {recipe}")
                 batches = Batches(digits.images, BATCH_SIZE, seed, device)
-                for row in _train(step, batches, z, epochs, every, distance, seed, bar):
+                for row in train(step, batches, z, epochs, every, measure, seed, bar):
                     rows.append({"seed": seed, "recipe": recipe, **row})
                 if seed == 0:
                     samples[recipe] = to_uint8(step.sample(z[:SHOWN]), PIXEL_RANGE).cpu()
@@ -136,28 +142,36 @@ def build_steps(seed, image_size, device, precision="auto"):
 
     `precision` is genfast's; the stock recipe's is float32.
     """
-    torch.manual_seed(seed)
-    ours = [DCGANGenerator(NZ, NGF, 1, image_size), DCGANDiscriminator(1, NDF, image_size)]
+    ours = build_networks(seed, image_size)
     theirs = [stock(copy.deepcopy(network)).to(device) for network in ours]
-    generator, discriminator = (network.to(device) for network in ours)
+    return {
+        "genfast": genfast_step(ours, device, precision=precision),
+        "stock": StockStep(*theirs),
+    }
+
+
+def build_networks(seed, image_size):
+    """A generator and a discriminator, in CPU memory."""
+    torch.manual_seed(seed)
+    return DCGANGenerator(NZ, NGF, 1, image_size), DCGANDiscriminator(1, NDF, image_size)
+
+
+def genfast_step(networks, device, **options):
+    """genfast's step for a generator and a discriminator, which move to the device."""
+    generator, discriminator = (network.to(device) for network in networks)
     optimizers = tuple(
         torch.optim.Adam(
             network.parameters(), LR, BETAS, fused=True, capturable=device.type == "cuda"
         )
         for network in (generator, discriminator)
     )
-    genfast_step = GANStep(
-        generator,
-        discriminator,
-        latent_shape=(NZ, 1, 1),
-        optimizers=optimizers,
-        precision=precision,
+    return GANStep(
+        generator, discriminator, latent_shape=(NZ, 1, 1), optimizers=optimizers, **options
     )
-    return {"genfast": genfast_step, "stock": StockStep(*theirs)}
 
 
-def _train(step, batches, z, epochs, every, distance, seed, bar):
-    """Yield a row of measurements every few epochs, and after the last."""
+def train(step, batches, z, epochs, every, measure, seed, bar):
+    """Yield a row of what `measure` gives of uint8 images, every few epochs and after the last."""
     torch.manual_seed(1_000_000 + seed)  # Both recipes draw the same noise.
     losses = []
     with closing(batches.stream()) as stream:
@@ -171,12 +185,12 @@ def _train(step, batches, z, epochs, every, distance, seed, bar):
             losses = []
             if not math.isfinite(d_loss + g_loss):
                 raise Diverged(f"training diverged: by epoch {epoch} a loss is not finite")
-            found = distance(to_uint8(step.sample(z), PIXEL_RANGE))
-            bar.set_postfix({"Fréchet distance": f"{found:.1f}"})
+            found = measure(to_uint8(step.sample(z), PIXEL_RANGE))
+            bar.set_postfix({"Fréchet distance": f"{found['frechet_distance']:.1f}"})
             yield {
                 "precision": step.precision,
                 "epoch": epoch,
-                "frechet_distance": found,
+                **found,
                 "d_loss": d_loss,
                 "g_loss": g_loss,
             }
@@ -208,10 +222,11 @@ def main(arguments=None):
 
 def _report(args):
     check_matplotlib()  # Rather than when all is done.
-    chosen = args.device
-    if chosen == "auto":
-        chosen = "cuda" if torch.cuda.is_available() else "cpu"
-    device = torch.device(chosen)
+    if args.variants:
+        from benchmarks import quality_variants  # It imports this module.
+
+        return quality_variants.report(args)
+    device = as_device(args.device)
     study = run(
         seeds=args.seeds,
         epochs=args.epochs,
@@ -254,6 +269,11 @@ def _parser():
         )  # fmt: skip
     parser.add_argument(
         "--image-size", type=int, choices=IMAGE_SIZES, default=16, help="(default: %(default)s)"
+    )
+    parser.add_argument(
+        "--variants",
+        action="store_true",
+        help="compare losses and other settings of genfast's step instead",
     )
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     parser.add_argument(

@@ -1031,6 +1031,27 @@ BUGS = (
         "again=True",
         "test_vae_gan.py::test_a_step_is_that_of_a_plain_loop",
     ),
+    Bug(
+        "an image is its own nearest neighbour",
+        "genfast/training/evaluation/sets.py",
+        "            block.fill_diagonal_(torch.inf)\n",
+        "            pass\n",
+        "test_metrics.py::test_neighbours",
+    ),
+    Bug(
+        "the kernel distance compares images with themselves",
+        "genfast/training/evaluation/kernel_distance.py",
+        "k.sum() - k.diagonal().sum()",
+        "k.sum()",
+        "test_metrics.py::test_kernel_distance",
+    ),
+    Bug(
+        "samples are measured in another range of pixels",
+        "genfast/training/evaluation/measuring.py",
+        ", step.pixel_range) for",
+        ", (0, 1)) for",
+        "test_evaluate.py::test_what_is_measured",
+    ),
 )
 
 

@@ -4,12 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks.frechet import (
-    frechet_distance,
-    gaussian_distance,
-    load_digits,
-    train_classifier,
-)
+from genfast.training.evaluation.digits import load_digits, train_classifier
+from genfast.training.evaluation.frechet import frechet_distance, gaussian_distance
 
 
 @pytest.fixture(scope="module")

@@ -9,8 +9,8 @@ import torch
 from scipy import stats
 
 from benchmarks import quality
-from benchmarks.frechet import Classifier
 from benchmarks.quality_report import LAST, MEASURES, compare, table
+from genfast.training.evaluation.digits import Classifier
 
 CPU = torch.device("cpu")
 YARDSTICK = {"frechet_of_real_halves": 5.0, "frechet_of_noise": 900.0, "classifier_accuracy": 0.98}
@@ -119,7 +119,7 @@ def _classify_without_training(monkeypatch, accuracy):
 
 def test_a_poor_classifier_measures_nothing(monkeypatch):
     _classify_without_training(monkeypatch, 0.96)
-    with pytest.raises(RuntimeError, match="recognises 97% of the digits held out, got 96.0%"):
+    with pytest.raises(RuntimeError, match="97% of the digits held out, .* recognises 96.0%"):
         quality.main(["--device", "cpu"])
 
 

@@ -9,14 +9,14 @@ import torch
 
 import genfast
 from genfast.backend import selected_backend
-from genfast.cli import demo, environment, export, reconstruct, sample, train
+from genfast.cli import demo, environment, evaluate, export, reconstruct, sample, train
 from genfast.cli.streams import Unbreakable, open_closed_streams, tell
 from genfast.launch import first_use
 from genfast.training.errors import BadInput, Diverged
 from genfast.training.memory import limited_memory, missing_memory
 from genfast.training.runs.devices import as_device
 
-COMMANDS = (train, sample, reconstruct, export, environment, demo)
+COMMANDS = (train, sample, reconstruct, evaluate, export, environment, demo)
 
 
 def main(arguments=None):

@@ -6,6 +6,7 @@ import importlib
 EXTRAS = {
     "train": ("training", ("pillow", "scikit-learn", "tqdm")),
     "log": ("--log tensorboard", ("tensorboard",)),
+    "evaluate": ("--features", ("onnxruntime", "torch-fidelity")),
     "export": ("exporting", ("onnx", "onnxscript", "safetensors")),
 }
 

@@ -1,20 +1,20 @@
-"""The Fréchet distance between sets of digits, in the features of a classifier of digits.
+"""A classifier of handwritten digits, whose features tell how alike sets of digits are.
 
-It is to digits what the Fréchet inception distance (Heusel et al., 2017, arXiv:1706.08500) is to
-photographs: 0 for sets with the same mean and covariance of features, larger the less alike they
-are. Its size depends on the classifier and on how many images there are, so it compares runs that
-were measured with the same ones, and nothing else.
+They are to digits what those of Inception are to photographs. Nothing is downloaded: it is trained
+here, in seconds, on scikit-learn's digits.
 """
 
+from contextlib import contextmanager, suppress
 from typing import NamedTuple
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
 
+from genfast.launch import timings
 from genfast.training.data import load_images, normalize
 from genfast.training.errors import require
+from genfast.training.files import replacing
 
 FEATURES = 64
 EPOCHS = 12
@@ -22,6 +22,13 @@ BATCH_SIZE = 32
 LEARNING_RATE = 5e-3
 HELD_OUT = 450  # A quarter of the digits.
 PIXEL_RANGE = (-1.0, 1.0)
+LEAST_ACCURACY = 0.97
+# Other networks or another training are another classifier and take another number.
+CACHED = "digits_classifier_1_{size}_torch-{torch}.pt"
+
+
+class PoorClassifier(RuntimeError):
+    """A classifier recognises so few digits that its features are not worth comparing."""
 
 
 class Digits(NamedTuple):
@@ -86,13 +93,59 @@ def train_classifier(digits, seed=0, epochs=EPOCHS):
     Returns:
         (Classifier, its accuracy on the quarter held out).
     """
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng(devices=[]), _one_thread():
         torch.manual_seed(seed)
         held_out, trained = torch.randperm(len(digits.images)).tensor_split([HELD_OUT])
         classifier = Classifier()
         _fit(classifier, digits, trained, epochs)
     unseen = Digits(digits.images[held_out], digits.labels[held_out])
     return classifier.requires_grad_(False), classifier.accuracy(unseen)
+
+
+def good_classifier(image_size):
+    """The trained classifier for digits of this size, from the folder of caches if it is there.
+
+    That is genfast's own, where the file of first uses lies; see `genfast.launch.timings.path`.
+
+    Raises:
+        BadInput: scikit-learn is not installed.
+        PoorClassifier: it recognises too few digits.
+    """
+    name = CACHED.format(size=image_size, torch=torch.__version__)
+    # Damaged bytes make the unpickler raise nearly anything.
+    with suppress(Exception), torch.random.fork_rng(devices=[]):
+        classifier = Classifier()
+        kept = torch.load(timings.path().with_name(name), map_location="cpu", weights_only=True)
+        classifier.load_state_dict(kept)
+        return classifier.requires_grad_(False)
+    classifier, accuracy = train_classifier(load_digits(image_size))
+    check_accuracy(accuracy)
+    with suppress(OSError):  # Without the file the next one is trained anew.
+        path = timings.path().with_name(name)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with replacing(path) as file:
+            torch.save(classifier.state_dict(), file)
+    return classifier
+
+
+def check_accuracy(accuracy):
+    """PoorClassifier unless a classifier recognises enough of the digits held out."""
+    if accuracy < LEAST_ACCURACY:
+        raise PoorClassifier(
+            f"expected a classifier that recognises {LEAST_ACCURACY:.0%} of the digits held out, "
+            f"for its features to be worth comparing, got one that recognises {accuracy:.1%}"
+        )
+
+
+@contextmanager
+def _one_thread():
+    """Then no sum depends on how many there are; and so small a network is fastest on one."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def _fit(classifier, digits, trained, epochs):
@@ -107,51 +160,3 @@ def _fit(classifier, digits, trained, epochs):
             F.cross_entropy(logits, digits.labels[chosen]).backward()
             optimizer.step()
             schedule.step()
-
-
-def frechet_distance(features, others):
-    """The Fréchet distance between two sets of features.
-
-    Each set stands for the Gaussian of its mean and covariance.
-
-    Args:
-        features, others: arrays (N, D) and (M, D) of finite numbers, N and M at least 2.
-
-    Raises:
-        ValueError: they are not that.
-    """
-    sets = [np.asarray(f, dtype=np.float64) for f in (features, others)]
-    shapes = " and ".join(str(f.shape) for f in sets)
-    if any(f.ndim != 2 or len(f) < 2 for f in sets) or sets[0].shape[1] != sets[1].shape[1]:
-        raise ValueError(f"expected features (N, D) and (M, D), N and M at least 2, got {shapes}")
-    if not all(np.isfinite(f).all() for f in sets):
-        raise ValueError("expected finite features, got some that are infinite or not a number")
-    (mean, covariance), (other_mean, other_covariance) = (
-        (f.mean(0), np.cov(f, rowvar=False).reshape(f.shape[1], f.shape[1])) for f in sets
-    )
-    return gaussian_distance(mean, covariance, other_mean, other_covariance)
-
-
-def gaussian_distance(mean, covariance, other_mean, other_covariance):
-    """The Fréchet distance between two Gaussians, in float64.
-
-    |m1 - m2|^2 + tr(S1 + S2 - 2 (S1 S2)^(1/2)), by Dowson and Landau (1982), "The Fréchet distance
-    between multivariate normal distributions". As in Heusel et al. (2017) it is this square that
-    bears the name.
-
-    Args:
-        mean, other_mean: arrays (D,).
-        covariance, other_covariance: symmetric arrays (D, D) without eigenvalues below 0.
-    """
-    # S1 S2 has the eigenvalues of S1^(1/2) S2 S1^(1/2), and these are the squares of the singular
-    # values of S1^(1/2) S2^(1/2). Taken from there, no root of a rounding error is ever taken.
-    product = _root(covariance) @ _root(other_covariance)
-    trace_of_root = np.linalg.svd(product, compute_uv=False).sum()
-    shift = mean - other_mean
-    distance = shift @ shift + np.trace(covariance) + np.trace(other_covariance) - 2 * trace_of_root
-    return max(0.0, float(distance))
-
-
-def _root(covariance):
-    values, vectors = np.linalg.eigh(covariance)
-    return (vectors * np.sqrt(np.maximum(values, 0))) @ vectors.T

@@ -1,0 +1,61 @@
+"""The metrics of generated images, each of two sets of features.
+
+To add one, add a row to `METRICS`. The command line follows from that.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+from genfast.training.evaluation.frechet import frechet_distance
+from genfast.training.evaluation.kernel_distance import kernel_distance
+from genfast.training.evaluation.neighbours import (
+    NEIGHBOURS_OF_DENSITY,
+    NEIGHBOURS_OF_PRECISION,
+    density_coverage,
+    precision_recall,
+)
+
+
+class Metric(NamedTuple):
+    """A metric.
+
+    Attributes:
+        measure: a function of the features of real and of generated images, a seed, and `watch` as
+            `squared_distances` takes it, that gives a dict of numbers. The one called NAME_sd is
+            the spread of the one called NAME.
+        least: how many images of each it needs.
+        text: what it says, for the command line's help.
+    """
+
+    measure: Callable
+    least: int
+    text: str
+
+
+def _fid(real, generated, seed, watch):
+    return {"fid": frechet_distance(real, generated)}
+
+
+def _kid(real, generated, seed, watch):
+    mean, deviation = kernel_distance(real, generated, seed=seed, watch=watch)
+    return {"kid": mean, "kid_sd": deviation}
+
+
+def _precision_recall(real, generated, seed, watch):
+    precision, recall = precision_recall(real, generated, watch=watch)
+    return {"precision": precision, "recall": recall}
+
+
+def _density_coverage(real, generated, seed, watch):
+    density, coverage = density_coverage(real, generated, watch=watch)
+    return {"density": density, "coverage": coverage}
+
+
+METRICS = {
+    "fid": Metric(_fid, 2, "Fréchet distance, Heusel et al. 2017"),
+    "kid": Metric(_kid, 2, "kernel distance, Bińkowski et al. 2018"),
+    "precision-recall": Metric(
+        _precision_recall, NEIGHBOURS_OF_PRECISION + 1, "Kynkäänniemi et al. 2019"
+    ),
+    "density-coverage": Metric(_density_coverage, NEIGHBOURS_OF_DENSITY + 1, "Naeem et al. 2020"),
+}

@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import torch
 
-from genfast import autograd, cpu, layout, operators, reference
+from genfast import autograd, cpu, folding, layout, operators, reference
 from genfast.backend import INTERPRETING, selected_backend, why_device_cannot_run_triton
 from genfast.geometry import ConvGeometry, pair
 from genfast.launch import from_image, tape
@@ -242,7 +242,7 @@ class Block(NamedTuple):
     """A block of a `chain`: the arguments of `conv_block` that belong to it.
 
     With an `output_padding` it is a `conv_transpose_block`. `batch_norm` is a `reference.Norm`, or
-    None for none.
+    None for none. `around` is a `folding.Around` of a `conv_block`, then with a pair as padding.
     """
 
     weight: torch.Tensor
@@ -254,6 +254,7 @@ class Block(NamedTuple):
     activation: str
     negative_slope: float
     inplace: bool = False
+    around: folding.Around | None = None
 
     @property
     def vectors(self):
@@ -284,8 +285,64 @@ def chain(x, blocks, memory_format=None):
         The last block's output.
 
     Raises:
-        As `conv_block`, before anything is computed.
+        As `conv_block`, before anything is computed; but blocks with something around are looked at
+        in their turn.
     """
+    if all([block.around is None for block in blocks]):
+        return _chain(x, blocks, memory_format)
+    return _with_what_is_around(x, blocks)
+
+
+def _with_what_is_around(x, blocks):
+    """As `chain`: what cannot be part of a convolution, or gains nothing so, parts the chain."""
+    line = []
+    for block in blocks:
+        if block.around is None:
+            line.append(block)
+            continue
+        before, block, after = form_of(x, line, block)
+        if before is not None:
+            x = before(_chain(x, line) if line else x)
+            line = []
+        if after is None:
+            line.append(block)
+            continue
+        plain = block._replace(batch_norm=None, activation="identity", inplace=False)
+        x = after(_chain(x, [*line, plain]))
+        line = []
+        if block.batch_norm is not None:
+            n = Normalization(block.batch_norm, block.activation, block.negative_slope)
+            x = normalize(x, n)
+        elif block.activation != "identity":
+            x = reference.activate(
+                x, block.activation, block.negative_slope,
+                inplace=block.inplace or block.activation != "leaky_relu",
+            )  # fmt: skip
+    return _chain(x, line) if line else x
+
+
+def form_of(x, line, block):
+    """The `folding.Form` of a block that follows those of a line, which takes x."""
+    way = implementation(
+        x, block.weight, *block.vectors.values(), activation=block.activation,
+        negative_slope=block.negative_slope,
+    )  # fmt: skip
+    size = tuple(x.shape[2:])
+    for b in line:
+        stride, padding = pair(b.stride, "stride"), pair(b.padding, "padding")
+        kernel_size = tuple(b.weight.shape[2:])
+        if b.output_padding is None:
+            size = ConvGeometry.conv(size, kernel_size, stride, padding).small
+        else:
+            output_padding = pair(b.output_padding, "output_padding")
+            size = ConvGeometry.conv_transpose(
+                size, kernel_size, stride, padding, output_padding
+            ).big
+    return folding.form(block, way, x, autocast_dtype(x.device) or x.dtype, size)
+
+
+def _chain(x, blocks, memory_format=None):
+    """`chain` of blocks with nothing around."""
     x, blocks = _autocast(x, blocks)
     plan = _plan_of(x, blocks, memory_format)
     if len(plan.ways) > 1:
@@ -368,7 +425,7 @@ def _key_of(x, blocks, memory_format):
     found = [selected_backend(), memory_format, torch._C._are_functorch_transforms_active()]
     tensors = [x]
     for block in blocks:
-        _, _, stride, padding, output_padding, n, activation, negative_slope, inplace = block
+        _, _, stride, padding, output_padding, n, activation, negative_slope, inplace, _ = block
         found += stride, padding, output_padding, activation, negative_slope, inplace
         if n is not None:
             momentum = None if isinstance(n.momentum, torch.Tensor) else n.momentum

@@ -674,7 +674,7 @@ BUGS = (
     Bug(
         "where bfloat16 pays, float32 layers too go through the checks of a block",
         "genfast/cpu.py",
-        "bfloat16_pays = has_bfloat16() and _bfloat16_pays(_autocast_dtype(x))",
+        "bfloat16_pays = has_bfloat16() and _bfloat16_pays(autocast_dtype(x))",
         "bfloat16_pays = has_bfloat16()",
         "test_cpu.py::test_layers_that_gain_nothing_are_called_themselves",
     ),

@@ -25,7 +25,7 @@ LEVELS = (
     ("nn",),
     ("functional",),
     ("operators",),
-    ("autograd",),
+    ("autograd", "folding"),
     ("cpu", "launch"),
     ("backend", "geometry", "kernels", "layout", "library", "looking", "reference", "source"),
 )

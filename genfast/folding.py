@@ -314,7 +314,7 @@ def _gains(a, x, dtype, way, size, in_channels, out_channels, kernel_size, paddi
         return taps == 1 or (pixels >= scale**2 * _LEAST_PIXELS and macs >= 2 * _LEAST_MACS)
     # By the model: all of a step, forward and backward.
     chip = predict.chip(start.architecture(x))
-    wider = math.prod(k + scale - 1 for k in kernel_size)
+    wider = math.prod([k + scale - 1 for k in kernel_size])  # A list, for torch.compile.
     fewer = 3 * pixels * pairs * (taps - wider / scale**2)
     macs = chip.macs if dtype.itemsize == 2 else chip.macs / 2
     large = pixels * (in_channels if a.upsample > 1 else out_channels) * dtype.itemsize

@@ -38,6 +38,9 @@ _POOLED = 2
 # and a block costs 0.1 ms of Python more than its layers, the time of so many multiply-adds.
 _LEAST_PIXELS = 1024
 _LEAST_MACS = 2**23
+# Values of an input so small that even the look at what is around would take longer than it gains.
+_LEAST_VALUES = 2**13
+_LEAST_PADDED = 2**16  # A pass of its own over so many values takes as long as such a look.
 # Kernels that make a weight and its gradient, less those of a pass over images and its gradient.
 _MORE_LAUNCHES = 4
 
@@ -274,8 +277,8 @@ def gains_on_cpu(conv, a, padding, x):
         x: the input of all of it, (N, C, H, W).
     """
     if a is None:
-        return x.numel() >= 2**16
-    if a.upsample == a.pool == 1 or a.pad is not None or x.dim() != 4:
+        return x.numel() >= _LEAST_PADDED
+    if a.upsample == a.pool == 1 or a.pad is not None:
         return False
     return _gains(
         a, x, cpu.autocast_dtype(x), "cpu", tuple(x.shape[2:]), conv.in_channels,
@@ -285,15 +288,11 @@ def gains_on_cpu(conv, a, padding, x):
 
 def may_gain_on_cpu(layer, x):
     """Whether `gains_on_cpu` may hold, of a layer that might lead to a convolution or be one."""
-    if cpu.autocast_dtype(x) not in (torch.float32, torch.float64) or x.dim() != 4:
+    if x.numel() < _LEAST_VALUES or x.dim() != 4:
         return False
     if type(layer) in LEADING:
         return zero_padding(layer) is not None or upsampling(layer) > 0
-    if not _may_be_pooled(layer):
-        return False
-    kh, kw = layer.kernel_size
-    pixels = x.shape[0] * x.shape[2] * x.shape[3]
-    return pixels * kh * kw * layer.in_channels * layer.out_channels >= _LEAST_MACS
+    return _may_be_pooled(layer)
 
 
 def _gains(a, x, dtype, way, size, in_channels, out_channels, kernel_size, padding):

@@ -516,10 +516,12 @@ class FusedSequential(nn.Sequential):
         """The run that begins with this child if it gains as one operation; else None."""
         if x.dim() != 4 or x.is_complex():
             return None
-        alone = type(modules[first]) not in folding.LEADING
-        trailing = alone and first + 1 < len(modules) and isinstance(modules[first + 1], _TRAILING)
-        # Of most convolutions this is all.
-        if alone and not trailing and not cpu.may_gain(_convolution_of(modules[first]), x):
+        layer, after = _convolution_of(modules[first]), first + 1
+        leads = may_lead_to_run(layer)
+        # Of most convolutions these looks are all.
+        with_more = leads or (after < len(modules) and isinstance(modules[after], _TRAILING))
+        may_gain = with_more and folding.may_gain_on_cpu(layer, x)
+        if not may_gain and (leads or not cpu.may_gain(layer, x)):
             return None
         run = self._run_at(names, modules, first)
         if not run.fused or not run.is_block or functional.implementation(x) != "cpu":
@@ -608,7 +610,7 @@ class FusedSequential(nn.Sequential):
 
 def _may_begin_block(layer):
     """Whether a run of a convolution may begin with this layer, by its kind."""
-    return isinstance(layer, _FIRST_OF_A_BLOCK) or type(layer) in folding.LEADING
+    return isinstance(layer, _FIRST_OF_A_BLOCK) or may_lead_to_run(layer)
 
 
 def may_lead_to_run(layer):
@@ -630,10 +632,10 @@ def may_begin_on(layer, x):
     if not (x.dim() == 4 if convolves else _fits_norm(layer, x)):
         return False
     if x.is_cpu and not kernels_run_on_cpu():
-        if not convolves or type(layer) in folding.LEADING:
-            return convolves and folding.may_gain_on_cpu(layer, x)
-        conv = _convolution_of(layer)
-        return cpu.may_gain(conv, x) or folding.may_gain_on_cpu(conv, x)
+        if not convolves:
+            return False
+        layer, leads = _convolution_of(layer), may_lead_to_run(layer)
+        return folding.may_gain_on_cpu(layer, x) or (not leads and cpu.may_gain(layer, x))
     return True
 
 
@@ -669,7 +671,7 @@ def line_of(layers):
 
 
 def has_no_state(layer):
-    """Whether it is a layer of PyTorch's that fuses and holds nothing: it may run at many places."""
+    """Whether it is one of PyTorch's layers that fuse and hold nothing, whatever its place."""
     return type(layer) in _ACTIVATIONS or type(layer) in folding.LAYERS
 
 

@@ -81,12 +81,16 @@ def test_weights(geometry, layout):
 
 
 def test_weights_are_summed_in_float32_and_rounded_once():
-    weight = torch.randn(4, 3, 3, 3)
-    half = weight.bfloat16()
-    for make in (folding.upsampled, folding.averaged):
-        assert torch.equal(make(half, 2), make(half.float(), 2).bfloat16())
+    for dtype in (torch.bfloat16, torch.float32):
+        weight = torch.randn(4, 3, 3, 3, dtype=dtype)
+        shifts = [(i, 1 - i, j, 1 - j) for i in (0, 1) for j in (0, 1)]
+        exact = sum(F.pad(weight.double(), shift) for shift in shifts)
         with torch.autocast("cpu", torch.bfloat16):
-            assert torch.equal(make(weight, 2), make(weight, 2).float())
+            up, mean = folding.upsampled(weight, 2), folding.averaged(weight, 2)
+        turned = up.transpose(0, 1).flip(2, 3)
+        one_rounding = torch.finfo(dtype).eps / 2
+        torch.testing.assert_close(turned.double(), exact, rtol=one_rounding, atol=2e-7)
+        torch.testing.assert_close(mean.double(), exact / 4, rtol=one_rounding, atol=2e-7)
 
 
 def ups():

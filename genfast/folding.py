@@ -27,9 +27,10 @@ from torch import nn
 
 from genfast import cpu, layout
 from genfast.launch import predict, start
+from genfast.padding import reflected, reflects
 
 # Layers that may become part of the convolution after them, and of the one before them.
-LEADING = {nn.Upsample, nn.UpsamplingNearest2d, nn.ZeroPad2d}
+LEADING = {nn.Upsample, nn.UpsamplingNearest2d, nn.ZeroPad2d, nn.ReflectionPad2d}
 TRAILING = {nn.AvgPool2d}
 LAYERS = LEADING | TRAILING
 _SCALES = (2, 4)
@@ -115,6 +116,8 @@ def leads(layers, conv):
     if not isinstance(conv, nn.Conv2d) or conv.padding_mode != "zeros":
         return False
     *upsamplings, last = layers
+    if type(last) is nn.ReflectionPad2d:
+        return len(layers) == 1
     if zero_padding(last) is None:
         upsamplings.append(last)
     if not upsamplings:
@@ -158,7 +161,9 @@ def padding_of(conv, leading=()):
 def around(conv, leading=(), trailing=()):
     """The `Around` of a stock convolution and of layers that are part of it; None for nothing."""
     pad = None
-    if conv.padding_mode != "zeros" and any(conv._reversed_padding_repeated_twice):
+    if leading and type(leading[0]) is nn.ReflectionPad2d:
+        pad = "reflect", leading[0].padding
+    elif conv.padding_mode != "zeros" and any(conv._reversed_padding_repeated_twice):
         pad = conv.padding_mode, tuple(conv._reversed_padding_repeated_twice)
     found = Around(
         pad,
@@ -224,6 +229,9 @@ def form(block, way, x, dtype, size):
     if a.pad is not None:
         mode, sizes = a.pad
         before = partial(F.pad, pad=sizes, mode=mode)
+        ours = way == "triton" and not torch.compiler.is_compiling()  # Which makes one pass of it.
+        if ours and mode == "reflect" and reflects(size, sizes):
+            before = partial(reflected, sizes=sizes, dtype=dtype)
         size = size[0] + sizes[2] + sizes[3], size[1] + sizes[0] + sizes[1]
     if a.upsample == a.pool == 1:
         return Form(before, block, None)

@@ -294,22 +294,30 @@ def chain(x, blocks, memory_format=None):
 
 
 def _with_what_is_around(x, blocks):
-    """As `chain`: what cannot be part of a convolution, or gains nothing so, parts the chain."""
-    line = []
+    """As `chain`: what cannot be part of a convolution, or gains nothing so, parts the chain.
+
+    Within, memory stays channels_last on the kernels, whatever PyTorch's layers would make of it.
+    """
+    line, seen = [], layout.is_channels_last(x)  # As those layers see x.
     for block in blocks:
         if block.around is None:
             line.append(block)
             continue
-        before, block, after = form_of(x, line, block)
+        way, (before, block, after) = form_of(x, line, block)
         if before is not None:
-            x = before(_chain(x, line) if line else x)
-            line = []
+            if line and way == "triton":
+                seen = _pytorchs_format(x, line, _geometries(x, line), seen) == torch.channels_last
+                x = _chain(x, line, torch.channels_last)
+            elif line:
+                x = _chain_seen(x, line, seen)
+                seen = layout.is_channels_last(x)
+            x, line = before(x), []
         if after is None:
             line.append(block)
             continue
         plain = block._replace(batch_norm=None, activation="identity", inplace=False)
-        x = after(_chain(x, [*line, plain]))
-        line = []
+        x = after(_chain_seen(x, [*line, plain], seen))
+        line, seen = [], layout.is_channels_last(x)
         if block.batch_norm is not None:
             n = Normalization(block.batch_norm, block.activation, block.negative_slope)
             x = normalize(x, n)
@@ -318,27 +326,44 @@ def _with_what_is_around(x, blocks):
                 x, block.activation, block.negative_slope,
                 inplace=block.inplace or block.activation != "leaky_relu",
             )  # fmt: skip
-    return _chain(x, line) if line else x
+    return _chain_seen(x, line, seen) if line else x
+
+
+def _chain_seen(x, blocks, seen):
+    """`_chain` of what PyTorch's layers would see as channels_last, or not, in its stead."""
+    if seen == layout.is_channels_last(x):
+        return _chain(x, blocks)
+    return _chain(x, blocks, _pytorchs_format(x, blocks, _geometries(x, blocks), seen))
+
+
+def _geometries(x, blocks):
+    """The `ConvGeometry` of each block, one after the other."""
+    size, found = tuple(x.shape[2:]), []
+    for b in blocks:
+        stride, padding = pair(b.stride, "stride"), pair(b.padding, "padding")
+        given = size, tuple(b.weight.shape[2:]), stride, padding
+        if b.output_padding is None:
+            found.append(ConvGeometry.conv(*given))
+            size = found[-1].small
+        else:
+            output_padding = pair(b.output_padding, "output_padding")
+            found.append(ConvGeometry.conv_transpose(*given, output_padding))
+            size = found[-1].big
+    return found
 
 
 def form_of(x, line, block):
-    """The `folding.Form` of a block that follows those of a line, which takes x."""
+    """What runs a block that follows those of a line, which takes x; and its `folding.Form`."""
     way = implementation(
         x, block.weight, *block.vectors.values(), activation=block.activation,
         negative_slope=block.negative_slope,
     )  # fmt: skip
     size = tuple(x.shape[2:])
-    for b in line:
-        stride, padding = pair(b.stride, "stride"), pair(b.padding, "padding")
-        kernel_size = tuple(b.weight.shape[2:])
-        if b.output_padding is None:
-            size = ConvGeometry.conv(size, kernel_size, stride, padding).small
-        else:
-            output_padding = pair(b.output_padding, "output_padding")
-            size = ConvGeometry.conv_transpose(
-                size, kernel_size, stride, padding, output_padding
-            ).big
-    return folding.form(block, way, x, autocast_dtype(x.device) or x.dtype, size)
+    if line:
+        transposed, last = line[-1].output_padding is not None, _geometries(x, line)[-1]
+        size = last.big if transposed else last.small
+    dtype = x.dtype if x.dtype == torch.float64 else autocast_dtype(x.device) or x.dtype
+    return way, folding.form(block, way, x, dtype, size)
 
 
 def _chain(x, blocks, memory_format=None):
@@ -632,9 +657,12 @@ def autocast_dtype(device):
 _has_autocast = functools.cache(torch.amp.is_autocast_available)
 
 
-def _pytorchs_format(x, blocks, geometries):
-    """The memory format that PyTorch's layers would give the output of the last block."""
-    channels_last = layout.is_channels_last(x)
+def _pytorchs_format(x, blocks, geometries, seen=None):
+    """The memory format that PyTorch's layers would give the output of the last block.
+
+    seen: whether they see x as channels_last, where that is not how it lies.
+    """
+    channels_last = layout.is_channels_last(x) if seen is None else seen
     for block, geometry in zip(blocks, geometries, strict=True):
         channels_last |= layout.is_channels_last(block.weight)
         transposed = block.output_padding is not None

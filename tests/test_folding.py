@@ -9,7 +9,7 @@ from oracle import assert_module, assert_same_losses
 from torch import nn
 from torch.nn.utils import parametrizations, spectral_norm
 
-from genfast import accelerate, backend, folding, functional, use_backend
+from genfast import accelerate, backend, folding, functional, padding, use_backend
 from genfast.launch import start
 from genfast.training import GANStep
 
@@ -122,7 +122,8 @@ def normalised():
 
 def padded():
     return nn.Sequential(
-        nn.Conv2d(3, 4, 3, 1, 1, padding_mode="reflect"), nn.ReLU(),
+        nn.Conv2d(3, 4, 3, 1, (1, 2), padding_mode="reflect"), nn.ReLU(),
+        nn.ReflectionPad2d((2, 0, 1, 2)), nn.Conv2d(4, 4, 3, 1, (1, 0)), nn.InstanceNorm2d(4),
         nn.Conv2d(4, 4, 3, 1, (0, 2), padding_mode="replicate"), nn.AvgPool2d(2), nn.Tanh(),
     )  # fmt: skip
 
@@ -140,7 +141,7 @@ NETWORKS = {
     downs: ((2, 3, 9, 6), [3]),
     fours: ((1, 2, 2, 1), [1]),
     normalised: ((2, 3, 2, 2), [2]),
-    padded: ((2, 3, 4, 5), [1, 1]),
+    padded: ((2, 3, 4, 5), [1, 1, 1]),
     both: ((2, 2, 4, 5), [2]),
 }
 each = pytest.mark.parametrize("make", NETWORKS, ids=lambda make: make.__name__)
@@ -155,11 +156,14 @@ each = pytest.mark.parametrize("make", NETWORKS, ids=lambda make: make.__name__)
         (fours, torch.channels_last),
         (normalised, torch.contiguous_format),
         (padded, torch.contiguous_format),
+        (padded, torch.channels_last),
         (both, torch.channels_last),
     ],
     ids=lambda value: getattr(value, "__name__", str(value)),
 )
 def test_one_chain(make, layout, device, gaining, monkeypatch):
+    # On a GPU PyTorch's gradients of reflection are added up by atomics.
+    torch.use_deterministic_algorithms(True, warn_only=True)
     shape, sizes = NETWORKS[make]
     stock = make().to(device, memory_format=layout)
     model, chained, chain = copy.deepcopy(stock), [], functional._chain
@@ -181,6 +185,7 @@ def test_one_chain(make, layout, device, gaining, monkeypatch):
 @kernels
 @pytest.mark.parametrize("make", [both, padded], ids=lambda make: make.__name__)
 def test_what_gains_nothing_runs_as_pytorch_does_it(make, device, monkeypatch):
+    torch.use_deterministic_algorithms(True, warn_only=True)
     monkeypatch.setattr(folding, "_gains", lambda *_: False)
     monkeypatch.setattr(folding, "upsampled", None)
     monkeypatch.setattr(folding, "averaged", None)
@@ -316,6 +321,10 @@ def test_left_to_pytorch(name, device):
     torch.testing.assert_close(model(x), stock(x))
 
 
+def test_upsampling_by_size_and_scale_is_pytorchs_error():
+    assert not folding.upsampling(nn.Upsample(size=(4, 6), scale_factor=2))
+
+
 @kernels
 def test_a_map_too_small_to_pool_is_pytorchs_error(device):
     model = nn.Sequential(nn.Conv2d(3, 3, 3), nn.AvgPool2d(2))
@@ -417,3 +426,20 @@ def test_a_step_trains_as_the_stock_layers_do(device, gaining, started):
     assert all(whole(gaining))
     assert "join_images" in started
     assert_same_losses(*reversed(losses))
+
+
+@pytest.mark.parametrize("sizes", [(1, 1, 1, 1), (2, 0, 1, 3)], ids=str)
+@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
+def test_reflection(sizes, layout):
+    x = torch.randn(2, 3, 4, 5, dtype=torch.float64).to(memory_format=layout).requires_grad_()
+    y = padding.reflected(x, sizes, torch.float32)
+    assert torch.equal(y, F.pad(x, sizes, mode="reflect").float())
+    assert y.is_contiguous(memory_format=torch.channels_last)
+    assert torch.autograd.grad(y.sum(), x)[0].stride() == x.stride()
+
+    def run(t):
+        return padding.reflected(t, sizes, torch.float64)
+
+    small = x.detach()[:1, :1].requires_grad_()
+    assert torch.autograd.gradcheck(run, small)
+    assert torch.autograd.gradgradcheck(run, small)

@@ -26,7 +26,7 @@ LEVELS = (
     ("functional",),
     ("operators",),
     ("autograd", "folding"),
-    ("cpu", "launch"),
+    ("cpu", "launch", "padding"),
     ("backend", "geometry", "kernels", "layout", "library", "looking", "reference", "source"),
 )
 RANK = {name: -depth for depth, names in enumerate(LEVELS) for name in names}

@@ -83,15 +83,19 @@ def _fill(t, dim, before, after):
     """Fill the two borders of a tensor along a dimension with what is to be seen in them."""
     last = t.shape[dim] - after - 1
     if before:
-        t.narrow(dim, 0, before).copy_(t.narrow(dim, before + 1, before).flip(dim))
+        t.narrow(dim, 0, before).copy_(_mirrored(t.narrow(dim, before + 1, before), dim))
     if after:
-        t.narrow(dim, last + 1, after).copy_(t.narrow(dim, last - after, after).flip(dim))
+        t.narrow(dim, last + 1, after).copy_(_mirrored(t.narrow(dim, last - after, after), dim))
 
 
 def _add(t, dim, before, after):
     """Add the gradients of the borders along a dimension to the pixels seen there."""
     first, last = before.shape[dim], after.shape[dim]
     if first:
-        t.narrow(dim, 1, first).add_(before.flip(dim))
+        t.narrow(dim, 1, first).add_(_mirrored(before, dim))
     if last:
-        t.narrow(dim, t.shape[dim] - 1 - last, last).add_(after.flip(dim))
+        t.narrow(dim, t.shape[dim] - 1 - last, last).add_(_mirrored(after, dim))
+
+
+def _mirrored(t, dim):
+    return t.flip(dim) if t.shape[dim] > 1 else t

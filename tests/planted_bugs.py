@@ -55,6 +55,13 @@ BUGS = (
         "test_folding.py::test_weights",
     ),
     Bug(
+        "the gradient of a reflection forgets the corners",
+        "genfast/padding.py",
+        "for to, given in zip([*columns, dx], [*places, dy[..., left : left + w]], strict=True):",
+        "for to, given in zip([dx], [dy[..., left : left + w]], strict=True):",
+        "test_folding.py::test_reflection",
+    ),
+    Bug(
         "an average with a hook becomes part of the convolution before it",
         "genfast/nn.py",
         "return fits and not self._why_not_fused(names[after], modules[after])",

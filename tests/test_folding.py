@@ -350,6 +350,7 @@ def test_compiled(device, gaining):
     [
         (256 * 256, (64, 16, 16), "triton", "sm_90", True),  # SNGAN's last block
         (256 * 256, (1, 4, 4), "triton", "sm_90", False),
+        (16 * 16, (4, 8, 8), "triton", "sm_90", False),  # Less than a few launches take.
         (64 * 64, (16, 32, 32), "triton", "sm_80", True),
         (256 * 256, (16, 8, 8), "cpu", None, True),
         (256 * 256, (1, 16, 16), "cpu", None, False),  # 256 pixels pay for no weight.

@@ -286,7 +286,7 @@ def gains_on_cpu(conv, a, padding, x):
     """
     if a is None:
         return x.numel() >= _LEAST_PADDED
-    if a.upsample == a.pool == 1 or a.pad is not None:
+    if a.upsample == a.pool == 1:
         return False
     return _gains(
         a, x, cpu.autocast_dtype(x), "cpu", tuple(x.shape[2:]), conv.in_channels,

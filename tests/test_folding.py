@@ -11,6 +11,7 @@ from torch.nn.utils import parametrizations, spectral_norm
 
 from genfast import accelerate, backend, folding, functional, padding, use_backend
 from genfast.launch import start
+from genfast.layout import is_channels_last
 from genfast.training import GANStep
 
 kernels = pytest.mark.kernels
@@ -28,13 +29,13 @@ LAYOUTS = (torch.contiguous_format, torch.channels_last)
 @pytest.fixture
 def gaining(monkeypatch):
     """As if everything gained, whatever the sizes; the forms that blocks are given."""
-    forms, form = [], folding.form
+    forms, form, gains = [], folding.form, folding._gains
 
     def noting(*args):
         forms.append(form(*args))
         return forms[-1]
 
-    monkeypatch.setattr(folding, "_gains", lambda *_: True)
+    monkeypatch.setattr(folding, "_gains", lambda *given: gains(*given) or True)
     monkeypatch.setattr(folding, "form", noting)
     return forms
 
@@ -156,7 +157,6 @@ each = pytest.mark.parametrize("make", NETWORKS, ids=lambda make: make.__name__)
         (fours, torch.channels_last),
         (normalised, torch.contiguous_format),
         (padded, torch.contiguous_format),
-        (padded, torch.channels_last),
         (both, torch.channels_last),
     ],
     ids=lambda value: getattr(value, "__name__", str(value)),
@@ -183,16 +183,14 @@ def test_one_chain(make, layout, device, gaining, monkeypatch):
 
 
 @kernels
-@pytest.mark.parametrize("make", [both, padded], ids=lambda make: make.__name__)
-def test_what_gains_nothing_runs_as_pytorch_does_it(make, device, monkeypatch):
-    torch.use_deterministic_algorithms(True, warn_only=True)
+def test_what_gains_nothing_runs_as_pytorch_does_it(device, monkeypatch):
     monkeypatch.setattr(folding, "_gains", lambda *_: False)
     monkeypatch.setattr(folding, "upsampled", None)
     monkeypatch.setattr(folding, "averaged", None)
-    stock = make().to(device)
+    stock = both().to(device)
     model = copy.deepcopy(stock)
     accelerate(model)
-    assert_module(model, stock, torch.randn(NETWORKS[make][0], device=device))
+    assert_module(model, stock, torch.randn(NETWORKS[both][0], device=device))
 
 
 @kernels
@@ -335,7 +333,8 @@ def test_a_map_too_small_to_pool_is_pytorchs_error(device):
 
 @kernels
 def test_compiled(device, gaining):
-    stock = both().to(device)
+    conv, pool, _, up, *others = both()
+    stock = nn.Sequential(conv, pool, up, others[0]).to(device)
     model = copy.deepcopy(stock)
     accelerate(model)
     torch._dynamo.reset()
@@ -345,27 +344,49 @@ def test_compiled(device, gaining):
     assert all(whole(gaining))
 
 
+UP, DOWN = folding.Around(upsample=2), folding.Around(pool=2)
+
+
 @pytest.mark.parametrize(
-    ("pairs", "sizes", "way", "architecture", "gains"),
+    ("around", "channels", "sizes", "architecture", "gains"),
     [
-        (256 * 256, (64, 16, 16), "triton", "sm_90", True),  # SNGAN's last block
-        (256 * 256, (1, 4, 4), "triton", "sm_90", False),
-        (16 * 16, (4, 8, 8), "triton", "sm_90", False),  # Less than a few launches take.
-        (64 * 64, (16, 32, 32), "triton", "sm_80", True),
-        (256 * 256, (16, 8, 8), "cpu", None, True),
-        (256 * 256, (1, 16, 16), "cpu", None, False),  # 256 pixels pay for no weight.
-        (16 * 16, (16, 8, 8), "cpu", None, False),
+        (UP, 256, (64, 16, 16), "sm_90", True),  # SNGAN's last block
+        (UP, 256, (1, 4, 4), "sm_90", False),
+        (UP, 16, (4, 8, 8), "sm_90", False),  # Less than a few launches take.
+        (UP, 64, (16, 32, 32), "sm_80", True),
+        (DOWN, 128, (64, 16, 16), "sm_90", True),
+        (DOWN, 128, (10**6, 1, 4), "sm_90", False),  # PyTorch's error.
+        (UP, 256, (16, 8, 8), "a CPU", True),
+        (UP, 256, (1, 16, 16), "a CPU", False),  # 256 pixels pay for no weight.
+        (UP, 16, (16, 8, 8), "a CPU", False),
+        (DOWN, 8, (16, 32, 32), "a CPU", True),
+        (DOWN, 8, (8, 32, 32), "a CPU", False),
     ],
 )
-def test_where_upsampling_gains(pairs, sizes, way, architecture, gains, monkeypatch):
+def test_where_it_gains(around, channels, sizes, architecture, gains, monkeypatch):
     monkeypatch.setattr(start, "architecture", lambda _: architecture)
-    channels = int(pairs**0.5)
     images, *size = sizes
     x = torch.empty(images, 1, device="meta")
-    dtype = torch.float32 if way == "cpu" else torch.bfloat16
-    a = folding.Around(upsample=2)
-    given = (a, x, dtype, way, size, channels, channels, (3, 3), (1, 1))
+    way, dtype = "triton", torch.bfloat16
+    if architecture == "a CPU":
+        way, dtype = "cpu", torch.float32
+    given = (around, x, dtype, way, size, channels, channels, (3, 3), (1, 1))
     assert folding._gains(*given) == gains
+
+
+@kernels
+def test_reflection_is_the_kernels_own_format(device, monkeypatch):
+    model = padded().to(device)
+    accelerate(model)
+    made, reflected = [], folding.reflected
+
+    def noting(x, **given):
+        made.append(is_channels_last(x))
+        return reflected(x, **given)
+
+    monkeypatch.setattr(folding, "reflected", noting)
+    model(torch.randn(NETWORKS[padded][0], device=device))
+    assert made == [False, True]  # What the user gave, and what a chain put out.
 
 
 @each
@@ -421,8 +442,8 @@ def test_a_step_trains_as_the_stock_layers_do(device, gaining, started):
             *networks, latent_shape=(4, 1, 1), precision="fp32", capture=False, output="logits"
         )
         torch.manual_seed(1)
-        results = [step(reals) for _ in range(2)]
-        losses.append([(result.d_loss.item(), result.g_loss.item()) for result in results])
+        result = step(reals)
+        losses.append([(result.d_loss.item(), result.g_loss.item())])
     assert gaining
     assert all(whole(gaining))
     assert "join_images" in started

@@ -7,15 +7,17 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from genfast import functional
+from genfast import folding, functional
 from genfast.nn import (
     FusedBlock,
     Run,
     begins_run,
+    has_no_state,
     is_activation,
     is_norm,
     line_of,
     may_begin_on,
+    may_lead_to_run,
     runs_undisturbed,
     why_not_fused,
 )
@@ -33,6 +35,9 @@ _MODULE_OF = {
     "tanh": nn.Tanh,
     "sigmoid": nn.Sigmoid,
 }
+# What becomes part of a convolution, likewise; only where it does so, a module stands in.
+_RESAMPLING = {F.interpolate: nn.Upsample, F.avg_pool2d: nn.AvgPool2d}
+_MODULE_OF |= _RESAMPLING
 
 
 def run(links, x, *later):
@@ -50,8 +55,9 @@ def run(links, x, *later):
     flow = _in_order(links, later)
     link = next(flow, _END)
     while link is not _END:
-        if begins_run(link) and _may_fuse(link, x):
-            layers, link = _stretch(link, flow)
+        first = _first_of_run(link)
+        if first is not None and _may_fuse(first, x):
+            layers, link = _stretch(first, flow)
             x = line_of(layers).forward(x)
         else:
             x = link(x)
@@ -80,6 +86,16 @@ def _in_order(links, later):
         yield from more()
 
 
+def _first_of_run(link):
+    """The layer that a link is, if layers that execute together may begin with it; else None."""
+    if begins_run(link):
+        return link
+    if isinstance(link, Call | nn.Module | functools.partial):
+        layer = layer_of(link)
+        return layer if may_lead_to_run(layer) else None
+    return None
+
+
 def _stretch(link, flow):
     """Layers that run without an effect on what the user's code looks up: a dict, and what follows.
 
@@ -93,7 +109,7 @@ def _stretch(link, flow):
         if layer is None or not runs_undisturbed(layer):
             return layers, link
         # The second time, a batch norm that averages cumulatively has counted the first.
-        if not is_activation(layer) and any(layer is other for other in layers.values()):
+        if not has_no_state(layer) and any(layer is other for other in layers.values()):
             return layers, link
         layers[str(len(layers))] = layer
     return layers, _END
@@ -122,15 +138,19 @@ def planned(links, name_of):
     flow = iter(links)
     link = _next(flow)
     while link is not _END:
-        if not begins_run(link):
+        first = _first_of_run(link)
+        if first is None:
             link = _next(flow)
             continue
-        reason = why_not_fused(link)
+        reason = why_not_fused(first)
+        if reason and not begins_run(first):
+            link = _next(flow)
+            continue
         if reason:
             yield Run((name_of(link),), (link,), False, reason)
             link = _next(flow)
             continue
-        layers, link = _stretch(link, flow)
+        layers, link = _stretch(first, flow)
         *runs, last = line_of(layers).plan()
         reason = ""
         if is_activation(link) or is_norm(link):
@@ -161,7 +181,7 @@ class Method:
 
 
 def layer_of(link):
-    """The module that does what a link does: itself or an activation; None if there is none."""
+    """The module that does what a link does: itself or one without state; None if there is none."""
     if isinstance(link, nn.Module):
         return link
     arguments = named = ()
@@ -177,7 +197,11 @@ def layer_of(link):
     if link not in _MODULE_OF:
         return None
     values = *arguments, *(value for _, value in named)
-    if not all(isinstance(value, bool | int | float) for value in values):
+    plain = bool | int | float
+    if link in _RESAMPLING:
+        plain |= str | None
+        values = [v for value in values for v in (value if type(value) is tuple else (value,))]
+    if not all(isinstance(value, plain) for value in values):
         return None
     # torch.compile looks through the cache, and would warn that it does.
     make = _stand_in.__wrapped__ if torch.compiler.is_compiling() else _stand_in
@@ -187,6 +211,9 @@ def layer_of(link):
 @functools.lru_cache(typed=True)
 def _stand_in(function, arguments, named):
     try:
-        return _MODULE_OF[function](*arguments, **dict(named))
-    except TypeError:  # PyTorch's function will say what is wrong.
+        layer = _MODULE_OF[function](*arguments, **dict(named))
+    except (TypeError, ValueError):  # PyTorch's function will say what is wrong.
         return None
+    if function in _RESAMPLING and not (folding.upsampling(layer) or folding.pooling(layer)):
+        return None
+    return layer

@@ -11,7 +11,7 @@ from torch import nn
 from genfast import calls, functional, networks
 from genfast.backend import selected_backend
 from genfast.launch import start
-from genfast.nn import FusedBlock, FusedSequential, begins_run, is_activation
+from genfast.nn import FusedBlock, FusedSequential, begins_run, has_no_state
 
 
 @dataclass(frozen=True)
@@ -98,7 +98,7 @@ def accelerate(model, *, channels_last=False):
     `nn.Sequential`s changes, and that of modules that call convolutions in methods of their own
     (see `genfast.rewriting`), nothing else. Layers with a hook or with a setting that the kernels
     do not know run as PyTorch runs them, and so does a layer that appears at several places, if it
-    is a child of an `nn.Sequential` and no activation.
+    is a child of an `nn.Sequential` and has parameters.
 
     Args:
         model: any `nn.Module`.
@@ -129,7 +129,7 @@ def accelerate(model, *, channels_last=False):
             module.unfusable = {
                 name: f"it also appears as {_other(paths[id(child)])}"
                 for name, child in module._modules.items()
-                if len(paths[id(child)]) > len(paths[id(module)]) and not is_activation(child)
+                if len(paths[id(child)]) > len(paths[id(module)]) and not has_no_state(child)
             }
     entries, reason = list(_entries(model)), _why_nothing_runs(model)
     weights = {e.name: model.get_submodule(e.name)._parameters for e in entries if e.fused}
@@ -250,7 +250,7 @@ def _seen_calls(model, names):
                     callers.setdefault(id(link), path)
             if networks.original_of(type(module)):
                 for run in calls.planned(links, lambda m: names.get(id(m), "")):
-                    planned[id(calls.convolution_of(run.modules[0]))].append((path, run))
+                    planned[id(calls.convolution_of(run.main))].append((path, run))
     return planned, callers
 
 

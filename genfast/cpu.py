@@ -56,12 +56,12 @@ def may_gain(layer, x):
     kernel_size, padding = layer.kernel_size, layer.padding
     covered = (1, 1) if layer.transposed else kernel_size
     # Of every layer, so first what rules out most of them.
-    bfloat16_pays = has_bfloat16() and _bfloat16_pays(_autocast_dtype(x))
+    bfloat16_pays = has_bfloat16() and _bfloat16_pays(autocast_dtype(x))
     if not bfloat16_pays and x.size(-1) != covered[1]:
         return False
     size = x.shape[2:]
     if size == covered and padding in ((0, 0), "valid") and not any(layer.output_padding):
-        return bfloat16_pays or _products_pay(_autocast_dtype(x))
+        return bfloat16_pays or _products_pay(autocast_dtype(x))
     if not bfloat16_pays:
         return False
     if isinstance(padding, str):
@@ -76,7 +76,7 @@ def may_gain(layer, x):
     return _has_few_pixels(geometry) or _has_few_phases(c_big, geometry)
 
 
-def _autocast_dtype(x):
+def autocast_dtype(x):
     """What convolutions of `x` compute in: autocast's dtype where it is on, else that of `x`."""
     return torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x.dtype
 

@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import torch
 
-from genfast import autograd, cpu, layout, operators, reference
+from genfast import autograd, cpu, folding, layout, operators, reference
 from genfast.backend import INTERPRETING, selected_backend, why_device_cannot_run_triton
 from genfast.geometry import ConvGeometry, pair
 from genfast.launch import from_image, tape
@@ -242,7 +242,7 @@ class Block(NamedTuple):
     """A block of a `chain`: the arguments of `conv_block` that belong to it.
 
     With an `output_padding` it is a `conv_transpose_block`. `batch_norm` is a `reference.Norm`, or
-    None for none.
+    None for none. `around` is a `folding.Around` of a `conv_block`, then with a pair as padding.
     """
 
     weight: torch.Tensor
@@ -254,6 +254,7 @@ class Block(NamedTuple):
     activation: str
     negative_slope: float
     inplace: bool = False
+    around: folding.Around | None = None
 
     @property
     def vectors(self):
@@ -284,8 +285,89 @@ def chain(x, blocks, memory_format=None):
         The last block's output.
 
     Raises:
-        As `conv_block`, before anything is computed.
+        As `conv_block`, before anything is computed; but blocks with something around are looked at
+        in their turn.
     """
+    if all([block.around is None for block in blocks]):
+        return _chain(x, blocks, memory_format)
+    return _with_what_is_around(x, blocks)
+
+
+def _with_what_is_around(x, blocks):
+    """As `chain`: what cannot be part of a convolution, or gains nothing so, parts the chain.
+
+    Within, memory stays channels_last on the kernels, whatever PyTorch's layers would make of it.
+    """
+    line, seen = [], layout.is_channels_last(x)  # As those layers see x.
+    for block in blocks:
+        if block.around is None:
+            line.append(block)
+            continue
+        way, (before, block, after) = form_of(x, line, block)
+        if before is not None:
+            if line and way == "triton":
+                seen = _pytorchs_format(x, line, _geometries(x, line), seen) == torch.channels_last
+                x = _chain(x, line, torch.channels_last)
+            elif line:
+                x = _chain_seen(x, line, seen)
+                seen = layout.is_channels_last(x)
+            x, line = before(x), []
+        if after is None:
+            line.append(block)
+            continue
+        plain = block._replace(batch_norm=None, activation="identity", inplace=False)
+        x = after(_chain_seen(x, [*line, plain], seen))
+        line, seen = [], layout.is_channels_last(x)
+        if block.batch_norm is not None:
+            n = Normalization(block.batch_norm, block.activation, block.negative_slope)
+            x = normalize(x, n)
+        elif block.activation != "identity":
+            x = reference.activate(
+                x, block.activation, block.negative_slope,
+                inplace=block.inplace or block.activation != "leaky_relu",
+            )  # fmt: skip
+    return _chain_seen(x, line, seen) if line else x
+
+
+def _chain_seen(x, blocks, seen):
+    """`_chain` of what PyTorch's layers would see as channels_last, or not, in its stead."""
+    if seen == layout.is_channels_last(x):
+        return _chain(x, blocks)
+    return _chain(x, blocks, _pytorchs_format(x, blocks, _geometries(x, blocks), seen))
+
+
+def _geometries(x, blocks):
+    """The `ConvGeometry` of each block, one after the other."""
+    size, found = tuple(x.shape[2:]), []
+    for b in blocks:
+        stride, padding = pair(b.stride, "stride"), pair(b.padding, "padding")
+        given = size, tuple(b.weight.shape[2:]), stride, padding
+        if b.output_padding is None:
+            found.append(ConvGeometry.conv(*given))
+            size = found[-1].small
+        else:
+            output_padding = pair(b.output_padding, "output_padding")
+            found.append(ConvGeometry.conv_transpose(*given, output_padding))
+            size = found[-1].big
+    return found
+
+
+def form_of(x, line, block):
+    """What runs a block that follows those of a line, which takes x; and its `folding.Form`."""
+    way = implementation(
+        x, block.weight, *block.vectors.values(), activation=block.activation,
+        negative_slope=block.negative_slope,
+    )  # fmt: skip
+    size = tuple(x.shape[2:])
+    if line:
+        transposed, last = line[-1].output_padding is not None, _geometries(x, line)[-1]
+        size = last.big if transposed else last.small
+    dtype = x.dtype if x.dtype == torch.float64 else autocast_dtype(x.device) or x.dtype
+    return way, folding.form(block, way, x, dtype, size)
+
+
+def _chain(x, blocks, memory_format=None):
+    """`chain` of blocks with nothing around."""
     x, blocks = _autocast(x, blocks)
     plan = _plan_of(x, blocks, memory_format)
     if len(plan.ways) > 1:
@@ -368,7 +450,7 @@ def _key_of(x, blocks, memory_format):
     found = [selected_backend(), memory_format, torch._C._are_functorch_transforms_active()]
     tensors = [x]
     for block in blocks:
-        _, _, stride, padding, output_padding, n, activation, negative_slope, inplace = block
+        _, _, stride, padding, output_padding, n, activation, negative_slope, inplace, _ = block
         found += stride, padding, output_padding, activation, negative_slope, inplace
         if n is not None:
             momentum = None if isinstance(n.momentum, torch.Tensor) else n.momentum
@@ -606,9 +688,12 @@ def autocast_dtype(device):
 _has_autocast = functools.cache(torch.amp.is_autocast_available)
 
 
-def _pytorchs_format(x, blocks, geometries):
-    """The memory format that PyTorch's layers would give the output of the last block."""
-    channels_last = layout.is_channels_last(x)
+def _pytorchs_format(x, blocks, geometries, seen=None):
+    """The memory format that PyTorch's layers would give the output of the last block.
+
+    seen: whether they see x as channels_last, where that is not how it lies.
+    """
+    channels_last = layout.is_channels_last(x) if seen is None else seen
     for block, geometry in zip(blocks, geometries, strict=True):
         channels_last |= layout.is_channels_last(block.weight)
         transposed = block.output_padding is not None

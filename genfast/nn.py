@@ -16,7 +16,7 @@ from torch.nn.utils import parametrize
 from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 
-from genfast import cpu, functional, layout, reference
+from genfast import cpu, folding, functional, layout, reference
 from genfast.backend import kernels_run_on_cpu, selected_backend
 
 _ACTIVATIONS = {
@@ -34,21 +34,24 @@ _DIMENSIONS = {
     nn.InstanceNorm2d: (4,),
     nn.GroupNorm: (2, 3, 4),
 }
-_FUSED = {*_CONVOLUTIONS, *_DIMENSIONS, *_ACTIVATIONS}
+_FUSED = {*_CONVOLUTIONS, *_DIMENSIONS, *_ACTIVATIONS, *folding.LAYERS}
+_TRAILING = tuple(folding.TRAILING)
 # Forward pre-hooks of PyTorch's own that set a weight and look at nothing else.
 _WEIGHT_SETTERS = {SpectralNorm, WeightNorm}
 
 
-def block_of(conv, norm, activation, negative_slope, inplace=False):
+def block_of(conv, norm, activation, negative_slope, inplace=False, leading=(), trailing=()):
     """A stock convolution, an optional stock norm and an activation: a `functional.Block`.
 
     A weight that is made anew for each forward, as spectral norm does, is made here, once.
 
     Args:
-        conv: `nn.Conv2d` or `nn.ConvTranspose2d` without groups or dilation, zero padding.
+        conv: `nn.Conv2d` or `nn.ConvTranspose2d` without groups or dilation.
         norm: `nn.BatchNorm2d`, whose statistics and counter move as in its own forward,
             `nn.InstanceNorm2d`, `nn.GroupNorm` or None.
         activation, negative_slope, inplace: as in `functional.conv_block`.
+        leading, trailing: layers before and after the convolution that are to be a part of it, as
+            `folding.leads` and `folding.trails` allow.
     """
     transposed = isinstance(conv, nn.ConvTranspose2d)
     for set_weight in conv._forward_pre_hooks.values():
@@ -57,12 +60,13 @@ def block_of(conv, norm, activation, negative_slope, inplace=False):
         conv.weight,
         conv.bias,
         conv.stride,
-        conv.padding if transposed else _explicit_padding(conv),
+        conv.padding if transposed else folding.padding_of(conv, leading),
         conv.output_padding if transposed else None,
         None if norm is None else _norm_of(norm, _groups_of(norm)),
         activation,
         negative_slope,
         inplace,
+        None if transposed else folding.around(conv, leading, trailing),
     )
 
 
@@ -136,7 +140,9 @@ def _why_conv_not_fused(conv):
     if conv.dilation != (1, 1):
         return f"it has dilation {conv.dilation}"
     if conv.padding_mode != "zeros":
-        return f"it pads with {conv.padding_mode}"
+        # Of a circular pad PyTorch makes contiguous memory, whatever it was.
+        circular = conv.padding_mode == "circular"
+        return "it pads with circular" if circular else None
     if conv.padding == "same" and any(k % 2 == 0 for k in conv.kernel_size):
         return "it pads one side more than the other"
     return None
@@ -210,14 +216,6 @@ def _norm_of(norm, groups):
         norm.weight, norm.bias, running_mean, running_var, counter, norm.training, momentum,
         norm.eps, groups,
     )  # fmt: skip
-
-
-def _explicit_padding(conv):
-    if conv.padding == "valid":
-        return 0
-    if conv.padding == "same":
-        return tuple(k // 2 for k in conv.kernel_size)
-    return conv.padding
 
 
 class FusedBlock(nn.Module):
@@ -359,6 +357,9 @@ class Run(NamedTuple):
     fused: whether they run as one operation.
     reason: why a convolution or norm does not fuse, or why the norm or activation after it stays
         out; else empty.
+
+    Nearest upsampling and zeros that become part of a convolution come before it, the average
+    pooling that does comes after it: see `genfast.folding`.
     """
 
     names: tuple[str, ...]
@@ -377,23 +378,48 @@ class Run(NamedTuple):
         return next((m for m in self.modules if isinstance(m, tuple(_DIMENSIONS))), None)
 
     @property
+    def main(self):
+        """Its convolution or block, else its norm, else its only module."""
+        return self.modules[self._lead]
+
+    @property
     def is_block(self):
-        """Whether it begins with a convolution; else, if it is fused, with a norm."""
-        return isinstance(self.modules[0], _FIRST_OF_A_BLOCK)
+        """Whether it is that of a convolution; else, if it is fused, it begins with a norm."""
+        return isinstance(self.main, _FIRST_OF_A_BLOCK)
 
     def block(self, inplace=False):
         """What it runs as, a `functional.Block`. `inplace`: nobody but what runs next sees it."""
-        conv, last = self.modules[0], self.modules[-1]
+        lead, last = self._lead, self.modules[-1]
+        conv, leading, following = self.modules[lead], self.modules[:lead], self.modules[lead + 1 :]
         if isinstance(conv, FusedBlock):
             block = conv.block()
             return block._replace(inplace=block.inplace or inplace)
         inplace = inplace or getattr(last, "inplace", False)
-        return block_of(conv, self.norm, *self._activation, inplace)
+        trailing = tuple(m for m in following if isinstance(m, _TRAILING))
+        return block_of(conv, self.norm, *self._activation, inplace, leading, trailing)
+
+    def gains_on_cpu(self, x):
+        """Whether it gains on a CPU where no kernel runs, of a convolution that takes x."""
+        conv, leading = self.main, self.modules[: self._lead]
+        trailing = tuple(m for m in self.modules if isinstance(m, _TRAILING))
+        if not leading and cpu.may_gain(_convolution_of(conv), x):
+            return True
+        if not leading and not trailing:
+            return False
+        found = folding.around(conv, leading, trailing)
+        return folding.gains_on_cpu(conv, found, folding.padding_of(conv, leading), x)
 
     def normalization(self):
         """What it runs as where it begins with a norm: a `functional.Normalization`."""
         norm = self.modules[0]
         return functional.Normalization(_norm_of(norm, _groups_of(norm)), *self._activation)
+
+    @property
+    def _lead(self):
+        """How many layers before its convolution are a part of it."""
+        if len(self.modules) == 1:
+            return 0
+        return sum(type(module) in folding.LEADING for module in self.modules)
 
     @property
     def _activation(self):
@@ -407,7 +433,9 @@ class FusedSequential(nn.Sequential):
     Children, parameters, state_dict keys and results are those of the `nn.Sequential` it stands
     for. Runs of `ConvTranspose2d`/`Conv2d`, then optionally `BatchNorm2d`, `InstanceNorm2d` or
     `GroupNorm`, then optionally `ReLU`, `LeakyReLU`, `Tanh` or `Sigmoid` fuse, and what follows one
-    another of these and of blocks is one chain: see `functional.chain`. On the kernels one of these
+    another of these and of blocks is one chain: see `functional.chain`. Nearest upsampling and
+    `ZeroPad2d` before, and average pooling after a convolution become part of it where that gains:
+    see `genfast.folding`. On the kernels one of these
     norms or `BatchNorm1d`, after whatever, fuses with the activation that follows. Every other
     child, and one that has a hook, a parametrisation or a setting the kernels do not know, runs as
     PyTorch runs it. That is looked up at each call, so a hook registered later counts too.
@@ -434,7 +462,7 @@ class FusedSequential(nn.Sequential):
 
         while first < len(modules):
             way = "reference"
-            if isinstance(modules[first], _FIRST_OF_A_BLOCK) and _is_image(x):
+            if _may_begin_block(modules[first]) and _is_image(x):
                 way = way_of(x)
                 if way == "cpu":
                     x, first = self._on_cpu(x, first)
@@ -470,7 +498,7 @@ class FusedSequential(nn.Sequential):
         names, modules = tuple(self._modules), tuple(self._modules.values())
         while first < len(modules):
             module = modules[first]
-            if isinstance(module, _FIRST_OF_A_BLOCK) and isinstance(x, torch.Tensor):
+            if _may_begin_block(module) and isinstance(x, torch.Tensor):
                 if not x.is_cpu:
                     break
                 run = self._gaining_run(names, modules, first, x)
@@ -485,18 +513,27 @@ class FusedSequential(nn.Sequential):
         return x, first
 
     def _gaining_run(self, names, modules, first, x):
-        """The run that begins with this convolution if it gains as one operation; else None."""
-        if x.dim() != 4 or not cpu.may_gain(_convolution_of(modules[first]), x):
+        """The run that begins with this child if it gains as one operation; else None."""
+        if x.dim() != 4 or x.is_complex():
+            return None
+        layer, after = _convolution_of(modules[first]), first + 1
+        leads = may_lead_to_run(layer)
+        # Of most convolutions these looks are all.
+        with_more = leads or (after < len(modules) and isinstance(modules[after], _TRAILING))
+        may_gain = with_more and folding.may_gain_on_cpu(layer, x)
+        if not may_gain and (leads or not cpu.may_gain(layer, x)):
             return None
         run = self._run_at(names, modules, first)
-        return run if run.fused and functional.implementation(x) == "cpu" else None
+        if not run.fused or not run.is_block or functional.implementation(x) != "cpu":
+            return None
+        return run if run.gains_on_cpu(x) else None
 
     def _goes_on_channels_last(self, first):
         """Whether the child of this number begins a run that is channels_last, whatever x is."""
         run = next(self._runs(first), None)
         if run is None or not (run.fused and run.is_block):
             return False
-        return layout.is_channels_last(_convolution_of(run.modules[0]).weight)
+        return layout.is_channels_last(_convolution_of(run.main).weight)
 
     def _runs(self, first=0):
         """`plan` from the child of this number on, each `Run` looked up as it is asked for."""
@@ -512,19 +549,48 @@ class FusedSequential(nn.Sequential):
 
     def _run_at(self, names, modules, first):
         """The run that begins with this child."""
-        end, reason = first + 1, ""
-        alone = isinstance(modules[first], tuple(_DIMENSIONS))
-        begins = alone or isinstance(modules[first], _FIRST_OF_A_BLOCK)
+        main = self._main_of(names, modules, first)
+        end, reason = main + 1, ""
+        alone = isinstance(modules[main], tuple(_DIMENSIONS))
+        begins = alone or isinstance(modules[main], _FIRST_OF_A_BLOCK)
         if begins:
-            reason = self._why_not_fused(names[first], modules[first])
+            reason = self._why_not_fused(names[main], modules[main])
         fused = begins and not reason
-        if fused and not isinstance(modules[first], FusedBlock):
+        if fused and not isinstance(modules[main], FusedBlock):
             followers = (tuple(_ACTIVATIONS),) if alone else (_NORMS, tuple(_ACTIVATIONS))
-            end, reason = self._end_of_run(names, modules, first, followers)
+            last = main
+            if not alone and self._is_trailed(names, modules, first, main):
+                last += 1
+            end, reason = self._end_of_run(names, modules, last, followers)
         return Run(names[first:end], modules[first:end], fused, reason)
 
+    def _main_of(self, names, modules, first):
+        """The number of the child that the run of this one is named after, mostly itself.
+
+        It is the convolution to which layers lead that become part of it.
+        """
+        main = first
+        while main < len(modules) and type(modules[main]) in folding.LEADING:
+            main += 1
+        if main in (first, len(modules)) or not isinstance(modules[main], _CONVOLUTIONS):
+            return first
+        numbers = range(first, main + 1)
+        if any(self._why_not_fused(names[i], modules[i]) for i in numbers):
+            return first
+        return main if folding.leads(modules[first:main], modules[main]) else first
+
+    def _is_trailed(self, names, modules, first, main):
+        """Whether the child after a convolution that fuses becomes part of it."""
+        after = main + 1
+        if after == len(modules) or not isinstance(modules[after], _TRAILING):
+            return False
+        if any(folding.upsampling(m) for m in modules[first:main]):
+            return False
+        fits = folding.trails(modules[after], modules[main])
+        return fits and not self._why_not_fused(names[after], modules[after])
+
     def _end_of_run(self, names, modules, first, followers):
-        """Where what runs with the first child ends; why a norm or activation stays out.
+        """Where what runs with this child ends; why a norm or activation stays out.
 
         followers: of each layer that may follow, the kinds.
         """
@@ -542,6 +608,16 @@ class FusedSequential(nn.Sequential):
         return self.unfusable.get(name) or why_not_fused(module)
 
 
+def _may_begin_block(layer):
+    """Whether a run of a convolution may begin with this layer, by its kind."""
+    return isinstance(layer, _FIRST_OF_A_BLOCK) or may_lead_to_run(layer)
+
+
+def may_lead_to_run(layer):
+    """Whether it may become part of the convolution after it, by its kind."""
+    return type(layer) in folding.LEADING
+
+
 def begins_run(layer):
     """Whether a run of layers that execute together may begin with this one, by its kind."""
     return isinstance(layer, _BEGINNING)
@@ -552,11 +628,14 @@ def may_begin_on(layer, x):
     # What has a type of its own is left to PyTorch; isinstance would take longer.
     if type(x) not in (torch.Tensor, nn.Parameter):
         return False
-    convolves = isinstance(layer, _FIRST_OF_A_BLOCK)
+    convolves = _may_begin_block(layer)
     if not (x.dim() == 4 if convolves else _fits_norm(layer, x)):
         return False
     if x.is_cpu and not kernels_run_on_cpu():
-        return convolves and cpu.may_gain(_convolution_of(layer), x)
+        if not convolves:
+            return False
+        layer, leads = _convolution_of(layer), may_lead_to_run(layer)
+        return folding.may_gain_on_cpu(layer, x) or (not leads and cpu.may_gain(layer, x))
     return True
 
 
@@ -589,6 +668,11 @@ def line_of(layers):
     line = FusedSequential.__new__(FusedSequential)
     vars(line)["_modules"] = layers
     return line
+
+
+def has_no_state(layer):
+    """Whether it is one of PyTorch's layers that fuse and hold nothing, whatever its place."""
+    return type(layer) in _ACTIVATIONS or type(layer) in folding.LAYERS
 
 
 def is_activation(layer):

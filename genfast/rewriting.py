@@ -26,8 +26,11 @@ from genfast.calls import Call, Method, run
 from genfast.looking import Chain, Part, is_look
 from genfast.source import SCOPES, source_of
 
-# How activations as functions and methods of tensors are written; what a name is, a call looks up.
-_FUNCTIONS, _METHODS = {"relu", "leaky_relu", "tanh", "sigmoid"}, {"relu", "tanh", "sigmoid"}
+# How functions and methods of tensors that layers fuse with are written; what a name is, a call
+# looks up. The leading ones are part of a convolution that is called with their result.
+_LEADING = {"interpolate"}
+_FUNCTIONS = {"relu", "leaky_relu", "tanh", "sigmoid", "avg_pool2d", *_LEADING}
+_METHODS = {"relu", "tanh", "sigmoid"}
 _RUN, _CALL, _METHOD = "__genfast_run__", "__genfast_call__", "__genfast_method__"
 _GIVEN = {_RUN: run, _CALL: Call, _METHOD: Method}
 
@@ -198,7 +201,7 @@ class _Rewriter:
         """Where the statements that merge with this one end, and the one that stands for them."""
         start, parts, later = statements[first], [], []
         if isinstance(start, ast.Assign) and self._is_variable(start.targets):
-            links, inner = self._links(start.value)
+            links, inner = self._links(start.value, goes_on=True)
             if not links:
                 return first, None
             parts.append(Part(links))
@@ -320,10 +323,11 @@ class _Rewriter:
                     within += Counter(n.id for n in ast.walk(statement) if isinstance(n, ast.Name))
         return within[name] != self._loads[name]
 
-    def _links(self, node, started=False):
+    def _links(self, node, started=False, goes_on=False):
         """The links of a chain of calls, the first one first, and what that one takes.
 
         started: whether the chain goes on with layers before it, so that functions alone count.
+        goes_on: whether layers may follow, so that a leading function alone counts.
         """
         links = []
         while True:
@@ -335,10 +339,17 @@ class _Rewriter:
         inner, links = node, links[::-1]
         if started:
             return [expression for expression, _, _ in links], inner
-        # PyTorch's functions alone are no chain, and before a layer they are none of its.
-        while links and not links[0][1]:
+        # PyTorch's functions alone are no chain, and before a layer most are none of its.
+        while links and not links[0][1] and not self._leads(links, goes_on):
             inner = links.pop(0)[2]
         return [expression for expression, _, _ in links], inner
+
+    def _leads(self, links, goes_on):
+        """Whether the first of these links is a function that may be part of a layer after it."""
+        (_, _, call), *others = links
+        if _last_name(call.func) not in _LEADING:
+            return False
+        return others[0][1] if others else goes_on
 
     def _link(self, node):
         """(expression of the callable, whether it may be a layer, the call), and what it takes."""

@@ -50,6 +50,27 @@ NORMS = "test_norms.py::test_alone"
 COMPILED = "test_compile.py::test_compiled_networks_are_the_eager_ones"
 BUGS = (
     Bug(
+        "the weight that upsamples first is not turned",
+        "genfast/folding.py",
+        "summed.transpose(0, 1).flip(2, 3)",
+        "summed.transpose(0, 1)",
+        "test_folding.py::test_weights",
+    ),
+    Bug(
+        "the gradient of a reflection forgets the corners",
+        "genfast/padding.py",
+        "for to, given in zip([*columns, dx], [*places, dy[..., left : left + w]], strict=True):",
+        "for to, given in zip([dx], [dy[..., left : left + w]], strict=True):",
+        "test_folding.py::test_reflection",
+    ),
+    Bug(
+        "an average with a hook becomes part of the convolution before it",
+        "genfast/nn.py",
+        "return fits and not self._why_not_fused(names[after], modules[after])",
+        "return fits",
+        "test_folding.py::test_left_to_pytorch",
+    ),
+    Bug(
         "every group of contiguous images starts with the first",
         "kernels/norm.py",
         "image = tl.cast(group, tl.int64) * images + in_bounds(image, image < images)",
@@ -810,7 +831,7 @@ BUGS = (
     Bug(
         "where bfloat16 pays, float32 layers too go through the checks of a block",
         "genfast/cpu.py",
-        "bfloat16_pays = has_bfloat16() and _bfloat16_pays(_autocast_dtype(x))",
+        "bfloat16_pays = has_bfloat16() and _bfloat16_pays(autocast_dtype(x))",
         "bfloat16_pays = has_bfloat16()",
         "test_cpu.py::test_layers_that_gain_nothing_are_called_themselves",
     ),

@@ -25,8 +25,8 @@ LEVELS = (
     ("nn",),
     ("functional",),
     ("operators",),
-    ("autograd",),
-    ("cpu", "launch"),
+    ("autograd", "folding"),
+    ("cpu", "launch", "padding"),
     ("backend", "geometry", "kernels", "layout", "library", "looking", "reference", "source"),
 )
 RANK = {name: -depth for depth, names in enumerate(LEVELS) for name in names}

@@ -204,7 +204,7 @@ UNFUSED = {
     "Doubled": lambda: Doubled(3, 3, 3, 1, 1),
     "groups": lambda: nn.Conv2d(3, 3, 3, 1, 1, groups=3),
     "dilation": lambda: nn.Conv2d(3, 3, 3, 1, 2, dilation=2),
-    "reflect": lambda: nn.Conv2d(3, 3, 3, 1, 1, padding_mode="reflect"),
+    "circular": lambda: nn.Conv2d(3, 3, 3, 1, 1, padding_mode="circular"),
     # The older spectral norm is a hook of PyTorch's own; this one has another one beside it.
     "a hook": lambda: hooked(spectral_norm(nn.Conv2d(3, 3, 3, 1, 1))),
     "has a hook": lambda: hooked_before(spectral_norm(nn.Conv2d(3, 3, 3, 1, 1))),

@@ -41,6 +41,10 @@ def joined(discriminator, reals, fakes, pixel_range):
             return None  # The layer will raise an error.
     if not {dtype, block.weight.dtype, fakes.dtype, reals.dtype} - {torch.uint8} <= _DTYPES:
         return None
+    if block.around is not None:
+        _, (before, block, _) = functional.form_of(fakes, [], block)
+        if before is not None:
+            return None  # The images meet something else first.
     vectors = [t for t in block.vectors.values() if t is not None]
     if functional.implementation(fakes, reals, block.weight, *vectors) != "triton":
         return None

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from genfast import calls, functional, networks
+from genfast import calls, functional, networks, opening
 from genfast.backend import selected_backend
 from genfast.launch import start
 from genfast.nn import FusedBlock, FusedSequential, begins_run, is_activation
@@ -117,11 +117,12 @@ def accelerate(model, *, channels_last=False):
         # Not `model.to`, which refuses a model with 3-d convolutions.
         model._apply(lambda t: t.to(memory_format=torch.channels_last) if t.dim() == 4 else t)
     paths = _paths(model)
-    for module in list(model.modules()):
+    # From the inside: what a module calls may open then.
+    for module in reversed(list(model.modules())):
         if _can_swap(module):
             module._genfast_original = type(module)
             module.__class__ = _fused_class(type(module))
-        elif _calls_what_fuses(module):
+        elif _calls_what_fuses(module, is_called=module is not model):
             # Not for a class whose instances are laid out otherwise, in C or by __slots__.
             with suppress(TypeError):
                 module.__class__ = networks.network_of(type(module)).rewritten
@@ -160,14 +161,23 @@ def _can_swap(module):
     return type(module).forward is nn.Sequential.forward and "forward" not in vars(module)
 
 
-def _calls_what_fuses(module):
-    """Whether a module, not rewritten yet, is seen to call such layers in a method of its own."""
+def _calls_what_fuses(module, is_called):
+    """Whether a module, not rewritten yet, is seen to call such layers in a method of its own.
+
+    is_called: by another one, which what it calls may run together with.
+    """
     if isinstance(module, torch.jit.ScriptModule) or networks.original_of(type(module)):
         return False
     network = networks.network_of(type(module))
     if network.rewritten is None:
         return False
-    return any(any(map(begins_run, links)) for links in _calls(module))
+    for links in _calls(module):
+        # Alone, a container needs nobody else to run what it holds.
+        if any(map(begins_run, links)) or (
+            (is_called or len(links) > 1) and any(map(begins_run, opening.in_order(links)))
+        ):
+            return True
+    return False
 
 
 def _calls(module):

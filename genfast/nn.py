@@ -18,6 +18,7 @@ from torch.nn.utils.weight_norm import WeightNorm
 
 from genfast import cpu, functional, layout, reference
 from genfast.backend import kernels_run_on_cpu, selected_backend
+from genfast.opening import has_hook, in_order, may_open
 
 _ACTIVATIONS = {
     nn.ReLU: "relu",
@@ -110,16 +111,6 @@ def _fits_norm(module, x):
     if type(module) not in _DIMENSIONS or torch.compiler.is_compiling():
         return False  # A compiler makes one pass of PyTorch's own norm and activation too.
     return isinstance(x, torch.Tensor) and x.dim() in _DIMENSIONS[type(module)]
-
-
-def has_hook(module):
-    """Whether somebody sees what goes through this module, alone."""
-    return bool(
-        module._forward_hooks
-        or module._forward_pre_hooks
-        or module._backward_hooks
-        or module._backward_pre_hooks
-    )
 
 
 def _only_sets_its_weight(module):
@@ -421,10 +412,18 @@ class FusedSequential(nn.Sequential):
         backend = selected_backend()
         if backend == "reference":
             return super().forward(x)
-        modules = tuple(self._modules.values())
-        known, first = {}, 0
         # To ask for the implementation takes as long as a small layer: not where it is plain.
         plain = backend == "auto" and not kernels_run_on_cpu()
+        if plain and isinstance(x, torch.Tensor) and x.is_cpu:
+            return self._run(x, plain)  # There is no chain that could go on across a border.
+        for line in self._lines():
+            x = line._run(x, plain)
+        return x
+
+    def _run(self, x, plain):
+        """As `forward`, of children that do not open."""
+        modules = tuple(self._modules.values())
+        known, first = {}, 0
         if plain and isinstance(x, torch.Tensor) and x.is_cpu:
             x, first = self._on_cpu(x, first)
 
@@ -457,6 +456,33 @@ class FusedSequential(nn.Sequential):
                 x = functional.chain(x, [run.block() for run in runs])
                 first += sum(len(run.modules) for run in runs)
         return x
+
+    def _genfast_calls(self):
+        """See `opening.may_open`."""
+        opens = type(self).forward is FusedSequential.forward and not self.unfusable
+        return self._modules.values() if opens else None
+
+    def _lines(self):
+        """Lines of layers that are together what the children do, those that open opened.
+
+        Each is looked up when the one before has run. It ends where code of other people runs, in
+        which anything may happen to what follows.
+        """
+        if self.unfusable or not any(may_open(child) for child in self._modules.values()):
+            yield self
+            return
+        layers = {}
+        for layer in in_order(self._modules.values()):
+            # The second time, a batch norm that averages cumulatively has counted the first.
+            if not is_activation(layer) and any(layer is other for other in layers.values()):
+                yield line_of(layers)
+                layers = {}
+            layers[str(len(layers))] = layer
+            if not _runs_pytorchs_code(layer):
+                yield line_of(layers)
+                layers = {}
+        if layers:
+            yield line_of(layers)
 
     def _on_cpu(self, x, first):
         """Run the children from this number on, as long as x is on a CPU where no kernel runs.
@@ -577,6 +603,15 @@ def runs_undisturbed(layer):
     ):
         return True  # Most layers, at a fraction of the time.
     return not why_not_fused(layer)
+
+
+def _runs_pytorchs_code(layer):
+    """As `runs_undisturbed`, of layers that do not fuse too."""
+    if not isinstance(layer, nn.Module):
+        return False
+    if type(layer).__module__.startswith("torch.nn.modules.") and not layer._modules:
+        return "forward" not in vars(layer) and (not has_hook(layer) or runs_undisturbed(layer))
+    return runs_undisturbed(layer)
 
 
 def line_of(layers):

@@ -48,8 +48,8 @@ def run(links, x, *later):
     Returns:
         What the last one returns.
     """
-    # Where no kernel runs there is no chain that could go on across a module's border.
-    opens = kernels_run_on_cpu() or not (isinstance(x, torch.Tensor) and x.is_cpu)
+    # Else there is no chain that could go on across a module's border, or somebody traces calls.
+    opens = isinstance(x, torch.Tensor) and (kernels_run_on_cpu() or not x.is_cpu)
     flow = _in_order(links, later, opening.in_order if opens else iter)
     link = next(flow, _END)
     while link is not _END:

@@ -414,8 +414,9 @@ class FusedSequential(nn.Sequential):
             return super().forward(x)
         # To ask for the implementation takes as long as a small layer: not where it is plain.
         plain = backend == "auto" and not kernels_run_on_cpu()
-        if plain and isinstance(x, torch.Tensor) and x.is_cpu:
-            return self._run(x, plain)  # There is no chain that could go on across a border.
+        # Else there is no chain that could go on across a border, or somebody traces calls.
+        if not isinstance(x, torch.Tensor) or (plain and x.is_cpu):
+            return self._run(x, plain)
         for line in self._lines():
             x = line._run(x, plain)
         return x

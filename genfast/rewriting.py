@@ -147,7 +147,9 @@ class _Renamed(ast.NodeTransformer):
         self.name, self.other = name, other
 
     def visit_Name(self, node):
-        return ast.copy_location(ast.Name(self.other, node.ctx), node) if node.id == self.name else node
+        if node.id != self.name:
+            return node
+        return ast.copy_location(ast.Name(self.other, node.ctx), node)
 
 
 def _evaluated_first(node):

@@ -11,7 +11,7 @@ from torch import nn
 from genfast import calls, functional, networks, opening
 from genfast.backend import selected_backend
 from genfast.launch import start
-from genfast.nn import FusedBlock, FusedSequential, begins_run, is_activation
+from genfast.nn import FusedBlock, FusedSequential, begins_run
 
 
 @dataclass(frozen=True)
@@ -148,7 +148,7 @@ def accelerate(model, *, channels_last=False):
             module.unfusable = {
                 name: f"it also appears as {_other(paths[id(child)])}"
                 for name, child in module._modules.items()
-                if len(paths[id(child)]) > len(paths[id(module)]) and not is_activation(child)
+                if len(paths[id(child)]) > len(paths[id(module)]) and begins_run(child)
             }
     entries, norms_total = _entries(model)
     reason = _why_nothing_runs(model)

@@ -387,8 +387,8 @@ class _Plan(NamedTuple):
     look: object = None
 
 
-# Of what runs on the kernels, by all that was checked and decided by: on a GPU the checks of a block
-# could take longer than its kernels. So many; the oldest is forgotten.
+# Of what runs on the kernels, by all that was checked and decided by: on a GPU the checks could
+# take longer than the kernels. So many; the oldest is forgotten.
 _plans = {}
 _MOST_PLANS = 1024
 # CUDA's limit of a grid's second and third axes.

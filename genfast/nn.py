@@ -32,9 +32,11 @@ _NORMS = (nn.BatchNorm2d, nn.InstanceNorm2d, nn.GroupNorm)
 _DIMENSIONS = {
     nn.BatchNorm1d: (2, 3),
     nn.BatchNorm2d: (4,),
+    nn.InstanceNorm1d: (3,),
     nn.InstanceNorm2d: (4,),
     nn.GroupNorm: (2, 3, 4),
 }
+_INSTANCE_NORMS = (nn.InstanceNorm1d, nn.InstanceNorm2d)
 _FUSED = {*_CONVOLUTIONS, *_DIMENSIONS, *_ACTIVATIONS}
 # Forward pre-hooks of PyTorch's own that set a weight and look at nothing else.
 _WEIGHT_SETTERS = {SpectralNorm, WeightNorm}
@@ -94,7 +96,7 @@ def why_not_fused(module):
         return "its forward is replaced"
     if isinstance(module, _CONVOLUTIONS):
         return _why_conv_not_fused(module)
-    if isinstance(module, nn.InstanceNorm2d) and module.track_running_stats:
+    if isinstance(module, _INSTANCE_NORMS) and module.track_running_stats:
         return "it keeps running statistics"
     if isinstance(module, nn.LeakyReLU) and module.negative_slope < 0:
         return f"its negative slope {module.negative_slope} is below 0"
@@ -182,7 +184,7 @@ def _groups_of(norm):
 
 def _norm_of(norm, groups):
     """A stock norm's arguments, as its own forward decides on them: a `reference.Norm`."""
-    if isinstance(norm, nn.InstanceNorm2d):
+    if isinstance(norm, _INSTANCE_NORMS):
         return reference.Norm.by_image("instance", norm.weight, norm.bias, norm.eps)
     if isinstance(norm, nn.GroupNorm):
         return reference.Norm.by_image("group", norm.weight, norm.bias, norm.eps, norm.num_groups)
@@ -399,9 +401,11 @@ class FusedSequential(nn.Sequential):
     for. Runs of `ConvTranspose2d`/`Conv2d`, then optionally `BatchNorm2d`, `InstanceNorm2d` or
     `GroupNorm`, then optionally `ReLU`, `LeakyReLU`, `Tanh` or `Sigmoid` fuse, and what follows one
     another of these and of blocks is one chain: see `functional.chain`. On the kernels one of these
-    norms or `BatchNorm1d`, after whatever, fuses with the activation that follows. Every other
-    child, and one that has a hook, a parametrisation or a setting the kernels do not know, runs as
-    PyTorch runs it. That is looked up at each call, so a hook registered later counts too.
+    norms, `BatchNorm1d` or `InstanceNorm1d`, after whatever, fuses with the activation that
+    follows. A child that only calls others in order, such as another container, opens: chains go on
+    into it and out of it, see `genfast.opening`. Every other child, and one that has a hook, a
+    parametrisation or a setting the kernels do not know, runs as PyTorch runs it. That is looked up
+    at each call, so a hook registered later counts too.
     """
 
     # Children that must not fuse, by name, and why; `genfast.accelerate` sets it.

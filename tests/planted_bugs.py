@@ -811,6 +811,27 @@ BUGS = (
         "        set_weight(conv, ())\n        set_weight(conv, ())\n",
         "test_modules.py::test_spectral_norm_moves_once_a_forward",
     ),
+    Bug(
+        "a container with a hook opens",
+        "genfast/opening.py",
+        "has_hook(module)\n        or ",
+        "",
+        "test_reach.py::test_a_border_that_is_watched_is_kept",
+    ),
+    Bug(
+        "a forward that looks at its argument opens",
+        "genfast/rewriting.py",
+        "return x.id == names[1] and not any(_mentions(e, {x.id}) for e in (links, *later))",
+        "return x.id == names[1]",
+        "test_reach.py::test_which_forwards_open",
+    ),
+    Bug(
+        "a norm is checked once whatever its settings",
+        "genfast/functional.py",
+        "torch._C._are_functorch_transforms_active(), *_settings_of(n, x),",
+        "torch._C._are_functorch_transforms_active(), n.kind,",
+        "test_reach.py::test_a_norm_is_checked_once_for_what_looks_alike",
+    ),
 )
 
 

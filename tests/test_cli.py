@@ -18,6 +18,7 @@ from PIL import Image
 
 from genfast import cli
 from genfast.training.runs import demo
+from genfast.training.runs.config import prepare_resumed
 
 ROOT = Path(__file__).parents[1]
 TINY = ["--batch-size", "4", "--nz", "3", "--device", "cpu"]
@@ -87,14 +88,14 @@ def test_env(capsys):
 
 
 def test_env_says_why(monkeypatch, capsys):
-    monkeypatch.setattr(cli, "selected_backend", lambda: "auto")
-    monkeypatch.setattr(cli, "why_not_triton", lambda t: f"{t.device} is too slow")
+    monkeypatch.setattr(cli.environment, "selected_backend", lambda: "auto")
+    monkeypatch.setattr(cli.environment, "why_not_triton", lambda t: f"{t.device} is too slow")
     assert _run("env", "--device", "cpu") == 0
     assert "bfloat16   runs PyTorch, because cpu is too slow" in capsys.readouterr().out
-    monkeypatch.setattr(cli, "why_not_triton", lambda t: None)
+    monkeypatch.setattr(cli.environment, "why_not_triton", lambda t: None)
     assert _run("env", "--device", "cpu") == 0
     assert "float16    runs the Triton kernels" in capsys.readouterr().out
-    monkeypatch.setattr(cli, "selected_backend", lambda: "reference")
+    monkeypatch.setattr(cli.environment, "selected_backend", lambda: "reference")
     assert _run("env", "--device", "cpu") == 0
     assert "because the backend 'reference' was asked for" in capsys.readouterr().out
 
@@ -131,7 +132,10 @@ def test_demo(tmp_path, monkeypatch, capsys):
             ["train", "gan", "--seed", "-1"],
             "a whole number from 0 to 9,223,372,036,854,775,807, got",
         ),
-        (["train", "gan", "--precision", "fp8"], "invalid choice: 'fp8'"),
+        (
+            ["train", "gan", "--precision", "fp8"],
+            "expected auto, fp32, tf32, bf16 or fp16, got 'fp8'",
+        ),
         (["sample", "x", "--num", "0"], "expected a whole number from 1 to 1,000,000,000, got '0'"),
         ([], "required"),
     ],
@@ -162,8 +166,8 @@ def test_bad_input_ends_in_one_sentence(tmp_path, images, capsys, monkeypatch):
 
 
 def test_a_backend_that_cannot_run(images, monkeypatch, capsys):
-    monkeypatch.setattr(cli, "selected_backend", lambda: "triton")
-    monkeypatch.setattr(cli, "why_not_triton", lambda t: "there is no GPU")
+    monkeypatch.setattr(cli.options, "selected_backend", lambda: "triton")
+    monkeypatch.setattr(cli.options, "why_not_triton", lambda t: "there is no GPU")
     error = _fails(capsys, "train", "vae", "--data", images, "--device", "cpu")
     assert "GENFAST_BACKEND=triton asks, but there is no GPU" in error
 
@@ -290,7 +294,7 @@ def test_a_stopped_run_resumes_with_the_losses_of_an_uninterrupted_one(
     process.send_signal(signal_number)
     error = process.communicate(timeout=60)[1]
 
-    steps = cli.prepare_resumed("dcgan", None, {}, checkpoint) and _steps(checkpoint)
+    steps = prepare_resumed("dcgan", None, {}, checkpoint) and _steps(checkpoint)
     if signal_number == signal.SIGKILL:
         assert process.returncode == -signal.SIGKILL
     else:

@@ -14,7 +14,7 @@ import torch
 
 from genfast import cli
 from genfast.training import memory
-from genfast.training.errors import TRAIN
+from genfast.training.errors import EXTRAS
 from genfast.training.memory import limited_memory, missing_memory
 
 ROOT = Path(__file__).parents[1]
@@ -135,10 +135,11 @@ def test_an_option_in_error_takes_one_line(capsys):
         assert re.fullmatch(rf"genfast: error: {message}[^\n]*; python -m genfast .*\n", error)
 
 
-def test_the_hint_names_all_that_training_needs():
+@pytest.mark.parametrize("extra", EXTRAS)
+def test_the_hint_names_all_of_an_extra(extra):
     setup = (ROOT / "setup.py").read_text(encoding="utf-8")
-    named = ast.literal_eval(re.search(r"^train = (\[.*\])$", setup, re.M)[1])
-    assert tuple(re.split("[<>=]", name)[0] for name in named) == TRAIN
+    named = ast.literal_eval(re.search(rf"^{extra} = (\[.*\])$", setup, re.M)[1])
+    assert tuple(re.split("[<>=]", name)[0] for name in named) == EXTRAS[extra][1]
 
 
 def _without_reader():

@@ -10,9 +10,10 @@ from PIL import Image
 from genfast import cli
 from genfast.training.errors import BadInput
 from genfast.training.runs import checkpoint, loop
-from genfast.training.runs.config import DEFAULTS, Config, build_step, check_settings, prepare
-from genfast.training.runs.rules import RULES
+from genfast.training.runs.config import Config, check_settings, prepare
+from genfast.training.runs.models import MODELS, build_step
 from genfast.training.runs.samples import sample_checkpoint
+from genfast.training.runs.settings import RULES, SETTINGS
 
 CPU = torch.device("cpu")
 GOOD = dict(
@@ -45,8 +46,8 @@ def images(tmp_path):
 
 
 def test_every_setting_has_a_rule():
-    settings = {name for names in DEFAULTS.values() for name in names}
-    assert {"image_size", *settings} == set(cli.SETTINGS)
+    settings = {name for model in MODELS.values() for name in model.defaults}
+    assert {"image_size", *settings} == SETTINGS.keys()
     assert Config.__dataclass_fields__.keys() - {"model"} == RULES.keys()
 
 

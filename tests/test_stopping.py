@@ -22,6 +22,7 @@ import torch
 from genfast import cli
 from genfast.training.runs import config, loop, loss_log
 from genfast.training.runs.checkpoint import read_checkpoint
+from genfast.training.runs.models import MODELS
 
 ROOT = Path(__file__).parents[1]
 CPU = torch.device("cpu")
@@ -236,10 +237,10 @@ def test_data_are_found_from_another_folder(tmp_path, images, monkeypatch):
     assert config.prepare("vae", "digits", {})[0].data == "digits"
 
 
-@pytest.mark.parametrize("model", config.MODELS)
+@pytest.mark.parametrize("model", MODELS)
 def test_killed_again_and_again(tmp_path, images, model):
     """One command, killed at random moments until it has come to its end."""
-    defaults = config.DEFAULTS[model]
+    defaults = MODELS[model].defaults
 
     def start(out):
         arguments = ("train", model, "--data", images, "--out", out, *SMALL, "--epochs", 4)

@@ -1,93 +1,41 @@
-"""What a run is made of: its settings, their defaults for each model, and the step they build."""
+"""What a run is made of: its settings, settled from what was given, the model and the images."""
 
 import os
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, field, make_dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from genfast.models import GAN, VAE, ConvVAE, DCGANDiscriminator, DCGANGenerator
 from genfast.models.dcgan import IMAGE_SIZES
 from genfast.training.data import checksum, colour, load_images, resize
 from genfast.training.data.sources import DEFAULT_SIZES
 from genfast.training.errors import BadInput
 from genfast.training.runs.checkpoint import read_checkpoint
-from genfast.training.runs.rules import RULES, shown
-from genfast.training.steps import GANStep, VAEStep, adam
-
-_COMMON = dict(seed=0, precision="auto", background="white")
-_OF_GANS = dict(loss="non-saturating", ema=None, **_COMMON)
-# Learning rates, betas and widths are those of the papers and of PyTorch's public examples. A model
-# has the settings named here and no other.
-DEFAULTS = {
-    "gan": dict(batch_size=64, epochs=50, lr=2e-4, beta1=0.5, nz=100, **_OF_GANS),
-    "dcgan": dict(batch_size=64, epochs=25, lr=2e-4, beta1=0.5, nz=100, ngf=64, ndf=64, **_OF_GANS),
-    "vae": dict(batch_size=128, epochs=25, lr=1e-3, beta1=0.9, nz=20, **_COMMON),
-    "conv-vae": dict(batch_size=128, epochs=25, lr=1e-3, beta1=0.9, nz=32, ngf=32, **_COMMON),
-}
-# The digits are few and simple: more epochs, smaller images and latents, narrower networks.
-DIGITS_DEFAULTS = {
-    "gan": dict(image_size=16, epochs=150),
-    "dcgan": dict(image_size=32, epochs=80, lr=5e-4, nz=20, ngf=32, ndf=16),
-    "vae": dict(image_size=16, batch_size=64, epochs=150, nz=10),
-    "conv-vae": dict(image_size=16, batch_size=64, epochs=60, nz=10),
-}
-MODELS = tuple(DEFAULTS)
-# Networks of convolutions halve the image down to 4 pixels; perceptrons take any size.
-CONVOLUTIONAL = ("dcgan", "conv-vae")
-# Settings that runs begun before there was a choice do not name, and what they then were.
-_ONCE = dict(loss="non-saturating")
-# What a run notes of its images, and nobody sets.
-NOTED = ("num_images", "checksum", "channels")
+from genfast.training.runs.models import MODELS
+from genfast.training.runs.rules import shown
+from genfast.training.runs.settings import NOTED, RULES, SETTINGS, option
 
 
-@dataclass(frozen=True)
-class Config:
-    """The settings of a run. `ngf`, `ndf` and `loss` are None for models that have none, `ema`
-    where no average is kept. A loss that is not named is the one there was before the choice.
-
-    `num_images` and `checksum` tell the images of a run from others. `background` is None for runs
-    begun when the transparency of images was dropped. BadInput if a setting is not what `RULES`
-    allows, or not one that the model has.
-    """
-
-    model: str
-    data: str
-    num_images: int
-    checksum: int
-    image_size: int
-    channels: int
-    batch_size: int
-    epochs: int
-    lr: float
-    beta1: float
-    nz: int
-    seed: int
-    precision: str
-    ngf: int | None = None
-    ndf: int | None = None
-    background: str | None = None
-    loss: str | None = None
-    ema: float | None = None
-
+class _Settled:
     def __post_init__(self):
         known = _settings_of(self.model)
-        for name in _ONCE.keys() & known:
-            if getattr(self, name) is None:
-                object.__setattr__(self, name, _ONCE[name])
-        settings = self.as_dict()
-        del settings["model"]
-        for name in (*NOTED, "data"):
-            _check_setting(name, settings.pop(name))
-        optional = {"ngf", "ndf", "loss"} - known | {"background", "ema"}
-        check_settings(
-            self.model, {k: v for k, v in settings.items() if v is not None or k not in optional}
-        )
+        for name in ("data", *NOTED):
+            _check_setting(name, getattr(self, name))
+        given = {}
+        for name, setting in SETTINGS.items():
+            value = getattr(self, name)
+            if value is None and name in known:
+                value = setting.once
+                object.__setattr__(self, name, value)
+            lacks = value is None and (setting.optional or name not in known)
+            if not lacks:
+                given[name] = value
+        check_settings(self.model, given)
 
     def as_dict(self):
-        """The settings as a dict of numbers and strings."""
+        """The settings as a dict of numbers, strings and None."""
         return asdict(self)
 
     @classmethod
@@ -102,6 +50,29 @@ class Config:
             ) from None
         except BadInput as error:
             raise BadInput(f"{error} in the checkpoint {path}") from None
+
+
+Config = make_dataclass(
+    "Config",
+    [
+        ("model", str),
+        ("data", str),
+        *((name, int) for name in NOTED),
+        *((name, setting.rule.kind, field(default=None)) for name, setting in SETTINGS.items()),
+    ],
+    bases=(_Settled,),
+    frozen=True,
+)
+Config.__module__ = __name__
+Config.__doc__ = """The settings of a run: those of settings.py, each an attribute.
+
+A setting is None where the model has none of that name, and where it is optional and not asked for.
+One that began after the run is what it then was.
+
+`num_images`, `checksum` and `channels` tell the images of a run from others. `background` is None
+for runs begun when the transparency of images was dropped. BadInput if a setting is not what its
+rule allows, or not one that the model has.
+"""
 
 
 def check_settings(model, given):
@@ -122,7 +93,7 @@ def check_settings(model, given):
             )
         _check_setting(name, value)
     size = given.get("image_size", IMAGE_SIZES[0])
-    if model in CONVOLUTIONAL and size not in IMAGE_SIZES:
+    if MODELS[model].convolutional and size not in IMAGE_SIZES:
         raise BadInput(
             f"expected --image-size to be a power of two from {IMAGE_SIZES[0]} to "
             f"{IMAGE_SIZES[-1]} for {model}, got {size}"
@@ -134,7 +105,7 @@ def _settings_of(model):
     """The names of the settings that a model has; BadInput if there is no such model."""
     if not (isinstance(model, str) and model in MODELS):
         raise BadInput(f"expected a model among {', '.join(MODELS)}, got {shown(model)}")
-    return {"image_size", *DEFAULTS[model]}
+    return {"image_size", *MODELS[model].defaults}
 
 
 def _check_setting(name, value):
@@ -142,11 +113,6 @@ def _check_setting(name, value):
     if not rule.allows(value):
         called = name if name in NOTED else option(name)
         raise BadInput(f"expected {called} to be {rule.expected}, got {shown(value)}")
-
-
-def option(name):
-    """A setting's name as it is written on the command line."""
-    return "--" + str(name).replace("_", "-")
 
 
 def prepare(model, data, given, out=None):
@@ -166,12 +132,13 @@ def prepare(model, data, given, out=None):
     """
     given = check_settings(model, given)
     _check_data(data)
-    settings = DEFAULTS[model] | (DIGITS_DEFAULTS[model] if data == "digits" else {})
+    kind = MODELS[model]
+    settings = kind.defaults | (kind.on_digits if data == "digits" else {})
     chosen = settings | given
     images = load_images(
         data, chosen.get("image_size"), background=chosen["background"], run_folder=out
     )
-    if model in CONVOLUTIONAL and images.shape[-1] not in IMAGE_SIZES:
+    if kind.convolutional and images.shape[-1] not in IMAGE_SIZES:
         wanted = (size for size in IMAGE_SIZES if size >= images.shape[-1])
         images = resize(images, next(wanted, IMAGE_SIZES[-1]))
     settings["batch_size"] = min(settings["batch_size"], len(images))
@@ -257,41 +224,3 @@ def check_run(config, images):
         f"expected the images that prepare gives with the settings, a uint8 tensor {shape}, "
         f"got {came}"
     )
-
-
-def build_step(config, device):
-    """The step that trains the model of these settings on this device, with fresh weights."""
-    shape = (config.channels, config.image_size, config.image_size)
-    if config.model in ("vae", "conv-vae"):
-        if config.model == "vae":
-            model = VAE(image_dim=shape[0] * shape[1] * shape[2], latent_dim=config.nz)
-        else:
-            model = ConvVAE(config.channels, config.image_size, config.nz, config.ngf)
-        model.to(device)
-        return VAEStep(
-            model,
-            optimizer=_adam(model, config),
-            precision=config.precision,
-            image_shape=shape,
-        )
-    if config.model == "gan":
-        gan = GAN(shape, config.nz)
-        generator, discriminator = gan.generator, gan.discriminator
-    else:
-        generator = DCGANGenerator(config.nz, config.ngf, config.channels, config.image_size)
-        discriminator = DCGANDiscriminator(config.channels, config.ndf, config.image_size)
-    generator.to(device)
-    discriminator.to(device)
-    return GANStep(
-        generator,
-        discriminator,
-        latent_shape=generator.latent_shape,
-        loss=config.loss,
-        ema=config.ema,
-        optimizers=(_adam(generator, config), _adam(discriminator, config)),
-        precision=config.precision,
-    )
-
-
-def _adam(module, config):
-    return adam(module, config.lr, (config.beta1, 0.999))

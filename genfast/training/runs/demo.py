@@ -8,8 +8,9 @@ from torch import nn
 
 from genfast.models import DCGANDiscriminator, DCGANGenerator
 from genfast.training.data import Batches, normalize
-from genfast.training.runs.config import build_step, prepare
+from genfast.training.runs.config import prepare
 from genfast.training.runs.loop import cudnn_setting, train
+from genfast.training.runs.models import build_step
 from genfast.training.steps.stock import StockGANStep
 
 TRAINING_SECONDS = 110

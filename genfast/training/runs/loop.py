@@ -21,10 +21,11 @@ from genfast.training.errors import BadInput, Diverged, require
 from genfast.training.files import replacing
 from genfast.training.run_files import PICTURES, SETTINGS
 from genfast.training.runs import checkpoint, folder
-from genfast.training.runs.config import build_step, check_run
+from genfast.training.runs.config import check_run
 from genfast.training.runs.devices import as_device
 from genfast.training.runs.finite import first_not_finite, refuse_not_finite
 from genfast.training.runs.loss_log import LossLog
+from genfast.training.runs.models import build_step
 from genfast.training.runs.samples import draw_noise, write_samples
 
 SAMPLES = 64

@@ -9,9 +9,10 @@ import torch
 
 from genfast.training.errors import BadInput
 from genfast.training.runs import checkpoint, pictures
-from genfast.training.runs.config import Config, build_step
+from genfast.training.runs.config import Config
 from genfast.training.runs.devices import as_device
 from genfast.training.runs.finite import refuse_not_finite
+from genfast.training.runs.models import build_step
 from genfast.training.steps.precision import resolve_precision
 
 PNG = b"\x89PNG\r\n\x1a\n"  # How every file of that format begins.

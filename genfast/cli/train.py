@@ -1,0 +1,145 @@
+"""`genfast train`: a run begins, or goes on."""
+
+import os
+import shlex
+from pathlib import Path
+
+from genfast.cli.options import (
+    add_device,
+    check_precision,
+    checkpoint_file,
+    of_rule,
+    working_device,
+)
+from genfast.cli.streams import tell
+from genfast.training.errors import BadInput
+from genfast.training.runs import folder
+from genfast.training.runs.checkpoint import NAME as CHECKPOINT_NAME
+from genfast.training.runs.config import prepare, prepare_resumed
+from genfast.training.runs.loop import CHECKPOINT_SECONDS, train
+from genfast.training.runs.models import MODELS
+from genfast.training.runs.rules import FROM_0
+from genfast.training.runs.settings import SETTINGS, option
+
+# Those that decide how much memory training takes.
+MEMORY_SETTINGS = ("batch_size", "image_size", "nz", "ngf", "ndf")
+
+
+def add(commands):
+    """Add the command to a parser's."""
+    parser = commands.add_parser("train", help="train a model on images")
+    parser.set_defaults(run=run, memory_options=memory_options)
+    parser.add_argument("model", choices=MODELS)
+    parser.add_argument(
+        "--data",
+        help="digits or photos (from scikit-learn), a folder of png, jpg or webp images, a .npy or "
+        ".npz file of uint8 images, or MNIST's IDX files",
+    )
+    for name, setting in SETTINGS.items():
+        _add_setting(parser, name, setting)
+    add_device(parser)
+    parser.add_argument("--out", help="folder of the run (default: runs/MODEL-DATA)")
+    parser.add_argument(
+        "--resume",
+        nargs="?",
+        const=True,
+        metavar="CHECKPOINT",
+        help=f"go on from a checkpoint or a run's folder (default: {CHECKPOINT_NAME} in --out, or "
+        "a new run if there is none yet); of the settings only --epochs may change",
+    )
+    parser.add_argument(
+        "--checkpoint-seconds",
+        type=of_rule(FROM_0),
+        default=CHECKPOINT_SECONDS,
+        metavar="S",
+        help="time between two checkpoints (default: %(default)s)",
+    )
+
+
+def _add_setting(parser, name, setting):
+    help = f"{setting.text} (default: {setting.default or _defaults_of(name)})"
+    rule = setting.rule
+    if rule.kind is bool:
+        parser.add_argument(option(name), action="store_true", default=None, help=setting.text)
+        return
+    metavar = setting.metavar or ("N" if rule.kind is int else "X")
+    if rule.choices:
+        metavar = "{" + ",".join(map(str, rule.choices)) + "}"
+    parser.add_argument(option(name), type=of_rule(rule), metavar=metavar, help=help)
+
+
+def _defaults_of(name):
+    """The default of a setting in words, such as "gan 50; dcgan 25, 80 on digits"."""
+    words, values = [], set()
+    for model, kind in MODELS.items():
+        if name in kind.defaults:
+            value, digits = kind.defaults[name], kind.on_digits.get(name)
+            values |= {value} if digits is None else {value, digits}
+            words.append(f"{model} {value}" + (f", {digits} on digits" if digits else ""))
+    if len(values) == 1:
+        (value,) = values
+        return "none" if value is None else str(value)
+    return "; ".join(words)
+
+
+def run(args):
+    """Train, or go on."""
+    given = {name: getattr(args, name) for name in SETTINGS if getattr(args, name) is not None}
+    device = working_device(args.device)
+    check_precision(args.precision, device)
+    resume_from = _resume_from(args)
+    out = _out_folder(args, resume_from)
+    if resume_from:
+        config, images = prepare_resumed(args.model, args.data, given, resume_from, out)
+        check_precision(config.precision, device)  # The run may have begun on another machine.
+    else:
+        config, images = prepare(args.model, args.data, given, out)
+    outcome = train(
+        config,
+        images,
+        out,
+        device=device,
+        resume_from=resume_from,
+        checkpoint_seconds=args.checkpoint_seconds,
+    )
+    if outcome.interrupted:
+        again = ["python", "-m", "genfast", "train", config.model, "--data", config.data]
+        again += ["--out", str(out), "--epochs", str(config.epochs), "--resume"]
+        tell(f"stopped after step {outcome.steps}; to go on: {shlex.join(again)}")
+        return 130
+    print(outcome.picture)
+    return 0
+
+
+def _resume_from(args):
+    """The path of the checkpoint to go on from, or None where a run is to begin."""
+    if args.resume is None:
+        if args.data is None:
+            raise BadInput("expected --data, which only --resume can do without, got none")
+        return None
+    if args.resume is not True:
+        return checkpoint_file(args.resume)
+    if args.out is None and args.data is None:
+        raise BadInput("expected --resume with --out, --data or a checkpoint, got it alone")
+    path = _default_out(args) / CHECKPOINT_NAME
+    if args.data is None or os.path.lexists(path):
+        return path
+    tell(f"there is no checkpoint at {path} yet: a new run begins")
+    return None
+
+
+def _out_folder(args, resume_from):
+    """The folder to write into; BadInput at once, not after the images, if that must not be."""
+    out = resume_from.parent if resume_from and args.out is None else _default_out(args)
+    folder.check(out, resume_from)
+    return out
+
+
+def _default_out(args):
+    return Path(args.out or f"runs/{args.model}-{Path(args.data).resolve().name}")
+
+
+def memory_options(args):
+    """The options that, lower, let a run that is to begin take less memory."""
+    names = ("image_size", *MODELS[args.model].defaults)
+    return [option(name) for name in MEMORY_SETTINGS if name in names and args.resume is None]

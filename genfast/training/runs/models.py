@@ -1,0 +1,109 @@
+"""The models that runs train: their settings with defaults, and the step that is built of them.
+
+To add one, add a row to `MODELS`.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+from genfast.models import GAN, VAE, ConvVAE, DCGANDiscriminator, DCGANGenerator
+from genfast.training.steps import GANStep, VAEStep, adam
+
+
+class Model(NamedTuple):
+    """A kind of model.
+
+    Attributes:
+        build: a function of a `Config` and a device that gives the `Step` that trains it, with
+            fresh weights.
+        defaults: its settings besides `image_size`, with their values for images of all kinds.
+        on_digits: those that differ for the digits, which are few and simple: more epochs, smaller
+            images and latents, narrower networks.
+        convolutional: whether its networks halve the image down to 4 pixels; perceptrons take any
+            size.
+    """
+
+    build: Callable
+    defaults: dict
+    on_digits: dict
+    convolutional: bool = False
+
+
+def _gan(config, device):
+    gan = GAN(_image_shape(config), config.nz)
+    return _gan_step(config, device, gan.generator, gan.discriminator)
+
+
+def _dcgan(config, device):
+    generator = DCGANGenerator(config.nz, config.ngf, config.channels, config.image_size)
+    discriminator = DCGANDiscriminator(config.channels, config.ndf, config.image_size)
+    return _gan_step(config, device, generator, discriminator)
+
+
+def _vae(config, device):
+    c, h, w = _image_shape(config)
+    return _vae_step(config, device, VAE(image_dim=c * h * w, latent_dim=config.nz))
+
+
+def _conv_vae(config, device):
+    model = ConvVAE(config.channels, config.image_size, config.nz, config.ngf)
+    return _vae_step(config, device, model)
+
+
+def _gan_step(config, device, generator, discriminator):
+    generator.to(device)
+    discriminator.to(device)
+    return GANStep(
+        generator,
+        discriminator,
+        latent_shape=generator.latent_shape,
+        loss=config.loss,
+        ema=config.ema,
+        optimizers=(_adam(generator, config), _adam(discriminator, config)),
+        precision=config.precision,
+    )
+
+
+def _vae_step(config, device, model):
+    model.to(device)
+    return VAEStep(
+        model,
+        optimizer=_adam(model, config),
+        precision=config.precision,
+        image_shape=_image_shape(config),
+    )
+
+
+def _adam(module, config):
+    return adam(module, config.lr, (config.beta1, 0.999))
+
+
+def _image_shape(config):
+    return config.channels, config.image_size, config.image_size
+
+
+_ALL = dict(seed=0, precision="auto", background="white")
+_GANS = dict(batch_size=64, lr=2e-4, beta1=0.5, nz=100, loss="non-saturating", ema=None, **_ALL)
+_VAES = dict(batch_size=128, epochs=25, lr=1e-3, beta1=0.9, **_ALL)
+# Learning rates, betas and widths are those of the papers and of PyTorch's public examples.
+MODELS = {
+    "gan": Model(_gan, dict(epochs=50, **_GANS), dict(image_size=16, epochs=150)),
+    "dcgan": Model(
+        _dcgan,
+        dict(epochs=25, ngf=64, ndf=64, **_GANS),
+        dict(image_size=32, epochs=80, lr=5e-4, nz=20, ngf=32, ndf=16),
+        convolutional=True,
+    ),
+    "vae": Model(_vae, dict(nz=20, **_VAES), dict(image_size=16, batch_size=64, epochs=150, nz=10)),
+    "conv-vae": Model(
+        _conv_vae,
+        dict(nz=32, ngf=32, **_VAES),
+        dict(image_size=16, batch_size=64, epochs=60, nz=10),
+        convolutional=True,
+    ),
+}
+
+
+def build_step(config, device):
+    """The step that trains the model of these settings on this device, with fresh weights."""
+    return MODELS[config.model].build(config, device)

@@ -1,0 +1,88 @@
+"""The settings of runs: what each may be and what it means. Which model has which: models.py.
+
+To add one, add a row here and name it among the defaults of the models that have it. The command
+line, checkpoints and Python's checks follow from that.
+"""
+
+from typing import NamedTuple
+
+from genfast.losses import GAN_LOSSES
+from genfast.models.dcgan import IMAGE_SIZES
+from genfast.training.data.decoding import COLOURS, is_colour
+from genfast.training.runs.rules import ABOVE_0, BELOW_1, Rule, one_of, whole
+from genfast.training.steps.precision import PRECISIONS
+
+
+class Setting(NamedTuple):
+    """A setting of a run.
+
+    Attributes:
+        rule: its values, a `Rule`.
+        text: what it means, for the command line's help.
+        optional: whether None is a value too: without it.
+        once: what runs had that began before there was this setting; None for optional ones.
+        metavar: what stands for a value in the help; by default N or X, or the choices.
+        default: the default in words; by default it is made of those of the models.
+    """
+
+    rule: Rule
+    text: str
+    optional: bool = False
+    once: object = None
+    metavar: str | None = None
+    default: str | None = None
+
+
+# In the order of the command line's help.
+SETTINGS = {
+    "background": Setting(
+        Rule(str, COLOURS, is_colour),
+        "what lies behind transparent images: white, black or a colour such as '#ff8800'",
+        optional=True,
+        metavar="COLOUR",
+    ),
+    "image_size": Setting(
+        whole(),
+        f"height and width; networks of convolutions take {', '.join(map(str, IMAGE_SIZES))}, the "
+        "others any",
+        metavar="PIXELS",
+        default="16 for digits, 32 with dcgan; 64 for photos and folders; that of the images for "
+        "arrays",
+    ),
+    "batch_size": Setting(whole(), "images a step"),
+    "epochs": Setting(whole(), "passes over the images"),
+    "lr": Setting(ABOVE_0, "learning rate of Adam"),
+    "beta1": Setting(BELOW_1, "beta1 of Adam"),
+    "nz": Setting(whole(), "length of the noise or latent vector"),
+    "ngf": Setting(whole(), "channels next to the image in the generator or VAE"),
+    "ndf": Setting(whole(), "channels next to the image in the discriminator"),
+    "seed": Setting(whole(0, 2**63 - 1), "of weights, noise and the order of the images"),
+    "precision": Setting(
+        one_of(*PRECISIONS),
+        "bf16 and fp16 are autocast; auto takes bf16 where it is fast, else fp32",
+    ),
+    "loss": Setting(one_of(*GAN_LOSSES), "what a GAN's networks minimise", once="non-saturating"),
+    "ema": Setting(
+        BELOW_1,
+        "keep an average of a GAN's generator, 0.999 for example, from which pictures are drawn",
+        optional=True,
+        metavar="DECAY",
+    ),
+}
+
+# What a run notes of its images, and nobody sets.
+NOTED = {
+    "num_images": whole(),
+    "checksum": whole(0, 2**32 - 1),
+    "channels": one_of(1, 3),
+}
+RULES = {
+    "data": Rule(str, "a name or a path", bool),
+    **NOTED,
+    **{name: setting.rule for name, setting in SETTINGS.items()},
+}
+
+
+def option(name):
+    """A setting's name as it is written on the command line."""
+    return "--" + str(name).replace("_", "-")

@@ -447,7 +447,9 @@ class FusedSequential(nn.Sequential):
                 run = next(self._runs(first))
                 if run.fused:
                     first += len(run.modules)
-                    as_x = self._goes_on_channels_last(first)
+                    # Most are not, and what follows need not be looked up.
+                    as_x = _is_image(x) and layout.is_channels_last(x)
+                    as_x = as_x and self._goes_on_channels_last(first)
                     x = functional.normalize(x, run.normalization(), as_x)
                     continue
             runs = []

@@ -325,6 +325,11 @@ def test_which_forwards_open(forward, opens):
     assert hasattr(network.rewritten, "_genfast_calls") == opens
 
 
+def _stack_of(node):
+    """The paths and classes of the modules that an exported operation was called in."""
+    return node.meta.get("nn_module_stack", {}).values()
+
+
 @pytest.mark.filterwarnings("ignore:.*torch.jit.trace:DeprecationWarning")
 @pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
 @pytest.mark.parametrize("how", ["export", "trace", "fx", "compile", "compile for no kernels"])
@@ -340,6 +345,8 @@ def test_who_reads_the_calls_reads_them_as_they_are(how, device, monkeypatch):
             made = torch.fx.symbolic_trace(model)
         elif how == "export":
             made = torch.export.export(model, (x,), strict=False).module()
+            held = {path for node in made.graph.nodes for path, _ in _stack_of(node)}
+            assert {"0", "1", "1.0", "1.0.conv"} <= held
         else:
             made = torch.compile(model, backend="eager", fullgraph=True)
         torch.testing.assert_close(made(x), stock(x))

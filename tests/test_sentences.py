@@ -71,8 +71,9 @@ def test_what_to_do_without_memory(command, advice, monkeypatch, capsys):
     def refuse(*_, **__):
         raise ON_CUDA
 
-    for name in ("_resume_from", "sample_checkpoint", "demo"):
-        monkeypatch.setattr(cli, name, refuse)
+    monkeypatch.setattr(cli.train, "_resume_from", refuse)
+    monkeypatch.setattr(cli.sample, "sample_checkpoint", refuse)
+    monkeypatch.setattr(cli.demo, "demo", refuse)
     assert cli.main([*command, "--device", "cpu"]) == 1
     expected = f"genfast: error: expected enough memory, got no room for 2.00 GiB: {advice}\n"
     assert capsys.readouterr().err == expected
@@ -82,7 +83,7 @@ def test_other_errors_are_not_hidden(monkeypatch, train):
     def fail(*_):
         raise RuntimeError("shapes do not match")
 
-    monkeypatch.setattr(cli, "prepare", fail)
+    monkeypatch.setattr(cli.train, "prepare", fail)
     with pytest.raises(RuntimeError, match="shapes do not match"):
         cli.main(train)
 

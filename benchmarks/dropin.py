@@ -178,12 +178,11 @@ class _Check:
 def _shares(stock, report):
     """How many convolutions and norms there are, and how many the report calls fused."""
     modules = list(stock.modules())
-    fused = [layer for entry in report if entry.fused for layer in entry.layers.split(" + ")]
     return {
         "convolutions": sum(isinstance(m, _CONVOLUTIONS) for m in modules),
-        "convolutions_fused": sum("Conv" in layer for layer in fused),
+        "convolutions_fused": sum(entry.fused for entry in report),
         "norms": sum(isinstance(m, _NORMS) for m in modules),
-        "norms_fused": sum("Norm" in layer for layer in fused),
+        "norms_fused": report.norms_fused,
         "not_on_kernels": report.device_reason,
     }
 

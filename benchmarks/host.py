@@ -1,4 +1,4 @@
-"""The time that Python takes for a block, forward and backward: a fast GPU waits for it.
+"""The time that Python takes for a block or a norm, forward and backward: a fast GPU waits for it.
 
     python -m benchmarks.host                       of this checkout
     python -m benchmarks.host --against COMMIT      beside that of a commit, in turns
@@ -62,8 +62,11 @@ def _measure_in_process(tree):
 def _table(found):
     """Microseconds: the median over turns, and how they compare turn by turn."""
     names = list(found)
+    known = [found[name][0].keys() for name in names]
     lines = [" " * 42 + "".join(f"{name:>22}" for name in names)]
-    for what in found[names[0]][0]:
+    for what in known[0]:
+        if not all(what in of for of in known):
+            continue  # The other commit knows no such thing.
         times = [[turn[what] for turn in found[name]] for name in names]
         line = f"{what:42}" + "".join(f"{statistics.median(t):19.1f} us" for t in times)
         if len(times) == 2:
@@ -101,6 +104,11 @@ def _measure():
                 found = _block(torch, block, images, *size)
                 for way, us in zip(("forward", "backward"), found, strict=True):
                     times[f"{name}, {way}{part}"] = us
+            if hasattr(functional, "norm_block"):
+                for name, run, inputs in _norms(torch, 8 if part else 4):
+                    found = _times(torch, run, inputs)
+                    for way, us in zip(("forward", "backward"), found, strict=True):
+                        times[f"{name}, {way}{part}"] = us
     print(json.dumps(times))
 
 
@@ -151,6 +159,28 @@ def _block(torch, block, images, in_channels, out_channels, size):
         )  # fmt: skip
 
     return _times(torch, run, (x, weight, gamma, beta))
+
+
+def _norms(torch, images):
+    """Of batch norm with ReLU that follow no convolution: name, function, what gets gradients."""
+    from genfast import functional
+    from genfast.nn import FusedSequential
+
+    x = torch.randn(images, 64, 16, 16, dtype=torch.bfloat16).requires_grad_()
+    gamma, beta = (torch.ones(64).requires_grad_() for _ in range(2))
+    mean, var, counter = torch.zeros(64), torch.ones(64), torch.tensor(0)
+
+    def run():
+        return functional.norm_block(
+            x, norm_weight=gamma, norm_bias=beta, running_mean=mean, running_var=var,
+            num_batches_tracked=counter, activation="relu",
+        )  # fmt: skip
+
+    yield "norm", run, (x, gamma, beta)
+    layers = FusedSequential(torch.nn.BatchNorm2d(64), torch.nn.ReLU())
+    # Images of another size: the function's tape is not this one's.
+    wide = torch.randn(images, 64, 16, 24, dtype=torch.bfloat16).requires_grad_()
+    yield "norm, as layers", lambda: layers(wide), (wide, *layers.parameters())
 
 
 def _nothing(torch):

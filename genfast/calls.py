@@ -7,7 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from genfast import folding, functional
+from genfast import folding, functional, opening
+from genfast.backend import kernels_run_on_cpu
 from genfast.nn import (
     FusedBlock,
     Run,
@@ -52,7 +53,9 @@ def run(links, x, *later):
     Returns:
         What the last one returns.
     """
-    flow = _in_order(links, later)
+    # Else there is no chain that could go on across a module's border, or somebody traces calls.
+    opens = isinstance(x, torch.Tensor) and (kernels_run_on_cpu() or not x.is_cpu)
+    flow = _in_order(links, later, opening.in_order if opens else iter)
     link = next(flow, _END)
     while link is not _END:
         first = _first_of_run(link)
@@ -80,10 +83,17 @@ def _fail(error, x):
     raise error
 
 
-def _in_order(links, later):
-    yield from links
+def opened(links, x, *later):
+    """What `run` would call, as layers where they are known, for a module that does only that."""
+    flow = _in_order(links, later, iter)
+    while (link := _next(flow)) is not _END:
+        yield layer_of(link) or link
+
+
+def _in_order(links, later, each):
+    yield from each(links)
     for more in later:
-        yield from more()
+        yield from each(more())
 
 
 def _first_of_run(link):
@@ -135,7 +145,7 @@ def planned(links, name_of):
         links: callables in the order of their calls; `looking.UNKNOWN` for what only a call shows.
         name_of: a function of a module that gives its name.
     """
-    flow = iter(links)
+    flow = opening.in_order(links)
     link = _next(flow)
     while link is not _END:
         first = _first_of_run(link)

@@ -8,23 +8,24 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from genfast import calls, functional, networks
+from genfast import calls, functional, networks, opening
 from genfast.backend import selected_backend
 from genfast.launch import start
-from genfast.nn import FusedBlock, FusedSequential, begins_run, has_no_state
+from genfast.nn import FusedBlock, FusedSequential, begins_run
 
 
 @dataclass(frozen=True)
 class ReportEntry:
-    """One convolution of a model, with what runs together with it.
+    """One convolution of a model, or norm that follows none, with what runs together with it.
 
-    name: the dotted path of the convolution, as `named_modules` gives it.
+    name: the dotted path of the convolution or norm, as `named_modules` gives it.
     layers: the layers, such as "ConvTranspose2d + BatchNorm2d + ReLU".
     fused: whether they run as one operation.
     reason: why not, or why a batch norm or activation that follows stays out; else empty.
     container: the path of the module that must be called for that, where that is not seen in the
         `forward` of another one; else empty.
-    multiply_adds: what an output pixel of the convolution takes, 0 if unknown.
+    multiply_adds: what an output pixel of the convolution takes, 0 if unknown and for a norm.
+    is_norm: whether it is a norm that runs with no convolution.
     """
 
     name: str
@@ -33,6 +34,7 @@ class ReportEntry:
     reason: str
     container: str = ""
     multiply_adds: float = 0.0
+    is_norm: bool = False
 
     def __str__(self):
         return f"{self.name}: {self.layers}: {self.how}"
@@ -49,12 +51,19 @@ class ReportEntry:
 class Report(list):
     """The `ReportEntry` of each convolution, in the model's order; prints as a table.
 
+    norms: a list with the entry of each norm that runs with no convolution.
+    norms_total, norms_fused: how many norms there are, and how many of them run with a convolution
+        or as one operation with their activation.
     device_reason: why nothing runs on the kernels where the model is now; empty if they run.
     notes: a list of sentences on what costs time where they run, and what to do about it.
     """
 
-    def __init__(self, entries, device_reason, notes=()):
-        super().__init__(entries)
+    def __init__(self, entries, device_reason, notes=(), norms_total=0):
+        self._rows = list(entries)
+        super().__init__(entry for entry in self._rows if not entry.is_norm)
+        self.norms = [entry for entry in self._rows if entry.is_norm]
+        self.norms_total = norms_total
+        self.norms_fused = norms_total - sum(not entry.fused for entry in self.norms)
         self.device_reason = device_reason
         self.notes = list(notes)
 
@@ -69,30 +78,39 @@ class Report(list):
         return sum(e.multiply_adds for e in self if e.fused) / total if total else 0.0
 
     def __str__(self):
-        if not self:
-            return "genfast: the model has no 2-d convolution"
-        fused = sum(entry.fused for entry in self)
-        title = f"genfast: {fused} of {len(self)} convolutions fuse"
+        title = "genfast: the model has no 2-d convolution"
+        if self:
+            title = f"genfast: {sum(e.fused for e in self)} of {len(self)} convolutions fuse"
+        if not self._rows:
+            return title
         if self.device_reason:
             title += f"; for now all run through PyTorch: {self.device_reason}"
-        rows = [("convolution", "runs with", "how"), *((e.name, e.layers, e.how) for e in self)]
+        rows = [("layer", "runs with", "how"), *((e.name, e.layers, e.how) for e in self._rows)]
         widths = [max(len(row[i]) for row in rows) for i in range(3)]
         rows.insert(1, tuple("-" * min(width, 40) for width in widths))
         lines = [f"  {n:<{widths[0]}}  {layers:<{widths[1]}}  {how}" for n, layers, how in rows]
-        if any(entry.container for entry in self):
+        if any(entry.container for entry in self._rows):
             lines.append(
                 "What is fused when another module is called runs through PyTorch where a forward "
                 "takes its parts otherwise."
             )
-        share = (
-            f"{self.fused_share:.0%} of the multiply-adds fuse (counted for one output pixel of "
-            "each convolution)"
-        )
-        return "\n".join([title, *lines, *self.notes, share])
+        return "\n".join([title, *lines, *self.notes, self._shares()])
+
+    def _shares(self):
+        found = []
+        if self:
+            found.append(
+                f"{self.fused_share:.0%} of the multiply-adds fuse (counted for one output pixel "
+                "of each convolution)"
+            )
+        if self.norms_total:
+            share = self.norms_fused / self.norms_total
+            found.append(f"{share:.0%} of the norms{'' if self else ' fuse'}")
+        return " and ".join(found)
 
 
 def accelerate(model, *, channels_last=False):
-    """Make the convolutions of a model, the root included, run fused. Works in place.
+    """Make the convolutions and norms of a model, the root included, run fused. Works in place.
 
     Parameters, state_dict keys, hooks, optimizers and results stay what they were: the class of
     `nn.Sequential`s changes, and that of modules that call convolutions in methods of their own
@@ -117,11 +135,12 @@ def accelerate(model, *, channels_last=False):
         # Not `model.to`, which refuses a model with 3-d convolutions.
         model._apply(lambda t: t.to(memory_format=torch.channels_last) if t.dim() == 4 else t)
     paths = _paths(model)
-    for module in list(model.modules()):
+    # From the inside: what a module calls may open then.
+    for module in reversed(list(model.modules())):
         if _can_swap(module):
             module._genfast_original = type(module)
             module.__class__ = _fused_class(type(module))
-        elif _calls_what_fuses(module):
+        elif _calls_what_fuses(module, is_called=module is not model):
             # Not for a class whose instances are laid out otherwise, in C or by __slots__.
             with suppress(TypeError):
                 module.__class__ = networks.network_of(type(module)).rewritten
@@ -129,12 +148,14 @@ def accelerate(model, *, channels_last=False):
             module.unfusable = {
                 name: f"it also appears as {_other(paths[id(child)])}"
                 for name, child in module._modules.items()
-                if len(paths[id(child)]) > len(paths[id(module)]) and not has_no_state(child)
+                if len(paths[id(child)]) > len(paths[id(module)]) and begins_run(child)
             }
-    entries, reason = list(_entries(model)), _why_nothing_runs(model)
-    weights = {e.name: model.get_submodule(e.name)._parameters for e in entries if e.fused}
+    entries, norms_total = _entries(model)
+    reason = _why_nothing_runs(model)
+    fused = [e.name for e in entries if e.fused and not e.is_norm]
+    weights = {name: model.get_submodule(name)._parameters for name in fused}
     weights = {name: p["weight"] for name, p in weights.items() if p.get("weight") is not None}
-    return Report(entries, reason, [] if reason else _notes(weights))
+    return Report(entries, reason, [] if reason else _notes(weights), norms_total)
 
 
 def restore(model):
@@ -160,14 +181,23 @@ def _can_swap(module):
     return type(module).forward is nn.Sequential.forward and "forward" not in vars(module)
 
 
-def _calls_what_fuses(module):
-    """Whether a module, not rewritten yet, is seen to call such layers in a method of its own."""
+def _calls_what_fuses(module, is_called):
+    """Whether a module, not rewritten yet, is seen to call such layers in a method of its own.
+
+    is_called: by another one, which what it calls may run together with.
+    """
     if isinstance(module, torch.jit.ScriptModule) or networks.original_of(type(module)):
         return False
     network = networks.network_of(type(module))
     if network.rewritten is None:
         return False
-    return any(any(map(begins_run, links)) for links in _calls(module))
+    for links in _calls(module):
+        # Alone, a container needs nobody else to run what it holds.
+        if any(map(begins_run, links)) or (
+            (is_called or len(links) > 1) and any(map(begins_run, opening.in_order(links)))
+        ):
+            return True
+    return False
 
 
 def _calls(module):
@@ -212,29 +242,58 @@ def _other(paths):
 
 
 def _entries(model):
-    names = {id(module): path for path, module in model.named_modules()}
-    planned, callers = _seen_calls(model, names)
-    for path, module in model.named_modules():
-        if not isinstance(module, (nn.Conv2d, nn.ConvTranspose2d)):
-            continue
+    """The `ReportEntry`s in the model's order, and how many norms there are."""
+    paths = {id(module): path for path, module in model.named_modules()}
+    planned, callers = _seen_calls(model, paths)
+    held = _held_by_containers(model, paths)
+    found, with_others = {}, set()
+
+    def note(path, module, **about):
         parent_path, _, name = path.rpartition(".")
         parent = model.get_submodule(parent_path) if path else None
-        work = _multiply_adds(module)
-        seen = planned.get(id(module))
-        if seen:
-            owner, run = next((s for s in seen if not s[1].fused), seen[0])
-            container = _called_by_others(model, owner, callers) if run.fused else ""
-            yield ReportEntry(path, run.layers, run.fused, run.reason, container, work)
-        elif isinstance(parent, FusedSequential):
-            run = next(run for run in parent.plan() if name in run.names)
-            container = _called_by_others(model, parent_path, callers) if run.fused else ""
-            yield ReportEntry(path, run.layers, run.fused, run.reason, container, work)
-        elif isinstance(parent, FusedBlock):
+        seen, container = planned.get(id(module)), ""
+        if isinstance(parent, FusedBlock) and not seen:
             reason = parent.why_not_fused() or ""
-            yield ReportEntry(path, parent.layers, not reason, reason, "", work)
+            layers, fused, together = parent.layers, not reason, parent.children()
+        elif seen := seen or held.get(id(module)):
+            owner, run = next((s for s in seen if not s[1].fused), seen[0])
+            layers, fused, reason = run.layers, run.fused, run.reason
+            together = (m for layer in run.modules for m in layer.modules())
+            container = _called_by_others(model, owner, callers) if fused else ""
         else:
+            layers, fused, together = type(module).__name__, False, ()
             reason = _why_not_seen(model, path, name)
-            yield ReportEntry(path, type(module).__name__, False, reason, "", work)
+        if fused:
+            with_others.update(map(id, together))
+        found[path] = ReportEntry(path, layers, fused, reason, container, **about)
+
+    norms = {path: m for path, m in model.named_modules() if isinstance(m, _NORMS)}
+    for path, module in model.named_modules():
+        if isinstance(module, (nn.Conv2d, nn.ConvTranspose2d)):
+            note(path, module, multiply_adds=_multiply_adds(module))
+    for path, norm in norms.items():
+        if id(norm) not in with_others:
+            note(path, norm, is_norm=True)
+    return [found[path] for path in paths.values() if path in found], len(norms)
+
+
+# Those of PyTorch, of all that normalise.
+_NORMS = (nn.modules.batchnorm._NormBase, nn.GroupNorm, nn.LayerNorm)
+
+
+def _held_by_containers(model, names):
+    """Of each convolution and norm in `FusedSequential`s, what `_seen_calls` gives first."""
+    held = defaultdict(list)
+    for path, module in model.named_modules():
+        if not isinstance(module, FusedSequential):
+            continue
+        if module.unfusable:
+            runs = module.plan()
+        else:
+            runs = calls.planned(module._modules.values(), lambda m: names.get(id(m), ""))
+        for run in runs:
+            held[id(calls.convolution_of(run.main))].append((path, run))
+    return held
 
 
 def _seen_calls(model, names):

@@ -6,6 +6,7 @@ memory and copy what is not; tensors and weights kept so cost no copy.
 
 import functools
 import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -197,28 +198,80 @@ def normalize(x, block, as_x=False):
     as_x: the output may be channels_last where x is, also where that of PyTorch's layer is not.
     """
     n = block.norm
+    plan = _normalization_plan_of(x, block)
+    if plan is None:
+        y = reference.normalize(x, n)
+        inplace = block.activation != "leaky_relu"  # As in `reference.block`.
+        return reference.activate(y, block.activation, block.negative_slope, inplace=inplace)
+    images = x if x.dim() == 4 else x.reshape(*x.shape[:2], 1, -1)
+    if plan.enters is not None:
+        images = layout.enter(images, inside=plan.enters)
+    gamma, beta, *statistics = _tensors_of_norm(n)
+    y = autograd.normalize(images, plan.kind, gamma, beta, statistics, plan.look)
+    if x.dim() != 4:
+        return layout.contiguous(y).view(x.shape)
+    keeps = plan.keeps or (as_x and plan.channels_last)
+    return layout.channels_last(y) if keeps else layout.contiguous(y)
+
+
+class _NormalizationPlan(NamedTuple):
+    """What is decided about a norm that runs on the kernels before anything is computed.
+
+    kind: its `autograd.Kind`.
+    enters: what brings x, as images, into a memory format of the kernels; None if it is in one.
+    channels_last: whether x is.
+    keeps: whether the output of PyTorch's layer then is, too.
+    look: as of a `_Plan`.
+    """
+
+    kind: autograd.Kind
+    enters: Callable | None
+    channels_last: bool
+    keeps: bool
+    look: object = None
+
+
+def _normalization_plan_of(x, block):
+    """The `_NormalizationPlan` of a norm, made or known; None where PyTorch runs it.
+
+    Raises:
+        As `norm_block`.
+    """
+    # A compiler makes one pass of PyTorch's operations too.
+    if torch.compiler.is_compiling() or torch.jit.is_tracing():
+        return _normalization_plan(x, block)
+    n = block.norm
+    key = (
+        Normalization, block.activation, block.negative_slope, selected_backend(),
+        torch._C._are_functorch_transforms_active(), *_settings_of(n, x),
+        *_looks((x, *_tensors_of_norm(n))),
+    )  # fmt: skip
+    plan = _plans.get(key)
+    if plan is None:
+        plan = _normalization_plan(x, block)
+        if plan is not None:
+            plan = plan._replace(look=object())
+            tape.keep(_plans, key, plan, _MOST_PLANS)
+    return plan
+
+
+def _normalization_plan(x, block):
+    n = block.norm
     _check_normalization(x, block)
     vectors = n.weight, n.bias, n.running_mean, n.running_var
     way = implementation(
         x, *vectors, activation=block.activation, negative_slope=block.negative_slope
     )
-    # A compiler makes one pass of PyTorch's operations too.
     if way != "triton" or torch.compiler.is_compiling() or _too_many_images(n, x.shape[0]):
-        y = reference.normalize(x, n)
-        inplace = block.activation != "leaky_relu"  # As in `reference.block`.
-        return reference.activate(y, block.activation, block.negative_slope, inplace=inplace)
+        return None
     images = x if x.dim() == 4 else x.reshape(*x.shape[:2], 1, -1)
     last = layout.is_channels_last(images)
+    enters = None
     if not (layout.is_fresh_channels_last(images) or images.is_contiguous()):
-        images = layout.enter(images, inside=layout.channels_last if last else layout.contiguous)
+        enters = layout.channels_last if last else layout.contiguous
     kind = _kind_of_norm(n, None, False, block.activation, block.negative_slope, x.shape, x)
-    momentum = n.momentum if isinstance(n.momentum, torch.Tensor) else None
-    statistics = n.running_mean, n.running_var, n.num_batches_tracked, momentum
-    y = autograd.normalize(images, kind, n.weight, n.bias, statistics)
-    if x.dim() != 4:
-        return layout.contiguous(y).view(x.shape)
-    keeps = last and (as_x or _keeps_channels_last(n, x, x.shape[1], x.shape[2:]))
-    return layout.channels_last(y) if keeps else layout.contiguous(y)
+    keeps = last and x.dim() == 4 and _keeps_channels_last(n, x, x.shape[1], x.shape[2:])
+    return _NormalizationPlan(kind, enters, last, keeps)
 
 
 def _norm_of(
@@ -416,8 +469,8 @@ class _Plan(NamedTuple):
     look: object = None
 
 
-# Of chains on the kernels, by all that was checked and decided by: on a GPU the checks of a block
-# could take longer than its kernels. So many; the oldest is forgotten.
+# Of what runs on the kernels, by all that was checked and decided by: on a GPU the checks could
+# take longer than the kernels. So many; the oldest is forgotten.
 _plans = {}
 _MOST_PLANS = 1024
 # CUDA's limit of a grid's second and third axes.
@@ -453,24 +506,35 @@ def _key_of(x, blocks, memory_format):
         _, _, stride, padding, output_padding, n, activation, negative_slope, inplace, _ = block
         found += stride, padding, output_padding, activation, negative_slope, inplace
         if n is not None:
-            momentum = None if isinstance(n.momentum, torch.Tensor) else n.momentum
-            found += n.training, momentum, n.eps, n.groups, n.kind, n.channel_groups, _widens(n, x)
+            found += _settings_of(n, x)
         tensors += _tensors_of(block)
-    found += [
+    return *found, *_looks(tensors)
+
+
+def _settings_of(n, x):
+    """All of a norm but its tensors."""
+    momentum = None if isinstance(n.momentum, torch.Tensor) else n.momentum
+    return n.training, momentum, n.eps, n.groups, n.kind, n.channel_groups, _widens(n, x)
+
+
+def _looks(tensors):
+    return [
         None if t is None else (type(t), t.shape, t.stride(), t.dtype, t.device) for t in tensors
     ]
-    return tuple(found)
 
 
 def _tensors_of(block):
     """Those of an `autograd.Link`, in its order."""
-    n = block.batch_norm
-    if n is None:
+    if block.batch_norm is None:
         return block.weight, block.bias, None, None, None, None, None, None
+    return block.weight, block.bias, *_tensors_of_norm(block.batch_norm)
+
+
+def _tensors_of_norm(n):
+    """Those of an `autograd.Link` that belong to a norm, in its order."""
     momentum = n.momentum if isinstance(n.momentum, torch.Tensor) else None
     return (
-        block.weight, block.bias, n.weight, n.bias, n.running_mean, n.running_var,
-        n.num_batches_tracked, momentum,
+        n.weight, n.bias, n.running_mean, n.running_var, n.num_batches_tracked, momentum,
     )  # fmt: skip
 
 

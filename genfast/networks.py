@@ -37,6 +37,8 @@ class Network:
             "__module__": cls.__module__, "__qualname__": cls.__qualname__, "__doc__": cls.__doc__,
             "__reduce_ex__": _reduce, "_genfast_rewritten_from": cls,
         }  # fmt: skip
+        if "forward" in self.methods and self.methods["forward"].opened:
+            members["_genfast_calls"] = _calls(self.methods["forward"], members["forward"])
         try:
             self.rewritten = type(cls)(cls.__name__, (cls,), members)
         except Exception as error:  # A class may say what becomes of its subclasses.
@@ -86,6 +88,25 @@ def _dispatching(cls, name, method):
     # torch.compile counts its compilations by code object, and 8 of one are its limit.
     choose.__code__ = choose.__code__.replace(co_name=name)
     return choose
+
+
+def _calls(method, forward):
+    """A method that says what a module calls in order: see `opening.may_open`.
+
+    method: the `Rewritten` forward.
+    forward: what the class has in its place.
+    """
+
+    def calls(self):
+        cls = type(self)
+        if cls.forward is not forward or cls._genfast_rewritten_from.forward is not method.original:
+            return None
+        try:
+            return method.opened(self, None)
+        except Exception:  # Called itself, it will say so when it is its turn.
+            return None
+
+    return calls
 
 
 def _reduce(module, protocol):

@@ -18,6 +18,7 @@ from torch.nn.utils.weight_norm import WeightNorm
 
 from genfast import cpu, folding, functional, layout, reference
 from genfast.backend import kernels_run_on_cpu, selected_backend
+from genfast.opening import has_hook, in_order, may_open
 
 _ACTIVATIONS = {
     nn.ReLU: "relu",
@@ -31,9 +32,11 @@ _NORMS = (nn.BatchNorm2d, nn.InstanceNorm2d, nn.GroupNorm)
 _DIMENSIONS = {
     nn.BatchNorm1d: (2, 3),
     nn.BatchNorm2d: (4,),
+    nn.InstanceNorm1d: (3,),
     nn.InstanceNorm2d: (4,),
     nn.GroupNorm: (2, 3, 4),
 }
+_INSTANCE_NORMS = (nn.InstanceNorm1d, nn.InstanceNorm2d)
 _FUSED = {*_CONVOLUTIONS, *_DIMENSIONS, *_ACTIVATIONS, *folding.LAYERS}
 _TRAILING = tuple(folding.TRAILING)
 # Forward pre-hooks of PyTorch's own that set a weight and look at nothing else.
@@ -97,7 +100,7 @@ def why_not_fused(module):
         return "its forward is replaced"
     if isinstance(module, _CONVOLUTIONS):
         return _why_conv_not_fused(module)
-    if isinstance(module, nn.InstanceNorm2d) and module.track_running_stats:
+    if isinstance(module, _INSTANCE_NORMS) and module.track_running_stats:
         return "it keeps running statistics"
     if isinstance(module, nn.LeakyReLU) and module.negative_slope < 0:
         return f"its negative slope {module.negative_slope} is below 0"
@@ -114,16 +117,6 @@ def _fits_norm(module, x):
     if type(module) not in _DIMENSIONS or torch.compiler.is_compiling():
         return False  # A compiler makes one pass of PyTorch's own norm and activation too.
     return isinstance(x, torch.Tensor) and x.dim() in _DIMENSIONS[type(module)]
-
-
-def has_hook(module):
-    """Whether somebody sees what goes through this module, alone."""
-    return bool(
-        module._forward_hooks
-        or module._forward_pre_hooks
-        or module._backward_hooks
-        or module._backward_pre_hooks
-    )
 
 
 def _only_sets_its_weight(module):
@@ -197,7 +190,7 @@ def _groups_of(norm):
 
 def _norm_of(norm, groups):
     """A stock norm's arguments, as its own forward decides on them: a `reference.Norm`."""
-    if isinstance(norm, nn.InstanceNorm2d):
+    if isinstance(norm, _INSTANCE_NORMS):
         return reference.Norm.by_image("instance", norm.weight, norm.bias, norm.eps)
     if isinstance(norm, nn.GroupNorm):
         return reference.Norm.by_image("group", norm.weight, norm.bias, norm.eps, norm.num_groups)
@@ -435,10 +428,12 @@ class FusedSequential(nn.Sequential):
     `GroupNorm`, then optionally `ReLU`, `LeakyReLU`, `Tanh` or `Sigmoid` fuse, and what follows one
     another of these and of blocks is one chain: see `functional.chain`. Nearest upsampling and
     `ZeroPad2d` before, and average pooling after a convolution become part of it where that gains:
-    see `genfast.folding`. On the kernels one of these
-    norms or `BatchNorm1d`, after whatever, fuses with the activation that follows. Every other
-    child, and one that has a hook, a parametrisation or a setting the kernels do not know, runs as
-    PyTorch runs it. That is looked up at each call, so a hook registered later counts too.
+    see `genfast.folding`. On the kernels one of these norms, `BatchNorm1d` or `InstanceNorm1d`,
+    after whatever, fuses with the activation that follows. A child that only calls others in order,
+    such as another container, opens: chains go on into it and out of it, see `genfast.opening`.
+    Every other child, and one that has a hook, a parametrisation or a setting the kernels do not
+    know, runs as PyTorch runs it. That is looked up at each call, so a hook registered later counts
+    too.
     """
 
     # Children that must not fuse, by name, and why; `genfast.accelerate` sets it.
@@ -449,10 +444,19 @@ class FusedSequential(nn.Sequential):
         backend = selected_backend()
         if backend == "reference":
             return super().forward(x)
-        modules = tuple(self._modules.values())
-        known, first = {}, 0
         # To ask for the implementation takes as long as a small layer: not where it is plain.
         plain = backend == "auto" and not kernels_run_on_cpu()
+        # Else there is no chain that could go on across a border, or somebody traces calls.
+        if not isinstance(x, torch.Tensor) or (plain and x.is_cpu):
+            return self._run(x, plain)
+        for line in self._lines():
+            x = line._run(x, plain)
+        return x
+
+    def _run(self, x, plain):
+        """As `forward`, of children that do not open."""
+        modules = tuple(self._modules.values())
+        known, first = {}, 0
         if plain and isinstance(x, torch.Tensor) and x.is_cpu:
             x, first = self._on_cpu(x, first)
 
@@ -471,7 +475,9 @@ class FusedSequential(nn.Sequential):
                 run = next(self._runs(first))
                 if run.fused:
                     first += len(run.modules)
-                    as_x = self._goes_on_channels_last(first)
+                    # Most are not, and what follows need not be looked up.
+                    as_x = _is_image(x) and layout.is_channels_last(x)
+                    as_x = as_x and self._goes_on_channels_last(first)
                     x = functional.normalize(x, run.normalization(), as_x)
                     continue
             runs = []
@@ -485,6 +491,33 @@ class FusedSequential(nn.Sequential):
                 x = functional.chain(x, [run.block() for run in runs])
                 first += sum(len(run.modules) for run in runs)
         return x
+
+    def _genfast_calls(self):
+        """See `opening.may_open`."""
+        opens = type(self).forward is FusedSequential.forward and not self.unfusable
+        return self._modules.values() if opens else None
+
+    def _lines(self):
+        """Lines of layers that are together what the children do, those that open opened.
+
+        Each is looked up when the one before has run. It ends where code of other people runs, in
+        which anything may happen to what follows.
+        """
+        if self.unfusable or not any(may_open(child) for child in self._modules.values()):
+            yield self
+            return
+        layers = {}
+        for layer in in_order(self._modules.values()):
+            # The second time, a batch norm that averages cumulatively has counted the first.
+            if not has_no_state(layer) and any(layer is other for other in layers.values()):
+                yield line_of(layers)
+                layers = {}
+            layers[str(len(layers))] = layer
+            if not _runs_pytorchs_code(layer):
+                yield line_of(layers)
+                layers = {}
+        if layers:
+            yield line_of(layers)
 
     def _on_cpu(self, x, first):
         """Run the children from this number on, as long as x is on a CPU where no kernel runs.
@@ -656,6 +689,15 @@ def runs_undisturbed(layer):
     ):
         return True  # Most layers, at a fraction of the time.
     return not why_not_fused(layer)
+
+
+def _runs_pytorchs_code(layer):
+    """As `runs_undisturbed`, of layers that do not fuse too."""
+    if not isinstance(layer, nn.Module):
+        return False
+    if type(layer).__module__.startswith("torch.nn.modules.") and not layer._modules:
+        return "forward" not in vars(layer) and (not has_hook(layer) or runs_undisturbed(layer))
+    return runs_undisturbed(layer)
 
 
 def line_of(layers):

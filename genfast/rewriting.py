@@ -22,7 +22,7 @@ from typing import NamedTuple
 
 import torch
 
-from genfast.calls import Call, Method, run
+from genfast.calls import Call, Method, opened, run
 from genfast.looking import Chain, Part, is_look
 from genfast.source import SCOPES, source_of
 
@@ -32,7 +32,8 @@ _LEADING = {"interpolate"}
 _FUNCTIONS = {"relu", "leaky_relu", "tanh", "sigmoid", "avg_pool2d", *_LEADING}
 _METHODS = {"relu", "tanh", "sigmoid"}
 _RUN, _CALL, _METHOD = "__genfast_run__", "__genfast_call__", "__genfast_method__"
-_GIVEN = {_RUN: run, _CALL: Call, _METHOD: Method}
+_OPENED = "__genfast_opened__"
+_GIVEN = {_RUN: run, _CALL: Call, _METHOD: Method, _OPENED: opened}
 
 
 class Rewritten:
@@ -44,6 +45,8 @@ class Rewritten:
     Attributes:
         function: the rewritten one.
         chains: the `Chain`s in it; without any, `function` is the method as it was.
+        opened: where the method does nothing but call one chain on its one argument, a method of
+            that argument that gives what it calls, as `calls.opened` does; else None.
 
     Raises:
         NoSource: its source is not at hand or not what runs.
@@ -54,8 +57,11 @@ class Rewritten:
         rewriter = _Rewriter(tree, function.__code__)
         rewriter.rewrite()
         self.original, self.function, self.chains = function, function, rewriter.chains
+        self.opened = None
         if self.chains:
             self.function = build(rewriter.tree)
+            if _is_one_chain(rewriter.tree):
+                self.opened = build(_Renamed(_RUN, _OPENED).visit(rewriter.tree))
 
     def links(self, module):
         """Lists of what is called one after another in a method of this module, as far as known."""
@@ -107,6 +113,46 @@ class _Replaced(ast.NodeTransformer):
 
 
 _HELD = "__genfast_held__"
+
+
+def _is_one_chain(method):
+    """Whether a rewritten method gives its first argument to one call of `run` and does no more."""
+    *body, last = method.body
+    if body and isinstance(body[0], ast.Expr) and isinstance(body[0].value, ast.Constant):
+        body = body[1:]  # What it says of itself.
+    if body:
+        # The result may have a name first.
+        if len(body) > 1 or not isinstance(body[0], ast.Assign) or len(body[0].targets) > 1:
+            return False
+        names = [body[0].targets[0], getattr(last, "value", None)]
+        if not all(isinstance(n, ast.Name) for n in names) or names[0].id != names[1].id:
+            return False
+    call = body[0].value if body else getattr(last, "value", None)
+    if not isinstance(last, ast.Return) or not _is_call_of(call, _RUN):
+        return False
+    links, x, *later = call.args
+    given = method.args
+    names = [a.arg for a in (*given.posonlyargs, *given.args)]
+    required = len(names) - len(given.defaults)
+    if required != 2 or None in given.kw_defaults or not isinstance(x, ast.Name):
+        return False
+    return x.id == names[1] and not any(_mentions(e, {x.id}) for e in (links, *later))
+
+
+def _is_call_of(node, name):
+    return isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == name
+
+
+class _Renamed(ast.NodeTransformer):
+    """Replaces a name by another one."""
+
+    def __init__(self, name, other):
+        self.name, self.other = name, other
+
+    def visit_Name(self, node):
+        if node.id != self.name:
+            return node
+        return ast.copy_location(ast.Name(self.other, node.ctx), node)
 
 
 def _evaluated_first(node):

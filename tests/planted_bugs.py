@@ -71,6 +71,27 @@ BUGS = (
         "test_folding.py::test_left_to_pytorch",
     ),
     Bug(
+        "a container with a hook opens",
+        "genfast/opening.py",
+        "has_hook(module)\n        or ",
+        "",
+        "test_reach.py::test_a_border_that_is_watched_is_kept",
+    ),
+    Bug(
+        "a forward that looks at its argument opens",
+        "genfast/rewriting.py",
+        "return x.id == names[1] and not any(_mentions(e, {x.id}) for e in (links, *later))",
+        "return x.id == names[1]",
+        "test_reach.py::test_which_forwards_open",
+    ),
+    Bug(
+        "a norm is checked once whatever its settings",
+        "genfast/functional.py",
+        "torch._C._are_functorch_transforms_active(), *_settings_of(n, x),",
+        "torch._C._are_functorch_transforms_active(), n.kind,",
+        "test_reach.py::test_a_norm_is_checked_once_for_what_looks_alike",
+    ),
+    Bug(
         "every group of contiguous images starts with the first",
         "kernels/norm.py",
         "image = tl.cast(group, tl.int64) * images + in_bounds(image, image < images)",

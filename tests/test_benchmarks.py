@@ -225,14 +225,17 @@ def test_dropin_networks_compute_the_same(build, shape, out_shape, accelerated):
 
 @pytest.mark.parametrize("network", networks.NETWORKS, ids=lambda network: network.name)
 def test_dropin_networks_are_stock_and_reported(network):
-    """Every convolution has a line; those in an `nn.Sequential` fuse."""
+    """Every convolution has a line; of them and of the norms at least 95 % fuse."""
     model = network.build()
     assert not any(isinstance(m, FusedSequential | FusedBlock) for m in model.modules())
     convolutions = [n for n, m in model.named_modules() if isinstance(m, dropin._CONVOLUTIONS)]
     report = accelerate(model)
+    shares = dropin._shares(model, report)
     fused = {entry.name: entry.fused for entry in report}
     assert set(convolutions) <= set(fused)
     assert all(entry.fused or entry.reason for entry in report)
+    for layers in ("convolutions", "norms"):
+        assert shares[f"{layers}_fused"] >= 0.95 * shares[layers], layers
     sequential = [n for n in convolutions if isinstance(_parent(model, n), nn.Sequential)]
     assert all(fused[name] for name in sequential)
 

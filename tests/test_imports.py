@@ -27,8 +27,11 @@ LEVELS = (
     ("operators",),
     ("autograd", "folding"),
     ("cpu", "launch", "padding"),
-    ("backend", "geometry", "kernels", "layout", "library", "looking", "reference", "source"),
-)
+    (
+        "backend", "geometry", "kernels", "layout", "library", "looking", "opening", "reference",
+        "source",
+    ),
+)  # fmt: skip
 RANK = {name: -depth for depth, names in enumerate(LEVELS) for name in names}
 LAYERS = {name for name, rank in RANK.items() if rank < RANK["training"]}
 REQUIRED = {"genfast", "numpy", "torch", "triton"}

@@ -969,7 +969,7 @@ def test_the_report_is_a_table():
     report = accelerate(Whole())
     lines = str(report).splitlines()
     assert lines[0].startswith("genfast: 4 of 5 convolutions fuse")
-    assert lines[1].split() == ["convolution", "runs", "with", "how"]
+    assert lines[1].split() == ["layer", "runs", "with", "how"]
     rows = [[part.strip() for part in line.split("  ") if part.strip()] for line in lines[3:8]]
     assert rows == [
         ["stem", "Conv2d + ReLU", "fused"],

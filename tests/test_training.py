@@ -23,6 +23,7 @@ from genfast.training.data import Batches, batches, normalize, sources
 from genfast.training.errors import BadInput, Diverged
 from genfast.training.files import replacing
 from genfast.training.runs import checkpoint, config, demo, loop, loss_log, pictures
+from genfast.training.runs.models import build_step
 from genfast.training.runs.samples import sample_checkpoint
 from genfast.training.steps.precision import resolve_precision
 from genfast.training.steps.stock import StockGANStep
@@ -730,11 +731,12 @@ def test_settings_suit_the_images(tmp_path):
 
 def test_stock_recipe_trains_networks_of_the_same_sizes():
     settings = config.Config(
-        "dcgan", "digits", 8, 0, 16, 1, 4, 1, 2e-4, 0.5, 3, 0, "fp32", ngf=4, ndf=4
-    )
+        model="dcgan", data="digits", num_images=8, checksum=0, channels=1, image_size=16,
+        batch_size=4, epochs=1, lr=2e-4, beta1=0.5, nz=3, ngf=4, ndf=4, seed=0, precision="fp32",
+    )  # fmt: skip
     images = torch.rand(4, 1, 16, 16) * 2 - 1
     losses = []
-    for build in (config.build_step, demo.build_stock_step):
+    for build in (build_step, demo.build_stock_step):
         torch.manual_seed(0)
         step = build(settings, CPU)
         torch.manual_seed(1)

@@ -29,6 +29,16 @@ _MODULE_OF = {
     torch.tanh: nn.Tanh,
     F.sigmoid: nn.Sigmoid,
     torch.sigmoid: nn.Sigmoid,
+    F.relu6: nn.ReLU6,
+    F.hardtanh: nn.Hardtanh,
+    F.elu: nn.ELU,
+    F.selu: nn.SELU,
+    torch.selu: nn.SELU,
+    F.softplus: nn.Softplus,
+    F.silu: nn.SiLU,
+    F.gelu: nn.GELU,
+    F.mish: nn.Mish,
+    F.hardswish: nn.Hardswish,
     "relu": nn.ReLU,
     "tanh": nn.Tanh,
     "sigmoid": nn.Sigmoid,
@@ -177,7 +187,7 @@ def layer_of(link):
     if link not in _MODULE_OF:
         return None
     values = *arguments, *(value for _, value in named)
-    if not all(isinstance(value, bool | int | float) for value in values):
+    if not all(isinstance(value, bool | int | float | str) for value in values):
         return None
     # torch.compile looks through the cache, and would warn that it does.
     make = _stand_in.__wrapped__ if torch.compiler.is_compiling() else _stand_in

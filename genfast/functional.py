@@ -63,15 +63,18 @@ def conv_block(
         momentum: the weight of the new statistics, a float or a tensor: a scalar, or one value for
             each of the `statistics_groups`.
         eps: added to the variance.
-        activation: "identity", "relu", "leaky_relu", "tanh" or "sigmoid".
-        negative_slope: of "leaky_relu".
+        activation: one of `reference.ACTIVATIONS`: "identity", "relu", "leaky_relu", "tanh",
+            "sigmoid", "relu6", "hardtanh" (between -1 and 1), "elu" (alpha 1), "selu", "softplus"
+            (beta 1, threshold 20), "silu", "gelu", "gelu_tanh" (its approximation), "mish",
+            "hardswish" or "prelu".
+        negative_slope: of "leaky_relu" a number; of "prelu" a tensor, (1,) or (out_channels,).
         norm_groups: of "group": the equal parts of the channels that share mean and variance.
         statistics_groups: in training, normalise that many equal parts of the batch by statistics
             of their own; running statistics move once for each part, in order. The result is that
             of as many calls, one a part.
-        inplace: of "leaky_relu", as in `nn.LeakyReLU`: the caller promises that nothing changes the
-            result in place before backward, which then may take it for its own. (The gradients of
-            the other activations are made from the result, in PyTorch too.)
+        inplace: as in `nn.LeakyReLU`: the caller promises that nothing changes the result in place
+            before backward, which then may take it for its own. (The gradients of "relu", "tanh"
+            and "sigmoid" are made from the result, in PyTorch too.)
         memory_format: of the output: `torch.channels_last`, the kernels' own, or None for the one
             PyTorch would give: channels_last if `x` or `weight` is, else contiguous. Gradients of
             `x` and `weight` have the format of the tensor they belong to.
@@ -188,7 +191,7 @@ class Normalization(NamedTuple):
 
     norm: reference.Norm
     activation: str
-    negative_slope: float
+    negative_slope: float | torch.Tensor
 
 
 def normalize(x, block, as_x=False):
@@ -198,23 +201,27 @@ def normalize(x, block, as_x=False):
     """
     n = block.norm
     _check_normalization(x, block)
-    vectors = n.weight, n.bias, n.running_mean, n.running_var
+    vectors = n.weight, n.bias, n.running_mean, n.running_var, _slopes(block)
     way = implementation(
         x, *vectors, activation=block.activation, negative_slope=block.negative_slope
     )
     # A compiler makes one pass of PyTorch's operations too.
     if way != "triton" or torch.compiler.is_compiling() or _too_many_images(n, x.shape[0]):
         y = reference.normalize(x, n)
-        inplace = block.activation != "leaky_relu"  # As in `reference.block`.
+        inplace = reference.activates_in_place(block.activation)
         return reference.activate(y, block.activation, block.negative_slope, inplace=inplace)
+    if _activates_otherwise(block, n, x):
+        y = normalize(x, block._replace(activation="identity", negative_slope=0.0), as_x)
+        return reference.activate(y, block.activation, block.negative_slope)
     images = x if x.dim() == 4 else x.reshape(*x.shape[:2], 1, -1)
     last = layout.is_channels_last(images)
     if not (layout.is_fresh_channels_last(images) or images.is_contiguous()):
         images = layout.enter(images, inside=layout.channels_last if last else layout.contiguous)
-    kind = _kind_of_norm(n, None, False, block.activation, block.negative_slope, x.shape, x)
+    slope = 0.0 if _slopes(block) is not None else block.negative_slope
+    kind = _kind_of_norm(n, None, False, block.activation, slope, x.shape, x)
     momentum = n.momentum if isinstance(n.momentum, torch.Tensor) else None
     statistics = n.running_mean, n.running_var, n.num_batches_tracked, momentum
-    y = autograd.normalize(images, kind, n.weight, n.bias, statistics)
+    y = autograd.normalize(images, kind, n.weight, n.bias, _slopes(block), statistics)
     if x.dim() != 4:
         return layout.contiguous(y).view(x.shape)
     keeps = last and (as_x or _keeps_channels_last(n, x, x.shape[1], x.shape[2:]))
@@ -252,7 +259,7 @@ class Block(NamedTuple):
     output_padding: int | tuple[int, int] | None
     batch_norm: reference.Norm | None
     activation: str
-    negative_slope: float
+    negative_slope: float | torch.Tensor
     inplace: bool = False
 
     @property
@@ -291,6 +298,14 @@ def chain(x, blocks, memory_format=None):
     if len(plan.ways) > 1:
         for block in blocks:
             x = chain(x, [block])
+    elif plan.activates_apart is not None:
+        # The activation after this block is PyTorch's own.
+        *head, last = blocks[: plan.activates_apart + 1]
+        head.append(last._replace(activation="identity", negative_slope=0.0))
+        z = chain(x, head, torch.channels_last)
+        x = reference.activate(z, last.activation, last.negative_slope)
+        if rest := blocks[len(head) :]:
+            x = chain(x, rest, plan.memory_format)
     elif plan.ways == {"triton"} and torch.compiler.is_compiling():
         x = operators.chain(x, blocks).to(plan.kinds[-1].dtype or x.dtype)
     elif plan.ways == {"triton"}:
@@ -321,6 +336,8 @@ class _Plan(NamedTuple):
     ways: a set of what runs its blocks, as `implementation` names it.
     kinds: the `autograd.Kind` of each block.
     memory_format: of the output; None for whatever the last operation gives.
+    activates_apart: the number of the first block whose activation is no part of the kernels; or
+        None: see `_activates_apart`.
     x_enters, weights_enter: whether x, and which of the tensors of all blocks, are brought into the
         memory format of the kernels.
     look: stands for how all the tensors then look, for `tape.run`.
@@ -329,6 +346,7 @@ class _Plan(NamedTuple):
     ways: set
     kinds: tuple
     memory_format: torch.memory_format | None
+    activates_apart: int | None = None
     x_enters: bool = True
     weights_enter: tuple[int, ...] = ()
     look: object = None
@@ -369,7 +387,11 @@ def _key_of(x, blocks, memory_format):
     tensors = [x]
     for block in blocks:
         _, _, stride, padding, output_padding, n, activation, negative_slope, inplace = block
+        if _slopes(block) is not None:
+            negative_slope = None  # It is among the tensors.
         found += stride, padding, output_padding, activation, negative_slope, inplace
+        if activation in _DEPENDING:
+            found += _activates_apart(block, x, blocks), autocast_dtype(x.device)
         if n is not None:
             momentum = None if isinstance(n.momentum, torch.Tensor) else n.momentum
             found += n.training, momentum, n.eps, n.groups, n.kind, n.channel_groups, _widens(n, x)
@@ -382,14 +404,56 @@ def _key_of(x, blocks, memory_format):
 
 def _tensors_of(block):
     """Those of an `autograd.Link`, in its order."""
-    n = block.batch_norm
+    n, slopes = block.batch_norm, _slopes(block)
     if n is None:
-        return block.weight, block.bias, None, None, None, None, None, None
+        return block.weight, block.bias, None, None, slopes, None, None, None, None
     momentum = n.momentum if isinstance(n.momentum, torch.Tensor) else None
     return (
-        block.weight, block.bias, n.weight, n.bias, n.running_mean, n.running_var,
+        block.weight, block.bias, n.weight, n.bias, slopes, n.running_mean, n.running_var,
         n.num_batches_tracked, momentum,
     )  # fmt: skip
+
+
+def _slopes(block):
+    """The tensor that is the slope of "prelu"; None for other activations."""
+    return block.negative_slope if isinstance(block.negative_slope, torch.Tensor) else None
+
+
+# Activations of which it depends whether they are a part of the kernels.
+_DEPENDING = {name for name, row in reference.ACTIVATION.items() if row.from_input} | {"softplus"}
+
+
+def _activates_apart(block, x, blocks):
+    """Whether PyTorch applies the activation of a block in a chain of x, not the kernels.
+
+    So where no norm comes before, and a gradient by the activation's input is wanted: backward
+    needs that input, and what follows the output. To write both takes the memory that PyTorch
+    takes, and to keep the input alone and make the output again takes a pass forward, as PyTorch's
+    own activation does, and a pass more backward. With a norm before, its input tells both.
+    """
+    n = block.batch_norm
+    if block.activation not in _DEPENDING:
+        return False
+    if block.activation == "prelu" and (n is None or torch.compiler.is_compiling()):
+        return True
+    if _activates_otherwise(block, n, x):
+        return True
+    if n is not None or not reference.ACTIVATION[block.activation].from_input:
+        return False
+    return torch.is_grad_enabled() and any(
+        t is not None and t.requires_grad for t in (x, *(t for b in blocks for t in _tensors_of(b)))
+    )
+
+
+def _activates_otherwise(block, norm, x):
+    """Whether autocast gives the activation of a norm of x, or without one of x, another dtype."""
+    dtype = autocast_dtype(x.device)
+    if dtype is None or x.dtype == torch.float64:
+        return False
+    if block.activation == "prelu":  # In autocast's dtype.
+        return x.dtype != dtype or (norm is not None and _widens(norm, x))
+    # In float32.
+    return block.activation == "softplus" and x.device.type == "cuda" and x.dtype != torch.float32
 
 
 def _plan(x, blocks, memory_format):
@@ -399,7 +463,7 @@ def _plan(x, blocks, memory_format):
         geometries.append(geometry)
     ways = {
         implementation(
-            x, b.weight, *b.vectors.values(), activation=b.activation,
+            x, b.weight, *b.vectors.values(), _slopes(b), activation=b.activation,
             negative_slope=b.negative_slope,
         )
         for b in blocks
@@ -413,6 +477,7 @@ def _plan(x, blocks, memory_format):
         ways,
         kinds,
         memory_format or _pytorchs_format(x, blocks, geometries),
+        next((i for i, b in enumerate(blocks) if _activates_apart(b, x, blocks)), None),
         not layout.is_fresh_channels_last(x),
         tuple(
             i * autograd.TENSORS
@@ -425,7 +490,8 @@ def _plan(x, blocks, memory_format):
 def _kind(block, geometry, x):
     """The `autograd.Kind` of a block of a chain whose input is x."""
     transposed = block.output_padding is not None
-    n, act = block.batch_norm, (block.activation, block.negative_slope)
+    n = block.batch_norm
+    act = block.activation, 0.0 if _slopes(block) is not None else block.negative_slope
     if n is None:
         return autograd.Kind(geometry, transposed, None, 0.0, *act)
     channels = block.weight.shape[1 if transposed else 0]
@@ -647,7 +713,7 @@ def _check_block(block, x, shape):
 def _check_tensors(block, x, shape, transposed):
     weight = block.weight
     in_dim, out_dim = (0, 1) if transposed else (1, 0)
-    _check_activation(block.activation)
+    _check_activation(block)
     if len(shape) != 4:
         raise ValueError(f"expected x of shape (N, C, H, W), got shape {tuple(shape)}")
     if weight.dim() != 4:
@@ -665,13 +731,34 @@ def _check_tensors(block, x, shape, transposed):
     if weight.device != x.device:
         raise ValueError(f"expected weight on x's device {x.device}, got {weight.device}")
     _check_vectors(block.vectors, block.batch_norm, weight.shape[out_dim], x.device)
+    _check_slopes(block, weight.shape[out_dim], x)
 
 
-def _check_activation(activation):
+def _check_activation(block):
+    activation = block.activation
     if activation not in reference.ACTIVATIONS:
         raise ValueError(
             f"expected an activation among {reference.ACTIVATIONS}, got {activation!r}"
         )
+    learnt = isinstance(block.negative_slope, torch.Tensor)
+    if learnt != (activation == "prelu"):
+        wanted = "a tensor" if activation == "prelu" else "a number"
+        got = "a tensor" if learnt else repr(block.negative_slope)
+        raise TypeError(f"expected the negative_slope of {activation!r} to be {wanted}, got {got}")
+
+
+def _check_slopes(block, channels, x):
+    slopes = _slopes(block)
+    if slopes is None:
+        return
+    if tuple(slopes.shape) not in ((1,), (channels,)):
+        raise ValueError(
+            f"expected negative_slope of shape (1,) or ({channels},), got {tuple(slopes.shape)}"
+        )
+    if slopes.device != x.device:
+        raise ValueError(f"expected negative_slope on x's device {x.device}, got {slopes.device}")
+    if slopes.dtype != x.dtype and autocast_dtype(x.device) is None:
+        raise TypeError(f"expected negative_slope of x's dtype {x.dtype}, got {slopes.dtype}")
 
 
 def _check_vectors(vectors, norm, channels, device):
@@ -724,7 +811,7 @@ def _check_output(shape, size):
 
 
 def _check_normalization(x, block):
-    _check_activation(block.activation)
+    _check_activation(block)
     if not 2 <= x.dim() <= 4:
         raise ValueError(
             f"expected x of shape (N, C), (N, C, L) or (N, C, H, W), got shape {tuple(x.shape)}"
@@ -737,6 +824,7 @@ def _check_normalization(x, block):
         running_var=n.running_var,
     )  # fmt: skip
     _check_vectors(vectors, n, x.shape[1], x.device)
+    _check_slopes(block, x.shape[1], x)
     _check_values(n, x.shape)
 
 

@@ -24,7 +24,25 @@ _ACTIVATIONS = {
     nn.LeakyReLU: "leaky_relu",
     nn.Tanh: "tanh",
     nn.Sigmoid: "sigmoid",
+    nn.ReLU6: "relu6",
+    nn.Hardtanh: "hardtanh",
+    nn.ELU: "elu",
+    nn.SELU: "selu",
+    nn.Softplus: "softplus",
+    nn.SiLU: "silu",
+    nn.GELU: "gelu",
+    nn.Mish: "mish",
+    nn.Hardswish: "hardswish",
+    nn.PReLU: "prelu",
 }
+# The settings that the kernels know, of activations that they know with one alone.
+_SETTINGS = {
+    nn.Hardtanh: {"min_val": -1, "max_val": 1},
+    nn.ReLU6: {"min_val": 0, "max_val": 6},
+    nn.ELU: {"alpha": 1},
+    nn.Softplus: {"beta": 1, "threshold": 20},
+}
+_APPROXIMATIONS = {"none": "gelu", "tanh": "gelu_tanh"}
 _CONVOLUTIONS = (nn.Conv2d, nn.ConvTranspose2d)
 # What may follow a convolution; and what may begin a run, of tensors of so many dimensions.
 _NORMS = (nn.BatchNorm2d, nn.InstanceNorm2d, nn.GroupNorm)
@@ -97,6 +115,17 @@ def why_not_fused(module):
         return "it keeps running statistics"
     if isinstance(module, nn.LeakyReLU) and module.negative_slope < 0:
         return f"its negative slope {module.negative_slope} is below 0"
+    if kind in _ACTIVATIONS:
+        return _why_activation_not_fused(module)
+    return None
+
+
+def _why_activation_not_fused(module):
+    for name, known in _SETTINGS.get(type(module), {}).items():
+        if getattr(module, name) != known:
+            return f"its {name} is {getattr(module, name)}, not {known}"
+    if isinstance(module, nn.GELU) and module.approximate not in _APPROXIMATIONS:
+        return f"its approximation is {module.approximate!r}"
     return None
 
 
@@ -225,10 +254,9 @@ class FusedBlock(nn.Module):
 
     def __init__(self, conv, norm, activation, negative_slope, inplace, eps, momentum):
         super().__init__()
-        if activation not in reference.ACTIVATIONS:
-            raise ValueError(
-                f"expected an activation among {reference.ACTIVATIONS}, got {activation!r}"
-            )
+        known = tuple(name for name in reference.ACTIVATIONS if name != "prelu")
+        if activation not in known:
+            raise ValueError(f"expected an activation among {known}, got {activation!r}")
         # The kernels' own layout, so that no step repacks the weight; shapes and keys stay.
         self.conv = conv.to(memory_format=torch.channels_last)
         channels = conv.out_channels
@@ -273,7 +301,7 @@ class GeneratorBlock(FusedBlock):
         in_channels, out_channels, kernel_size, stride, padding, output_padding, bias: as in
             `nn.ConvTranspose2d`. The defaults double height and width (Radford et al., 2016).
         norm: whether to batch-normalise.
-        activation: "relu", "leaky_relu", "tanh", "sigmoid" or "identity".
+        activation: as in `functional.conv_block`, all but "prelu".
         negative_slope, inplace: of "leaky_relu", as in `nn.LeakyReLU`.
         eps, momentum: as in `nn.BatchNorm2d`.
 
@@ -314,7 +342,7 @@ class DiscriminatorBlock(FusedBlock):
         in_channels, out_channels, kernel_size, stride, padding, bias: as in `nn.Conv2d`. The
             defaults halve height and width (Radford et al., 2016).
         norm: whether to batch-normalise.
-        activation: "relu", "leaky_relu", "tanh", "sigmoid" or "identity".
+        activation: as in `functional.conv_block`, all but "prelu".
         negative_slope, inplace: of "leaky_relu", as in `nn.LeakyReLU`.
         eps, momentum: as in `nn.BatchNorm2d`.
 
@@ -398,7 +426,10 @@ class Run(NamedTuple):
     @property
     def _activation(self):
         last = self.modules[-1]
-        return _ACTIVATIONS.get(type(last), "identity"), getattr(last, "negative_slope", 0.0)
+        name = _ACTIVATIONS.get(type(last), "identity")
+        if name == "gelu":
+            name = _APPROXIMATIONS[last.approximate]
+        return name, last.weight if name == "prelu" else getattr(last, "negative_slope", 0.0)
 
 
 class FusedSequential(nn.Sequential):
@@ -406,11 +437,11 @@ class FusedSequential(nn.Sequential):
 
     Children, parameters, state_dict keys and results are those of the `nn.Sequential` it stands
     for. Runs of `ConvTranspose2d`/`Conv2d`, then optionally `BatchNorm2d`, `InstanceNorm2d` or
-    `GroupNorm`, then optionally `ReLU`, `LeakyReLU`, `Tanh` or `Sigmoid` fuse, and what follows one
-    another of these and of blocks is one chain: see `functional.chain`. On the kernels one of these
-    norms or `BatchNorm1d`, after whatever, fuses with the activation that follows. Every other
-    child, and one that has a hook, a parametrisation or a setting the kernels do not know, runs as
-    PyTorch runs it. That is looked up at each call, so a hook registered later counts too.
+    `GroupNorm`, then optionally an elementwise activation fuse, and what follows one another of
+    these and of blocks is one chain: see `functional.chain`. On the kernels one of these norms or
+    `BatchNorm1d`, after whatever, fuses with the activation that follows. Every other child, and
+    one that has a hook, a parametrisation or a setting the kernels do not know, runs as PyTorch
+    runs it. That is looked up at each call, so a hook registered later counts too.
     """
 
     # Children that must not fuse, by name, and why; `genfast.accelerate` sets it.

@@ -27,7 +27,11 @@ from genfast.looking import Chain, Part, is_look
 from genfast.source import SCOPES, source_of
 
 # How activations as functions and methods of tensors are written; what a name is, a call looks up.
-_FUNCTIONS, _METHODS = {"relu", "leaky_relu", "tanh", "sigmoid"}, {"relu", "tanh", "sigmoid"}
+_FUNCTIONS = {
+    "relu", "leaky_relu", "tanh", "sigmoid", "relu6", "hardtanh", "elu", "selu", "softplus", "silu",
+    "gelu", "mish", "hardswish",
+}  # fmt: skip
+_METHODS = {"relu", "tanh", "sigmoid"}
 _RUN, _CALL, _METHOD = "__genfast_run__", "__genfast_call__", "__genfast_method__"
 _GIVEN = {_RUN: run, _CALL: Call, _METHOD: Method}
 

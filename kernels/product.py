@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from .activation import activate, activation_backward
+from .activation import activate, activation_backward, backward_reads
 from .norm import RSTD
 from .normalizing import load_vectors
 from .rounding import rounded
@@ -174,9 +174,7 @@ def _gradient_in_pieces(
             y = below.to(acc.dtype)
             if HAS_NORM:
                 centred = y - mean
-                y = centred * scale + shift
-                if ACTIVATION == "tanh" or ACTIVATION == "sigmoid":
-                    y = activate(y, negative_slope, ACTIVATION)  # Of others u's sign is enough.
+                y = backward_reads(centred * scale + shift, negative_slope, ACTIVATION)
             g = activation_backward(acc, y, negative_slope, ACTIVATION)
             if HAS_SUMS:
                 g = rounded(g, STORED_DTYPE)

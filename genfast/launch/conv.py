@@ -349,7 +349,7 @@ def _through_library(direction, source, weight, geometry, epilogue):
 def _gradient_of_output(dy, epilogue):
     """dy times act'(u) of the epilogue's output, and its sums, by passes of their own."""
     output = epilogue.output
-    g = norm.activation_backward(dy, output.tensor(), output.activation, output.negative_slope)
+    g = norm.activation_backward(dy, output.told_by(), output.activation, output.negative_slope)
     if output.vectors is not None:
         return g, norm.backward_sums(g, output.value, output.vectors)
     if epilogue.sums:

@@ -12,9 +12,10 @@ version = re.search(r'__version__ = "(.+)"', (HERE / "genfast/__init__.py").read
 
 # What genfast's message names where one is absent: genfast/training/errors.py.
 train = ["pillow>=10.1", "scikit-learn", "tqdm"]
+export = ["onnx", "onnxscript", "safetensors"]
 # pytest-benchmark 5.2.3, the newest, fails with pytest 9.2: it reads an attribute that is gone.
 benchmark = [*train, "matplotlib", "pytest<9.2", "pytest-benchmark"]
-test = [*benchmark, "pytest-xdist", "ruff", "setuptools>=77"]
+test = [*benchmark, *export, "onnxruntime", "pytest-xdist", "ruff", "setuptools>=77"]
 
 setup(
     name="genfast",
@@ -24,7 +25,7 @@ setup(
     long_description_content_type="text/markdown",
     python_requires=">=3.10,<3.14",
     install_requires=["torch>=2.11", 'triton>=3.6; sys_platform == "linux"', "numpy"],
-    extras_require={"train": train, "benchmark": benchmark, "test": test},
+    extras_require={"train": train, "export": export, "benchmark": benchmark, "test": test},
     entry_points={"console_scripts": ["genfast = genfast.__main__:main"]},
     # `kernels/` installs as genfast.kernels: another package owns the name `kernels`.
     packages=["genfast.kernels", *find_packages(include=["genfast", "genfast.*"])],

@@ -811,6 +811,13 @@ BUGS = (
         "        set_weight(conv, ())\n        set_weight(conv, ())\n",
         "test_modules.py::test_spectral_norm_moves_once_a_forward",
     ),
+    Bug(
+        "export the newest generator for the average",
+        "genfast/training/runs/exporting.py",
+        "network = step.average.module if step.average and ema else step.generator",
+        "network = step.generator",
+        "test_export.py::test_the_newest_generator_on_request",
+    ),
 )
 
 

@@ -32,7 +32,9 @@ LEVELS = (
 RANK = {name: -depth for depth, names in enumerate(LEVELS) for name in names}
 LAYERS = {name for name, rank in RANK.items() if rank < RANK["training"]}
 REQUIRED = {"genfast", "numpy", "torch", "triton"}
-EXTRAS = {"PIL", "matplotlib", "pandas", "safetensors", "scipy", "sklearn", "tqdm"}
+EXTRAS = {
+    "PIL", "matplotlib", "onnx", "onnxscript", "pandas", "safetensors", "scipy", "sklearn", "tqdm",
+}  # fmt: skip
 
 
 def _module_name(path):

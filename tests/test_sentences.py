@@ -14,7 +14,7 @@ import torch
 
 from genfast import cli
 from genfast.training import memory
-from genfast.training.errors import TRAIN
+from genfast.training.errors import EXTRAS
 from genfast.training.memory import limited_memory, missing_memory
 
 ROOT = Path(__file__).parents[1]
@@ -71,8 +71,9 @@ def test_what_to_do_without_memory(command, advice, monkeypatch, capsys):
     def refuse(*_, **__):
         raise ON_CUDA
 
-    for name in ("_resume_from", "sample_checkpoint", "demo"):
-        monkeypatch.setattr(cli, name, refuse)
+    monkeypatch.setattr(cli.train, "_resume_from", refuse)
+    monkeypatch.setattr(cli.sample, "sample_checkpoint", refuse)
+    monkeypatch.setattr(cli.demo, "demo", refuse)
     assert cli.main([*command, "--device", "cpu"]) == 1
     expected = f"genfast: error: expected enough memory, got no room for 2.00 GiB: {advice}\n"
     assert capsys.readouterr().err == expected
@@ -82,7 +83,7 @@ def test_other_errors_are_not_hidden(monkeypatch, train):
     def fail(*_):
         raise RuntimeError("shapes do not match")
 
-    monkeypatch.setattr(cli, "prepare", fail)
+    monkeypatch.setattr(cli.train, "prepare", fail)
     with pytest.raises(RuntimeError, match="shapes do not match"):
         cli.main(train)
 
@@ -135,10 +136,11 @@ def test_an_option_in_error_takes_one_line(capsys):
         assert re.fullmatch(rf"genfast: error: {message}[^\n]*; python -m genfast .*\n", error)
 
 
-def test_the_hint_names_all_that_training_needs():
+@pytest.mark.parametrize("extra", EXTRAS)
+def test_the_hint_names_all_of_an_extra(extra):
     setup = (ROOT / "setup.py").read_text(encoding="utf-8")
-    named = ast.literal_eval(re.search(r"^train = (\[.*\])$", setup, re.M)[1])
-    assert tuple(re.split("[<>=]", name)[0] for name in named) == TRAIN
+    named = ast.literal_eval(re.search(rf"^{extra} = (\[.*\])$", setup, re.M)[1])
+    assert tuple(re.split("[<>=]", name)[0] for name in named) == EXTRAS[extra][1]
 
 
 def _without_reader():

@@ -178,13 +178,13 @@ def test_the_public_names_are_there():
         genfast.absent  # noqa: B018
 
 
-@pytest.mark.parametrize("place", ["prepare", "train", "_working_device"])
+@pytest.mark.parametrize("place", ["prepare", "train", "working_device"])
 def test_an_interrupt_before_the_first_step(tmp_path, images, monkeypatch, capsys, place):
     def interrupt(*_, **__):
         os.kill(os.getpid(), signal.SIGINT)
         time.sleep(5)
 
-    monkeypatch.setattr(cli, place, interrupt)
+    monkeypatch.setattr(cli.train, place, interrupt)
     assert _command("train", "vae", "--data", images, "--out", tmp_path / "out", *SMALL) == 130
     assert capsys.readouterr().err == "genfast: interrupted\n"
     assert not (tmp_path / "out").exists()

@@ -9,14 +9,14 @@ import torch
 
 import genfast
 from genfast.backend import selected_backend
-from genfast.cli import demo, environment, sample, train
+from genfast.cli import demo, environment, export, sample, train
 from genfast.cli.streams import Unbreakable, open_closed_streams, tell
 from genfast.launch import first_use
 from genfast.training.errors import BadInput, Diverged
 from genfast.training.memory import limited_memory, missing_memory
 from genfast.training.runs.devices import as_device
 
-COMMANDS = (train, sample, environment, demo)
+COMMANDS = (train, sample, export, environment, demo)
 
 
 def main(arguments=None):

@@ -2,8 +2,11 @@
 
 import importlib
 
-# The extra "train" of setup.py, by the names that pip knows.
-TRAIN = ("pillow", "scikit-learn", "tqdm")
+# The extras of setup.py, by the names that pip knows, and what they are for.
+EXTRAS = {
+    "train": ("training", ("pillow", "scikit-learn", "tqdm")),
+    "export": ("exporting", ("onnx", "onnxscript", "safetensors")),
+}
 
 
 class BadInput(ValueError):
@@ -14,17 +17,19 @@ class Diverged(RuntimeError):
     """The losses are no longer finite."""
 
 
-def require(module, package):
+def require(module, package, extra="train"):
     """Import a module of an optional package; BadInput says how to install it if it is absent.
 
     Args:
         module: the name to import, such as "PIL.Image".
         package: the name pip knows, such as "pillow".
+        extra: the extra of setup.py that it belongs to.
     """
     try:
         return importlib.import_module(module)
     except ImportError as error:
+        purpose, packages = EXTRAS[extra]
         raise BadInput(
             f"expected {package}, which this needs, but it could not be imported ({error}): "
-            f"install what training needs with python -m pip install {' '.join(TRAIN)}"
+            f"install what {purpose} needs with python -m pip install {' '.join(packages)}"
         ) from error

@@ -57,7 +57,7 @@ def activate(u, negative_slope, ACTIVATION: tl.constexpr):
 
 @triton.jit
 def activation_backward(dy, y, negative_slope, ACTIVATION: tl.constexpr):
-    """dy * act'(u), from the output y = act(u), or from what `backward_reads` gives.
+    """dy * act'(u), from the output y = act(u).
 
     For the activations from "silu" on, y is u itself: their output does not tell. At u = 0 the
     derivative is 0 for relu and the slope for leaky relu. NaN passes dy through relu and scales it
@@ -104,16 +104,20 @@ def activation_backward(dy, y, negative_slope, ACTIVATION: tl.constexpr):
 
 
 @triton.jit
-def backward_reads(u, negative_slope, ACTIVATION: tl.constexpr):
-    """What `activation_backward` takes for y where u is known."""
-    if (
-        ACTIVATION == "tanh" or ACTIVATION == "sigmoid" or ACTIVATION == "elu"
-        or ACTIVATION == "selu" or ACTIVATION == "softplus"
-    ):  # fmt: skip
+def activation_backward_at(dy, u, negative_slope, ACTIVATION: tl.constexpr):
+    """dy * act'(u), from u: in as few registers as may be, since products do it in their tiles."""
+    if ACTIVATION == "tanh" or ACTIVATION == "sigmoid":
         y = activate(u, negative_slope, ACTIVATION)
-    else:
-        y = u  # That, or its sign or place among bounds, is enough.
-    return y
+        du = activation_backward(dy, y, negative_slope, ACTIVATION)
+    elif ACTIVATION == "elu":
+        du = tl.where(u > 0, dy, dy * tl.exp(u))
+    elif ACTIVATION == "selu":
+        du = dy * tl.where(u > 0, SELU_SCALE, tl.exp(u) * (SELU_SCALE * SELU_ALPHA))
+    elif ACTIVATION == "softplus":
+        du = tl.where(u > SOFTPLUS_THRESHOLD, dy, dy * sigmoid(u))
+    else:  # u, or its sign or place among bounds, tells as y does.
+        du = activation_backward(dy, u, negative_slope, ACTIVATION)
+    return du
 
 
 @triton.jit
@@ -158,21 +162,19 @@ def _tanh_softplus(u):
 
 
 @triton.jit
-def _tanh(u):
-    numerator, denominator = _tanh_fraction(u)
-    return numerator / denominator
-
-
-@triton.jit
 def _expm1(u):
-    """exp(u) - 1 for u <= 0, near 0 too: with t = tanh(u / 2) it is 2t / (1 - t)."""
-    numerator, denominator = _tanh_fraction(0.5 * u)
-    return 2.0 * numerator / (denominator - numerator)
+    """exp(u) - 1 for u <= 0."""
+    # Near 0 that cancels, so Taylor's series takes over: below 1/2, of which so many terms are
+    # exact to float32 or float64. It takes no division, and few registers.
+    TERMS: tl.constexpr = 14 if u.dtype == tl.float64 else 8
+    series = 1.0 + u * (1.0 / TERMS)
+    for n in tl.static_range(TERMS - 1, 1, -1):
+        series = 1.0 + u * series * (1.0 / n)
+    return tl.where(u > -0.5, u * series, tl.exp(u) - 1.0)
 
 
 @triton.jit
-def _tanh_fraction(u):
-    """Numerator and denominator of tanh(u)."""
+def _tanh(u):
     # Near 0 the exponential form cancels, so Lambert's continued fraction takes over there: below
     # 1/2, five of its levels are exact to float32, seven to float64. Both forms share one division.
     near = tl.abs(u) < 0.5
@@ -185,4 +187,4 @@ def _tanh_fraction(u):
     else:
         numerator = u * (945.0 + s * (105.0 + s))
         denominator = 945.0 + s * (420.0 + s * 15.0)
-    return tl.where(near, numerator, far), tl.where(near, denominator, 1.0 + t)
+    return tl.where(near, numerator, far) / tl.where(near, denominator, 1.0 + t)

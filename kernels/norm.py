@@ -16,7 +16,7 @@ would compile all of them anew. Only channels decide about vector loads.
 import triton
 import triton.language as tl
 
-from .activation import activate, activation_backward, backward_reads
+from .activation import activate, activation_backward, activation_backward_at
 from .loading import in_bounds, run_in_bounds
 from .overlap import wait_for_previous
 
@@ -666,6 +666,6 @@ def _gradient_at_norm(
     dy = tl.load(dy_ptr + offset, mask=inside, other=0.0).to(u.dtype)
     g = dy
     if not AT_NORM:
-        g = activation_backward(dy, backward_reads(u, slope, ACTIVATION), slope, ACTIVATION)
+        g = activation_backward_at(dy, u, slope, ACTIVATION)
     rstd = tl.load(vectors_ptr + RSTD * channels + c, mask=in_c, other=0.0)
     return g, centred * rstd[None, :], u, dy

@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from .activation import activate, activation_backward, backward_reads
+from .activation import activate, activation_backward, activation_backward_at
 from .norm import RSTD
 from .normalizing import load_vectors
 from .rounding import rounded
@@ -174,8 +174,10 @@ def _gradient_in_pieces(
             y = below.to(acc.dtype)
             if HAS_NORM:
                 centred = y - mean
-                y = backward_reads(centred * scale + shift, negative_slope, ACTIVATION)
-            g = activation_backward(acc, y, negative_slope, ACTIVATION)
+                u = centred * scale + shift
+                g = activation_backward_at(acc, u, negative_slope, ACTIVATION)
+            else:
+                g = activation_backward(acc, y, negative_slope, ACTIVATION)
             if HAS_SUMS:
                 g = rounded(g, STORED_DTYPE)
                 sum_g += g

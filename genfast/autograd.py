@@ -86,7 +86,7 @@ _PARAMETERS = 5
 TENSORS = len(Link._fields) - 1
 
 
-def chain(x, kinds, tensors, inplace, look=None):
+def chain(x, kinds, tensors, inplace, look=None, added=None):
     """Blocks, one after the other, on the kernels: `functional.chain`.
 
     Args:
@@ -96,13 +96,15 @@ def chain(x, kinds, tensors, inplace, look=None):
             channels_last.
         look: hashable, stands for how x and the tensors look; or None: see `tape.run`.
         inplace: of the last link's "leaky_relu", as in `functional.conv_block`.
+        added: as in `functional.chain`, channels_last, and `look` stands for it too; or None.
 
     Returns:
         The last link's output, channels_last.
     """
-    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, *tensors)):
-        return _Chain.apply(x, kinds, inplace, tensors, look, *_parameters(tensors))
-    return _run_forward(x, kinds, tensors, look, keep=False)[-1]
+    wanted = (t is not None and t.requires_grad for t in (x, added, *tensors))
+    if torch.is_grad_enabled() and any(wanted):
+        return _Chain.apply(x, kinds, inplace, tensors, look, added, *_parameters(tensors))
+    return _run_forward(x, kinds, tensors, look, added, keep=False)[-1]
 
 
 def normalize(x, kind, gamma, beta, slope, statistics, look=None):
@@ -233,27 +235,40 @@ class _Chain(Function):
 
     The tensors are those of the links, one after the other. Autograd sees the `parameters` among
     them, which are all that may want a gradient.
+
+    What is `added` before the last activation is not kept. Its gradient, which is that of what the
+    activation takes, is made of the output, and goes into the last block as that of its own output.
     """
 
     @staticmethod
-    def forward(ctx, x, kinds, inplace, tensors, look, *parameters):
+    def forward(ctx, x, kinds, inplace, tensors, look, added, *parameters):
         n, last = len(kinds), kinds[-1]
-        made = _run_forward(x, kinds, tensors, look, keep=True)
+        made = _run_forward(x, kinds, tensors, look, added, keep=True)
         y = made.pop()
-        ctx.changeable = None
+        ctx.changeable = ctx.after_sum = None
+        of_sum = None
+        if added is not None and last.activation != "identity":
+            ctx.after_sum, of_sum = (last.activation, last.negative_slope), y
+            last = last._replace(activation="identity")
+            kinds = (*kinds[:-1], last)
         if last.by_batch is None:
             if reference.ACTIVATION[last.activation].keeps_input and not inplace:
                 ctx.changeable = y.detach(), y._version
             if last.activation == "identity" or ctx.changeable:
                 made[n - 1] = None
         ctx.kinds = kinds
-        ctx.save_for_backward(x, *parameters, *made)
+        ctx.save_for_backward(x, *parameters, *made, of_sum)
         return y
 
     @staticmethod
     def backward(ctx, dy):
-        kinds, (x, *tensors) = ctx.kinds, ctx.saved_tensors
-        need_x, _, _, _, _, *needs = ctx.needs_input_grad
+        kinds, (x, *tensors, of_sum) = ctx.kinds, ctx.saved_tensors
+        need_x, _, _, _, _, need_added, *needs = ctx.needs_input_grad
+        if of_sum is not None:
+            dy = _ActivationGradient.apply(dy, of_sum, *ctx.after_sum)
+        dadded = dy if need_added else None
+        if not need_x and not any(needs):
+            return None, None, None, None, None, dadded, *[None] * len(needs)
         value = len(kinds) * (_PARAMETERS + 1) - 1
         if tensors[value] is None and kinds[-1].activation != "identity":
             tensors[value] = _Chain._put_back_output(ctx, x, tensors)
@@ -262,7 +277,7 @@ class _Chain(Function):
         else:
             given = [dy, x, _image_of(x, kinds[0]), *tensors]
             dx, *found = tape.run(_backward, given, kinds, need_x, tuple(needs))
-        return dx, None, None, None, None, *found
+        return dx, None, None, None, None, dadded, *found
 
     @staticmethod
     def _put_back_output(ctx, x, tensors):
@@ -402,30 +417,31 @@ def _operand(x, image, kind):
     return Operand(x, image=from_image.Padded(image, kind.geometry, x.shape[1]))
 
 
-def _run_forward(x, kinds, tensors, look, keep):
+def _run_forward(x, kinds, tensors, look, added, keep):
     image = _image_of(x, kinds[0])
     # An image is one more tensor, of which `look` does not tell.
     look = look if image is None else None
-    return tape.run(_forward, [x, image, *tensors], kinds, keep, look=look)
+    return tape.run(_forward, [x, image, added, *tensors], kinds, keep, look=look)
 
 
 def _forward(tensors, kinds, keep):
     """The forward pass of a chain.
 
     Args:
-        tensors: x, its padded image or None, and those of each `Link`.
+        tensors: x, its padded image or None, what is added before the last activation or None, and
+            those of each `Link`.
         kinds: of the links.
         keep: whether backward needs what lies between.
 
     Returns:
         With `keep` the value of each link's `Output`; the vectors of each; and the output.
     """
-    x, image, *tensors = tensors
+    x, image, added, *tensors = tensors
     source = _operand(x, image, kinds[0])
     links = [Link(kind, *tensors[TENSORS * i :][:TENSORS]) for i, kind in enumerate(kinds)]
     values, vectors = [], []
     for link in links:
-        output = _output(source, link, keep)
+        output = _output(source, link, keep, added if link is links[-1] else None)
         source.release()
         source = output
         vectors.append(output.vectors)
@@ -434,12 +450,15 @@ def _forward(tensors, kinds, keep):
     return [*values, *vectors, source.tensor(kinds[-1].dtype)]
 
 
-def _output(source, link, keep):
-    """The `Output` of a link. With `keep` it is what backward needs."""
+def _output(source, link, keep, added):
+    """The `Output` of a link. With `keep` it is what backward needs.
+
+    added: None, or what is added before the activation.
+    """
     kind, act = link.kind, link.activation
     vectors = None
     if kind.by_batch is None:
-        epilogue = Epilogue(link.bias, activation=act[0], negative_slope=act[1])
+        epilogue = Epilogue(link.bias, 0, None, *act, added=added)
     elif kind.by_batch:
         apart = _sums_apart(source, link.weight, kind, kind, kind.transposed, False)
         epilogue = Epilogue(link.bias, groups=0 if apart else kind.groups)
@@ -448,14 +467,14 @@ def _output(source, link, keep):
         epilogue = Epilogue(link.bias)
         # Batch norm is an epilogue then: its input is never stored. Epilogues know no PReLU.
         if not keep and link.slope is None:
-            epilogue = Epilogue(link.bias, 0, vectors, *act)
+            epilogue = Epilogue(link.bias, 0, vectors, *act, added=added)
             vectors = None
     z, statistics = _convolve(source, link.weight, kind, epilogue)
     if kind.by_batch:
         if statistics is None:
             statistics = norm.statistics_of(z, kind.groups)
         vectors = _batch_statistics(statistics, link)
-    return Output(z, vectors, *act)
+    return Output(z, vectors, *act, added)
 
 
 def _normalization_forward(tensors, kind):

@@ -1,6 +1,7 @@
 """Calls one after another: of callables of all kinds, those that can execute together do."""
 
 import functools
+import operator
 from types import BuiltinFunctionType, FunctionType
 
 import torch
@@ -8,10 +9,14 @@ import torch.nn.functional as F
 from torch import nn
 
 from genfast import functional
+from genfast.backend import kernels_run_on_cpu
 from genfast.nn import (
     FusedBlock,
+    FusedSequential,
     Run,
+    activates_sums,
     begins_run,
+    has_hook,
     is_activation,
     is_norm,
     line_of,
@@ -62,7 +67,7 @@ def run(links, x, *later):
     while link is not _END:
         if begins_run(link) and _may_fuse(link, x):
             layers, link = _stretch(link, flow)
-            x = line_of(layers).forward(x)
+            x, link = _forward_of(line_of(layers), x, link, flow)
         else:
             x = link(x)
             link = next(flow, _END)
@@ -70,6 +75,30 @@ def run(links, x, *later):
 
 
 _END = object()
+
+
+def _forward_of(line, x, link, flow):
+    """What a line of layers gives, with the sum and activation after it if they can be part of it.
+
+    Args:
+        line: a `FusedSequential` of layers that run without an effect on what is looked up.
+        x: its input.
+        link: what follows.
+        flow: an iterator over what follows that.
+
+    Returns:
+        The output, and what is next.
+    """
+    if type(link) is not Sum or not link.is_plain or torch.compiler.is_compiling():
+        return line.forward(x), link
+    following = _next(flow)
+    then = None if following is _END else layer_of(following)
+    if then is not None and not (runs_undisturbed(then) and activates_sums(then)):
+        then = None
+    y, is_whole = line.forward_adding(x, link.other, then)
+    if not is_whole:
+        return link(y), following
+    return y, following if then is None else _next(flow)
 
 
 def _next(flow):
@@ -85,9 +114,26 @@ def _fail(error, x):
 
 
 def _in_order(links, later):
-    yield from links
+    yield from _with_sums(links)
     for more in later:
-        yield from more()
+        yield from _with_sums(more())
+
+
+def _with_sums(links):
+    """The links, a container and the sum after it being one."""
+    if type(links) is not tuple:
+        yield from links  # What gives them may be anybody's.
+        return
+    before = _END
+    for link in links:
+        if type(link) is Sum and isinstance(before, FusedSequential):
+            before = _SummedContainer(before, link)
+            continue
+        if before is not _END:
+            yield before
+        before = link
+    if before is not _END:
+        yield before
 
 
 def _stretch(link, flow):
@@ -158,6 +204,50 @@ class Call:
 
     def __call__(self, x):
         return self.function(x, *self.arguments, **self.named)
+
+
+class Sum:
+    """The addition of a variable's value: x + other, other + x or x += other.
+
+    how: "x + other", "other + x" or "x += other".
+    """
+
+    def __init__(self, other, how):
+        self.other, self.how = other, how
+
+    def __call__(self, x):
+        if self.how == "x += other":
+            return operator.iadd(x, self.other)
+        return self.other + x if self.how == "other + x" else x + self.other
+
+    @property
+    def is_plain(self):
+        """Whether nothing but PyTorch's addition of tensors is asked for."""
+        return type(self.other) in (torch.Tensor, nn.Parameter)
+
+
+class _SummedContainer:
+    """A `FusedSequential` and a `Sum` of what it gives."""
+
+    def __init__(self, container, added):
+        self.container, self.added = container, added
+
+    def __call__(self, x):
+        c = self.container
+        on_kernels = isinstance(x, torch.Tensor) and not (x.is_cpu and not kernels_run_on_cpu())
+        if not (
+            on_kernels
+            and not torch.compiler.is_compiling()
+            and self.added.is_plain
+            and type(c).forward is FusedSequential.forward
+            and "forward" not in vars(c)
+            and c._compiled_call_impl is None
+            and not has_hook(c)
+            and not nn.modules.module._has_any_global_hook()
+        ):
+            return self.added(c(x))
+        y, is_whole = c.forward_adding(x, self.added.other)
+        return y if is_whole else self.added(y)
 
 
 class Method:

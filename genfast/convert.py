@@ -167,7 +167,16 @@ def _calls_what_fuses(module):
     network = networks.network_of(type(module))
     if network.rewritten is None:
         return False
-    return any(any(map(begins_run, links)) for links in _calls(module))
+    return any(
+        any(map(begins_run, links)) or any(map(_is_summed, links[:-1], links[1:]))
+        for links in _calls(module)
+    )
+
+
+def _is_summed(link, following):
+    """Whether these are a container that fuses and what adds to its output."""
+    fuses = isinstance(link, FusedSequential) or _can_swap(link)
+    return fuses and isinstance(following, calls.Sum)
 
 
 def _calls(module):

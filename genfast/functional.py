@@ -294,7 +294,42 @@ def chain(x, blocks, memory_format=None):
         As `conv_block`, before anything is computed.
     """
     x, blocks = _autocast(x, blocks)
-    plan = _plan_of(x, blocks, memory_format)
+    return _run(x, blocks, _plan_of(x, blocks, memory_format))
+
+
+def chain_and_sum(x, blocks, added):
+    """As `chain`, with a tensor added before the last activation, where kernels do that as they go.
+
+    Args:
+        x, blocks: as in `chain`.
+        added: whatever is to be added.
+
+    Returns:
+        The last block's output; or None, and nothing is computed, where the sum is PyTorch's: of
+        another shape, dtype or memory format than the output, or where no kernel runs.
+    """
+    dtype = autocast_dtype(x.device) or x.dtype
+    if type(added) not in (torch.Tensor, torch.nn.Parameter) or torch.compiler.is_compiling():
+        return None
+    if added.dim() != 4 or added.dtype != dtype or not layout.is_fresh_channels_last(added):
+        return None
+    x, blocks = _autocast(x, blocks)
+    plan = _plan_of(x, blocks, None, added)
+    return _run(x, blocks, plan, added) if plan.adds else None
+
+
+def sums_may_go_into(activation, inplace):
+    """Whether an activation after a sum may be the last block's in `chain_and_sum`.
+
+    Backward then reads the result, and nothing that PyTorch's own would read instead. `inplace`:
+    of the activation.
+    """
+    row = reference.ACTIVATION[activation]
+    return not row.from_input and (inplace or not row.keeps_input)
+
+
+def _run(x, blocks, plan, added=None):
+    """A chain by its `_Plan`; `added`: see `chain_and_sum`."""
     if len(plan.ways) > 1:
         for block in blocks:
             x = chain(x, [block])
@@ -315,7 +350,7 @@ def chain(x, blocks, memory_format=None):
         first = plan.kinds[0]
         if plan.x_enters and (first.transposed or not from_image.lies_padded(x, first.geometry)):
             x = layout.enter(x)
-        x = autograd.chain(x, plan.kinds, tensors, blocks[-1].inplace, plan.look)
+        x = autograd.chain(x, plan.kinds, tensors, blocks[-1].inplace, plan.look, added)
     else:
         convolutions = cpu if plan.ways == {"cpu"} else torch.nn.functional
         for b, kind in zip(blocks, plan.kinds, strict=True):
@@ -341,6 +376,7 @@ class _Plan(NamedTuple):
     x_enters, weights_enter: whether x, and which of the tensors of all blocks, are brought into the
         memory format of the kernels.
     look: stands for how all the tensors then look, for `tape.run`.
+    adds: whether what is to be added is added by the kernels: see `chain_and_sum`.
     """
 
     ways: set
@@ -350,6 +386,7 @@ class _Plan(NamedTuple):
     x_enters: bool = True
     weights_enter: tuple[int, ...] = ()
     look: object = None
+    adds: bool = False
 
 
 # Of chains on the kernels, by all that was checked and decided by: on a GPU the checks of a block
@@ -360,31 +397,31 @@ _MOST_PLANS = 1024
 _MOST_IMAGES = 65535
 
 
-def _plan_of(x, blocks, memory_format):
+def _plan_of(x, blocks, memory_format, added=None):
     """The `_Plan` of a chain, made or known.
 
     Raises:
         As `chain`.
     """
     if torch.compiler.is_compiling() or torch.jit.is_tracing():
-        return _plan(x, blocks, memory_format)
-    key = _key_of(x, blocks, memory_format)
+        return _plan(x, blocks, memory_format, added)
+    key = _key_of(x, blocks, memory_format, added)
     try:
         plan = _plans.get(key)
     except TypeError:  # A list in the place of a pair.
-        return _plan(x, blocks, memory_format)
+        return _plan(x, blocks, memory_format, added)
     if plan is None:
-        plan = _plan(x, blocks, memory_format)
+        plan = _plan(x, blocks, memory_format, added)
         if plan.ways == {"triton"}:
             plan = plan._replace(look=object())
             tape.keep(_plans, key, plan, _MOST_PLANS)
     return plan
 
 
-def _key_of(x, blocks, memory_format):
+def _key_of(x, blocks, memory_format, added):
     """All that `_plan` looks at."""
     found = [selected_backend(), memory_format, torch._C._are_functorch_transforms_active()]
-    tensors = [x]
+    tensors = [x, added]
     for block in blocks:
         _, _, stride, padding, output_padding, n, activation, negative_slope, inplace = block
         if _slopes(block) is not None:
@@ -456,7 +493,7 @@ def _activates_otherwise(block, norm, x):
     return block.activation == "softplus" and x.device.type == "cuda" and x.dtype != torch.float32
 
 
-def _plan(x, blocks, memory_format):
+def _plan(x, blocks, memory_format, added):
     geometries, shape = [], x.shape
     for block in blocks:
         geometry, shape = _check_block(block, x, shape)
@@ -473,17 +510,28 @@ def _plan(x, blocks, memory_format):
     kinds = tuple(_kind(b, g, x) for b, g in zip(blocks, geometries, strict=True))
     if ways != {"triton"}:
         return _Plan(ways, kinds, memory_format)
+    memory_format = memory_format or _pytorchs_format(x, blocks, geometries)
+    apart = next((i for i, b in enumerate(blocks) if _activates_apart(b, x, blocks)), None)
+    adds = (
+        added is not None
+        and added.shape == shape
+        and added.dtype == (kinds[-1].dtype or x.dtype)
+        and memory_format == torch.channels_last
+        and apart is None
+        and _why_not_plain([added]) is None
+    )
     return _Plan(
         ways,
         kinds,
-        memory_format or _pytorchs_format(x, blocks, geometries),
-        next((i for i, b in enumerate(blocks) if _activates_apart(b, x, blocks)), None),
+        memory_format,
+        apart,
         not layout.is_fresh_channels_last(x),
         tuple(
             i * autograd.TENSORS
             for i, block in enumerate(blocks)
             if not layout.is_fresh_channels_last(block.weight)
         ),
+        adds=adds,
     )
 
 

@@ -425,11 +425,25 @@ class Run(NamedTuple):
 
     @property
     def _activation(self):
-        last = self.modules[-1]
-        name = _ACTIVATIONS.get(type(last), "identity")
-        if name == "gelu":
-            name = _APPROXIMATIONS[last.approximate]
-        return name, last.weight if name == "prelu" else getattr(last, "negative_slope", 0.0)
+        return _activation_of(self.modules[-1])
+
+
+def _activation_of(layer):
+    """Its name and slope, as in `functional.conv_block`; of other layers "identity"."""
+    name = _ACTIVATIONS.get(type(layer), "identity")
+    if name == "gelu":
+        name = _APPROXIMATIONS[layer.approximate]
+    return name, layer.weight if name == "prelu" else getattr(layer, "negative_slope", 0.0)
+
+
+def _activated(blocks, layer):
+    """The blocks, an activation being the last one's; None for none."""
+    if layer is None:
+        return blocks
+    *others, last = blocks
+    name, slope = _activation_of(layer)
+    inplace = getattr(layer, "inplace", False)
+    return [*others, last._replace(activation=name, negative_slope=slope, inplace=inplace)]
 
 
 class FusedSequential(nn.Sequential):
@@ -449,9 +463,22 @@ class FusedSequential(nn.Sequential):
 
     def forward(self, x):
         """Run the children in order, fused where they can be."""
+        return self.forward_adding(x)[0]
+
+    def forward_adding(self, x, added=None, then=None):
+        """As `forward`, and what is added and activated afterwards, if it can be a part of that.
+
+        Args:
+            x: the input.
+            added: what to add to the output, or None.
+            then: the activation of the sum, one of which `activates_sums`, or None.
+
+        Returns:
+            The output, and whether both were done.
+        """
         backend = selected_backend()
         if backend == "reference":
-            return super().forward(x)
+            return super().forward(x), False
         modules = tuple(self._modules.values())
         known, first = {}, 0
         # To ask for the implementation takes as long as a small layer: not where it is plain.
@@ -484,10 +511,15 @@ class FusedSequential(nn.Sequential):
             if not runs:
                 x = modules[first](x)
                 first += 1
-            else:
-                x = functional.chain(x, [run.block() for run in runs])
-                first += sum(len(run.modules) for run in runs)
-        return x
+                continue
+            blocks = [run.block() for run in runs]
+            first += sum(len(run.modules) for run in runs)
+            if added is not None and first == len(modules) and blocks[-1].activation == "identity":
+                y = functional.chain_and_sum(x, _activated(blocks, then), added)
+                if y is not None:
+                    return y, True
+            x = functional.chain(x, blocks)
+        return x, False
 
     def _on_cpu(self, x, first):
         """Run the children from this number on, as long as x is on a CPU where no kernel runs.
@@ -625,6 +657,14 @@ def line_of(layers):
 def is_activation(layer):
     """Whether it is one of PyTorch's activations that fuse; they have no state."""
     return type(layer) in _ACTIVATIONS
+
+
+def activates_sums(layer):
+    """Whether it is an activation that may run with a block and a sum before it."""
+    if not is_activation(layer) or why_not_fused(layer):
+        return False
+    inplace = getattr(layer, "inplace", False)
+    return functional.sums_may_go_into(_activation_of(layer)[0], inplace)
 
 
 def first_run(container):

@@ -257,7 +257,7 @@ def _chain(x: Tensor, tensors: list[Tensor], spec: str, keep: bool) -> list[Tens
             copies.append(inside[-1])
     kinds = _kinds(blocks, x, parameters)
     x, *weights = inside
-    given = [x, None]
+    given = [x, None, None]
     for weight, kind, p in zip(weights, kinds, parameters, strict=True):
         given += autograd.Link(kind, **p._replace(weight=weight)._asdict())[1:]
     made = tape.run(autograd._forward, given, kinds, keep)

@@ -386,11 +386,13 @@ def normalize_activate(
     vectors_ptr,
     y_ptr,
     slope_ptr,
+    added_ptr,
     rows,
     channels,
     pixels,
     negative_slope,
     slope_step,
+    HAS_ADDED: tl.constexpr,
     ACTIVATION: tl.constexpr,
     PLANES: tl.constexpr,
     BLOCK_R: tl.constexpr,
@@ -398,7 +400,8 @@ def normalize_activate(
 ):
     """y = act((z - mean) * scale + shift). Grid: (tiles of a group's rows, of channels, groups).
 
-    The mean is subtracted first: folding it into the shift loses the digits that mean and z share.
+    With HAS_ADDED what lies at added_ptr, as z does, is added before the activation. The mean is
+    subtracted first: folding it into the shift loses the digits that mean and z share.
     """
     wait_for_previous()
     group = tl.program_id(2)
@@ -408,6 +411,8 @@ def normalize_activate(
         tl.program_id(0), group, rows, channels, pixels, c, in_c, BLOCK_R, PLANES
     )
     u, _ = _normalize(z_ptr + start, vectors_ptr, channels, c, in_c, offset, inside)
+    if HAS_ADDED:
+        u += tl.load(added_ptr + start + offset, mask=inside, other=0.0).to(u.dtype)
     slope = _slope(negative_slope, slope_ptr, slope_step, c, in_c, u.dtype, ACTIVATION)
     y = activate(u, slope, ACTIVATION)
     tl.store(y_ptr + start + offset, y.to(y_ptr.dtype.element_ty), mask=inside)

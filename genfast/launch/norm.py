@@ -205,10 +205,16 @@ def _activation(activation, negative_slope, stand_in):
     )
 
 
-def normalize_activate(z, vectors, activation, negative_slope, dtype=None):
-    """act((z - mean) * scale + shift): (N, C, H, W) to the same, in z's dtype unless another is
-    given. negative_slope: a number; for "prelu" a tensor, (1,) or (C,)."""
+def normalize_activate(z, vectors, activation, negative_slope, dtype=None, added=None):
+    """act((z - mean) * scale + shift + added): (N, C, H, W) to the same.
+
+    negative_slope: a number; for "prelu" a tensor, (1,) or (C,).
+    dtype: of the result; None for z's.
+    added: None, or like z.
+    """
     z, planes = _as_read(z)
+    if added is not None:
+        added = added.contiguous() if planes else memory.nhwc(added)
     y = _empty_like(z, planes, dtype)
     grid, matrix = passes.elementwise(z, vectors.shape[0], planes)
     tape.start(
@@ -217,6 +223,8 @@ def normalize_activate(z, vectors, activation, negative_slope, dtype=None):
         z_ptr=z,
         vectors_ptr=vectors,
         y_ptr=y,
+        added_ptr=vectors if added is None else added,
+        HAS_ADDED=added is not None,
         **_activation(activation, negative_slope, vectors),
         **matrix,
     )

@@ -71,12 +71,14 @@ class Output:
     value: (N, C, H, W): z, where u = (z - mean) * scale + shift; without `vectors`, y.
     vectors: (groups, 5, C) of the batch norm, as `norm.batch_statistics` gives them, or None.
     activation, negative_slope: as in `functional.conv_block`.
+    added: None, or like `value`: with vectors u = (z - mean) * scale + shift + added.
     """
 
     value: torch.Tensor
     vectors: torch.Tensor | None
     activation: str
     negative_slope: float | torch.Tensor
+    added: torch.Tensor | None = None
     _tensor: torch.Tensor | None = None
 
     @property
@@ -107,7 +109,7 @@ class Output:
             return self.value
         if self._tensor is None:
             self._tensor = norm.normalize_activate(
-                self.value, self.vectors, self.activation, self.negative_slope, dtype
+                self.value, self.vectors, self.activation, self.negative_slope, dtype, self.added
             )
         return self._tensor
 

@@ -95,7 +95,7 @@ def _forward_of(line, x, link, flow):
     then = None if following is _END else layer_of(following)
     if then is not None and not (runs_undisturbed(then) and activates_sums(then)):
         then = None
-    y, is_whole = line.forward_adding(x, link.other, then)
+    y, is_whole = line.forward_adding(x, link.other, then, link.is_first)
     if not is_whole:
         return link(y), following
     return y, following if then is None else _next(flow)
@@ -221,6 +221,11 @@ class Sum:
         return self.other + x if self.how == "other + x" else x + self.other
 
     @property
+    def is_first(self):
+        """Whether the variable is the first operand."""
+        return self.how == "other + x"
+
+    @property
     def is_plain(self):
         """Whether nothing but PyTorch's addition of tensors is asked for."""
         return type(self.other) in (torch.Tensor, nn.Parameter)
@@ -246,7 +251,7 @@ class _SummedContainer:
             and not nn.modules.module._has_any_global_hook()
         ):
             return self.added(c(x))
-        y, is_whole = c.forward_adding(x, self.added.other)
+        y, is_whole = c.forward_adding(x, self.added.other, first=self.added.is_first)
         return y if is_whole else self.added(y)
 
 

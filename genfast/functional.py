@@ -297,12 +297,13 @@ def chain(x, blocks, memory_format=None):
     return _run(x, blocks, _plan_of(x, blocks, memory_format))
 
 
-def chain_and_sum(x, blocks, added):
+def chain_and_sum(x, blocks, added, first):
     """As `chain`, with a tensor added before the last activation, where kernels do that as they go.
 
     Args:
         x, blocks: as in `chain`.
         added: whatever is to be added.
+        first: whether it is the first operand, whose memory format then is the sum's.
 
     Returns:
         The last block's output; or None, and nothing is computed, where the sum is PyTorch's: of
@@ -314,7 +315,9 @@ def chain_and_sum(x, blocks, added):
     if added.dim() != 4 or added.dtype != dtype or not layout.is_fresh_channels_last(added):
         return None
     x, blocks = _autocast(x, blocks)
-    plan = _plan_of(x, blocks, None, added)
+    # Of 1 channel, or 1 x 1 pixels, memory is both.
+    decides = first and added.shape[1] > 1 and added.shape[2:] != (1, 1)
+    plan = _plan_of(x, blocks, torch.channels_last if decides else None, added)
     return _run(x, blocks, plan, added) if plan.adds else None
 
 

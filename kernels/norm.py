@@ -413,8 +413,7 @@ def normalize_activate(
     u, _ = _normalize(z_ptr + start, vectors_ptr, channels, c, in_c, offset, inside)
     if HAS_ADDED:
         u += tl.load(added_ptr + start + offset, mask=inside, other=0.0).to(u.dtype)
-    slope = _slope(negative_slope, slope_ptr, slope_step, c, in_c, u.dtype, ACTIVATION)
-    y = activate(u, slope, ACTIVATION)
+    y = _activate(u, negative_slope, slope_ptr, slope_step, c, in_c, ACTIVATION)
     tl.store(y_ptr + start + offset, y.to(y_ptr.dtype.element_ty), mask=inside)
 
 
@@ -453,14 +452,13 @@ def norm_backward_reduce(
     sum_g = tl.zeros((BLOCK_R, BLOCK_C), dtype=dtype)
     sum_g_xhat = tl.zeros((BLOCK_R, BLOCK_C), dtype=dtype)
     sum_slope = tl.zeros((BLOCK_R, BLOCK_C), dtype=dtype)
-    slope = _slope(negative_slope, slope_ptr, slope_step, c, in_c, dtype, ACTIVATION)
     for step in range(0, tiles_per_part):
         start, offset, _, inside = _tile(
             part * tiles_per_part + step, group, rows, channels, pixels, c, in_c, BLOCK_R, PLANES
         )
         g, xhat, u, dy = _gradient_at_norm(
             dy_ptr + start, z_ptr + start, vectors_ptr, channels, c, in_c, offset, inside,
-            slope, ACTIVATION, False,
+            negative_slope, slope_ptr, slope_step, ACTIVATION, False,
         )  # fmt: skip
         sum_g += tl.where(inside, g, 0.0)
         sum_g_xhat += tl.where(inside, g * xhat, 0.0)
@@ -532,13 +530,12 @@ def norm_backward(
                 total_g_xhat += sum_g_xhat
             tl.store(total_ptr + c, total_g, mask=in_c)
             tl.store(total_ptr + channels + c, total_g_xhat, mask=in_c)
-    slope = _slope(negative_slope, slope_ptr, slope_step, c, in_c, dtype, ACTIVATION)
     g, xhat, u, _ = _gradient_at_norm(
         dy_ptr + start, z_ptr + start, vectors_ptr, channels, c, in_c, offset, inside,
-        slope, ACTIVATION, AT_NORM,
+        negative_slope, slope_ptr, slope_step, ACTIVATION, AT_NORM,
     )  # fmt: skip
     if WRITES_Y:
-        y = activate(u, slope, ACTIVATION)
+        y = _activate(u, negative_slope, slope_ptr, slope_step, c, in_c, ACTIVATION)
         tl.store(y_ptr + start + offset, y.to(y_ptr.dtype.element_ty), mask=inside)
     scale = tl.load(vectors_ptr + SCALE * channels + c, mask=in_c, other=0.0)
     if SHARED:
@@ -645,23 +642,25 @@ def _normalize(z_ptr, vectors_ptr, channels, c, in_c, offset, inside):
 
 
 @triton.jit
-def _slope(
-    negative_slope, slope_ptr, slope_step, c, in_c, dtype: tl.constexpr, ACTIVATION: tl.constexpr
-):
-    """The slope below 0: for "prelu" of each of `_channels` c, [1, BLOCK_C], else the number.
+def _learnt_slopes(slope_ptr, slope_step, c, in_c, dtype: tl.constexpr):
+    """PReLU's of `_channels` c, [1, BLOCK_C]. slope_step: 0 where all channels share one."""
+    return tl.load(slope_ptr + c * slope_step, mask=in_c, other=0.0).to(dtype)[None, :]
 
-    slope_step: 0 where all channels share one.
-    """
-    slope = negative_slope
+
+@triton.jit
+def _activate(u, negative_slope, slope_ptr, slope_step, c, in_c, ACTIVATION: tl.constexpr):
+    # A variable for both slopes would be a tensor, and interpreted a number's digits be lost in it.
     if ACTIVATION == "prelu":
-        slope = tl.load(slope_ptr + c * slope_step, mask=in_c, other=0.0).to(dtype)[None, :]
-    return slope
+        y = activate(u, _learnt_slopes(slope_ptr, slope_step, c, in_c, u.dtype), ACTIVATION)
+    else:
+        y = activate(u, negative_slope, ACTIVATION)
+    return y
 
 
 @triton.jit
 def _gradient_at_norm(
-    dy_ptr, z_ptr, vectors_ptr, channels, c, in_c, offset, inside, slope,
-    ACTIVATION: tl.constexpr, AT_NORM: tl.constexpr,
+    dy_ptr, z_ptr, vectors_ptr, channels, c, in_c, offset, inside, negative_slope, slope_ptr,
+    slope_step, ACTIVATION: tl.constexpr, AT_NORM: tl.constexpr,
 ):  # fmt: skip
     """g, the gradient at the norm's output; xhat and u, computed again from z; and dy.
 
@@ -669,8 +668,12 @@ def _gradient_at_norm(
     """
     u, centred = _normalize(z_ptr, vectors_ptr, channels, c, in_c, offset, inside)
     dy = tl.load(dy_ptr + offset, mask=inside, other=0.0).to(u.dtype)
-    g = dy
-    if not AT_NORM:
-        g = activation_backward_at(dy, u, slope, ACTIVATION)
+    if AT_NORM:
+        g = dy
+    elif ACTIVATION == "prelu":
+        slopes = _learnt_slopes(slope_ptr, slope_step, c, in_c, u.dtype)
+        g = activation_backward_at(dy, u, slopes, ACTIVATION)
+    else:
+        g = activation_backward_at(dy, u, negative_slope, ACTIVATION)
     rstd = tl.load(vectors_ptr + RSTD * channels + c, mask=in_c, other=0.0)
     return g, centred * rstd[None, :], u, dy

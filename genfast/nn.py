@@ -656,7 +656,7 @@ def line_of(layers):
 
 
 def is_activation(layer):
-    """Whether it is one of PyTorch's activations that fuse; they have no state."""
+    """Whether it is one of PyTorch's activations that fuse; several places may share one."""
     return type(layer) in _ACTIVATIONS
 
 

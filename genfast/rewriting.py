@@ -11,6 +11,10 @@ other designs were weighed:
 - The user's forward on convolutions that compute when somebody looks: what enters C++ past
   `__torch_function__`, as an `autograd.Function` or an extension does, would see no value there.
 
+A sum with a variable is one of the calls, `x + self.block(x)` or `out += x`: which tensor a
+variable holds is the same before and after the layers run. Of a sum of two calls each stays where
+it is.
+
 Here nothing is frozen and nothing is late: which layers, hooks and modes there are is looked up at
 each call, when the user's code would, and layers that do not fuse are called as they were. It takes
 the source: a method counts only if its source compiles to the very code that it has.

@@ -95,7 +95,7 @@ def _forward_of(line, x, link, flow):
     then = None if following is _END else layer_of(following)
     if then is not None and not (runs_undisturbed(then) and activates_sums(then)):
         then = None
-    y, is_whole = line.forward_adding(x, link.other, then, link.is_first)
+    y, is_whole = line.forward_adding(x, link.other, then, link.leads)
     if not is_whole:
         return link(y), following
     return y, following if then is None else _next(flow)
@@ -221,7 +221,7 @@ class Sum:
         return self.other + x if self.how == "other + x" else x + self.other
 
     @property
-    def is_first(self):
+    def leads(self):
         """Whether the variable is the first operand."""
         return self.how == "other + x"
 
@@ -251,7 +251,7 @@ class _SummedContainer:
             and not nn.modules.module._has_any_global_hook()
         ):
             return self.added(c(x))
-        y, is_whole = c.forward_adding(x, self.added.other, first=self.added.is_first)
+        y, is_whole = c.forward_adding(x, self.added.other, leads=self.added.leads)
         return y if is_whole else self.added(y)
 
 

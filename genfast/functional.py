@@ -297,13 +297,13 @@ def chain(x, blocks, memory_format=None):
     return _run(x, blocks, _plan_of(x, blocks, memory_format))
 
 
-def chain_and_sum(x, blocks, added, first):
+def chain_and_sum(x, blocks, added, leads):
     """As `chain`, with a tensor added before the last activation, where kernels do that as they go.
 
     Args:
         x, blocks: as in `chain`.
         added: whatever is to be added.
-        first: whether it is the first operand, whose memory format then is the sum's.
+        leads: whether it is the first operand, whose memory format then is the sum's.
 
     Returns:
         The last block's output; or None, and nothing is computed, where the sum is PyTorch's: of
@@ -316,7 +316,7 @@ def chain_and_sum(x, blocks, added, first):
         return None
     x, blocks = _autocast(x, blocks)
     # Of 1 channel, or 1 x 1 pixels, memory is both.
-    decides = first and added.shape[1] > 1 and added.shape[2:] != (1, 1)
+    decides = leads and added.shape[1] > 1 and added.shape[2:] != (1, 1)
     plan = _plan_of(x, blocks, torch.channels_last if decides else None, added)
     return _run(x, blocks, plan, added) if plan.adds else None
 

@@ -465,14 +465,14 @@ class FusedSequential(nn.Sequential):
         """Run the children in order, fused where they can be."""
         return self.forward_adding(x)[0]
 
-    def forward_adding(self, x, added=None, then=None, first=False):
+    def forward_adding(self, x, added=None, then=None, leads=False):
         """As `forward`, and what is added and activated afterwards, if it can be a part of that.
 
         Args:
             x: the input.
             added: what to add to the output, or None.
             then: the activation of the sum, one of which `activates_sums`, or None.
-            first: whether what is added is the sum's first operand.
+            leads: whether what is added is the sum's first operand.
 
         Returns:
             The output, and whether both were done.
@@ -516,7 +516,7 @@ class FusedSequential(nn.Sequential):
             blocks = [run.block() for run in runs]
             first += sum(len(run.modules) for run in runs)
             if added is not None and first == len(modules) and blocks[-1].activation == "identity":
-                y = functional.chain_and_sum(x, _activated(blocks, then), added, first)
+                y = functional.chain_and_sum(x, _activated(blocks, then), added, leads)
                 if y is not None:
                     return y, True
             x = functional.chain(x, blocks)

@@ -6,7 +6,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 from oracle import assert_module
-from test_compile import compiled
 from torch import nn
 
 from genfast import accelerate, functional
@@ -70,8 +69,8 @@ def sums(monkeypatch):
     """For each chain that could add whether it did, and its last activation."""
     found, run = [], functional.chain_and_sum
 
-    def noting(x, given, added, first):
-        y = run(x, given, added, first)
+    def noting(x, given, added, leads):
+        y = run(x, given, added, leads)
         found.append(given[-1].activation if y is not None else None)
         return y
 
@@ -110,6 +109,7 @@ def test_sums_run_with_blocks(forward, last, device, sums):
         y = ours(x.requires_grad_())
         results.append([y, *torch.autograd.grad(y.square().sum(), x)])
     torch.testing.assert_close(results[2], results[0], rtol=0, atol=0)
+    assert y.stride() == stock(x).stride()
 
 
 def test_in_evaluation(device, sums, started):
@@ -258,14 +258,3 @@ def test_hooks_see_the_container(device, sums):
     x = image(device)
     torch.testing.assert_close(ours(x), stock(x))
     assert len(seen) == 1 and not any(sums)
-
-
-def test_compiled(device, sums):
-    """A compiler adds in what it makes of the rest."""
-    stock, ours = network(statements, device)
-    ours.forward, graphs = compiled(ours.forward)
-    x = image(device)
-    torch.testing.assert_close(ours(x), stock(x))
-    graphs.assert_fused(blocks=2, chains=1)
-    assert not any(sums)
-    torch._dynamo.reset()

@@ -59,13 +59,13 @@ def activate(u, negative_slope, ACTIVATION: tl.constexpr):
 def activation_backward(dy, y, negative_slope, ACTIVATION: tl.constexpr):
     """dy * act'(u), from the output y = act(u).
 
-    For the activations from "silu" on, y is u itself: their output does not tell. At u = 0 the
+    For "prelu" and those from "silu" on y is u itself: their output does not tell. At u = 0 the
     derivative is 0 for relu and the slope for leaky relu. NaN passes dy through relu and scales it
     by the slope in leaky relu, whose slope must not be negative: y would not tell.
     """
     if ACTIVATION == "relu":
         du = tl.where(y <= 0, 0.0, dy)
-    elif ACTIVATION == "leaky_relu":
+    elif ACTIVATION == "leaky_relu" or ACTIVATION == "prelu":
         du = tl.where(y > 0, dy, dy * negative_slope)
     elif ACTIVATION == "tanh":
         du = dy * (1.0 - y * y)
@@ -95,8 +95,6 @@ def activation_backward(dy, y, negative_slope, ACTIVATION: tl.constexpr):
         du = dy * (t + y * (1.0 - t * t) * sigmoid(y))
     elif ACTIVATION == "hardswish":
         du = tl.where(y <= -3, 0.0, tl.where(y >= 3, dy, dy * (y / 3.0 + 0.5)))
-    elif ACTIVATION == "prelu":
-        du = tl.where(y > 0, dy, dy * negative_slope)
     else:
         tl.static_assert(ACTIVATION == "identity")
         du = dy

@@ -62,6 +62,7 @@ class Link(NamedTuple):
     weight, bias: of the convolution; None where there is none.
     gamma, beta, running_mean, running_var, counter: of the batch norm, counter being
         `num_batches_tracked`.
+    slope: of "prelu", (1,) or (channels,).
     momentum: with which running statistics move, where that is a tensor.
     """
 
@@ -70,18 +71,24 @@ class Link(NamedTuple):
     bias: torch.Tensor | None = None
     gamma: torch.Tensor | None = None
     beta: torch.Tensor | None = None
+    slope: torch.Tensor | None = None
     running_mean: torch.Tensor | None = None
     running_var: torch.Tensor | None = None
     counter: torch.Tensor | None = None
     momentum: torch.Tensor | None = None
 
+    @property
+    def activation(self):
+        """Its name and slope, as `norm.normalize_activate` takes them."""
+        return self.kind.activation, self.kind.negative_slope if self.slope is None else self.slope
 
-# The tensors of a link that may want a gradient come first: weight, bias, gamma, beta.
-_PARAMETERS = 4
+
+# The tensors of a link that may want a gradient come first: weight, bias, gamma, beta, slope.
+_PARAMETERS = 5
 TENSORS = len(Link._fields) - 1
 
 
-def chain(x, kinds, tensors, inplace, look=None):
+def chain(x, kinds, tensors, inplace, look=None, added=None):
     """Blocks, one after the other, on the kernels: `functional.chain`.
 
     Args:
@@ -91,32 +98,35 @@ def chain(x, kinds, tensors, inplace, look=None):
             channels_last.
         look: hashable, stands for how x and the tensors look; or None: see `tape.run`.
         inplace: of the last link's "leaky_relu", as in `functional.conv_block`.
+        added: as in `functional.chain`, channels_last, and `look` stands for it too; or None.
 
     Returns:
         The last link's output, channels_last.
     """
-    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, *tensors)):
-        return _Chain.apply(x, kinds, inplace, tensors, look, *_parameters(tensors))
-    return _run_forward(x, kinds, tensors, look, keep=False)[-1]
+    wanted = (t is not None and t.requires_grad for t in (x, added, *tensors))
+    if torch.is_grad_enabled() and any(wanted):
+        return _Chain.apply(x, kinds, inplace, tensors, look, added, *_parameters(tensors))
+    return _run_forward(x, kinds, tensors, look, added, keep=False)[-1]
 
 
-def normalize(x, kind, gamma, beta, statistics, look=None):
+def normalize(x, kind, gamma, beta, slope, statistics, look=None):
     """A norm and an activation after it, on the kernels: `functional.norm_block`.
 
     Args:
         x: (N, C, H, W), contiguous or channels_last.
         kind: a `Kind` without a geometry.
         gamma, beta: (C,), or None.
+        slope: of "prelu", or None.
         statistics: the other tensors of a `Link`, or None.
         look: as in `chain`.
 
     Returns:
         The output, in x's memory format.
     """
-    wanted = (t is not None and t.requires_grad for t in (x, gamma, beta))
+    wanted = (t is not None and t.requires_grad for t in (x, gamma, beta, slope))
     if torch.is_grad_enabled() and any(wanted):
-        return _Normalization.apply(x, gamma, beta, kind, statistics, look)
-    given = [x, gamma, beta, *statistics]
+        return _Normalization.apply(x, gamma, beta, slope, kind, statistics, look)
+    given = [x, gamma, beta, slope, *statistics]
     return tape.run(_normalization_forward, given, kind, look=look)[0]
 
 
@@ -237,12 +247,10 @@ class _ActivationGradient(Function):
     def backward(ctx, ddu):
         dy, y = ctx.saved_tensors
         ddy = _ActivationGradient.apply(ddu, y, ctx.activation, ctx.negative_slope)
-        # d act'(u) / dy, act' being a function of y: 1 - y^2 for tanh, y - y^2 for sigmoid.
-        if ctx.activation == "tanh":
-            return ddy, -2 * ddu * dy * y, None, None
-        if ctx.activation == "sigmoid":
-            return ddy, ddu * dy * (1 - 2 * y), None, None
-        return ddy, None, None, None
+        slope_by_output = reference.ACTIVATION[ctx.activation].slope_by_output
+        if slope_by_output is None:
+            return ddy, None, None, None
+        return ddy, ddu * dy * slope_by_output(y), None, None
 
 
 class _Chain(Function):
@@ -252,33 +260,46 @@ class _Chain(Function):
     else the block's output. The normalised inputs of weights' gradients are made again, by the pass
     that reads the former for a batch norm's gradient anyway.
 
-    PyTorch's leaky ReLU keeps its input instead of its output, so that what it returns may be
-    changed in place, unless it is itself in place. The last block's output then is looked at only
-    as long as nobody has changed it, else computed again.
+    PyTorch's leaky ReLU, and others, keep their input instead of their output, so that what they
+    return may be changed in place, unless they are themselves in place. The last block's output
+    then is looked at only as long as nobody has changed it, else computed again.
 
     The tensors are those of the links, one after the other. Autograd sees the `parameters` among
     them, which are all that may want a gradient.
+
+    What is `added` before the last activation is not kept. Its gradient, which is that of what the
+    activation takes, is made of the output, and goes into the last block as that of its own output.
     """
 
     @staticmethod
-    def forward(ctx, x, kinds, inplace, tensors, look, *parameters):
+    def forward(ctx, x, kinds, inplace, tensors, look, added, *parameters):
         n, last = len(kinds), kinds[-1]
-        made = _run_forward(x, kinds, tensors, look, keep=True)
+        made = _run_forward(x, kinds, tensors, look, added, keep=True)
         y = made.pop()
-        ctx.changeable = None
+        ctx.changeable = ctx.after_sum = None
+        of_sum = None
+        if added is not None and last.activation != "identity":
+            ctx.after_sum, of_sum = (last.activation, last.negative_slope), y
+            last = last._replace(activation="identity")
+            kinds = (*kinds[:-1], last)
         if last.by_batch is None:
-            if last.activation == "leaky_relu" and not inplace:
+            if reference.ACTIVATION[last.activation].keeps_input and not inplace:
                 ctx.changeable = y.detach(), y._version
             if last.activation == "identity" or ctx.changeable:
                 made[n - 1] = None
         ctx.kinds, ctx.inputs_first = kinds, _promised.inputs_first
-        ctx.save_for_backward(x, *parameters, *made)
+        ctx.save_for_backward(x, *parameters, *made, of_sum)
         return y
 
     @staticmethod
     def backward(ctx, dy):
-        kinds, (x, *tensors) = ctx.kinds, ctx.saved_tensors
-        need_x, _, _, _, _, *needs = ctx.needs_input_grad
+        kinds, (x, *tensors, of_sum) = ctx.kinds, ctx.saved_tensors
+        need_x, _, _, _, _, need_added, *needs = ctx.needs_input_grad
+        if of_sum is not None:
+            dy = _ActivationGradient.apply(dy, of_sum, *ctx.after_sum)
+        dadded = dy if need_added else None
+        if not need_x and not any(needs):
+            return None, None, None, None, None, dadded, *[None] * len(needs)
         value = len(kinds) * (_PARAMETERS + 1) - 1
         if tensors[value] is None and kinds[-1].activation != "identity":
             tensors[value] = _Chain._put_back_output(ctx, x, tensors)
@@ -290,7 +311,7 @@ class _Chain(Function):
         else:
             given = [dy, x, _image_of(x, kinds[0]), *tensors]
             dx, *found = tape.run(_backward, given, kinds, need_x, tuple(needs))
-        return dx, None, None, None, None, *found
+        return dx, None, None, None, None, dadded, *found
 
     @staticmethod
     def _put_back_output(ctx, x, tensors):
@@ -314,24 +335,25 @@ class _Normalization(Function):
     """A norm and an activation after it. Keeps its input, and what that is normalised by."""
 
     @staticmethod
-    def forward(ctx, x, gamma, beta, kind, statistics, look):
-        given = [x, gamma, beta, *statistics]
+    def forward(ctx, x, gamma, beta, slope, kind, statistics, look):
+        given = [x, gamma, beta, slope, *statistics]
         y, vectors = tape.run(_normalization_forward, given, kind, look=look)
         ctx.kind = kind
-        ctx.save_for_backward(x, gamma, beta, vectors)
+        ctx.save_for_backward(x, gamma, beta, slope, vectors)
         return y
 
     @staticmethod
     def backward(ctx, dy):
-        kind, needs = ctx.kind, ctx.needs_input_grad[:3]
-        x, gamma, beta, vectors = ctx.saved_tensors
+        kind, needs = ctx.kind, ctx.needs_input_grad[:4]
+        x, gamma, beta, slope, vectors = ctx.saved_tensors
         if torch.is_grad_enabled():
-            inputs = [t if t is None else t.view_as(t) for t in (x, gamma, beta)]
-            y = _differentiable_norm(*inputs, vectors, kind)
-            y = reference.activate(y, kind.activation, kind.negative_slope)
+            inputs = [t if t is None else t.view_as(t) for t in (x, gamma, beta, slope)]
+            *normed, slope = inputs
+            y = _differentiable_norm(*normed, vectors, kind)
+            y = _differentiable_activation(y, kind, slope)
             found = _gradients_where(needs, y, inputs, dy)
         else:
-            given = [dy, x, gamma, beta, vectors]
+            given = [dy, x, gamma, beta, slope, vectors]
             found = tape.run(_normalization_backward, given, kind, needs)
         dx, *found = found
         return dx if dx is None else layout.like(dx, x), *found, None, None, None
@@ -455,30 +477,31 @@ def _operand(x, image, kind):
     return Operand(x, image=from_image.Padded(image, kind.geometry, x.shape[1]))
 
 
-def _run_forward(x, kinds, tensors, look, keep):
+def _run_forward(x, kinds, tensors, look, added, keep):
     image = _image_of(x, kinds[0])
     # An image is one more tensor, of which `look` does not tell.
     look = look if image is None else None
-    return tape.run(_forward, [x, image, *tensors], kinds, keep, look=look)
+    return tape.run(_forward, [x, image, added, *tensors], kinds, keep, look=look)
 
 
 def _forward(tensors, kinds, keep):
     """The forward pass of a chain.
 
     Args:
-        tensors: x, its padded image or None, and those of each `Link`.
+        tensors: x, its padded image or None, what is added before the last activation or None, and
+            those of each `Link`.
         kinds: of the links.
         keep: whether backward needs what lies between.
 
     Returns:
         With `keep` the value of each link's `Output`; the vectors of each; and the output.
     """
-    x, image, *tensors = tensors
+    x, image, added, *tensors = tensors
     source = _operand(x, image, kinds[0])
     links = [Link(kind, *tensors[TENSORS * i :][:TENSORS]) for i, kind in enumerate(kinds)]
     values, vectors = [], []
     for link in links:
-        output = _output(source, link, keep)
+        output = _output(source, link, keep, added if link is links[-1] else None)
         source.release()
         source = output
         vectors.append(output.vectors)
@@ -487,28 +510,31 @@ def _forward(tensors, kinds, keep):
     return [*values, *vectors, source.tensor(kinds[-1].dtype)]
 
 
-def _output(source, link, keep):
-    """The `Output` of a link. With `keep` it is what backward needs."""
-    kind = link.kind
-    act = kind.activation, kind.negative_slope
+def _output(source, link, keep, added):
+    """The `Output` of a link. With `keep` it is what backward needs.
+
+    added: None, or what is added before the activation.
+    """
+    kind, act = link.kind, link.activation
     vectors = None
     if kind.by_batch is None:
-        epilogue = Epilogue(link.bias, activation=act[0], negative_slope=act[1])
+        epilogue = Epilogue(link.bias, 0, None, *act, added=added)
     elif kind.by_batch:
         apart = _sums_apart(source, link.weight, kind, kind, kind.transposed, False)
         epilogue = Epilogue(link.bias, groups=0 if apart else kind.groups)
     else:
         vectors = _vectors(link, source.value.dtype)
         epilogue = Epilogue(link.bias)
-        if not keep:  # Batch norm is an epilogue then: its input is never stored.
-            epilogue = Epilogue(link.bias, 0, vectors, *act)
+        # Batch norm is an epilogue then: its input is never stored. Epilogues know no PReLU.
+        if not keep and link.slope is None:
+            epilogue = Epilogue(link.bias, 0, vectors, *act, added=added)
             vectors = None
     z, statistics = _convolve(source, link.weight, kind, epilogue)
     if kind.by_batch:
         if statistics is None:
             statistics = norm.statistics_of(z, kind.groups)
         vectors = _batch_statistics(statistics, link)
-    return Output(z, vectors, *act)
+    return Output(z, vectors, *act, added)
 
 
 def _normalization_forward(tensors, kind):
@@ -524,20 +550,19 @@ def _normalization_forward(tensors, kind):
         vectors = _batch_statistics(norm.statistics_of(x, kind.groups), link)
     else:
         vectors = _vectors(link, x.dtype)
-    act = kind.activation, kind.negative_slope
-    return [norm.normalize_activate(x, vectors, *act, kind.dtype), vectors]
+    return [norm.normalize_activate(x, vectors, *link.activation, kind.dtype), vectors]
 
 
 def _normalization_backward(tensors, kind, needs):
-    """The gradients of x, gamma and beta, None where not needed.
+    """The gradients of x, gamma, beta and slope, None where not needed.
 
     Args:
         tensors: dy, and what `_Normalization` keeps.
         kind: its `Kind`.
-        needs: of x, gamma and beta.
+        needs: of these four.
     """
-    dy, x, gamma, beta, vectors = tensors
-    need_x, need_gamma, need_beta = needs
+    dy, x, gamma, beta, slope, vectors = tensors
+    need_x, *need_parameters = needs
     dx, sums, _ = norm.norm_backward(
         dy,
         x,
@@ -545,13 +570,26 @@ def _normalization_backward(tensors, kind, needs):
         training=kind.by_batch,
         need_dz=need_x,
         activation=kind.activation,
-        negative_slope=kind.negative_slope,
-        need_total=need_gamma or need_beta,
+        negative_slope=kind.negative_slope if slope is None else slope,
+        need_total=any(need_parameters),
         span=kind.span,
     )
-    dgamma = sums[1].to(gamma.dtype) if need_gamma else None
-    dbeta = sums[0].to(beta.dtype) if need_beta else None
-    return [dx, dgamma, dbeta]
+    return [dx, *_of_sums(sums, (gamma, beta, slope), need_parameters)]
+
+
+def _of_sums(sums, parameters, needs):
+    """The gradients of gamma, beta and slope of `norm.norm_backward`'s sums, None if not needed."""
+    gamma, beta, slope = parameters
+    need_gamma, need_beta, need_slope = needs
+    dslope = None
+    if need_slope:
+        dslope = sums[2] if len(slope) > 1 else sums[2].sum().view(1)
+        dslope = dslope.to(slope.dtype)
+    return [
+        sums[1].to(gamma.dtype) if need_gamma else None,
+        sums[0].to(beta.dtype) if need_beta else None,
+        dslope,
+    ]
 
 
 def _saved(kinds, tensors):
@@ -560,8 +598,8 @@ def _saved(kinds, tensors):
     parameters = [tensors[_PARAMETERS * i :][:_PARAMETERS] for i in range(n)]
     values, vectors = tensors[_PARAMETERS * n :][:n], tensors[_PARAMETERS * n + n :]
     outputs = [
-        Output(value, of, kind.activation, kind.negative_slope)
-        for value, of, kind in zip(values, vectors, kinds, strict=True)
+        Output(value, of, *Link(kind, *tensors_of).activation)
+        for value, of, kind, tensors_of in zip(values, vectors, kinds, parameters, strict=True)
     ]
     return parameters, outputs
 
@@ -586,8 +624,8 @@ def _backward(tensors, kinds, need_x, needs):
     gradient, partials = dy, None
     for i in reversed(range(lowest, len(kinds))):
         kind, output = kinds[i], outputs[i]
-        weight, bias, gamma, beta = parameters[i]
-        need_weight, need_bias, need_gamma, need_beta = needs[i]
+        weight, bias, *of_norm = parameters[i]
+        need_weight, need_bias, *need_of_norm = needs[i]
         passes_on = need_x or i > lowest
         if kind.by_batch is None:
             dz = Operand(gradient)
@@ -605,11 +643,11 @@ def _backward(tensors, kinds, need_x, needs):
                 output.vectors,
                 training=kind.by_batch,
                 need_dz=need_dz,
-                activation=kind.activation,
-                negative_slope=kind.negative_slope,
+                activation=output.activation,
+                negative_slope=output.negative_slope,
                 partials=partials,
                 want_y=need_dz and waiting is not None and not made,
-                need_total=need_gamma or need_beta,
+                need_total=any(need_of_norm),
                 span=kind.span,
             )
             output.remember(y)
@@ -617,8 +655,7 @@ def _backward(tensors, kinds, need_x, needs):
                 # A channel's own mean takes any constant away again: then the sum is exactly 0.
                 zero = kind.takes_bias_away
                 found[i][1] = torch.zeros_like(bias) if zero else dz.sum((0, 2, 3))
-            found[i][2] = sums[1].to(gamma.dtype) if need_gamma else None
-            found[i][3] = sums[0].to(beta.dtype) if need_beta else None
+            found[i][2:] = _of_sums(sums, of_norm, need_of_norm)
             dz = Operand(dz)
         if waiting is not None:
             found[i + 1][0] = _weight_gradient(output, waiting, kinds[i + 1])
@@ -627,7 +664,9 @@ def _backward(tensors, kinds, need_x, needs):
         if i > lowest:
             sums = kinds[i - 1].by_batch is None and needs[i - 1][1]
             epilogue = Epilogue(output=outputs[i - 1], sums=sums)
-            if _sums_apart(dz, weight, kind, kinds[i - 1], not kind.transposed, True):
+            if kinds[i - 1].activation == "prelu" or _sums_apart(
+                dz, weight, kind, kinds[i - 1], not kind.transposed, True
+            ):
                 epilogue = PLAIN  # Then the gradient is that of the output, without sums.
             gradient, partials = _input_gradient(dz, weight, kind, epilogue)
         elif need_x:
@@ -647,7 +686,7 @@ def _differentiable_backward(dy, x, kinds, tensors, need_x, needs):
     )
     y = x
     for i, (kind, output) in enumerate(zip(kinds, outputs, strict=True)):
-        weight, bias, gamma, beta = inputs[_PARAMETERS * i :][:_PARAMETERS]
+        weight, bias, gamma, beta, slope = inputs[_PARAMETERS * i :][:_PARAMETERS]
         # What is not kept is the result of an identity: nobody reads it, so dy may stand in for it.
         known = dy if output.value is None else output.value
         wanted = True, *needs[_PARAMETERS * i :][:2]
@@ -656,8 +695,13 @@ def _differentiable_backward(dy, x, kinds, tensors, need_x, needs):
             continue
         z = _Known.apply(y, weight, bias, kind, "identity", known, wanted)
         y = _differentiable_norm(z, gamma, beta, output.vectors, kind)
-        y = reference.activate(y, kind.activation, kind.negative_slope)
+        y = _differentiable_activation(y, kind, slope)
     return _gradients_where([need_x, *needs], y, [x, *inputs], dy)
+
+
+def _differentiable_activation(u, kind, slope):
+    """The activation after a norm by PyTorch. `slope` is that of "prelu", else None."""
+    return reference.activate(u, kind.activation, kind.negative_slope if slope is None else slope)
 
 
 def _differentiable_norm(z, gamma, beta, vectors, kind):

@@ -1,6 +1,7 @@
 """Calls one after another: of callables of all kinds, those that can execute together do."""
 
 import functools
+import operator
 from types import BuiltinFunctionType, FunctionType
 
 import torch
@@ -11,8 +12,11 @@ from genfast import folding, functional, opening
 from genfast.backend import kernels_run_on_cpu
 from genfast.nn import (
     FusedBlock,
+    FusedSequential,
     Run,
+    activates_sums,
     begins_run,
+    has_hook,
     has_no_state,
     is_activation,
     is_norm,
@@ -32,6 +36,16 @@ _MODULE_OF = {
     torch.tanh: nn.Tanh,
     F.sigmoid: nn.Sigmoid,
     torch.sigmoid: nn.Sigmoid,
+    F.relu6: nn.ReLU6,
+    F.hardtanh: nn.Hardtanh,
+    F.elu: nn.ELU,
+    F.selu: nn.SELU,
+    torch.selu: nn.SELU,
+    F.softplus: nn.Softplus,
+    F.silu: nn.SiLU,
+    F.gelu: nn.GELU,
+    F.mish: nn.Mish,
+    F.hardswish: nn.Hardswish,
     "relu": nn.ReLU,
     "tanh": nn.Tanh,
     "sigmoid": nn.Sigmoid,
@@ -55,13 +69,13 @@ def run(links, x, *later):
     """
     # Else there is no chain that could go on across a module's border, or somebody traces calls.
     opens = isinstance(x, torch.Tensor) and (kernels_run_on_cpu() or not x.is_cpu)
-    flow = _in_order(links, later, opening.in_order if opens else iter)
+    flow = _in_order(links, later, _opened_with_sums if opens else iter)
     link = next(flow, _END)
     while link is not _END:
         first = _first_of_run(link)
         if first is not None and _may_fuse(first, x):
             layers, link = _stretch(first, flow)
-            x = line_of(layers).forward(x)
+            x, link = _forward_of(line_of(layers), x, link, flow)
         else:
             x = link(x)
             link = next(flow, _END)
@@ -69,6 +83,30 @@ def run(links, x, *later):
 
 
 _END = object()
+
+
+def _forward_of(line, x, link, flow):
+    """What a line of layers gives, with the sum and activation after it if they can be part of it.
+
+    Args:
+        line: a `FusedSequential` of layers that run without an effect on what is looked up.
+        x: its input.
+        link: what follows.
+        flow: an iterator over what follows that.
+
+    Returns:
+        The output, and what is next.
+    """
+    if type(link) is not Sum or not link.is_plain or torch.compiler.is_compiling():
+        return line.forward(x), link
+    following = _next(flow)
+    then = None if following is _END else layer_of(following)
+    if then is not None and not (runs_undisturbed(then) and activates_sums(then)):
+        then = None
+    y, is_whole = line.forward_adding(x, link.other, then, link.leads)
+    if not is_whole:
+        return link(y), following
+    return y, following if then is None else _next(flow)
 
 
 def _next(flow):
@@ -104,6 +142,31 @@ def _first_of_run(link):
         layer = layer_of(link)
         return layer if may_lead_to_run(layer) else None
     return None
+
+
+def _opened_with_sums(links):
+    return opening.in_order(_with_sums(links))
+
+
+def _stays_whole(link):
+    return isinstance(link, FusedSequential) and not opening.opens(link)
+
+
+def _with_sums(links):
+    """The links, a container that does not open and the sum after it being one."""
+    if type(links) is not tuple:
+        yield from links  # What gives them may be anybody's.
+        return
+    before = _END
+    for link in links:
+        if type(link) is Sum and _stays_whole(before):
+            before = _SummedContainer(before, link)
+            continue
+        if before is not _END:
+            yield before
+        before = link
+    if before is not _END:
+        yield before
 
 
 def _stretch(link, flow):
@@ -180,6 +243,55 @@ class Call:
         return self.function(x, *self.arguments, **self.named)
 
 
+class Sum:
+    """The addition of a variable's value: x + other, other + x or x += other.
+
+    how: "x + other", "other + x" or "x += other".
+    """
+
+    def __init__(self, other, how):
+        self.other, self.how = other, how
+
+    def __call__(self, x):
+        if self.how == "x += other":
+            return operator.iadd(x, self.other)
+        return self.other + x if self.how == "other + x" else x + self.other
+
+    @property
+    def leads(self):
+        """Whether the variable is the first operand."""
+        return self.how == "other + x"
+
+    @property
+    def is_plain(self):
+        """Whether nothing but PyTorch's addition of tensors is asked for."""
+        return type(self.other) in (torch.Tensor, nn.Parameter)
+
+
+class _SummedContainer:
+    """A `FusedSequential` and a `Sum` of what it gives."""
+
+    def __init__(self, container, added):
+        self.container, self.added = container, added
+
+    def __call__(self, x):
+        c = self.container
+        on_kernels = isinstance(x, torch.Tensor) and not (x.is_cpu and not kernels_run_on_cpu())
+        if not (
+            on_kernels
+            and not torch.compiler.is_compiling()
+            and self.added.is_plain
+            and type(c).forward is FusedSequential.forward
+            and "forward" not in vars(c)
+            and c._compiled_call_impl is None
+            and not has_hook(c)
+            and not nn.modules.module._has_any_global_hook()
+        ):
+            return self.added(c(x))
+        y, is_whole = c.forward_adding(x, self.added.other, leads=self.added.leads)
+        return y if is_whole else self.added(y)
+
+
 class Method:
     """A method of a value, by name."""
 
@@ -207,9 +319,9 @@ def layer_of(link):
     if link not in _MODULE_OF:
         return None
     values = *arguments, *(value for _, value in named)
-    plain = bool | int | float
+    plain = bool | int | float | str
     if link in _RESAMPLING:
-        plain |= str | None
+        plain |= None
         values = [v for value in values for v in (value if type(value) is tuple else (value,))]
     if not all(isinstance(value, plain) for value in values):
         return None

@@ -192,12 +192,18 @@ def _calls_what_fuses(module, is_called):
     if network.rewritten is None:
         return False
     for links in _calls(module):
+        if any(map(begins_run, links)) or any(map(_is_summed, links[:-1], links[1:])):
+            return True
         # Alone, a container needs nobody else to run what it holds.
-        if any(map(begins_run, links)) or (
-            (is_called or len(links) > 1) and any(map(begins_run, opening.in_order(links)))
-        ):
+        if (is_called or len(links) > 1) and any(map(begins_run, opening.in_order(links))):
             return True
     return False
+
+
+def _is_summed(link, following):
+    """Whether these are a container that fuses and what adds to its output."""
+    fuses = isinstance(link, FusedSequential) or _can_swap(link)
+    return fuses and isinstance(following, calls.Sum)
 
 
 def _calls(module):

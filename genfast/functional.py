@@ -64,15 +64,18 @@ def conv_block(
         momentum: the weight of the new statistics, a float or a tensor: a scalar, or one value for
             each of the `statistics_groups`.
         eps: added to the variance.
-        activation: "identity", "relu", "leaky_relu", "tanh" or "sigmoid".
-        negative_slope: of "leaky_relu".
+        activation: one of `reference.ACTIVATIONS`: "identity", "relu", "leaky_relu", "tanh",
+            "sigmoid", "relu6", "hardtanh" (between -1 and 1), "elu" (alpha 1), "selu", "softplus"
+            (beta 1, threshold 20), "silu", "gelu", "gelu_tanh" (its approximation), "mish",
+            "hardswish" or "prelu".
+        negative_slope: of "leaky_relu" a number; of "prelu" a tensor, (1,) or (out_channels,).
         norm_groups: of "group": the equal parts of the channels that share mean and variance.
         statistics_groups: in training, normalise that many equal parts of the batch by statistics
             of their own; running statistics move once for each part, in order. The result is that
             of as many calls, one a part.
-        inplace: of "leaky_relu", as in `nn.LeakyReLU`: the caller promises that nothing changes the
-            result in place before backward, which then may take it for its own. (The gradients of
-            the other activations are made from the result, in PyTorch too.)
+        inplace: as in `nn.LeakyReLU`: the caller promises that nothing changes the result in place
+            before backward, which then may take it for its own. (The gradients of "relu", "tanh"
+            and "sigmoid" are made from the result, in PyTorch too.)
         memory_format: of the output: `torch.channels_last`, the kernels' own, or None for the one
             PyTorch would give: channels_last if `x` or `weight` is, else contiguous. Gradients of
             `x` and `weight` have the format of the tensor they belong to.
@@ -189,7 +192,7 @@ class Normalization(NamedTuple):
 
     norm: reference.Norm
     activation: str
-    negative_slope: float
+    negative_slope: float | torch.Tensor
 
 
 def normalize(x, block, as_x=False):
@@ -197,17 +200,20 @@ def normalize(x, block, as_x=False):
 
     as_x: the output may be channels_last where x is, also where that of PyTorch's layer is not.
     """
-    n = block.norm
+    n, slopes = block.norm, _slopes(block)
     plan = _normalization_plan_of(x, block)
     if plan is None:
         y = reference.normalize(x, n)
-        inplace = block.activation != "leaky_relu"  # As in `reference.block`.
+        inplace = reference.activates_in_place(block.activation)
         return reference.activate(y, block.activation, block.negative_slope, inplace=inplace)
+    if _activates_otherwise(block, n, x):
+        y = normalize(x, block._replace(activation="identity", negative_slope=0.0), as_x)
+        return reference.activate(y, block.activation, block.negative_slope)
     images = x if x.dim() == 4 else x.reshape(*x.shape[:2], 1, -1)
     if plan.enters is not None:
         images = layout.enter(images, inside=plan.enters)
     gamma, beta, *statistics = _tensors_of_norm(n)
-    y = autograd.normalize(images, plan.kind, gamma, beta, statistics, plan.look)
+    y = autograd.normalize(images, plan.kind, gamma, beta, slopes, statistics, plan.look)
     if x.dim() != 4:
         return layout.contiguous(y).view(x.shape)
     keeps = plan.keeps or (as_x and plan.channels_last)
@@ -241,10 +247,11 @@ def _normalization_plan_of(x, block):
     if torch.compiler.is_compiling() or torch.jit.is_tracing():
         return _normalization_plan(x, block)
     n = block.norm
+    slopes = _slopes(block)
     key = (
-        Normalization, block.activation, block.negative_slope, selected_backend(),
-        torch._C._are_functorch_transforms_active(), *_settings_of(n, x),
-        *_looks((x, *_tensors_of_norm(n))),
+        Normalization, block.activation, block.negative_slope if slopes is None else None,
+        selected_backend(), torch._C._are_functorch_transforms_active(), *_settings_of(n, x),
+        *_looks((x, slopes, *_tensors_of_norm(n))),
     )  # fmt: skip
     plan = _plans.get(key)
     if plan is None:
@@ -258,7 +265,7 @@ def _normalization_plan_of(x, block):
 def _normalization_plan(x, block):
     n = block.norm
     _check_normalization(x, block)
-    vectors = n.weight, n.bias, n.running_mean, n.running_var
+    vectors = n.weight, n.bias, n.running_mean, n.running_var, _slopes(block)
     way = implementation(
         x, *vectors, activation=block.activation, negative_slope=block.negative_slope
     )
@@ -269,7 +276,8 @@ def _normalization_plan(x, block):
     enters = None
     if not (layout.is_fresh_channels_last(images) or images.is_contiguous()):
         enters = layout.channels_last if last else layout.contiguous
-    kind = _kind_of_norm(n, None, False, block.activation, block.negative_slope, x.shape, x)
+    slope = 0.0 if _slopes(block) is not None else block.negative_slope
+    kind = _kind_of_norm(n, None, False, block.activation, slope, x.shape, x)
     keeps = last and x.dim() == 4 and _keeps_channels_last(n, x, x.shape[1], x.shape[2:])
     return _NormalizationPlan(kind, enters, last, keeps)
 
@@ -305,7 +313,7 @@ class Block(NamedTuple):
     output_padding: int | tuple[int, int] | None
     batch_norm: reference.Norm | None
     activation: str
-    negative_slope: float
+    negative_slope: float | torch.Tensor
     inplace: bool = False
     around: folding.Around | None = None
 
@@ -377,7 +385,7 @@ def _with_what_is_around(x, blocks):
         elif block.activation != "identity":
             x = reference.activate(
                 x, block.activation, block.negative_slope,
-                inplace=block.inplace or block.activation != "leaky_relu",
+                inplace=block.inplace or reference.activates_in_place(block.activation),
             )  # fmt: skip
     return _chain_seen(x, line, seen) if line else x
 
@@ -422,10 +430,56 @@ def form_of(x, line, block):
 def _chain(x, blocks, memory_format=None):
     """`chain` of blocks with nothing around."""
     x, blocks = _autocast(x, blocks)
-    plan = _plan_of(x, blocks, memory_format)
+    return _run(x, blocks, _plan_of(x, blocks, memory_format))
+
+
+def chain_and_sum(x, blocks, added, leads):
+    """As `chain`, with a tensor added before the last activation, where kernels do that as they go.
+
+    Args:
+        x, blocks: as in `chain`.
+        added: whatever is to be added.
+        leads: whether it is the first operand, whose memory format then is the sum's.
+
+    Returns:
+        The last block's output; or None, and nothing is computed, where the sum is PyTorch's: of
+        another shape, dtype or memory format than the output, or where no kernel runs.
+    """
+    dtype = autocast_dtype(x.device) or x.dtype
+    if type(added) not in (torch.Tensor, torch.nn.Parameter) or torch.compiler.is_compiling():
+        return None
+    if added.dim() != 4 or added.dtype != dtype or not layout.is_fresh_channels_last(added):
+        return None
+    x, blocks = _autocast(x, blocks)
+    # Of 1 channel, or 1 x 1 pixels, memory is both.
+    decides = leads and added.shape[1] > 1 and added.shape[2:] != (1, 1)
+    plan = _plan_of(x, blocks, torch.channels_last if decides else None, added)
+    return _run(x, blocks, plan, added) if plan.adds else None
+
+
+def sums_may_go_into(activation, inplace):
+    """Whether an activation after a sum may be the last block's in `chain_and_sum`.
+
+    Backward then reads the result, and nothing that PyTorch's own would read instead. `inplace`:
+    of the activation.
+    """
+    row = reference.ACTIVATION[activation]
+    return not row.from_input and (inplace or not row.keeps_input)
+
+
+def _run(x, blocks, plan, added=None):
+    """A chain by its `_Plan`; `added`: see `chain_and_sum`."""
     if len(plan.ways) > 1:
         for block in blocks:
             x = chain(x, [block])
+    elif plan.activates_apart is not None:
+        # The activation after this block is PyTorch's own.
+        *head, last = blocks[: plan.activates_apart + 1]
+        head.append(last._replace(activation="identity", negative_slope=0.0))
+        z = chain(x, head, torch.channels_last)
+        x = reference.activate(z, last.activation, last.negative_slope)
+        if rest := blocks[len(head) :]:
+            x = chain(x, rest, plan.memory_format)
     elif plan.ways == {"triton"} and torch.compiler.is_compiling():
         x = operators.chain(x, blocks).to(plan.kinds[-1].dtype or x.dtype)
     elif plan.ways == {"triton"}:
@@ -435,7 +489,7 @@ def _chain(x, blocks, memory_format=None):
         first = plan.kinds[0]
         if plan.x_enters and (first.transposed or not from_image.lies_padded(x, first.geometry)):
             x = layout.enter(x)
-        x = autograd.chain(x, plan.kinds, tensors, blocks[-1].inplace, plan.look)
+        x = autograd.chain(x, plan.kinds, tensors, blocks[-1].inplace, plan.look, added)
     else:
         convolutions = cpu if plan.ways == {"cpu"} else torch.nn.functional
         for b, kind in zip(blocks, plan.kinds, strict=True):
@@ -456,17 +510,22 @@ class _Plan(NamedTuple):
     ways: a set of what runs its blocks, as `implementation` names it.
     kinds: the `autograd.Kind` of each block.
     memory_format: of the output; None for whatever the last operation gives.
+    activates_apart: the number of the first block whose activation is no part of the kernels; or
+        None: see `_activates_apart`.
     x_enters, weights_enter: whether x, and which of the tensors of all blocks, are brought into the
         memory format of the kernels.
     look: stands for how all the tensors then look, for `tape.run`.
+    adds: whether what is to be added is added by the kernels: see `chain_and_sum`.
     """
 
     ways: set
     kinds: tuple
     memory_format: torch.memory_format | None
+    activates_apart: int | None = None
     x_enters: bool = True
     weights_enter: tuple[int, ...] = ()
     look: object = None
+    adds: bool = False
 
 
 # Of what runs on the kernels, by all that was checked and decided by: on a GPU the checks could
@@ -477,34 +536,38 @@ _MOST_PLANS = 1024
 _MOST_IMAGES = 65535
 
 
-def _plan_of(x, blocks, memory_format):
+def _plan_of(x, blocks, memory_format, added=None):
     """The `_Plan` of a chain, made or known.
 
     Raises:
         As `chain`.
     """
     if torch.compiler.is_compiling() or torch.jit.is_tracing():
-        return _plan(x, blocks, memory_format)
-    key = _key_of(x, blocks, memory_format)
+        return _plan(x, blocks, memory_format, added)
+    key = _key_of(x, blocks, memory_format, added)
     try:
         plan = _plans.get(key)
     except TypeError:  # A list in the place of a pair.
-        return _plan(x, blocks, memory_format)
+        return _plan(x, blocks, memory_format, added)
     if plan is None:
-        plan = _plan(x, blocks, memory_format)
+        plan = _plan(x, blocks, memory_format, added)
         if plan.ways == {"triton"}:
             plan = plan._replace(look=object())
             tape.keep(_plans, key, plan, _MOST_PLANS)
     return plan
 
 
-def _key_of(x, blocks, memory_format):
+def _key_of(x, blocks, memory_format, added):
     """All that `_plan` looks at."""
     found = [selected_backend(), memory_format, torch._C._are_functorch_transforms_active()]
-    tensors = [x]
+    tensors = [x, added]
     for block in blocks:
         _, _, stride, padding, output_padding, n, activation, negative_slope, inplace, _ = block
+        if _slopes(block) is not None:
+            negative_slope = None  # It is among the tensors.
         found += stride, padding, output_padding, activation, negative_slope, inplace
+        if activation in _DEPENDING:
+            found += _activates_apart(block, x, blocks), autocast_dtype(x.device)
         if n is not None:
             found += _settings_of(n, x)
         tensors += _tensors_of(block)
@@ -525,9 +588,11 @@ def _looks(tensors):
 
 def _tensors_of(block):
     """Those of an `autograd.Link`, in its order."""
-    if block.batch_norm is None:
-        return block.weight, block.bias, None, None, None, None, None, None
-    return block.weight, block.bias, *_tensors_of_norm(block.batch_norm)
+    n, slopes = block.batch_norm, _slopes(block)
+    if n is None:
+        return block.weight, block.bias, None, None, slopes, None, None, None, None
+    gamma, beta, *statistics = _tensors_of_norm(n)
+    return block.weight, block.bias, gamma, beta, slopes, *statistics
 
 
 def _tensors_of_norm(n):
@@ -538,14 +603,56 @@ def _tensors_of_norm(n):
     )  # fmt: skip
 
 
-def _plan(x, blocks, memory_format):
+def _slopes(block):
+    """The tensor that is the slope of "prelu"; None for other activations."""
+    return block.negative_slope if isinstance(block.negative_slope, torch.Tensor) else None
+
+
+# Activations of which it depends whether they are a part of the kernels.
+_DEPENDING = {name for name, row in reference.ACTIVATION.items() if row.from_input} | {"softplus"}
+
+
+def _activates_apart(block, x, blocks):
+    """Whether PyTorch applies the activation of a block in a chain of x, not the kernels.
+
+    So where no norm comes before, and a gradient by the activation's input is wanted: backward
+    needs that input, and what follows the output. To write both takes the memory that PyTorch
+    takes, and to keep the input alone and make the output again takes a pass forward, as PyTorch's
+    own activation does, and a pass more backward. With a norm before, its input tells both.
+    """
+    n = block.batch_norm
+    if block.activation not in _DEPENDING:
+        return False
+    if block.activation == "prelu" and (n is None or torch.compiler.is_compiling()):
+        return True
+    if _activates_otherwise(block, n, x):
+        return True
+    if n is not None or not reference.ACTIVATION[block.activation].from_input:
+        return False
+    return torch.is_grad_enabled() and any(
+        t is not None and t.requires_grad for t in (x, *(t for b in blocks for t in _tensors_of(b)))
+    )
+
+
+def _activates_otherwise(block, norm, x):
+    """Whether autocast gives the activation of a norm of x, or without one of x, another dtype."""
+    dtype = autocast_dtype(x.device)
+    if dtype is None or x.dtype == torch.float64:
+        return False
+    if block.activation == "prelu":  # In autocast's dtype.
+        return x.dtype != dtype or (norm is not None and _widens(norm, x))
+    # In float32.
+    return block.activation == "softplus" and x.device.type == "cuda" and x.dtype != torch.float32
+
+
+def _plan(x, blocks, memory_format, added):
     geometries, shape = [], x.shape
     for block in blocks:
         geometry, shape = _check_block(block, x, shape)
         geometries.append(geometry)
     ways = {
         implementation(
-            x, b.weight, *b.vectors.values(), activation=b.activation,
+            x, b.weight, *b.vectors.values(), _slopes(b), activation=b.activation,
             negative_slope=b.negative_slope,
         )
         for b in blocks
@@ -555,23 +662,36 @@ def _plan(x, blocks, memory_format):
     kinds = tuple(_kind(b, g, x) for b, g in zip(blocks, geometries, strict=True))
     if ways != {"triton"}:
         return _Plan(ways, kinds, memory_format)
+    memory_format = memory_format or _pytorchs_format(x, blocks, geometries)
+    apart = next((i for i, b in enumerate(blocks) if _activates_apart(b, x, blocks)), None)
+    adds = (
+        added is not None
+        and added.shape == shape
+        and added.dtype == (kinds[-1].dtype or x.dtype)
+        and memory_format == torch.channels_last
+        and apart is None
+        and _why_not_plain([added]) is None
+    )
     return _Plan(
         ways,
         kinds,
-        memory_format or _pytorchs_format(x, blocks, geometries),
+        memory_format,
+        apart,
         not layout.is_fresh_channels_last(x),
         tuple(
             i * autograd.TENSORS
             for i, block in enumerate(blocks)
             if not layout.is_fresh_channels_last(block.weight)
         ),
+        adds=adds,
     )
 
 
 def _kind(block, geometry, x):
     """The `autograd.Kind` of a block of a chain whose input is x."""
     transposed = block.output_padding is not None
-    n, act = block.batch_norm, (block.activation, block.negative_slope)
+    n = block.batch_norm
+    act = block.activation, 0.0 if _slopes(block) is not None else block.negative_slope
     if n is None:
         return autograd.Kind(geometry, transposed, None, 0.0, *act)
     channels = block.weight.shape[1 if transposed else 0]
@@ -827,7 +947,7 @@ def _check_block(block, x, shape):
 def _check_tensors(block, x, shape, transposed):
     weight = block.weight
     in_dim, out_dim = (0, 1) if transposed else (1, 0)
-    _check_activation(block.activation)
+    _check_activation(block)
     if len(shape) != 4:
         raise ValueError(f"expected x of shape (N, C, H, W), got shape {tuple(shape)}")
     if weight.dim() != 4:
@@ -845,13 +965,34 @@ def _check_tensors(block, x, shape, transposed):
     if weight.device != x.device:
         raise ValueError(f"expected weight on x's device {x.device}, got {weight.device}")
     _check_vectors(block.vectors, block.batch_norm, weight.shape[out_dim], x.device)
+    _check_slopes(block, weight.shape[out_dim], x)
 
 
-def _check_activation(activation):
+def _check_activation(block):
+    activation = block.activation
     if activation not in reference.ACTIVATIONS:
         raise ValueError(
             f"expected an activation among {reference.ACTIVATIONS}, got {activation!r}"
         )
+    learnt = isinstance(block.negative_slope, torch.Tensor)
+    if learnt != (activation == "prelu"):
+        wanted = "a tensor" if activation == "prelu" else "a number"
+        got = "a tensor" if learnt else repr(block.negative_slope)
+        raise TypeError(f"expected the negative_slope of {activation!r} to be {wanted}, got {got}")
+
+
+def _check_slopes(block, channels, x):
+    slopes = _slopes(block)
+    if slopes is None:
+        return
+    if tuple(slopes.shape) not in ((1,), (channels,)):
+        raise ValueError(
+            f"expected negative_slope of shape (1,) or ({channels},), got {tuple(slopes.shape)}"
+        )
+    if slopes.device != x.device:
+        raise ValueError(f"expected negative_slope on x's device {x.device}, got {slopes.device}")
+    if slopes.dtype != x.dtype and autocast_dtype(x.device) is None:
+        raise TypeError(f"expected negative_slope of x's dtype {x.dtype}, got {slopes.dtype}")
 
 
 def _check_vectors(vectors, norm, channels, device):
@@ -904,7 +1045,7 @@ def _check_output(shape, size):
 
 
 def _check_normalization(x, block):
-    _check_activation(block.activation)
+    _check_activation(block)
     if not 2 <= x.dim() <= 4:
         raise ValueError(
             f"expected x of shape (N, C), (N, C, L) or (N, C, H, W), got shape {tuple(x.shape)}"
@@ -917,6 +1058,7 @@ def _check_normalization(x, block):
         running_var=n.running_var,
     )  # fmt: skip
     _check_vectors(vectors, n, x.shape[1], x.device)
+    _check_slopes(block, x.shape[1], x)
     _check_values(n, x.shape)
 
 

@@ -25,7 +25,25 @@ _ACTIVATIONS = {
     nn.LeakyReLU: "leaky_relu",
     nn.Tanh: "tanh",
     nn.Sigmoid: "sigmoid",
+    nn.ReLU6: "relu6",
+    nn.Hardtanh: "hardtanh",
+    nn.ELU: "elu",
+    nn.SELU: "selu",
+    nn.Softplus: "softplus",
+    nn.SiLU: "silu",
+    nn.GELU: "gelu",
+    nn.Mish: "mish",
+    nn.Hardswish: "hardswish",
+    nn.PReLU: "prelu",
 }
+# The settings that the kernels know, of activations that they know with one alone.
+_SETTINGS = {
+    nn.Hardtanh: {"min_val": -1, "max_val": 1},
+    nn.ReLU6: {"min_val": 0, "max_val": 6},
+    nn.ELU: {"alpha": 1},
+    nn.Softplus: {"beta": 1, "threshold": 20},
+}
+_APPROXIMATIONS = {"none": "gelu", "tanh": "gelu_tanh"}
 _CONVOLUTIONS = (nn.Conv2d, nn.ConvTranspose2d)
 # What may follow a convolution; and what may begin a run, of tensors of so many dimensions.
 _NORMS = (nn.BatchNorm2d, nn.InstanceNorm2d, nn.GroupNorm)
@@ -104,6 +122,17 @@ def why_not_fused(module):
         return "it keeps running statistics"
     if isinstance(module, nn.LeakyReLU) and module.negative_slope < 0:
         return f"its negative slope {module.negative_slope} is below 0"
+    if kind in _ACTIVATIONS:
+        return _why_activation_not_fused(module)
+    return None
+
+
+def _why_activation_not_fused(module):
+    for name, known in _SETTINGS.get(type(module), {}).items():
+        if getattr(module, name) != known:
+            return f"its {name} is {getattr(module, name)}, not {known}"
+    if isinstance(module, nn.GELU) and module.approximate not in _APPROXIMATIONS:
+        return f"its approximation is {module.approximate!r}"
     return None
 
 
@@ -216,10 +245,9 @@ class FusedBlock(nn.Module):
 
     def __init__(self, conv, norm, activation, negative_slope, inplace, eps, momentum):
         super().__init__()
-        if activation not in reference.ACTIVATIONS:
-            raise ValueError(
-                f"expected an activation among {reference.ACTIVATIONS}, got {activation!r}"
-            )
+        known = tuple(name for name in reference.ACTIVATIONS if name != "prelu")
+        if activation not in known:
+            raise ValueError(f"expected an activation among {known}, got {activation!r}")
         # The kernels' own layout, so that no step repacks the weight; shapes and keys stay.
         self.conv = conv.to(memory_format=torch.channels_last)
         channels = conv.out_channels
@@ -264,7 +292,7 @@ class GeneratorBlock(FusedBlock):
         in_channels, out_channels, kernel_size, stride, padding, output_padding, bias: as in
             `nn.ConvTranspose2d`. The defaults double height and width (Radford et al., 2016).
         norm: whether to batch-normalise.
-        activation: "relu", "leaky_relu", "tanh", "sigmoid" or "identity".
+        activation: as in `functional.conv_block`, all but "prelu".
         negative_slope, inplace: of "leaky_relu", as in `nn.LeakyReLU`.
         eps, momentum: as in `nn.BatchNorm2d`.
 
@@ -305,7 +333,7 @@ class DiscriminatorBlock(FusedBlock):
         in_channels, out_channels, kernel_size, stride, padding, bias: as in `nn.Conv2d`. The
             defaults halve height and width (Radford et al., 2016).
         norm: whether to batch-normalise.
-        activation: "relu", "leaky_relu", "tanh", "sigmoid" or "identity".
+        activation: as in `functional.conv_block`, all but "prelu".
         negative_slope, inplace: of "leaky_relu", as in `nn.LeakyReLU`.
         eps, momentum: as in `nn.BatchNorm2d`.
 
@@ -416,8 +444,25 @@ class Run(NamedTuple):
 
     @property
     def _activation(self):
-        last = self.modules[-1]
-        return _ACTIVATIONS.get(type(last), "identity"), getattr(last, "negative_slope", 0.0)
+        return _activation_of(self.modules[-1])
+
+
+def _activation_of(layer):
+    """Its name and slope, as in `functional.conv_block`; of other layers "identity"."""
+    name = _ACTIVATIONS.get(type(layer), "identity")
+    if name == "gelu":
+        name = _APPROXIMATIONS[layer.approximate]
+    return name, layer.weight if name == "prelu" else getattr(layer, "negative_slope", 0.0)
+
+
+def _activated(blocks, layer):
+    """The blocks, an activation being the last one's; None for none."""
+    if layer is None:
+        return blocks
+    *others, last = blocks
+    name, slope = _activation_of(layer)
+    inplace = getattr(layer, "inplace", False)
+    return [*others, last._replace(activation=name, negative_slope=slope, inplace=inplace)]
 
 
 class FusedSequential(nn.Sequential):
@@ -425,15 +470,14 @@ class FusedSequential(nn.Sequential):
 
     Children, parameters, state_dict keys and results are those of the `nn.Sequential` it stands
     for. Runs of `ConvTranspose2d`/`Conv2d`, then optionally `BatchNorm2d`, `InstanceNorm2d` or
-    `GroupNorm`, then optionally `ReLU`, `LeakyReLU`, `Tanh` or `Sigmoid` fuse, and what follows one
-    another of these and of blocks is one chain: see `functional.chain`. Nearest upsampling and
-    `ZeroPad2d` before, and average pooling after a convolution become part of it where that gains:
-    see `genfast.folding`. On the kernels one of these norms, `BatchNorm1d` or `InstanceNorm1d`,
-    after whatever, fuses with the activation that follows. A child that only calls others in order,
-    such as another container, opens: chains go on into it and out of it, see `genfast.opening`.
-    Every other child, and one that has a hook, a parametrisation or a setting the kernels do not
-    know, runs as PyTorch runs it. That is looked up at each call, so a hook registered later counts
-    too.
+    `GroupNorm`, then optionally an elementwise activation fuse, and what follows one another of
+    these and of blocks is one chain: see `functional.chain`. Nearest upsampling and `ZeroPad2d`
+    before, and average pooling after a convolution become part of it where that gains: see
+    `genfast.folding`. On the kernels one of these norms, `BatchNorm1d` or `InstanceNorm1d`, after
+    whatever, fuses with the activation that follows. A child that only calls others in order, such
+    as another container, opens: chains go on into it and out of it, see `genfast.opening`. Every
+    other child, and one that has a hook, a parametrisation or a setting the kernels do not know,
+    runs as PyTorch runs it. That is looked up at each call, so a hook registered later counts too.
     """
 
     # Children that must not fuse, by name, and why; `genfast.accelerate` sets it.
@@ -441,20 +485,37 @@ class FusedSequential(nn.Sequential):
 
     def forward(self, x):
         """Run the children in order, fused where they can be."""
+        return self.forward_adding(x)[0]
+
+    def forward_adding(self, x, added=None, then=None, leads=False):
+        """As `forward`, and what is added and activated afterwards, if it can be a part of that.
+
+        Args:
+            x: the input.
+            added: what to add to the output, or None.
+            then: the activation of the sum, one of which `activates_sums`, or None.
+            leads: whether what is added is the sum's first operand.
+
+        Returns:
+            The output, and whether both were done.
+        """
         backend = selected_backend()
         if backend == "reference":
-            return super().forward(x)
+            return super().forward(x), False
         # To ask for the implementation takes as long as a small layer: not where it is plain.
         plain = backend == "auto" and not kernels_run_on_cpu()
         # Else there is no chain that could go on across a border, or somebody traces calls.
         if not isinstance(x, torch.Tensor) or (plain and x.is_cpu):
-            return self._run(x, plain)
+            return self._run(x, plain, added, then, leads)
+        is_whole = False
         for line in self._lines():
-            x = line._run(x, plain)
-        return x
+            # What opens has no sum in it: whether a line is the last is known only afterwards.
+            sums = (added, then, leads) if line is self else ()
+            x, is_whole = line._run(x, plain, *sums)
+        return x, is_whole
 
-    def _run(self, x, plain):
-        """As `forward`, of children that do not open."""
+    def _run(self, x, plain, added=None, then=None, leads=False):
+        """As `forward_adding`, of children that do not open."""
         modules = tuple(self._modules.values())
         known, first = {}, 0
         if plain and isinstance(x, torch.Tensor) and x.is_cpu:
@@ -487,10 +548,15 @@ class FusedSequential(nn.Sequential):
             if not runs:
                 x = modules[first](x)
                 first += 1
-            else:
-                x = functional.chain(x, [run.block() for run in runs])
-                first += sum(len(run.modules) for run in runs)
-        return x
+                continue
+            blocks = [run.block() for run in runs]
+            first += sum(len(run.modules) for run in runs)
+            if added is not None and first == len(modules) and blocks[-1].activation == "identity":
+                y = functional.chain_and_sum(x, _activated(blocks, then), added, leads)
+                if y is not None:
+                    return y, True
+            x = functional.chain(x, blocks)
+        return x, False
 
     def _genfast_calls(self):
         """See `opening.may_open`."""
@@ -713,13 +779,21 @@ def line_of(layers):
 
 
 def has_no_state(layer):
-    """Whether it is one of PyTorch's layers that fuse and hold nothing, whatever its place."""
+    """Whether it is one of PyTorch's layers that fuse and hold nothing that a call changes."""
     return type(layer) in _ACTIVATIONS or type(layer) in folding.LAYERS
 
 
 def is_activation(layer):
-    """Whether it is one of PyTorch's activations that fuse; they have no state."""
+    """Whether it is one of PyTorch's activations that fuse; several places may share one."""
     return type(layer) in _ACTIVATIONS
+
+
+def activates_sums(layer):
+    """Whether it is an activation that may run with a block and a sum before it."""
+    if not is_activation(layer) or why_not_fused(layer):
+        return False
+    inplace = getattr(layer, "inplace", False)
+    return functional.sums_may_go_into(_activation_of(layer)[0], inplace)
 
 
 def first_run(container):

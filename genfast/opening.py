@@ -38,6 +38,11 @@ def in_order(links):
             yield from in_order(inner)
 
 
+def opens(link):
+    """Whether a callable opens now."""
+    return _inner(link) is not None
+
+
 def _inner(link):
     if not may_open(link) or _is_seen(link):
         return None

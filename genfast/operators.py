@@ -118,12 +118,12 @@ def chain(x, blocks):
     tensors = [t for t in tensors if t is not None]
     keep = torch.is_grad_enabled() and any([t.requires_grad for t in (x, *tensors)])
     # What the chain returns may be changed in place. Backward reads the outputs of the other
-    # activations, in PyTorch too; but its leaky ReLU does so only where it is in place itself. Else
-    # it is an operation of its own here, which a compiler fuses with what follows.
+    # activations, in PyTorch too; but its leaky ReLU, and others, do so only where they are in
+    # place themselves. Else such a one is an operation of its own here, which a compiler fuses with
+    # what follows.
     last = blocks[-1]
-    apart = (
-        keep and last.batch_norm is None and last.activation == "leaky_relu" and not last.inplace
-    )
+    keeps_input = reference.ACTIVATION[last.activation].keeps_input
+    apart = keep and last.batch_norm is None and keeps_input and not last.inplace
     activations = [b.activation for b in blocks]
     if apart:
         activations[-1] = "identity"
@@ -136,7 +136,7 @@ def chain(x, blocks):
         for n, vectors in zip(have_vectors, outputs[first:], strict=True):
             if n.moves:
                 _move(n, vectors)
-    return reference.activate(y, "leaky_relu", last.negative_slope) if apart else y
+    return reference.activate(y, last.activation, last.negative_slope) if apart else y
 
 
 def _move(batch_norm, vectors):
@@ -257,9 +257,9 @@ def _chain(x: Tensor, tensors: list[Tensor], spec: str, keep: bool) -> list[Tens
             copies.append(inside[-1])
     kinds = _kinds(blocks, x, parameters)
     x, *weights = inside
-    given = [x, None]
+    given = [x, None, None]
     for weight, kind, p in zip(weights, kinds, parameters, strict=True):
-        given += autograd.Link(kind, weight, *p[1:])[1:]
+        given += autograd.Link(kind, **p._replace(weight=weight)._asdict())[1:]
     made = tape.run(autograd._forward, given, kinds, keep)
     values = made[: _values(blocks)] if keep else []
     vectors = [
@@ -394,11 +394,14 @@ def _chain_backward(
     values = [*values, *[None] * (len(blocks) - len(values))]
     vectors = iter(vectors)
     vectors = [None if b.by_batch is None else next(vectors) for b in blocks]
-    given = [dy, x, None, *(t for p in links for t in p[:_WANTING]), *values, *vectors]
-    dx, *found = tape.run(autograd._backward, given, kinds, need_x, tuple(needs))
+    # With a slope of PReLU each, which a trace leaves to PyTorch.
+    given = [t for p in links for t in (*p[:_WANTING], None)]
+    needed = [n for i in range(len(links)) for n in (*needs[_WANTING * i :][:_WANTING], False)]
+    given = [dy, x, None, *given, *values, *vectors]
+    dx, *found = tape.run(autograd._backward, given, kinds, need_x, tuple(needed))
     results = [_as_lay(dx, x_lies)] if need_x else []
     for block, fields in _due(needs):
-        of_block = [found[_WANTING * block + field] for field in fields]
+        of_block = [found[(_WANTING + 1) * block + field] for field in fields]
         if fields == (_WEIGHT,):
             results.append(_as_lay(of_block[0], blocks[block].weight_lies))
         else:

@@ -4,12 +4,74 @@ Nothing here imports the rest of genfast. Evaluated in float64 these functions a
 are compared with; in the caller's dtype they are what runs wherever the kernels do not.
 """
 
+from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 
-ACTIVATIONS = ("identity", "relu", "leaky_relu", "tanh", "sigmoid")
+
+class Activation(NamedTuple):
+    """An activation, as PyTorch has it and as kernels/activation.py does.
+
+    of: act(x, negative_slope).
+    in_place: the same into x, or None where PyTorch would keep a copy of x for it.
+    keeps_input: whether PyTorch's backward reads x and not act(x), so that the result may be
+        changed in place unless it was itself made so.
+    from_input: whether the kernels' backward needs x too: act(x) does not tell act'(x).
+    slope_by_output: the derivative of act'(x) by act(x), a function of act(x), where act'(x) is
+        another function of that than a step; else None.
+    """
+
+    of: Callable
+    in_place: Callable | None = None
+    keeps_input: bool = True
+    from_input: bool = False
+    slope_by_output: Callable | None = None
+
+
+def _ignoring(function):
+    """A function of x alone that takes a slope too."""
+    return lambda x, negative_slope: function(x)
+
+
+def _from_input(function):
+    return Activation(_ignoring(function), from_input=True)
+
+
+_of_result = partial(Activation, keeps_input=False)
+# By name. Adding one takes a row here, one in kernels/activation.py, and one for its layer and one
+# for its function in nn.py and calls.py.
+ACTIVATION = {
+    "identity": _of_result(_ignoring(lambda x: x), _ignoring(lambda x: x)),
+    "relu": _of_result(_ignoring(F.relu), _ignoring(torch.relu_)),
+    "leaky_relu": Activation(F.leaky_relu, F.leaky_relu_),
+    "tanh": _of_result(
+        _ignoring(torch.tanh), _ignoring(torch.tanh_), slope_by_output=lambda y: -2 * y
+    ),
+    "sigmoid": _of_result(
+        _ignoring(torch.sigmoid), _ignoring(torch.sigmoid_), slope_by_output=lambda y: 1 - 2 * y
+    ),
+    "relu6": Activation(_ignoring(F.relu6), _ignoring(partial(F.relu6, inplace=True))),
+    "hardtanh": Activation(_ignoring(F.hardtanh), _ignoring(F.hardtanh_)),
+    "elu": Activation(
+        _ignoring(F.elu), _ignoring(F.elu_), slope_by_output=lambda y: (y <= 0).to(y.dtype)
+    ),
+    "selu": Activation(
+        _ignoring(F.selu), _ignoring(F.selu_), slope_by_output=lambda y: (y <= 0).to(y.dtype)
+    ),
+    "softplus": Activation(
+        _ignoring(F.softplus), slope_by_output=lambda y: torch.exp(-y) * (y <= 20)
+    ),
+    "silu": _from_input(F.silu),
+    "gelu": _from_input(F.gelu),
+    "gelu_tanh": _from_input(partial(F.gelu, approximate="tanh")),
+    "mish": _from_input(F.mish),
+    "hardswish": _from_input(F.hardswish),
+    "prelu": Activation(F.prelu, from_input=True),
+}
+ACTIVATIONS = tuple(ACTIVATION)
 
 
 NORMS = ("batch", "instance", "group")
@@ -61,18 +123,16 @@ class Norm(NamedTuple):
 
 
 def activate(x, activation, negative_slope=0.2, *, inplace=False):
-    """Apply the named activation (one of `ACTIVATIONS`) elementwise."""
-    if activation == "identity":
-        return x
-    if activation == "relu":
-        return F.relu(x, inplace)
+    """Apply the named activation (one of `ACTIVATIONS`) elementwise.
+
+    negative_slope: of "leaky_relu" a number; of "prelu" a tensor, (1,) or (C,).
+    """
+    if activation not in ACTIVATION:
+        raise ValueError(f"expected an activation among {ACTIVATIONS}, got {activation!r}")
+    row = ACTIVATION[activation]
     if activation == "leaky_relu":
-        return F.leaky_relu(x, negative_slope, inplace and negative_slope >= 0)
-    if activation == "tanh":
-        return x.tanh_() if inplace else x.tanh()
-    if activation == "sigmoid":
-        return x.sigmoid_() if inplace else x.sigmoid()
-    raise ValueError(f"expected an activation among {ACTIVATIONS}, got {activation!r}")
+        inplace = inplace and negative_slope >= 0  # PyTorch could not tell from the result.
+    return (row.in_place if inplace and row.in_place else row.of)(x, negative_slope)
 
 
 def normalize(z, norm):
@@ -121,9 +181,19 @@ def block(
         z = convolutions.conv_transpose2d(x, weight, bias, stride, padding, output_padding)
     if batch_norm is not None:
         z = normalize(z, batch_norm)
-    # In place: nobody else has z, and neither norm nor convolution needs it for backward. But leaky
-    # ReLU then needs its result, which the caller may change where it is told nothing else.
-    return activate(z, activation, negative_slope, inplace=inplace or activation != "leaky_relu")
+    return activate(
+        z, activation, negative_slope, inplace=inplace or activates_in_place(activation)
+    )
+
+
+def activates_in_place(activation):
+    """Whether it may be made of what a norm or a convolution gives, which nobody else has and
+    neither needs for backward, in that memory without being asked to.
+
+    Those whose backward then reads the result instead, as leaky ReLU's, may not: the caller may
+    change it where it is told nothing else.
+    """
+    return not ACTIVATION[activation].keeps_input
 
 
 def reparameterize(mu, logvar, eps):

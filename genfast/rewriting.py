@@ -11,6 +11,10 @@ other designs were weighed:
 - The user's forward on convolutions that compute when somebody looks: what enters C++ past
   `__torch_function__`, as an `autograd.Function` or an extension does, would see no value there.
 
+A sum with a variable is one of the calls, `x + self.block(x)` or `out += x`: which tensor a
+variable holds is the same before and after the layers run. Of a sum of two calls each stays where
+it is.
+
 Here nothing is frozen and nothing is late: which layers, hooks and modes there are is looked up at
 each call, when the user's code would, and layers that do not fuse are called as they were. It takes
 the source: a method counts only if its source compiles to the very code that it has.
@@ -22,18 +26,21 @@ from typing import NamedTuple
 
 import torch
 
-from genfast.calls import Call, Method, opened, run
+from genfast.calls import Call, Method, Sum, opened, run
 from genfast.looking import Chain, Part, is_look
 from genfast.source import SCOPES, source_of
 
 # How functions and methods of tensors that layers fuse with are written; what a name is, a call
 # looks up. The leading ones are part of a convolution that is called with their result.
 _LEADING = {"interpolate"}
-_FUNCTIONS = {"relu", "leaky_relu", "tanh", "sigmoid", "avg_pool2d", *_LEADING}
+_FUNCTIONS = {
+    "relu", "leaky_relu", "tanh", "sigmoid", "relu6", "hardtanh", "elu", "selu", "softplus", "silu",
+    "gelu", "mish", "hardswish", "avg_pool2d", *_LEADING,
+}  # fmt: skip
 _METHODS = {"relu", "tanh", "sigmoid"}
 _RUN, _CALL, _METHOD = "__genfast_run__", "__genfast_call__", "__genfast_method__"
-_OPENED = "__genfast_opened__"
-_GIVEN = {_RUN: run, _CALL: Call, _METHOD: Method, _OPENED: opened}
+_OPENED, _SUM = "__genfast_opened__", "__genfast_sum__"
+_GIVEN = {_RUN: run, _CALL: Call, _METHOD: Method, _OPENED: opened, _SUM: Sum}
 
 
 class Rewritten:
@@ -220,7 +227,7 @@ class _Rewriter:
         """A node with the chains in it rewritten."""
         if isinstance(node, SCOPES):
             return node
-        if isinstance(node, ast.Call):
+        if isinstance(node, ast.Call | ast.BinOp):
             links, inner = self._links(node)
             if links:
                 self._note([Part(links)])
@@ -262,11 +269,15 @@ class _Rewriter:
             found = self._continued(statements[end], name if last is None else last.name)
             if found is None or any(_mentions(e, names) for e in found.expressions):
                 break
-            later.append(self._later(statements[end], found.part))
-            parts.append(found.part)
+            before = parts[-1] if parts else None
+            if before and _is_sum(found.part) and not (before.many or before.condition):
+                before.links.extend(found.part.links)  # A variable's value: no matter when.
+            else:
+                later.append(self._later(statements[end], found.part))
+                parts.append(found.part)
             names.add(found.name)
             last, end = found, end + 1
-        if not later:
+        if last is None:
             return first, None
         self._note(parts)
         call = self._call_of_run(location, links, self._inside(inner), later)
@@ -286,6 +297,8 @@ class _Rewriter:
             return _Step(Part([statement.iter], many=True), name) if same else None
         if isinstance(statement, ast.If):
             return self._choice(statement, name)
+        if isinstance(statement, ast.AugAssign):
+            return self._sum_in_place(statement, name)
         target = None
         if isinstance(statement, ast.Assign) and self._is_variable(statement.targets):
             target = statement.targets[0].id
@@ -305,6 +318,15 @@ class _Rewriter:
             return _Step(part, target)
         # The rest of the statement takes the chain's value, and none of the variables before it.
         return _Step(part, None, chain, _around(statement.value, chain))
+
+    def _sum_in_place(self, statement, name):
+        """The `_Step` of `name += other`."""
+        target = statement.target
+        if not isinstance(target, ast.Name) or target.id != name:
+            return None
+        if not isinstance(statement.op, ast.Add) or not self._is_other(statement.value):
+            return None
+        return _Step(Part([_sum(statement.value, "x += other", statement)]), name)
 
     def _choice(self, statement, name):
         """The `_Step` of an if whose branches change this variable and nothing else."""
@@ -335,7 +357,7 @@ class _Rewriter:
 
     def _done(self, expression, name):
         """The links of a chain of calls on this variable, none for itself; else None."""
-        links, inner = self._links(expression, started=True)
+        links, inner = self._links(expression, name)
         return links if isinstance(inner, ast.Name) and inner.id == name else None
 
     def _name_in_loop(self, statement):
@@ -369,21 +391,22 @@ class _Rewriter:
                     within += Counter(n.id for n in ast.walk(statement) if isinstance(n, ast.Name))
         return within[name] != self._loads[name]
 
-    def _links(self, node, started=False, goes_on=False):
+    def _links(self, node, name=None, goes_on=False):
         """The links of a chain of calls, the first one first, and what that one takes.
 
-        started: whether the chain goes on with layers before it, so that functions alone count.
+        name: of the variable, where the chain goes on with layers before it that gave its value, so
+            that functions alone count.
         goes_on: whether layers may follow, so that a leading function alone counts.
         """
         links = []
         while True:
-            link, carried = self._link(node)
+            link, carried = self._link(node, name)
             if link is None:
                 break
             links.append(link)
             node = carried
         inner, links = node, links[::-1]
-        if started:
+        if name is not None:
             return [expression for expression, _, _ in links], inner
         # PyTorch's functions alone are no chain, and before a layer most are none of its.
         while links and not links[0][1] and not self._leads(links, goes_on):
@@ -397,9 +420,11 @@ class _Rewriter:
             return False
         return others[0][1] if others else goes_on
 
-    def _link(self, node):
+    def _link(self, node, name=None):
         """(expression of the callable, whether it may be a layer, the call), and what it takes."""
         nothing = None, None
+        if isinstance(node, ast.BinOp):
+            return self._link_of_sum(node, name)
         if not isinstance(node, ast.Call):
             return nothing
         function, arguments, named = node.func, node.args, node.keywords
@@ -423,6 +448,31 @@ class _Rewriter:
             called = ast.Name(_CALL, ast.Load())
             link = _placed(ast.Call(called, [function, *arguments[1:]], named), node)
         return (link, may_be_layer, node), arguments[0]
+
+    def _link_of_sum(self, node, name):
+        """As `_link`, of what is done with this variable, or with what is none.
+
+        The other operand is a variable, whose value is the same whenever it is looked at: what
+        takes a call stays where Python evaluates it.
+        """
+        nothing = None, None
+        if not isinstance(node.op, ast.Add):
+            return nothing
+        if any(isinstance(n, ast.NamedExpr) for n in ast.walk(node)):
+            return nothing
+        for carried, other, how in (
+            (node.left, node.right, "x + other"), (node.right, node.left, "other + x"),
+        ):  # fmt: skip
+            goes_on = not isinstance(carried, ast.Name) or carried.id == name
+            if goes_on and self._is_other(other) and other.id != name:
+                return (_sum(other, how, node), False, node), carried
+        return nothing
+
+    def _is_other(self, node):
+        """Whether it is a variable, of what `_link_of_sum` adds."""
+        return (
+            isinstance(node, ast.Name) and node.id in self._local and node.id not in self._watched
+        )
 
     def _may_be_layer(self, function):
         root = function
@@ -458,10 +508,33 @@ class _Rewriter:
         return _placed(ast.Call(ast.Name(_RUN, ast.Load()), arguments, []), location)
 
     def _note(self, parts):
+        parts = [p._replace(links=[_without_value(e) for e in p.links]) for p in parts]
         self.chains.append(Chain(parts, tuple(self._loops), self._local_from_self()))
 
     def _local_from_self(self):
         return (self._self, *self._local) if self._self else ()
+
+
+def _sum(other, how, at):
+    """The expression of a `Sum`."""
+    return _placed(ast.Call(ast.Name(_SUM, ast.Load()), [other, ast.Constant(how)], []), at)
+
+
+def _is_sum_link(expression):
+    called = expression.func if isinstance(expression, ast.Call) else None
+    return isinstance(called, ast.Name) and called.id == _SUM
+
+
+def _is_sum(part):
+    """Whether a `Part` only adds."""
+    return not part.many and part.condition is None and all(map(_is_sum_link, part.links))
+
+
+def _without_value(expression):
+    """A link as it can be looked at when the method does not run: of a `Sum` the kind alone."""
+    if not _is_sum_link(expression):
+        return expression
+    return _sum(ast.Constant(None), expression.args[1].value, expression)
 
 
 def _last_name(function):

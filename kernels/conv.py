@@ -28,6 +28,7 @@ result's shape: see `gradient_epilogue`. There groups differ in what they multip
 of several images are GROUPED: a descriptor's first axis is the group, and images beyond a group's
 end are beyond the end of the second one. `big` then is [groups, N, H / STRIDE_H, STRIDE_H * W /
 STRIDE_W, STRIDE_W * C], of which a box is one of a phase's pixels where it is as wide as they are.
+With HAS_ADDED `below`, of the result's shape too, is added to it before the activation.
 
 Addresses are 64-bit: an activation may hold more than 2^31 elements. Pixels are fewer than 2^30, so
 they are numbered in 32 bits: a 64-bit division is a function of 80 instructions. A pixel that is
@@ -83,6 +84,7 @@ def fprop(
     HAS_STATISTICS: tl.constexpr,
     HAS_BELOW: tl.constexpr,
     HAS_SUMS: tl.constexpr,
+    HAS_ADDED: tl.constexpr,
     ACTIVATION: tl.constexpr,
     STORED_DTYPE: tl.constexpr,
     ACC_DTYPE: tl.constexpr,
@@ -161,7 +163,7 @@ def fprop(
     group = tile // tiles_per_group
     stored = (n * H_small + y) * W_small + x
     values = acc
-    if HAS_BELOW:
+    if HAS_BELOW or HAS_ADDED:
         if GROUPED:
             box = below.load([group, n0 - group * N, y0, x0, cs0])
             values = box.reshape(BLOCK_N, BLOCK_M).T
@@ -172,7 +174,7 @@ def fprop(
     acc = finished(
         acc, values, exists, count, tile, group, row, C_small, channels, bias_ptr, vectors_ptr,
         count_ptr, mean_ptr, m2_ptr, sums_ptr, negative_slope, HAS_BIAS, HAS_NORM, HAS_STATISTICS,
-        HAS_BELOW, HAS_SUMS, ACTIVATION, STORED_DTYPE,
+        HAS_BELOW, HAS_SUMS, HAS_ADDED, ACTIVATION, STORED_DTYPE,
     )  # fmt: skip
     if GROUPED:
         box = acc.to(out.dtype).T.reshape(1, BOX_N, BOX_H, BOX_W, BLOCK_M)
@@ -220,6 +222,7 @@ def dgrad(
     HAS_STATISTICS: tl.constexpr,
     HAS_BELOW: tl.constexpr,
     HAS_SUMS: tl.constexpr,
+    HAS_ADDED: tl.constexpr,
     ACTIVATION: tl.constexpr,
     STORED_DTYPE: tl.constexpr,
     ACC_DTYPE: tl.constexpr,
@@ -312,7 +315,7 @@ def dgrad(
     stored = (n * H_big + y * STRIDE_H + py) * W_big + x * STRIDE_W + px
     column = py * (W_big // STRIDE_W) + x0  # Of all phases' pixels in a row: see GROUPED.
     values = acc
-    if HAS_BELOW:
+    if HAS_BELOW or HAS_ADDED:
         if GROUPED:
             box = below.load([group, n0 - group * N, y0, column, px * C_big + cb0])
             values = box.reshape(BLOCK_N, BLOCK_M).T
@@ -323,7 +326,7 @@ def dgrad(
     acc = finished(
         acc, values, exists, count, part, group, row, C_big, channels, bias_ptr, vectors_ptr,
         count_ptr, mean_ptr, m2_ptr, sums_ptr, negative_slope, HAS_BIAS, HAS_NORM, HAS_STATISTICS,
-        HAS_BELOW, HAS_SUMS, ACTIVATION, STORED_DTYPE,
+        HAS_BELOW, HAS_SUMS, HAS_ADDED, ACTIVATION, STORED_DTYPE,
     )  # fmt: skip
     if GROUPED:
         box = acc.to(out.dtype).T.reshape(1, BOX_N, BOX_H, BOX_W, BLOCK_M)

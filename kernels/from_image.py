@@ -324,7 +324,7 @@ def fprop_image(
         acc = finished(
             acc, below, column < count, count, tile, group, cs, C_small, C_small, bias_ptr,
             vectors_ptr, count_ptr, mean_ptr, m2_ptr, sums_ptr, negative_slope, HAS_BIAS, HAS_NORM,
-            HAS_STATISTICS, HAS_BELOW, HAS_SUMS, ACTIVATION, STORED_DTYPE,
+            HAS_STATISTICS, HAS_BELOW, HAS_SUMS, False, ACTIVATION, STORED_DTYPE,
         )  # fmt: skip
         tl.store(
             out_ptr + pixel.to(tl.int64) * C_small + column[:, None] * C_small + cs[None, :],

@@ -16,6 +16,7 @@ linear          -x                   x                   Arjovsky et al. (2017)
 import triton
 import triton.language as tl
 
+from .activation import log1p, sigmoid
 from .loading import run_in_bounds
 from .overlap import wait_for_previous
 
@@ -55,8 +56,8 @@ def logit_loss(
         if HAS_TARGETS:
             t = tl.load(targets_ptr + i, mask=exists, other=0.0).to(ACC_DTYPE)
             # max(x, 0) - t * x, without the difference of two large numbers.
-            value = tl.where(x > 0, x * (1.0 - t), -t * x) + _log1p(tl.exp(-tl.abs(x)))
-            slope = _sigmoid(x) - t
+            value = tl.where(x > 0, x * (1.0 - t), -t * x) + log1p(tl.exp(-tl.abs(x)))
+            slope = sigmoid(x) - t
         else:
             value, slope = _of_label(x, i < ones, LOSS)
         loss += tl.where(exists, value, 0.0)
@@ -90,7 +91,7 @@ def logit_loss_backward(
     i = run_in_bounds(i, exists)
     x = _terms(logits_ptr, i, exists, terms, ACC_DTYPE, PAIRED)
     if HAS_TARGETS:
-        slope = _sigmoid(x) - tl.load(targets_ptr + i, mask=exists, other=0.0).to(ACC_DTYPE)
+        slope = sigmoid(x) - tl.load(targets_ptr + i, mask=exists, other=0.0).to(ACC_DTYPE)
     else:
         _, slope = _of_label(x, i < ones, LOSS)
     _store_gradient(dlogits_ptr, i, slope * factor, exists, terms, PAIRED)
@@ -131,21 +132,7 @@ def _of_label(x, is_real, LOSS: tl.constexpr):
     else:
         wrong = tl.where(is_real, -x, x)
         # softplus(x) - max(x, 0) also lets NaN through.
-        value = tl.where(wrong > 0, wrong, 0.0) + _log1p(tl.exp(-tl.abs(x)))
+        value = tl.where(wrong > 0, wrong, 0.0) + log1p(tl.exp(-tl.abs(x)))
         # sigmoid(x) - 1 = -sigmoid(-x), whose digits stay where x is large.
-        slope = tl.where(is_real, -_sigmoid(-x), _sigmoid(x))
+        slope = tl.where(is_real, -sigmoid(-x), sigmoid(x))
     return value, slope.to(x.dtype)
-
-
-@triton.jit
-def _sigmoid(x):
-    e = tl.exp(-tl.abs(x))
-    return tl.where(x >= 0, 1.0, e) / (1.0 + e)
-
-
-@triton.jit
-def _log1p(e):
-    # For e in [0, 1]. 1 + e drops digits of e; they come back as the first term of Taylor's series
-    # around the rounded sum u, and e - (u - 1) is exact.
-    u = 1.0 + e
-    return tl.log(u) + (e - (u - 1.0)) / u

@@ -16,7 +16,7 @@ would compile all of them anew. Only channels decide about vector loads.
 import triton
 import triton.language as tl
 
-from .activation import activate, activation_backward
+from .activation import activate, activation_backward, activation_backward_at
 from .loading import in_bounds, run_in_bounds
 from .overlap import wait_for_previous
 
@@ -385,10 +385,14 @@ def normalize_activate(
     z_ptr,
     vectors_ptr,
     y_ptr,
+    slope_ptr,
+    added_ptr,
     rows,
     channels,
     pixels,
     negative_slope,
+    slope_step,
+    HAS_ADDED: tl.constexpr,
     ACTIVATION: tl.constexpr,
     PLANES: tl.constexpr,
     BLOCK_R: tl.constexpr,
@@ -396,7 +400,8 @@ def normalize_activate(
 ):
     """y = act((z - mean) * scale + shift). Grid: (tiles of a group's rows, of channels, groups).
 
-    The mean is subtracted first: folding it into the shift loses the digits that mean and z share.
+    With HAS_ADDED what lies at added_ptr, as z does, is added before the activation. The mean is
+    subtracted first: folding it into the shift loses the digits that mean and z share.
     """
     wait_for_previous()
     group = tl.program_id(2)
@@ -406,7 +411,9 @@ def normalize_activate(
         tl.program_id(0), group, rows, channels, pixels, c, in_c, BLOCK_R, PLANES
     )
     u, _ = _normalize(z_ptr + start, vectors_ptr, channels, c, in_c, offset, inside)
-    y = activate(u, negative_slope, ACTIVATION)
+    if HAS_ADDED:
+        u += tl.load(added_ptr + start + offset, mask=inside, other=0.0).to(u.dtype)
+    y = _activate(u, negative_slope, slope_ptr, slope_step, c, in_c, ACTIVATION)
     tl.store(y_ptr + start + offset, y.to(y_ptr.dtype.element_ty), mask=inside)
 
 
@@ -416,10 +423,13 @@ def norm_backward_reduce(
     z_ptr,
     vectors_ptr,
     partials_ptr,
+    slope_ptr,
+    slope_partials_ptr,
     rows,
     channels,
     pixels,
     negative_slope,
+    slope_step,
     tiles_per_part,
     ACTIVATION: tl.constexpr,
     PLANES: tl.constexpr,
@@ -429,7 +439,9 @@ def norm_backward_reduce(
     """partials[group, part]: the sums of g, and of g * xhat, over the part's rows, [2, channels].
 
     g = dy * act'(u) and xhat = (z - mean) * rstd: over all rows the sums are dbeta and dgamma
-    (Ioffe and Szegedy, 2015). Grid: (parts of a group, tiles of channels, groups).
+    (Ioffe and Szegedy, 2015). For "prelu" also slope_partials[group, part], [channels]: the sums of
+    dy * min(u, 0), which over all rows are the gradients of the slopes (He et al., 2015). Grid:
+    (parts of a group, tiles of channels, groups).
     """
     wait_for_previous()
     part = tl.program_id(0)
@@ -439,20 +451,26 @@ def norm_backward_reduce(
     dtype: tl.constexpr = vectors_ptr.dtype.element_ty
     sum_g = tl.zeros((BLOCK_R, BLOCK_C), dtype=dtype)
     sum_g_xhat = tl.zeros((BLOCK_R, BLOCK_C), dtype=dtype)
+    sum_slope = tl.zeros((BLOCK_R, BLOCK_C), dtype=dtype)
     for step in range(0, tiles_per_part):
         start, offset, _, inside = _tile(
             part * tiles_per_part + step, group, rows, channels, pixels, c, in_c, BLOCK_R, PLANES
         )
-        g, xhat, _ = _gradient_at_norm(
+        g, xhat, u, dy = _gradient_at_norm(
             dy_ptr + start, z_ptr + start, vectors_ptr, channels, c, in_c, offset, inside,
-            negative_slope, ACTIVATION, False,
+            negative_slope, slope_ptr, slope_step, ACTIVATION, False,
         )  # fmt: skip
         sum_g += tl.where(inside, g, 0.0)
         sum_g_xhat += tl.where(inside, g * xhat, 0.0)
+        if ACTIVATION == "prelu":
+            sum_slope += tl.where(inside & (u <= 0), dy * u, 0.0)
     part += group * tl.num_programs(0)
     out = partials_ptr + part.to(tl.int64) * 2 * channels + c
     tl.store(out, tl.sum(sum_g, axis=0), mask=in_c)
     tl.store(out + channels, tl.sum(sum_g_xhat, axis=0), mask=in_c)
+    if ACTIVATION == "prelu":
+        out = slope_partials_ptr + part.to(tl.int64) * channels + c
+        tl.store(out, tl.sum(sum_slope, axis=0), mask=in_c)
 
 
 @triton.jit(do_not_specialize=["rows", "parts", "groups"])
@@ -464,10 +482,12 @@ def norm_backward(
     total_ptr,
     dz_ptr,
     y_ptr,
+    slope_ptr,
     rows,
     channels,
     pixels,
     negative_slope,
+    slope_step,
     parts,
     groups,
     TRAINING: tl.constexpr,
@@ -510,11 +530,12 @@ def norm_backward(
                 total_g_xhat += sum_g_xhat
             tl.store(total_ptr + c, total_g, mask=in_c)
             tl.store(total_ptr + channels + c, total_g_xhat, mask=in_c)
-    g, xhat, y = _gradient_at_norm(
+    g, xhat, u, _ = _gradient_at_norm(
         dy_ptr + start, z_ptr + start, vectors_ptr, channels, c, in_c, offset, inside,
-        negative_slope, ACTIVATION, AT_NORM,
+        negative_slope, slope_ptr, slope_step, ACTIVATION, AT_NORM,
     )  # fmt: skip
     if WRITES_Y:
+        y = _activate(u, negative_slope, slope_ptr, slope_step, c, in_c, ACTIVATION)
         tl.store(y_ptr + start + offset, y.to(y_ptr.dtype.element_ty), mask=inside)
     scale = tl.load(vectors_ptr + SCALE * channels + c, mask=in_c, other=0.0)
     if SHARED:
@@ -621,18 +642,38 @@ def _normalize(z_ptr, vectors_ptr, channels, c, in_c, offset, inside):
 
 
 @triton.jit
+def _learnt_slopes(slope_ptr, slope_step, c, in_c, dtype: tl.constexpr):
+    """PReLU's of `_channels` c, [1, BLOCK_C]. slope_step: 0 where all channels share one."""
+    return tl.load(slope_ptr + c * slope_step, mask=in_c, other=0.0).to(dtype)[None, :]
+
+
+@triton.jit
+def _activate(u, negative_slope, slope_ptr, slope_step, c, in_c, ACTIVATION: tl.constexpr):
+    # A variable for both slopes would be a tensor, and interpreted a number's digits be lost in it.
+    if ACTIVATION == "prelu":
+        y = activate(u, _learnt_slopes(slope_ptr, slope_step, c, in_c, u.dtype), ACTIVATION)
+    else:
+        y = activate(u, negative_slope, ACTIVATION)
+    return y
+
+
+@triton.jit
 def _gradient_at_norm(
-    dy_ptr, z_ptr, vectors_ptr, channels, c, in_c, offset, inside, negative_slope,
-    ACTIVATION: tl.constexpr, AT_NORM: tl.constexpr,
+    dy_ptr, z_ptr, vectors_ptr, channels, c, in_c, offset, inside, negative_slope, slope_ptr,
+    slope_step, ACTIVATION: tl.constexpr, AT_NORM: tl.constexpr,
 ):  # fmt: skip
-    """g, the gradient at the norm's output, xhat and y, the latter two computed again from z.
+    """g, the gradient at the norm's output; xhat and u, computed again from z; and dy.
 
     g = dy * act'(u), which with AT_NORM is what lies at dy_ptr.
     """
     u, centred = _normalize(z_ptr, vectors_ptr, channels, c, in_c, offset, inside)
-    g = tl.load(dy_ptr + offset, mask=inside, other=0.0).to(u.dtype)
-    y = activate(u, negative_slope, ACTIVATION)
-    if not AT_NORM:
-        g = activation_backward(g, y, negative_slope, ACTIVATION)
+    dy = tl.load(dy_ptr + offset, mask=inside, other=0.0).to(u.dtype)
+    if AT_NORM:
+        g = dy
+    elif ACTIVATION == "prelu":
+        slopes = _learnt_slopes(slope_ptr, slope_step, c, in_c, u.dtype)
+        g = activation_backward_at(dy, u, slopes, ACTIVATION)
+    else:
+        g = activation_backward_at(dy, u, negative_slope, ACTIVATION)
     rstd = tl.load(vectors_ptr + RSTD * channels + c, mask=in_c, other=0.0)
-    return g, centred * rstd[None, :], y
+    return g, centred * rstd[None, :], u, dy

@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from .activation import activate, activation_backward
+from .activation import activate, activation_backward, activation_backward_at
 from .norm import RSTD
 from .normalizing import load_vectors
 from .rounding import rounded
@@ -28,12 +28,12 @@ def finished(
     acc, below, exists, count, part, group, row, rows, channels, bias_ptr, vectors_ptr,
     count_ptr, mean_ptr, m2_ptr, sums_ptr, negative_slope,
     HAS_BIAS: tl.constexpr, HAS_NORM: tl.constexpr, HAS_STATISTICS: tl.constexpr,
-    HAS_BELOW: tl.constexpr, HAS_SUMS: tl.constexpr, ACTIVATION: tl.constexpr,
-    STORED_DTYPE: tl.constexpr,
+    HAS_BELOW: tl.constexpr, HAS_SUMS: tl.constexpr, HAS_ADDED: tl.constexpr,
+    ACTIVATION: tl.constexpr, STORED_DTYPE: tl.constexpr,
 ):  # fmt: skip
     """What is stored of acc: by `gradient_epilogue` where there is a layer below, else `epilogue`.
 
-    below: of that layer the tile's elements, anything without HAS_BELOW.
+    below: of that layer the tile's elements; with HAS_ADDED those of what is added; else anything.
     """
     if HAS_BELOW:
         if HAS_SUMS:
@@ -44,21 +44,21 @@ def finished(
         )  # fmt: skip
     else:
         acc = epilogue(
-            acc, exists, count, part, row, rows, channels, bias_ptr, vectors_ptr, count_ptr,
-            mean_ptr, m2_ptr, negative_slope, HAS_BIAS, HAS_NORM, HAS_STATISTICS, ACTIVATION,
-            STORED_DTYPE,
+            acc, below, exists, count, part, row, rows, channels, bias_ptr, vectors_ptr, count_ptr,
+            mean_ptr, m2_ptr, negative_slope, HAS_BIAS, HAS_NORM, HAS_STATISTICS, HAS_ADDED,
+            ACTIVATION, STORED_DTYPE,
         )  # fmt: skip
     return acc
 
 
 @triton.jit
 def epilogue(
-    acc, exists, count, tile, row, rows, channels, bias_ptr, vectors_ptr,
+    acc, added, exists, count, tile, row, rows, channels, bias_ptr, vectors_ptr,
     count_ptr, mean_ptr, m2_ptr, negative_slope,
     HAS_BIAS: tl.constexpr, HAS_NORM: tl.constexpr, HAS_STATISTICS: tl.constexpr,
-    ACTIVATION: tl.constexpr, STORED_DTYPE: tl.constexpr,
+    HAS_ADDED: tl.constexpr, ACTIVATION: tl.constexpr, STORED_DTYPE: tl.constexpr,
 ):  # fmt: skip
-    """Bias, this tile's batch statistics, normalisation by known statistics, activation.
+    """Bias, this tile's batch statistics, normalisation by known statistics, `added`, activation.
 
     Rows of acc are channels, columns pixels: a thread holds many pixels of few channels, so what a
     channel needs are a few registers, and its sums are additions within the thread. The statistics,
@@ -85,6 +85,8 @@ def epilogue(
     if HAS_NORM:
         mean, scale, shift = load_vectors(vectors_ptr, 0, channels, channel)
         acc = (acc - mean[:, None]) * scale[:, None] + shift[:, None]
+    if HAS_ADDED:
+        acc += added.to(acc.dtype)
     return activate(acc, negative_slope, ACTIVATION)
 
 
@@ -174,10 +176,10 @@ def _gradient_in_pieces(
             y = below.to(acc.dtype)
             if HAS_NORM:
                 centred = y - mean
-                y = centred * scale + shift
-                if ACTIVATION == "tanh" or ACTIVATION == "sigmoid":
-                    y = activate(y, negative_slope, ACTIVATION)  # Of others u's sign is enough.
-            g = activation_backward(acc, y, negative_slope, ACTIVATION)
+                u = centred * scale + shift
+                g = activation_backward_at(acc, u, negative_slope, ACTIVATION)
+            else:
+                g = activation_backward(acc, y, negative_slope, ACTIVATION)
             if HAS_SUMS:
                 g = rounded(g, STORED_DTYPE)
                 sum_g += g

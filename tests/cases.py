@@ -27,6 +27,9 @@ class Geometry:
         return f"k{k}-s{s}-p{p}"
 
 
+# What blocks are tested with in every way; the others are in test_activations.py.
+ACTIVATIONS = ("identity", "relu", "leaky_relu", "tanh", "sigmoid")
+
 # Odd sizes leave the phases of a stride with unequal numbers of pixels.
 GEOMETRIES = (
     Geometry(4, 2, 1, big=(9, 6), small=(5, 3)),

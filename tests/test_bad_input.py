@@ -62,7 +62,14 @@ BLOCK = {
         ValueError,
         "more than 1 value.*1 x 1 x 1",
     ),
-    "activation": ((X, WEIGHT), {"activation": "gelu"}, ValueError, "relu.*'gelu'"),
+    "activation": ((X, WEIGHT), {"activation": "swish"}, ValueError, "relu.*'swish'"),
+    "a number's slope": ((X, WEIGHT), {"activation": "prelu"}, TypeError, "a tensor, got 0.2"),
+    "slopes": (
+        (X, WEIGHT),
+        {"activation": "prelu", "negative_slope": ones(4)},
+        ValueError,
+        r"negative_slope.*\(5,\), got \(4,\)",
+    ),
     "stride 0": ((X, WEIGHT, None, 0), {}, ValueError, "stride.*0"),
     "three strides": ((X, WEIGHT, None, (1, 2, 3)), {}, ValueError, r"stride.*\(1, 2, 3\)"),
     "padding below 0": ((X, WEIGHT, None, 1, -1), {}, ValueError, "padding.*-1"),
@@ -127,8 +134,8 @@ def test_kl_of_a_scalar():
 
 @pytest.mark.parametrize("block", [GeneratorBlock, DiscriminatorBlock])
 def test_unknown_activation_of_a_module(block):
-    with pytest.raises(ValueError, match="leaky_relu.*'selu'"):
-        block(3, 4, activation="selu")
+    with pytest.raises(ValueError, match="leaky_relu.*'swish'"):
+        block(3, 4, activation="swish")
 
 
 @pytest.mark.parametrize("block", [GeneratorBlock, DiscriminatorBlock])

@@ -5,10 +5,10 @@ from dataclasses import replace
 
 import pytest
 import torch
-from cases import DTYPES, GEOMETRIES, LAYOUTS, VECTORS, Case, Geometry, pairwise
+from cases import ACTIVATIONS, DTYPES, GEOMETRIES, LAYOUTS, VECTORS, Case, Geometry, pairwise
 from oracle import assert_block, assert_stable_statistics, evaluate, upstream_gradient
 
-from genfast import functional, reference, use_backend
+from genfast import functional, use_backend
 from genfast.launch import conv, memory, norm, passes, start, tiles
 
 pytestmark = pytest.mark.kernels
@@ -22,7 +22,7 @@ CASES = [
             channels=[(3, 5), (5, 3), (1, 17), (17, 1)],
             dtype=DTYPES,
             mode=["training", "evaluation", "plain"],
-            activation=reference.ACTIVATIONS,
+            activation=ACTIVATIONS,
             negative_slope=[0.2, 0.05],
             bias=[False, True],
             affine=[True, False],
@@ -176,7 +176,7 @@ INFERENCE = [
     for row in pairwise(
         dict(
             transposed=[False, True],
-            activation=reference.ACTIVATIONS,
+            activation=ACTIVATIONS,
             dtype=DTYPES,
             bias=[False, True],
             affine=[True, False],

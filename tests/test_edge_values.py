@@ -5,11 +5,10 @@ from dataclasses import replace
 import numpy
 import pytest
 import torch
-from cases import Case, Geometry
+from cases import ACTIVATIONS, Case, Geometry
 from oracle import assert_block, assert_close, evaluate
 
 from genfast import functional
-from genfast.reference import ACTIVATIONS
 
 pytestmark = pytest.mark.kernels
 

@@ -6,7 +6,7 @@ import dependent_launch
 import pytest
 import torch
 import torch.nn.functional as F
-from cases import DTYPES, LAYOUTS, pairwise
+from cases import ACTIVATIONS, DTYPES, LAYOUTS, pairwise
 from oracle import DRAWS, assert_close, assert_stable_statistics
 
 from genfast import reference
@@ -100,7 +100,7 @@ CASES = [
             c_big=[3, 1, 4, 2],
             c_small=[40, 8, 16],
             batch=[4, 1, 7],
-            activation=reference.ACTIVATIONS,
+            activation=ACTIVATIONS,
             bias=[False, True],
             norm=[False, True],
             layout=["contiguous", "channels_last", "sliced"],

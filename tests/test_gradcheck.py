@@ -2,12 +2,11 @@
 
 import pytest
 import torch
-from cases import Case, Geometry, pairwise
+from cases import ACTIVATIONS, Case, Geometry, pairwise
 from torch.autograd import gradcheck, gradgradcheck
 
 from genfast import functional, losses
 from genfast.backend import INTERPRETING
-from genfast.reference import ACTIVATIONS
 
 pytestmark = [
     pytest.mark.kernels,

@@ -14,7 +14,7 @@ from unittest import mock
 import pytest
 import torch
 import torch.nn.functional as F
-from cases import DTYPES, pairwise
+from cases import ACTIVATIONS, DTYPES, pairwise
 from oracle import DRAWS, assert_close
 
 from genfast import reference
@@ -89,7 +89,7 @@ CASES = [
             route=list(ROUTES),
             below=[1, 3, "sums", "y"],
             dtype=DTYPES,
-            activation=reference.ACTIVATIONS,
+            activation=ACTIVATIONS,
         )
     )
     for route, below, dtype, activation in [row.values()]

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import pytest
 import torch
 import torch.nn.functional as F
-from cases import LAYOUTS, pairwise
+from cases import ACTIVATIONS, LAYOUTS, pairwise
 from oracle import DRAWS, assert_close
 
 from genfast import reference
@@ -41,7 +41,7 @@ VARIED = dict(
     group=(1, 3, 5),  # images of each group
     groups=(1, 2, 3),
     dtype=DTYPES,
-    activation=reference.ACTIVATIONS,
+    activation=ACTIVATIONS,
     bias=(False, True),
     layout=("contiguous", "channels_last", "sliced"),
 )

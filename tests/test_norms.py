@@ -7,7 +7,7 @@ from unittest import mock
 import pytest
 import torch
 import torch.nn.functional as F
-from cases import DTYPES, LAYOUTS, pairwise
+from cases import ACTIVATIONS, DTYPES, LAYOUTS, pairwise
 from oracle import (
     BEND_MARGIN,
     DRAWS,
@@ -253,7 +253,7 @@ CONVOLVED = [
             shape=[(3, 4, 7, 9), (1, 3, 13, 11), (2, 5, 3, 4)],
             channels=[6, 18],
             norm_groups=[1, 2, 3, 6],
-            activation=reference.ACTIVATIONS,
+            activation=ACTIVATIONS,
             dtype=DTYPES,
             affine=[True, False],
             bias=[False, True],
@@ -278,7 +278,7 @@ ALONE = [
             norm=["batch", "instance", "group"],
             shape=[(3, 6, 7, 9), (4, 12, 9), (2, 18, 3, 5), (1, 6, 11, 8), (6, 30, 4, 4)],
             norm_groups=[1, 2, 6],
-            activation=reference.ACTIVATIONS,
+            activation=ACTIVATIONS,
             dtype=DTYPES,
             affine=[True, False],
             norm_in_float32=[False, True],

@@ -147,13 +147,20 @@ NETWORKS = {
 @pytest.fixture
 def chains(monkeypatch):
     """The numbers of blocks of the chains that run."""
-    found, run = [], functional.chain
+    found, run, run_and_add = [], functional.chain, functional.chain_and_sum
 
     def counting(x, blocks, *args):
         found.append(len(blocks))
         return run(x, blocks, *args)
 
+    def counting_sums(x, blocks, *args):
+        y = run_and_add(x, blocks, *args)
+        if y is not None:
+            found.append(len(blocks))
+        return y
+
     monkeypatch.setattr(functional, "chain", counting)
+    monkeypatch.setattr(functional, "chain_and_sum", counting_sums)
     return found
 
 

@@ -50,10 +50,14 @@ def fprop(big, weight, geometry, epilogue=PLAIN):
     """
     big = operand(big)
     c_small, c_big = weight.shape[:2]
-    if logits.fits(geometry, c_small, epilogue) and epilogue.output is None:
+    is_logit = logits.fits(geometry, c_small, epilogue) and epilogue.output is None
+    is_image = not is_logit and from_image.fits(geometry, c_small, c_big, big.value.shape[0])
+    if epilogue.added is not None and (is_logit or is_image):
+        return _adding_later(fprop, big, weight, geometry, epilogue)
+    if is_logit:
         value, how = big.unnormalized()
         return logits.fprop(value, weight, geometry, epilogue, **how), None
-    if from_image.fits(geometry, c_small, c_big, big.value.shape[0]):
+    if is_image:
         return from_image.fprop(big.padded(geometry), weight, epilogue)
     return _conv("fprop", big.tensor(), weight, geometry, epilogue)
 
@@ -66,12 +70,24 @@ def dgrad(small, weight, geometry, epilogue=PLAIN):
     """
     small = operand(small)
     c_small, c_big = weight.shape[:2]
-    if logits.fits(geometry, c_small, epilogue):
+    is_logit = logits.fits(geometry, c_small, epilogue)
+    is_image = not is_logit and to_image.fits(geometry, c_small, c_big, epilogue)
+    if epilogue.added is not None and (is_logit or is_image):
+        return _adding_later(dgrad, small, weight, geometry, epilogue)
+    if is_logit:
         return logits.dgrad(small.tensor(), weight, geometry, epilogue)
-    if to_image.fits(geometry, c_small, c_big, epilogue):
+    if is_image:
         value, how = small.as_read()
         return to_image.dgrad(value, weight, geometry, epilogue, **how), None
     return _conv("dgrad", small.tensor(), weight, geometry, epilogue)
+
+
+def _adding_later(product, source, weight, geometry, epilogue):
+    """As `fprop` or `dgrad`, where the kernels beside images and logits add nothing."""
+    before = replace(epilogue, added=None, activation="identity")
+    z, _ = product(source, weight, geometry, before)
+    z.add_(epilogue.added)
+    return reference.activate(z, epilogue.activation, epilogue.negative_slope, inplace=True), None
 
 
 def wgrad(big, small, geometry):
@@ -283,7 +299,7 @@ def _conv(direction, source, weight, geometry, epilogue, config=None):
             # A box as wide as a phase is one of pixels in a row of all phases, too.
             stored_boxed &= geometry.stride[0] == 1 or size[1] == box[2]
         apart = apart if stored_boxed else 0
-        if epilogue.output is not None and stored_boxed:
+        if stored_boxed and (epilogue.output is not None or epilogue.added is not None):
             below = below if memory.descriptor_fits(below) else below.clone()
             if to_small:
                 below = _small_descriptor(below, box, block_small, apart)
@@ -311,6 +327,7 @@ def _conv(direction, source, weight, geometry, epilogue, config=None):
         **_stride_and_padding(geometry),
         **_alignments(c_big, c_small),
         **epilogue.arguments(out, reductions),
+        HAS_ADDED=epilogue.added is not None,
         **start.arithmetic(source),
         DESCRIPTORS=boxed,
         STORE_DESCRIPTOR=stored_boxed,
@@ -340,8 +357,10 @@ def _through_library(direction, source, weight, geometry, epilogue):
     statistics = norm.statistics_of(z, epilogue.groups) if epilogue.groups else None
     activation = epilogue.activation, epilogue.negative_slope
     if epilogue.vectors is not None:
-        z = norm.normalize_activate(z, epilogue.vectors, *activation)
+        z = norm.normalize_activate(z, epilogue.vectors, *activation, added=epilogue.added)
     else:
+        if epilogue.added is not None:
+            z.add_(epilogue.added)
         z = reference.activate(z, *activation, inplace=True)
     return z, statistics
 
@@ -349,7 +368,7 @@ def _through_library(direction, source, weight, geometry, epilogue):
 def _gradient_of_output(dy, epilogue):
     """dy times act'(u) of the epilogue's output, and its sums, by passes of their own."""
     output = epilogue.output
-    g = norm.activation_backward(dy, output.tensor(), output.activation, output.negative_slope)
+    g = norm.activation_backward(dy, output.told_by(), output.activation, output.negative_slope)
     if output.vectors is not None:
         return g, norm.backward_sums(g, output.value, output.vectors)
     if epilogue.sums:

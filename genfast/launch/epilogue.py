@@ -16,6 +16,7 @@ class Epilogue:
     groups: to return each tile's batch statistics, where no tile holds images of two of so many
         equal parts of the batch; 0 for no statistics.
     vectors: (1, 5, channels) to normalise by, or None.
+    added: (N, channels, H, W) like the result, or None.
     activation, negative_slope: as in `functional.conv_block`.
 
     Or none of these, but what a gradient needs:
@@ -36,14 +37,17 @@ class Epilogue:
     negative_slope: float = 0.0
     output: Output | None = None
     sums: bool = False
+    added: torch.Tensor | None = None
 
     def __post_init__(self):
         others = self.bias is not None or self.groups or self.vectors is not None
+        others = others or self.added is not None
         if self.output is not None and (others or self.activation != "identity"):
             raise ValueError(
-                "expected an epilogue with an output to have neither bias, statistics, vectors nor "
-                f"activation, got bias {self.bias is not None}, groups {self.groups}, vectors "
-                f"{self.vectors is not None}, activation {self.activation}"
+                "expected an epilogue with an output to have neither bias, statistics, vectors, "
+                f"sum nor activation, got bias {self.bias is not None}, groups {self.groups}, "
+                f"vectors {self.vectors is not None}, sum {self.added is not None}, activation "
+                f"{self.activation}"
             )
         if self.sums and self.output is None:
             raise ValueError("expected sums only of a gradient, with an output, got sums without")
@@ -88,14 +92,16 @@ class Epilogue:
         return None
 
     def below(self, out):
-        """The output (N, H, W, C) of the layer below, dense; the result in its place for none."""
-        if self.output is None:
+        """The output (N, H, W, C) of the layer below, or what is added, dense; the result in its
+        place for neither."""
+        if self.output is None and self.added is None:
             return out
-        below = memory.nhwc(self.output.value)
+        below = memory.nhwc(self.added if self.output is None else self.output.value)
         if below.shape != out.shape:
+            what = "what is added" if self.output is None else "the output of the layer below"
             raise ValueError(
-                f"expected the output of the layer below to be {tuple(out.shape)} (N, H, W, C), as "
-                f"its gradient, got {tuple(below.shape)}"
+                f"expected {what} to be {tuple(out.shape)} (N, H, W, C), as the result, got "
+                f"{tuple(below.shape)}"
             )
         return below
 

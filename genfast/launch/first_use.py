@@ -156,6 +156,8 @@ def words(epilogue):
         found.append(f"statistics of {epilogue.groups}")
     if epilogue.vectors is not None:
         found.append("norm")
+    if epilogue.added is not None:
+        found.append("sum")
     if epilogue.activation != "identity":
         found.append(epilogue.activation)
     if epilogue.output is not None:

@@ -194,10 +194,27 @@ def _statistics_block(channels):
     return min(32, tiles.power_of_two(channels))
 
 
-def normalize_activate(z, vectors, activation, negative_slope, dtype=None):
-    """act((z - mean) * scale + shift): (N, C, H, W) to the same, in z's dtype unless another is
-    given."""
+def _activation(activation, negative_slope, stand_in):
+    """An activation as arguments; the slopes of "prelu" are a tensor, (1,) or (channels,)."""
+    learnt = isinstance(negative_slope, torch.Tensor)
+    return dict(
+        slope_ptr=memory.dense(negative_slope if learnt else None, stand_in),
+        slope_step=int(learnt and len(negative_slope) > 1),
+        negative_slope=0.0 if learnt else negative_slope,
+        ACTIVATION=activation,
+    )
+
+
+def normalize_activate(z, vectors, activation, negative_slope, dtype=None, added=None):
+    """act((z - mean) * scale + shift + added): (N, C, H, W) to the same.
+
+    negative_slope: a number; for "prelu" a tensor, (1,) or (C,).
+    dtype: of the result; None for z's.
+    added: None, or like z.
+    """
     z, planes = _as_read(z)
+    if added is not None:
+        added = added.contiguous() if planes else memory.nhwc(added)
     y = _empty_like(z, planes, dtype)
     grid, matrix = passes.elementwise(z, vectors.shape[0], planes)
     tape.start(
@@ -206,8 +223,9 @@ def normalize_activate(z, vectors, activation, negative_slope, dtype=None):
         z_ptr=z,
         vectors_ptr=vectors,
         y_ptr=y,
-        negative_slope=negative_slope,
-        ACTIVATION=activation,
+        added_ptr=vectors if added is None else added,
+        HAS_ADDED=added is not None,
+        **_activation(activation, negative_slope, vectors),
         **matrix,
     )
     return y
@@ -276,18 +294,23 @@ def norm_backward(
 
     Returns:
         dz (N, C, H, W), None unless `need_dz`; (2, C): the gradients of beta and of gamma, None
-        unless `need_total`; and y, None unless `want_y`.
+        unless `need_total`, for "prelu" (3, C), the third being those of each channel's slope; and
+        y, None unless `want_y`.
     """
     grid, common, (lies, planes) = _backward(dy, z, vectors, activation, negative_slope)
     at_norm = partials is not None
+    slope_partials = None
     if not at_norm and (need_total or (need_dz and training)):
-        partials = _backward_sums(grid, common)
+        partials, slope_partials = _backward_sums(grid, common)
     channels, groups = common["channels"], len(vectors)
-    total = vectors.new_empty((2, channels)) if need_total else None
+    rows = 2 if slope_partials is None else 3
+    total = vectors.new_empty((rows, channels)) if need_total else None
+    if need_total and slope_partials is not None:
+        sums.sum_partials(slope_partials, total[2])
     # What a pass over all groups adds up it does so in turn.
     alone = need_total and (not need_dz or groups > _GROUPS_IN_TURN or span > 1)
     if alone:
-        sums.sum_partials(partials.flatten(0, 1), total)
+        sums.sum_partials(partials.flatten(0, 1), total[:2])
     if not need_dz:
         return None, total, None
     if partials is None:  # Nobody reads sums.
@@ -347,23 +370,27 @@ def backward_sums(g, z, vectors):
         vectors: (groups, 5, channels).
     """
     grid, common, _ = _backward(g, z, vectors, "identity", 0.0)
-    return _backward_sums(grid, common)
+    return _backward_sums(grid, common)[0]
 
 
 def _backward_sums(grid, common):
-    """Part by part, those of `norm_backward_reduce`."""
+    """Part by part, those of `norm_backward_reduce`; and for "prelu", else None, of the slopes."""
     vectors, channels = common["vectors_ptr"], common["channels"]
     tiles_per_part = tiles.ceil_div(grid[0], passes.parts_of_pass(common["z_ptr"], grid))
     parts = tiles.ceil_div(grid[0], tiles_per_part)
     partials = vectors.new_empty((grid[2], parts, 2 * channels))
+    slope_partials = None
+    if common["ACTIVATION"] == "prelu":
+        slope_partials = vectors.new_empty((grid[2] * parts, channels))
     tape.start(
         kernels.norm_backward_reduce,
         (parts, *grid[1:]),
         partials_ptr=partials,
+        slope_partials_ptr=partials if slope_partials is None else slope_partials,
         tiles_per_part=tiles_per_part,
         **common,
     )
-    return partials
+    return partials, slope_partials
 
 
 def _backward(dy, z, vectors, activation, negative_slope):
@@ -375,8 +402,7 @@ def _backward(dy, z, vectors, activation, negative_slope):
         dy_ptr=dy,
         z_ptr=z,
         vectors_ptr=vectors,
-        negative_slope=negative_slope,
-        ACTIVATION=activation,
+        **_activation(activation, negative_slope, vectors),
         **matrix,
     )
     return grid, common, (z, planes)

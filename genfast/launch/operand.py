@@ -4,11 +4,14 @@ from dataclasses import dataclass
 
 import torch
 
+from genfast import reference
 from genfast.launch import from_image, norm
 
 # So few groups, or as many pixels in each of them, and a tile hardly ever meets two.
 _FEW_GROUPS = 4
 _MANY_PIXELS = 1024
+# Activations of a few instructions.
+_CHEAP = ("identity", "relu", "leaky_relu", "relu6", "hardtanh", "hardswish")
 
 
 @dataclass
@@ -68,19 +71,21 @@ class Output:
     value: (N, C, H, W): z, where u = (z - mean) * scale + shift; without `vectors`, y.
     vectors: (groups, 5, C) of the batch norm, as `norm.batch_statistics` gives them, or None.
     activation, negative_slope: as in `functional.conv_block`.
+    added: None, or like `value`: with vectors u = (z - mean) * scale + shift + added.
     """
 
     value: torch.Tensor
     vectors: torch.Tensor | None
     activation: str
-    negative_slope: float
+    negative_slope: float | torch.Tensor
+    added: torch.Tensor | None = None
     _tensor: torch.Tensor | None = None
 
     @property
     def is_made_reading(self):
         """Whether kernels that can make y as they read `value` should."""
         # Exponentials take longer than memory does, in each of the programs that read an element.
-        if self.vectors is None or self.activation in ("tanh", "sigmoid"):
+        if self.vectors is None or self.activation not in _CHEAP:
             return False
         # A program makes all of its elements anew for each group that it meets.
         groups, (n, _, h, w) = len(self.vectors), self.value.shape
@@ -104,9 +109,15 @@ class Output:
             return self.value
         if self._tensor is None:
             self._tensor = norm.normalize_activate(
-                self.value, self.vectors, self.activation, self.negative_slope, dtype
+                self.value, self.vectors, self.activation, self.negative_slope, dtype, self.added
             )
         return self._tensor
+
+    def told_by(self):
+        """What `norm.activation_backward` tells act'(u) by: y, or u itself."""
+        if not reference.ACTIVATION[self.activation].from_input:
+            return self.tensor()
+        return norm.normalize_activate(self.value, self.vectors, "identity", 0.0)
 
     def remember(self, y):
         """Take y from who has made it; None is nothing to remember."""

@@ -34,6 +34,7 @@ class Kind(NamedTuple):
     span: how many channels in a row share statistics: more than 1 for group norm.
     dtype: of what comes out, where that is not the dtype of what is normalised. Inside a chain it
         means nothing.
+    process_group: over which the batch that is normalised is spread; None: it is all here.
     """
 
     geometry: ConvGeometry | None
@@ -47,6 +48,7 @@ class Kind(NamedTuple):
     momentum: float = 0.0
     span: int = 1
     dtype: torch.dtype | None = None
+    process_group: object = None
 
     @property
     def takes_bias_away(self):
@@ -115,7 +117,7 @@ def normalize(x, kind, gamma, beta, statistics, look=None):
     if torch.is_grad_enabled() and any(wanted):
         return _Normalization.apply(x, gamma, beta, kind, statistics, look)
     given = [x, gamma, beta, *statistics]
-    return tape.run(_normalization_forward, given, kind, look=look)[0]
+    return _run(_normalization_forward, given, kind, look=look)[0]
 
 
 def reparameterize(mu, logvar, seed):
@@ -255,7 +257,7 @@ class _Chain(Function):
             dx, *found = _differentiable_backward(dy, x, kinds, tensors, need_x, needs)
         else:
             given = [dy, x, _image_of(x, kinds[0]), *tensors]
-            dx, *found = tape.run(_backward, given, kinds, need_x, tuple(needs))
+            dx, *found = _run(_backward, given, kinds, need_x, tuple(needs))
         return dx, None, None, None, None, *found
 
     @staticmethod
@@ -282,7 +284,7 @@ class _Normalization(Function):
     @staticmethod
     def forward(ctx, x, gamma, beta, kind, statistics, look):
         given = [x, gamma, beta, *statistics]
-        y, vectors = tape.run(_normalization_forward, given, kind, look=look)
+        y, vectors = _run(_normalization_forward, given, kind, look=look)
         ctx.kind = kind
         ctx.save_for_backward(x, gamma, beta, vectors)
         return y
@@ -298,7 +300,7 @@ class _Normalization(Function):
             found = _gradients_where(needs, y, inputs, dy)
         else:
             given = [dy, x, gamma, beta, vectors]
-            found = tape.run(_normalization_backward, given, kind, needs)
+            found = _run(_normalization_backward, given, kind, needs)
         dx, *found = found
         return dx if dx is None else layout.like(dx, x), *found, None, None, None
 
@@ -399,7 +401,15 @@ def _run_forward(x, kinds, tensors, look, keep):
     image = _image_of(x, kinds[0])
     # An image is one more tensor, of which `look` does not tell.
     look = look if image is None else None
-    return tape.run(_forward, [x, image, *tensors], kinds, keep, look=look)
+    return _run(_forward, [x, image, *tensors], kinds, keep, look=look)
+
+
+def _run(function, tensors, kinds, *settings, look=None):
+    """`tape.run`, but for what other processes have a part in: no recording knows of those."""
+    alone = all(k.process_group is None for k in ((kinds,) if isinstance(kinds, Kind) else kinds))
+    if not alone:
+        return function(tensors, kinds, *settings)
+    return tape.run(function, tensors, kinds, *settings, look=look)
 
 
 def _forward(tensors, kinds, keep):
@@ -488,6 +498,7 @@ def _normalization_backward(tensors, kind, needs):
         negative_slope=kind.negative_slope,
         need_total=need_gamma or need_beta,
         span=kind.span,
+        process_group=kind.process_group,
     )
     dgamma = sums[1].to(gamma.dtype) if need_gamma else None
     dbeta = sums[0].to(beta.dtype) if need_beta else None
@@ -551,6 +562,7 @@ def _backward(tensors, kinds, need_x, needs):
                 want_y=need_dz and waiting is not None and not made,
                 need_total=need_gamma or need_beta,
                 span=kind.span,
+                process_group=kind.process_group,
             )
             output.remember(y)
             if need_bias:
@@ -602,6 +614,12 @@ def _differentiable_backward(dy, x, kinds, tensors, need_x, needs):
 def _differentiable_norm(z, gamma, beta, vectors, kind):
     """A norm by PyTorch, of what it took and the vectors it was normalised by."""
     groups, _, channels = vectors.shape
+    if kind.process_group is not None:
+        norm_of = reference.Norm(
+            gamma, beta, None, None, None, True, 0.0, kind.eps, groups,
+            process_group=kind.process_group,
+        )  # fmt: skip
+        return reference.batch_norm_by_groups(z, norm_of)
     if kind.by_batch and groups == len(z):  # Each image by itself.
         wide_z, *affine = (t if t is None else t.to(vectors.dtype) for t in (z, gamma, beta))
         u = torch.nn.functional.group_norm(wide_z, channels // kind.span, *affine, kind.eps)
@@ -678,6 +696,8 @@ def _convolution_backward(dz, x, weight, geometry, transposed, needs_input_grad)
 def _batch_statistics(statistics, link):
     """The vectors of the batch's own statistics; running statistics and the counter move."""
     kind = link.kind
+    if kind.process_group is not None:
+        statistics = norm.of_all_processes(statistics, kind.process_group)
     given = statistics, link.gamma, link.beta, kind.eps
     if not kind.moves:
         return norm.batch_statistics(*given, span=kind.span)

@@ -373,6 +373,7 @@ def _key_of(x, blocks, memory_format):
         if n is not None:
             momentum = None if isinstance(n.momentum, torch.Tensor) else n.momentum
             found += n.training, momentum, n.eps, n.groups, n.kind, n.channel_groups, _widens(n, x)
+            found.append(n.process_group)
         tensors += _tensors_of(block)
     found += [
         None if t is None else (type(t), t.shape, t.stride(), t.dtype, t.device) for t in tensors
@@ -450,6 +451,7 @@ def _kind_of_norm(norm, geometry, transposed, activation, negative_slope, shape,
         0.0 if isinstance(n.momentum, torch.Tensor) else n.momentum,
         n.span(shape[1]),
         torch.float32 if _widens(n, x) else None,
+        n.process_group if n.by_batch else None,
     )
 
 
@@ -766,7 +768,7 @@ def _check_values(norm, shape):
             f"expected a batch that statistics_groups divides evenly, got {n} images and "
             f"{norm.groups} groups"
         )
-    if n // norm.groups * pixels == 1:
+    if n // norm.groups * pixels == 1 and norm.process_group is None:
         raise ValueError(
             "expected more than 1 value per channel when training with batch norm, got an output "
             f"of {n // norm.groups} x {_times(size)} pixels"

@@ -28,6 +28,7 @@ LEVELS = (
     ("autograd",),
     ("cpu", "launch"),
     ("backend", "geometry", "kernels", "layout", "library", "looking", "reference", "source"),
+    ("processes",),
 )
 RANK = {name: -depth for depth, names in enumerate(LEVELS) for name in names}
 LAYERS = {name for name, rank in RANK.items() if rank < RANK["training"]}

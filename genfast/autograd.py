@@ -7,6 +7,8 @@ taken through PyTorch instead, which can differentiate its own.
 """
 
 import itertools
+import threading
+from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
@@ -156,6 +158,30 @@ def _is_one(dloss):
     return known is not None and known.data_ptr() == dloss.data_ptr() and known._version == 0
 
 
+class _Promised(threading.local):
+    inputs_first = False
+
+
+_promised = _Promised()
+
+
+@contextmanager
+def inputs_first():
+    """Within, forward passes whose first gradient is asked for by their inputs alone.
+
+    Where a graph of the gradient is asked for, as a gradient penalty does it, chains then leave out
+    the gradients of parameters, which autograd would throw away: it does not tell a Function. The
+    gradients of what is made of that gradient are whole, as long as no graph of these is asked for
+    too. Holds for parameters that are leaves; what else a weight was computed from might be the
+    input.
+    """
+    before, _promised.inputs_first = _promised.inputs_first, True
+    try:
+        yield
+    finally:
+        _promised.inputs_first = before
+
+
 class _Convolution(Function):
     """conv2d (transposed False: fprop) or conv_transpose2d (dgrad), nothing else."""
 
@@ -242,7 +268,7 @@ class _Chain(Function):
                 ctx.changeable = y.detach(), y._version
             if last.activation == "identity" or ctx.changeable:
                 made[n - 1] = None
-        ctx.kinds = kinds
+        ctx.kinds, ctx.inputs_first = kinds, _promised.inputs_first
         ctx.save_for_backward(x, *parameters, *made)
         return y
 
@@ -254,6 +280,9 @@ class _Chain(Function):
         if tensors[value] is None and kinds[-1].activation != "identity":
             tensors[value] = _Chain._put_back_output(ctx, x, tensors)
         if torch.is_grad_enabled():
+            if ctx.inputs_first:  # `tensors` begin with the parameters.
+                pairs = zip(needs, tensors, strict=False)
+                needs = [need and not tensor.is_leaf for need, tensor in pairs]
             dx, *found = _differentiable_backward(dy, x, kinds, tensors, need_x, needs)
         else:
             given = [dy, x, _image_of(x, kinds[0]), *tensors]
@@ -309,22 +338,24 @@ class _Known(Function):
     """A convolution, bias and activation whose output is known: only its gradients are computed."""
 
     @staticmethod
-    def forward(ctx, x, weight, bias, kind, activation, known):
+    def forward(ctx, x, weight, bias, kind, activation, known, wanted):
         y = known.detach()
         ctx.save_for_backward(x, weight, y)
-        ctx.kind, ctx.activation = kind, activation
+        ctx.kind, ctx.activation, ctx.wanted = kind, activation, wanted
         return y
 
     @staticmethod
     def backward(ctx, dy):
         x, weight, y = ctx.saved_tensors
-        kind, du = ctx.kind, dy
+        kind, du, needs = ctx.kind, dy, ctx.needs_input_grad[:3]
+        if torch.is_grad_enabled():  # Of the weight and the bias what was wanted of the chain.
+            needs = [need and wanted for need, wanted in zip(needs, ctx.wanted, strict=True)]
         if ctx.activation != "identity":
             du = _ActivationGradient.apply(dy, y, ctx.activation, kind.negative_slope)
         geometry, transposed = kind.geometry, kind.transposed
-        dx, dw = _convolution_backward(du, x, weight, geometry, transposed, ctx.needs_input_grad)
-        dbias = du.sum((0, 2, 3)) if ctx.needs_input_grad[2] else None
-        return dx, dw, dbias, None, None, None
+        dx, dw = _convolution_backward(du, x, weight, geometry, transposed, needs)
+        dbias = du.sum((0, 2, 3)) if needs[2] else None
+        return dx, dw, dbias, None, None, None, None
 
 
 class _Reparameterize(Function):
@@ -602,10 +633,11 @@ def _differentiable_backward(dy, x, kinds, tensors, need_x, needs):
         weight, bias, gamma, beta = inputs[_PARAMETERS * i :][:_PARAMETERS]
         # What is not kept is the result of an identity: nobody reads it, so dy may stand in for it.
         known = dy if output.value is None else output.value
+        wanted = True, *needs[_PARAMETERS * i :][:2]
         if kind.by_batch is None:
-            y = _Known.apply(y, weight, bias, kind, kind.activation, known)
+            y = _Known.apply(y, weight, bias, kind, kind.activation, known, wanted)
             continue
-        z = _Known.apply(y, weight, bias, kind, "identity", known)
+        z = _Known.apply(y, weight, bias, kind, "identity", known, wanted)
         y = _differentiable_norm(z, gamma, beta, output.vectors, kind)
         y = reference.activate(y, kind.activation, kind.negative_slope)
     return _gradients_where([need_x, *needs], y, [x, *inputs], dy)
@@ -640,7 +672,7 @@ def _differentiable_norm(z, gamma, beta, vectors, kind):
 def _gradients_where(needs, y, inputs, dy):
     """The gradients of the inputs that need one, with a graph; None for the others."""
     wanted = [t for t, need in zip(inputs, needs, strict=True) if need]
-    found = iter(torch.autograd.grad(y, wanted, dy, create_graph=True))
+    found = iter(torch.autograd.grad(y, wanted, dy, create_graph=True) if wanted else ())
     return [next(found) if need else None for need in needs]
 
 

@@ -38,6 +38,8 @@ REDUCTIONS = "test_blocks.py::test_few_programs_share_long_reductions"
 SAMPLING = "test_sampling.py"
 FROM_IMAGE = "test_from_image.py::test_products"
 LOSSES = "test_losses.py"
+EXTENSIONS = "test_gan_extensions.py::test_a_step_is_that_of_a_plain_loop"
+PENALTIES = "test_gan_extensions.py::test_penalties_of_a_linear_discriminator"
 ADAM = "test_adam.py::test_updates_are_pytorchs"
 NORMALIZING = "test_normalizing.py::test_bits_are_those_of_the_pass_and_the_product"
 GRADIENT = "test_gradient_epilogue.py::test_gradient_of_the_layer_below"
@@ -512,7 +514,8 @@ BUGS = (
         "an average follows half-precision copies",
         "genfast/training/steps/gan.py",
         """        losses = super()._step_in_precision(images)
-        if self._average:  # By now the generator holds its own weights again.
+        # By now the generator holds its own weights again.
+        if self._average and self._turn().generator_trains:
             self._average.update()
         return losses
 """,
@@ -530,6 +533,97 @@ BUGS = (
         "return [*module.parameters(), *module.buffers()]",
         "return [*module.parameters()]",
         "test_average.py",
+    ),
+    Bug(
+        "the penalty of wgan-gp wants gradients of 0",
+        "genfast/training/steps/penalties.py",
+        "(norms - self.norm).square()",
+        "norms.square()",
+        PENALTIES,
+    ),
+    Bug(
+        "the penalty r1 is twice as large",
+        "genfast/training/steps/penalties.py",
+        '"r1": Penalty((_real,), norm=0.0, weight=10.0, factor=0.5)',
+        '"r1": Penalty((_real,), norm=0.0, weight=10.0, factor=1.0)',
+        PENALTIES,
+    ),
+    Bug(
+        "the penalty r1-r2 is that of real images twice",
+        "genfast/training/steps/penalties.py",
+        "Penalty((_real, _fake),",
+        "Penalty((_real, _real),",
+        EXTENSIONS,
+    ),
+    Bug(
+        "a penalty now and then has no larger weight",
+        "genfast/training/steps/gan.py",
+        'above_0("penalty_weight", weight) * self._penalty_every',
+        'above_0("penalty_weight", weight)',
+        EXTENSIONS,
+    ),
+    Bug(
+        "a resumed step counts its calls from 0",
+        "genfast/training/steps/base.py",
+        'self.calls = state.get("counters", {"calls": 0})["calls"]',
+        "self.calls = 0",
+        "test_gan_extensions.py::test_a_run_and_its_resume",
+    ),
+    Bug(
+        "an average moves at calls that leave the generator",
+        "genfast/training/steps/gan.py",
+        "if self._average and self._turn().generator_trains:",
+        "if self._average:",
+        "test_gan_extensions.py::test_an_average_moves_when_the_generator_does",
+    ),
+    Bug(
+        "spectral norm makes an iteration at every pass",
+        "genfast/training/steps/spectral.py",
+        "                norm.training = False\n",
+        "                norm.training = True\n",
+        EXTENSIONS,
+    ),
+    Bug(
+        "a turn's graph reads memory that the next recording lets go",
+        "genfast/training/steps/capture.py",
+        "self._read = [part.recorded for part in (*self._half_weights, *self._updates)]",
+        "self._read = None",
+        "test_gan_extensions.py::test_memory_that_a_graph_reads_outlives_the_next_recording",
+    ),
+    Bug(
+        "a penalty's gradient in fp16 stays scaled",
+        "genfast/training/steps/precision.py",
+        "return found / scale if scaler else found",
+        "return found",
+        "test_gan_extensions.py::test_gradients_of_scaled_losses_are_scaled_back",
+    ),
+    Bug(
+        "a translated image's gradient is not moved back",
+        "genfast/training/steps/augment.py",
+        "_Moved.apply(gradient, -down, -right)",
+        "_Moved.apply(gradient, down, right)",
+        "test_augment.py",
+    ),
+    Bug(
+        "saturation has the brightness of one channel for grey",
+        "genfast/training/steps/augment.py",
+        "grey = images.mean(1, keepdim=True)",
+        "grey = images[:, :1]",
+        "test_augment.py",
+    ),
+    Bug(
+        "updates that were passed over leave their statistics",
+        "genfast/training/steps/finite.py",
+        "buffer.copy_(torch.where(finite, buffer, value))",
+        "pass",
+        "test_finite_updates.py",
+    ),
+    Bug(
+        "gradients in fp16 are clipped while they are scaled",
+        "genfast/training/steps/precision.py",
+        "            scaler.unscale_(self._optimizers[optimizer])\n",
+        "            pass\n",
+        "test_finite_updates.py",
     ),
     Bug(
         "least squares pull generated images to the label 1 too",

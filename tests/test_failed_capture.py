@@ -120,7 +120,8 @@ def _images():
 
 def _watch(step, recorder, seen):
     """Let `seen` get the state in which a step begins that no recorder runs."""
-    inner, original = step._run, step._run._step
+    (inner,) = step._run._steps.values()
+    original = inner._step
 
     def watched(images):
         if inner._images is None:

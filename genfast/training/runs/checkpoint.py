@@ -119,6 +119,8 @@ def restore(step, content, path):
     moments = {name: _moments(step, content, name, path) for name in step.optimizers}
     for name, scaler in step.scalers.items():
         _check_scaler(scaler.state_dict(), content["scalers"].get(name), name, path)
+    if "counters" in content:  # Which were none in runs that began before there were any.
+        _check_counters(step.state_dict().get("counters", {}), content["counters"], path)
     rng = content["rng"]
     _check_rng(torch.Generator(), rng.get("cpu"), path)
     on_cuda = step.device.type == "cuda" and "cuda" in rng  # The run may have begun on a CPU.
@@ -149,7 +151,9 @@ def _moments(step, content, name, path):
     state = saved.get("state") if isinstance(saved, dict) else None
     if not isinstance(state, dict):
         _refuse(path, f"it lacks the state of the {name}'s optimizer")
-    if not state and (name in content["scalers"] or not content["steps"]):
+    if not state and content["steps"] < step.first_updates.get(name, 1):
+        return state
+    if not state and name in content["scalers"]:
         return state  # Scaled steps that overflowed were passed over, perhaps all of them.
     optimizer = step.optimizers[name]
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
@@ -165,6 +169,12 @@ def _check_scaler(expected, saved, name, path):
     fits = isinstance(saved, dict) and saved.keys() == expected.keys()
     if not fits or not all(type(v) in (int, float) and 0 <= v < math.inf for v in saved.values()):
         _refuse(path, f"the state of the {name}'s gradient scaler is not one")
+
+
+def _check_counters(expected, saved, path):
+    fits = isinstance(saved, dict) and saved.keys() == expected.keys()
+    if not fits or not all(type(v) is int and 0 <= v < 2**63 for v in saved.values()):
+        _refuse(path, f"its counters are {shown(saved)}")
 
 
 def _check_rng(generator, saved, path):

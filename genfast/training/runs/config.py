@@ -98,6 +98,9 @@ def check_settings(model, given):
             f"expected --image-size to be a power of two from {IMAGE_SIZES[0]} to "
             f"{IMAGE_SIZES[-1]} for {model}, got {size}"
         )
+    for name in ("penalty_weight", "penalty_every"):
+        if given.get(name) is not None and given.get("penalty") is None:
+            raise BadInput(f"expected {option(name)} with --penalty, got it alone")
     return given
 
 

@@ -87,7 +87,8 @@ def train(
     Raises:
         BadInput: an argument or the checkpoint does not fit, the folder is in use or holds
             somebody else's files, or an extra is not installed.
-        Diverged: a loss or a weight is no longer finite. The last checkpoint stays.
+        Diverged: a loss or a weight is no longer finite. The last checkpoint stays. With
+            `skip_nonfinite` that is a weight alone.
 
     Warns:
         UserWarning: the discriminator has won, or the folder cannot be locked.
@@ -114,6 +115,7 @@ def train(
         (out / PICTURES).mkdir(exist_ok=True)
         _write_settings(out / SETTINGS, config, step, demo)
         loss_log = LossLog(out / folder.LOSSES, step.result_fields, config.batch_size, keep=done)
+        loss_log.passes_over = bool(config.skip_nonfinite)
         size = f"{config.channels} x {config.image_size} x {config.image_size}"
         tqdm.write(
             f"{config.model} on {len(images)} images of {size} from {config.data}, on {device} in "
@@ -161,6 +163,10 @@ def train(
                     batches.waiting.restart()
                 if stopping:
                     break
+        if step.skipped:
+            tqdm.write(
+                f"{step.skipped} updates were passed over, as they were not finite", file=sys.stderr
+            )
     return Outcome(done == total, stop.requested and done < total, done, picture)
 
 

@@ -33,7 +33,10 @@ class LossLog:
 
     Attributes:
         lost: how many of the newest steps in a row gave the discriminator a loss of next to 0.
+        passes_over: whether losses that are not finite are written like others.
     """
+
+    passes_over = False
 
     def __init__(self, path, names, batch_size, keep=0):
         self.path = path
@@ -61,7 +64,7 @@ class LossLog:
         """Write what was added and return the newest losses and the speed, formatted.
 
         Raises:
-            Diverged: a loss is not finite.
+            Diverged: a loss is not finite, unless that is passed over.
         """
         if not self._pending:
             return {}
@@ -77,7 +80,7 @@ class LossLog:
         for (step, _), row in zip(positions, losses, strict=True):
             d_loss = dict(zip(self.names, row, strict=True)).get("d_loss", math.inf)
             self.lost = self.lost + 1 if abs(d_loss) < NOTHING else 0
-            if not all(map(math.isfinite, row)):
+            if not (self.passes_over or all(map(math.isfinite, row))):
                 values = ", ".join(f"{n} {v}" for n, v in zip(self.names, row, strict=True))
                 raise Diverged(f"training diverged: the losses of step {step} are {values}")
         newest = {name: f"{v:.3f}" for name, v in zip(self.names, losses[-1], strict=True)}

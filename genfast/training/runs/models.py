@@ -59,7 +59,20 @@ def _gan_step(config, device, generator, discriminator):
         latent_shape=generator.latent_shape,
         loss=config.loss,
         ema=config.ema,
-        optimizers=(_adam(generator, config), _adam(discriminator, config)),
+        penalty=config.penalty,
+        penalty_weight=config.penalty_weight,
+        penalty_every=config.penalty_every or 1,
+        n_critic=config.n_critic,
+        clip_critic=config.clip_critic,
+        spectral_norm=config.spectral_norm,
+        augment=config.augment,
+        flip=config.flip,
+        clip_grad=config.clip_grad,
+        skip_nonfinite=config.skip_nonfinite,
+        optimizers=(
+            _adam(generator, config, config.lr_g),
+            _adam(discriminator, config, config.lr_d),
+        ),
         precision=config.precision,
     )
 
@@ -69,13 +82,15 @@ def _vae_step(config, device, model):
     return VAEStep(
         model,
         optimizer=_adam(model, config),
+        clip_grad=config.clip_grad,
+        skip_nonfinite=config.skip_nonfinite,
         precision=config.precision,
         image_shape=_image_shape(config),
     )
 
 
-def _adam(module, config):
-    return adam(module, config.lr, (config.beta1, 0.999))
+def _adam(module, config, lr=None):
+    return adam(module, lr or config.lr, (config.beta1, 0.999))
 
 
 def _image_shape(config):
@@ -83,8 +98,13 @@ def _image_shape(config):
 
 
 _ALL = dict(seed=0, precision="auto", background="white")
-_GANS = dict(batch_size=64, lr=2e-4, beta1=0.5, nz=100, loss="non-saturating", ema=None, **_ALL)
-_VAES = dict(batch_size=128, epochs=25, lr=1e-3, beta1=0.9, **_ALL)
+_GUARDS = dict(clip_grad=None, skip_nonfinite=False)
+_GANS = dict(
+    batch_size=64, lr=2e-4, lr_g=None, lr_d=None, beta1=0.5, nz=100, loss="non-saturating",
+    ema=None, n_critic=1, penalty=None, penalty_weight=None, penalty_every=None, clip_critic=None,
+    spectral_norm=False, augment=None, flip=False, **_GUARDS, **_ALL,
+)  # fmt: skip
+_VAES = dict(batch_size=128, epochs=25, lr=1e-3, beta1=0.9, **_GUARDS, **_ALL)
 # Learning rates, betas and widths are those of the papers and of PyTorch's public examples.
 MODELS = {
     "gan": Model(_gan, dict(epochs=50, **_GANS), dict(image_size=16, epochs=150)),

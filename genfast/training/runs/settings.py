@@ -9,7 +9,9 @@ from typing import NamedTuple
 from genfast.losses import GAN_LOSSES
 from genfast.models.dcgan import IMAGE_SIZES
 from genfast.training.data.decoding import COLOURS, is_colour
-from genfast.training.runs.rules import ABOVE_0, BELOW_1, Rule, one_of, whole
+from genfast.training.runs.rules import ABOVE_0, BELOW_1, FLAG, Rule, one_of, whole
+from genfast.training.steps.augment import EXPECTED, are_names
+from genfast.training.steps.penalties import PENALTIES
 from genfast.training.steps.precision import PRECISIONS
 
 
@@ -68,6 +70,49 @@ SETTINGS = {
         optional=True,
         metavar="DECAY",
     ),
+    "lr_g": Setting(
+        ABOVE_0, "learning rate of a GAN's generator", optional=True, default="that of --lr"
+    ),
+    "lr_d": Setting(
+        ABOVE_0, "learning rate of a GAN's discriminator", optional=True, default="that of --lr"
+    ),
+    "n_critic": Setting(whole(), "updates of a discriminator for one of its generator", once=1),
+    "penalty": Setting(
+        one_of(*PENALTIES), "keeps a discriminator's gradient by its images small", optional=True
+    ),
+    "penalty_weight": Setting(
+        ABOVE_0,
+        "weight of --penalty: lambda of wgan-gp, gamma of r1 and r1-r2",
+        optional=True,
+        default=", ".join(f"{name} {penalty.weight:g}" for name, penalty in PENALTIES.items()),
+    ),
+    "penalty_every": Setting(
+        whole(),
+        "at how many updates of a discriminator one has the --penalty, with so many times its "
+        "weight",
+        optional=True,
+        default="1",
+    ),
+    "clip_critic": Setting(
+        ABOVE_0,
+        "keep a discriminator's parameters within this distance of 0, such as 0.01 for wgan",
+        optional=True,
+    ),
+    "spectral_norm": Setting(FLAG, "spectral norm on a GAN's discriminator", once=False),
+    "augment": Setting(
+        Rule(str, EXPECTED, are_names),
+        "what a discriminator sees is changed at random, real and generated images alike: "
+        f"{EXPECTED}",
+        optional=True,
+        metavar="NAMES",
+    ),
+    "clip_grad": Setting(
+        ABOVE_0, "scale a network's gradients down to this norm at each update", optional=True
+    ),
+    "skip_nonfinite": Setting(
+        FLAG, "pass over updates that are not finite, and count them, instead of ending", once=False
+    ),
+    "flip": Setting(FLAG, "mirror real images of a GAN left to right at random", once=False),
 }
 
 # What a run notes of its images, and nobody sets.

@@ -1,11 +1,20 @@
 """What the steps share: precision, capture, checks, their state, and the default optimizer."""
 
+import math
 from contextlib import contextmanager
+from numbers import Real
+from types import MappingProxyType
 
 import torch
 
 from genfast.training import pixels
-from genfast.training.steps.capture import CapturedStep, CUDARecorder, why_not_captured
+from genfast.training.steps.capture import (
+    CapturedStep,
+    CapturedTurns,
+    CUDARecorder,
+    why_not_captured,
+)
+from genfast.training.steps.finite import Skipped, kept_finite
 from genfast.training.steps.precision import Precision
 
 
@@ -29,35 +38,65 @@ class Step:
     converts them), the attributes `pixel_range`, `latent_shape` and `weights_reused` (whether a
     network takes part in more than one pass), and `_draw(z)`, their images in `pixel_range`. They
     may have `_look(images)`, which learns from a first batch of floats what the steps need to know,
-    and leaves no other trace.
+    and leaves no other trace; and `_turn()`, which tells apart calls that do not the same.
     """
 
-    def __init__(self, modules, optimizers, precision, capture, followers=None):
+    # Which call is the first with an update by an optimizer, by its name, where that is not call 1.
+    first_updates = MappingProxyType({})
+
+    def __init__(
+        self,
+        modules,
+        optimizers,
+        precision,
+        capture,
+        followers=None,
+        *,
+        clip_grad=None,
+        skip_nonfinite=False,
+    ):
         # Followers are networks that a step changes and no optimizer trains.
         self.modules, self.optimizers = modules | (followers or {}), optimizers
         _check_optimizers(modules, optimizers)
+        clip_grad = None if clip_grad is None else above_0("clip_grad", clip_grad)
         self._looked = False
+        self.calls = 0
         network = next(iter(modules.values()))
         self.device, self._dtype = _device_of(network), next(network.parameters()).dtype
+        self._passed_over = Skipped(self.device) if skip_nonfinite else None
+        if skip_nonfinite:
+            self.modules["skipped"] = self._passed_over
         self._precision = Precision(
-            precision, self.device, modules, optimizers, self.weights_reused
+            precision,
+            self.device,
+            modules,
+            optimizers,
+            self.weights_reused,
+            clip_grad,
+            self._passed_over,
         )
         reason = "it was switched off"
         if capture is not False:
             reason = why_not_captured(self.device, optimizers.values())
+            if reason is None and skip_nonfinite:
+                reason = _why_waiting(optimizers.values())
         if capture and reason:
             raise ValueError(f"expected a step that can be captured, but {reason}")
         self.why_not_captured = reason
         self._run = self._step_in_precision
         if reason is None:
-            self._run = CapturedStep(
-                self._step_in_precision,
-                list(self.modules.values()),
-                list(optimizers.values()),
-                list(self.scalers.values()),
-                CUDARecorder(self.device),
-                list(self._precision.half_weights.values()),
-                list(self._precision.updates.values()),
+            recorder = CUDARecorder(self.device)
+            self._run = CapturedTurns(
+                lambda: CapturedStep(
+                    self._step_in_precision,
+                    list(self.modules.values()),
+                    list(optimizers.values()),
+                    list(self.scalers.values()),
+                    recorder,
+                    list(self._precision.half_weights.values()),
+                    list(self._precision.updates.values()),
+                ),
+                self._turn,
             )
 
     @property
@@ -93,10 +132,15 @@ class Step:
             if not self._looked:
                 self._look(self._floats(images))
                 self._looked = True
-            return self._result(*self._run(images))
+            result = self._result(*self._run(images))
+        self.calls += 1
+        return result
 
     def _look(self, images):
         pass
+
+    def _turn(self):
+        """What the next call does, hashable: one graph replays all calls of a turn."""
 
     def _floats(self, images):
         """uint8 images in `pixel_range` and the networks' dtype; others are that already."""
@@ -106,7 +150,7 @@ class Step:
         return pixels.normalize(images, self.pixel_range, wide).to(self._dtype)
 
     def state_dict(self):
-        """What the step has learnt: networks, optimizers and, in fp16, scalers of losses.
+        """What the step has learnt: networks, optimizers, its calls, in fp16 scalers of losses.
 
         Together with the random numbers' state it is what a loop needs to go on as if it had never
         stopped. `torch.load` reads it with `weights_only=True`.
@@ -115,6 +159,7 @@ class Step:
             "modules": {name: m.state_dict() for name, m in self.modules.items()},
             "optimizers": {name: _plain(o.state_dict()) for name, o in self.optimizers.items()},
             "scalers": {name: s.state_dict() for name, s in self.scalers.items()},
+            "counters": {"calls": self.calls},
         }
 
     def load_state_dict(self, state):
@@ -137,9 +182,17 @@ class Step:
                     group["capturable"] = value
         for name in self.scalers.keys() & state.get("scalers", {}).keys():
             self.scalers[name].load_state_dict(state["scalers"][name])
+        # Of before there were counters, none made a difference.
+        self.calls = state.get("counters", {"calls": 0})["calls"]
+
+    @property
+    def skipped(self):
+        """How many updates were passed over as they were not finite; waits for the device."""
+        return int(self._passed_over.count) if self._passed_over else 0
 
     def _step_in_precision(self, images):
-        with self._precision.weights():
+        modules = list(self.modules.values()) if self._passed_over else []
+        with kept_finite(modules), self._precision.weights():
             return self._step(images)
 
     @torch.no_grad()
@@ -147,6 +200,21 @@ class Step:
         """Images in `pixel_range` for this noise, by the running statistics of batch norms."""
         with self._precision.products(), self._precision.autocast():
             return self._draw(z).float()
+
+
+def above_0(name, number):
+    """The number as a float; ValueError unless it is one above 0 and below infinity."""
+    if isinstance(number, Real) and not isinstance(number, bool) and 0 < number < math.inf:
+        return float(number)
+    raise ValueError(f"expected {name} to be a number above 0, got {number!r}")
+
+
+def _why_waiting(optimizers):
+    """Why the host has to look at the device to pass over an update; None if it has not."""
+    for optimizer in optimizers:
+        if not all(group.get("fused") for group in optimizer.param_groups):
+            return "skip_nonfinite decides on the host for optimizers without fused=True"
+    return None
 
 
 def _plain(state):

@@ -88,7 +88,7 @@ class CapturedStep:
         return tuple(self._losses.clone())
 
     def _forget(self):
-        self._images = self._replay = self._losses = self._built_in = None
+        self._images = self._replay = self._losses = self._built_in = self._read = None
 
     def _capture(self, images):
         """Capture, or say why not, and then all is as it was before."""
@@ -112,6 +112,8 @@ class CapturedStep:
                 self._built_in = BuiltIn(
                     [*self._modules, *self._optimizers, *self._scalers], self._recorder.device
                 )
+                # Memory from before the recording, which those who made it may let go.
+                self._read = [part.recorded for part in (*self._half_weights, *self._updates)]
                 return None
             except BaseException as error:
                 self._forget()
@@ -150,6 +152,31 @@ class CapturedStep:
 
     def _all_rates(self):
         return zip(self._optimizers, self._rates, self._set_rates, strict=True)
+
+
+class CapturedTurns:
+    """Runs a step that does not the same at each call: a `CapturedStep` for each turn.
+
+    Args:
+        make: a function that gives a `CapturedStep`.
+        turn: a function that tells what the next call does, hashable.
+    """
+
+    def __init__(self, make, turn):
+        self._make, self._turn = make, turn
+        self._steps = {turn(): make()}
+
+    def __call__(self, *given):
+        """Make one step; the losses are the caller's to keep."""
+        turn = self._turn()
+        if turn not in self._steps:
+            self._steps[turn] = self._make()
+        return self._steps[turn](*given)
+
+    @property
+    def failure(self):
+        """Why capturing failed, of the first turn where it did; None as long as it has not."""
+        return next((step.failure for step in self._steps.values() if step.failure), None)
 
 
 class CUDARecorder:

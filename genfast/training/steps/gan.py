@@ -1,16 +1,19 @@
 """One optimisation step of a GAN."""
 
-from contextlib import contextmanager
+import warnings
+from contextlib import contextmanager, nullcontext
 from numbers import Integral
 from typing import NamedTuple
 
 import torch
+from torch.nn.modules.batchnorm import _BatchNorm
 
-from genfast import losses
+from genfast import autograd, losses
 from genfast.nn import statistics_groups
 from genfast.training.memory import missing_memory
+from genfast.training.steps.augment import Augmentation, mirrored
 from genfast.training.steps.average import Average
-from genfast.training.steps.base import Step, adam, evaluating
+from genfast.training.steps.base import Step, above_0, adam, evaluating
 from genfast.training.steps.joining import joined
 from genfast.training.steps.judge import Judge, describe
 from genfast.training.steps.merging import (
@@ -19,13 +22,30 @@ from genfast.training.steps.merging import (
     why_two_passes,
     why_unknown,
 )
+from genfast.training.steps.penalties import penalty as penalty_named
+from genfast.training.steps.spectral import SpectralNorm
 from genfast.training.steps.trial import undone
 
 _LATENT_SHAPE = (100, 1, 1)
 
 
+class _Turn(NamedTuple):
+    """What a call does that others do not: how often it comes is counted on the host.
+
+    penalised: whether the discriminator's update has the penalty.
+    generator_trains: whether the generator is updated too.
+    """
+
+    penalised: bool
+    generator_trains: bool
+
+
 class GANResult(NamedTuple):
-    """The losses of one step, scalar tensors on the device."""
+    """The losses of one step, scalar tensors on the device, penalties not among them.
+
+    Where a step leaves the generator as it is, `g_loss` is what the discriminator's update made of
+    the same logits.
+    """
 
     d_loss: torch.Tensor
     g_loss: torch.Tensor
@@ -55,6 +75,24 @@ class GANStep(Step):
             optimizer's learning rates are tensors; schedulers and plain numbers still set them.
         ema: keep an average of the generator with this decay, such as 0.999, from which `sample`
             draws. None: keep none.
+        penalty: the name of a penalty in `penalties.PENALTIES` that the discriminator's loss has
+            too, by a pass of the discriminator of its own. None: none.
+        penalty_weight: its weight; None for the paper's.
+        penalty_every: at how many updates of the discriminator one has the penalty, with so many
+            times its weight (Karras et al., 2020, appendix B).
+        n_critic: at how many calls, each an update of the discriminator on a batch of its own, one
+            updates the generator: the last of them.
+        clip_critic: keep the discriminator's parameters within this distance of 0 (Arjovsky et al.,
+            2017). None: do not.
+        spectral_norm: whether to put PyTorch's spectral norm on each layer of the discriminator
+            (Miyato et al., 2018), with one power iteration an update of it.
+        augment: what the discriminator sees is changed so: names in `augment.AUGMENTATIONS`, with
+            commas between (Zhao et al., 2020). None: as it is.
+        flip: whether real images are mirrored left to right at random.
+        clip_grad: the largest norm of a network's gradients at an update: larger ones are scaled
+            down to it. None: any.
+        skip_nonfinite: whether to pass over the updates whose gradients are not finite, and to
+            count them in `skipped`. What is not finite then leaves no trace in buffers either.
         output: a function that picks the logits out of what the discriminator returns, or "logits":
             what it returns are logits, whatever it looks like. None: that is checked.
 
@@ -67,13 +105,18 @@ class GANStep(Step):
         why_not_merged, why_not_captured, why_no_half_weights, why_not_adam_kernel: why not, in
             words; None where it is.
             Where only the first batch can tell, `why_not_merged` is final after the first call.
+        calls, skipped: how many calls there have been, and how many updates were passed over.
         final_sigmoid: the name of the Sigmoid in which the discriminator ends; None if in none.
         average: the `Average` of the generator that `sample` draws from, or None to draw from the
             generator itself.
 
     Raises:
-        ValueError: there is no such loss, precision or decay, capture=True and it cannot be, or an
-            optimizer does not hold its network's parameters.
+        ValueError: there is no such loss, precision, decay, penalty or augmentation, a number is
+            out of its range, capture=True and it cannot be, or an optimizer does not hold its
+            network's parameters.
+
+    Warns:
+        UserWarning: the penalty is not defined for a discriminator with batch norm.
     """
 
     pixel_range = (-1.0, 1.0)
@@ -94,11 +137,28 @@ class GANStep(Step):
         capture=None,
         output=None,
         ema=None,
+        penalty=None,
+        penalty_weight=None,
+        penalty_every=1,
+        n_critic=1,
+        clip_critic=None,
+        spectral_norm=False,
+        augment=None,
+        flip=False,
+        clip_grad=None,
+        skip_nonfinite=False,
     ):
         self.generator = generator
         self.discriminator = discriminator
         self.latent_shape = _latent_shape(latent_shape, generator)
         self.loss = losses.gan_loss(loss)
+        self._set_penalty(penalty, penalty_weight, penalty_every)
+        self._n_critic = _whole("n_critic", n_critic)
+        self.first_updates = {"generator": self._n_critic}
+        self._clip = None if clip_critic is None else above_0("clip_critic", clip_critic)
+        self._augment = None if augment is None else Augmentation(augment)
+        self._flip = bool(flip)
+        self._spectral_norm = SpectralNorm(discriminator) if spectral_norm else None
         self._judge = Judge(discriminator, output)
         if optimizers is None:
             optimizers = adam(generator), adam(discriminator)
@@ -108,7 +168,8 @@ class GANStep(Step):
                 f"{describe(optimizers)}"
             )
         g_optimizer, d_optimizer = optimizers
-        never, unknown = why_two_passes(discriminator), why_unknown(discriminator)
+        steady = self._spectral_norm.layers if spectral_norm else ()
+        never, unknown = why_two_passes(discriminator, steady), why_unknown(discriminator)
         self._known = not (never or unknown)
         self._converts = self._known and converts_its_input(discriminator)
         self._merge_if_equal = merge is None and not never and unknown is not None
@@ -122,6 +183,8 @@ class GANStep(Step):
             precision,
             capture,
             {} if ema is None else {"average": self.average.module},
+            clip_grad=clip_grad,
+            skip_nonfinite=skip_nonfinite,
         )
 
     @property
@@ -146,29 +209,66 @@ class GANStep(Step):
                     f"{type(error).__name__}: " + str(error).partition("\n")[0]
                 ) from error
         self._check_fakes(fakes, images)
+        self._warn_of_batch_norm()
         with self._precision.autocast():
             self._judge.look(images)
         if self._merge_if_equal:
-            with self._precision.exact_products():
+            with self._precision.exact_products(), self._steady():
                 why = why_they_differ(
                     self._judge, self.discriminator, self.loss, images, fakes.to(images.dtype)
                 )
             self.why_not_merged = why and f"{self.why_not_merged}, and {why}"
             self._merge_if_equal = False
 
+    def _set_penalty(self, name, weight, every):
+        self._penalty_every = _whole("penalty_every", every)
+        if name is None:
+            if weight is not None or every != 1:
+                raise ValueError("expected a penalty for its weight and how often, got none")
+            self._penalty = None
+            return
+        self._penalty_name, self._penalty = name, penalty_named(name)
+        weight = self._penalty.weight if weight is None else weight
+        self._penalty_weight = above_0("penalty_weight", weight) * self._penalty_every
+
+    def _turn(self):
+        """What the next call does: a `_Turn`."""
+        return _Turn(
+            self._penalty is not None and self.calls % self._penalty_every == 0,
+            (self.calls + 1) % self._n_critic == 0,
+        )
+
+    def _warn_of_batch_norm(self):
+        if not (self._penalty and self._penalty.of_each_image):
+            return
+        if any(isinstance(m, _BatchNorm) for m in self.discriminator.modules()):
+            warnings.warn(
+                f"genfast: the penalty {self._penalty_name} is not defined for a discriminator "
+                "with batch norm, where a logit depends on all images of its batch (Gulrajani et "
+                "al., 2017, section 4)",
+                stacklevel=4,
+            )
+
     def _step_in_precision(self, images):
         losses = super()._step_in_precision(images)
-        if self._average:  # By now the generator holds its own weights again.
+        # By now the generator holds its own weights again.
+        if self._average and self._turn().generator_trains:
             self._average.update()
         return losses
 
     def _step(self, images):
         for optimizer in self.optimizers.values():
             optimizer.zero_grad(set_to_none=True)
-        fakes = self._generate(images)
+        turn = self._turn()
+        if self._flip:
+            images = mirrored(images)
+        with torch.set_grad_enabled(turn.generator_trains):
+            fakes = self._generate(images)
         self._check_fakes(fakes, images)
-        d_loss = self._update_discriminator(images, fakes.detach())
-        return d_loss, self._update_generator(images, fakes)
+        d_loss, logits = self._update_discriminator(images, fakes.detach(), turn.penalised)
+        if turn.generator_trains:
+            return d_loss, self._update_generator(images, fakes)
+        return d_loss, self.loss.generator(logits)
 
     def _generate(self, images):
         """As many images as these are, by the generator."""
@@ -186,28 +286,72 @@ class GANStep(Step):
                 f"{tuple(images.shape)}"
             )
 
-    def _update_discriminator(self, reals, fakes):
+    def _update_discriminator(self, reals, fakes, penalised):
+        """Its loss, and the logits it had, as `loss.generator` takes them."""
+        if self._spectral_norm:
+            self._spectral_norm.iterate()
         if self.why_not_merged and self.loss.paired:
-            logits = [self._logits(self._floats(reals)), self._logits(fakes)]
-            loss = self._backward(torch.cat(logits), self.loss.discriminator, "discriminator")
+            logits = torch.cat([self._logits(self._floats(reals)), self._logits(fakes)])
+            loss = self._backward(logits, self.loss.discriminator, "discriminator")
         elif self.why_not_merged:
             # The first pass's graph is gone before the second pass.
             loss = self._backward(
                 self._logits(self._floats(reals)), self.loss.real, "discriminator"
             )
-            loss = loss + self._backward(self._logits(fakes), self.loss.fake, "discriminator")
+            logits = self._logits(fakes)
+            loss = loss + self._backward(logits, self.loss.fake, "discriminator")
         else:
-            both = self._both(reals, fakes)
-            with statistics_groups(self.discriminator, 2):
-                logits = self._logits(both)
+            with self._one_pass():
+                both = self._both(reals, fakes)
+                with statistics_groups(self.discriminator, 2):
+                    logits = self._logits(both, augmented=True)
             loss = self._backward(logits, self.loss.discriminator, "discriminator")
-        self._precision.update("discriminator", refresh=True)
+            logits = logits if self.loss.paired else logits[len(logits) // 2 :]
+        if penalised:
+            self._penalise(self._floats(reals), fakes)
+        self._precision.update("discriminator", refresh=self._clip is None)
+        if self._clip is not None:
+            self._clip_parameters()
         # The gradients' memory serves the generator's update.
         self.optimizers["discriminator"].zero_grad(set_to_none=True)
-        return loss
+        return loss, logits.detach()
+
+    def _penalise(self, reals, fakes):
+        """Add the penalty's gradient to those of the discriminator's parameters."""
+        reals, fakes = losses.widen(reals), losses.widen(fakes)
+        groups = [points(reals, fakes) for points in self._penalty.points]
+        if self.why_not_merged is None:
+            passes = [(torch.cat(groups) if len(groups) > 1 else groups[0], len(groups))]
+        else:
+            passes = [(images, 1) for images in groups]
+        for images, count in passes:
+            images = images.detach().requires_grad_()
+            with autograd.inputs_first(), statistics_groups(self.discriminator, count):
+                logits = self._logits(images.to(self._dtype))
+            gradient = self._precision.gradient(logits, images, "discriminator")
+            # The mean over images of each of the points.
+            penalty = self._penalty.terms(gradient).mean() * (count * self._penalty_weight)
+            self._precision.backward(penalty, "discriminator")
+
+    @torch.no_grad()
+    def _clip_parameters(self):
+        groups = self.optimizers["discriminator"].param_groups
+        parameters = [p for group in groups for p in group["params"]]
+        torch._foreach_clamp_min_(parameters, -self._clip)
+        torch._foreach_clamp_max_(parameters, self._clip)
+        self._precision.refresh("discriminator")
+
+    def _one_pass(self):
+        return self._spectral_norm.one_pass() if self._spectral_norm else nullcontext()
+
+    def _steady(self):
+        return self._spectral_norm.steady() if self._spectral_norm else nullcontext()
 
     def _both(self, reals, fakes):
-        """Real images, then generated ones: a batch of the discriminator."""
+        """Real images, then generated ones: a batch of the discriminator, augmented."""
+        if self._augment:
+            reals, fakes = losses.widen(self._floats(reals)), losses.widen(fakes)
+            return self._augment(torch.cat([reals, fakes])).to(self._dtype)
         if self._known:
             with self._precision.autocast():
                 both = joined(self.discriminator, reals, fakes, self.pixel_range)
@@ -230,8 +374,11 @@ class GANStep(Step):
         self._precision.update("generator")
         return loss
 
-    def _logits(self, images):
-        with self._precision.autocast():
+    def _logits(self, images, augmented=False):
+        """The discriminator's, of images as it is to see them or before they are augmented."""
+        if self._augment and not augmented:
+            images = self._augment(images).to(self._dtype)
+        with self._one_pass(), self._precision.autocast():
             return self._judge(images)
 
     def _backward(self, logits, loss_of, optimizer):
@@ -255,6 +402,12 @@ def _latent_shape(given, generator):
     if not _are_lengths(given):
         raise ValueError(f"expected latent_shape to be whole numbers from 1 on, got {given}")
     return given
+
+
+def _whole(name, number):
+    if isinstance(number, Integral) and not isinstance(number, bool) and number > 0:
+        return int(number)
+    raise ValueError(f"expected {name} to be a whole number from 1 on, got {number!r}")
 
 
 def _are_lengths(shape):

@@ -49,6 +49,11 @@ class HalfWeights:
         """The copies by the parameters they stand in for."""
         return self._copies
 
+    @property
+    def recorded(self):
+        """The memory that a graph reads and writes which is recorded now."""
+        return self._copies, self._gradients
+
     def set_aside(self):
         """Begin anew, without copies; returns a function that takes those of now back."""
         before = self._copies, self._gradients

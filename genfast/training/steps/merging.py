@@ -21,15 +21,20 @@ _TOLERANCES = {"logits": 3e-5, "buffers": 3e-5, "counters": 0, "gradients": 1e-2
 _COMPARED = (torch.float32, torch.float64)
 
 
-def why_two_passes(discriminator):
-    """Say why one pass is out of the question; None if it is not."""
+def why_two_passes(discriminator, steady=()):
+    """Say why one pass is out of the question; None if it is not.
+
+    Args:
+        discriminator: the network.
+        steady: those of its layers whose parametrisation is known not to change at a pass.
+    """
     for name, module in discriminator.named_modules():
         where = f"its layer {name}" if name else "it"
         if layers.is_distributed(module):
             return f"{where}, a {type(module).__name__}, is distributed over devices"
         if layers.is_replaced(module):
             return f"{where} has its forward replaced"
-        if parametrize.is_parametrized(module):
+        if parametrize.is_parametrized(module) and module not in steady:
             return f"{where} has a parametrisation, which may change at each pass"
         if has_hook(module):
             return f"{where} has a hook, which would see one batch for two"
@@ -40,6 +45,8 @@ def why_unknown(discriminator):
     """Say which layer is not known to treat images one by one; None if all are."""
     for name, module in discriminator.named_modules():
         where = f"its layer {name}" if name else "it"
+        if "parametrizations" in name.split("."):
+            continue  # It is given weights, never images.
         if not layers.treats_images_one_by_one(module):
             return f"{where}, a {type(module).__name__}, may treat a batch as a whole"
     return None

@@ -4,7 +4,7 @@ from contextlib import ExitStack
 
 import torch
 
-from genfast import autograd, cpu
+from genfast import autograd, cpu, losses
 from genfast.training.steps import half_weights
 from genfast.training.steps.product_settings import products_in
 from genfast.training.steps.updates import Update
@@ -50,20 +50,37 @@ class Precision:
         networks: a dict of the networks that will be trained.
         optimizers: the optimizer of each, by the same names.
         weights_reused: whether a step takes a network's weights more than once.
+        clip_grad: the largest norm of a network's gradients at an update: larger ones are scaled
+            down to it. None: any.
+        skipped: a `finite.Skipped`; then updates whose gradients are not finite are passed over.
 
     Attributes:
         name: the precision, resolved.
-        scalers: for "fp16" a `torch.amp.GradScaler` for each optimizer, by its name; else empty.
+        scalers: for "fp16", and to pass over updates, a `torch.amp.GradScaler` for each optimizer,
+            by its name; else empty.
         half_weights: the `HalfWeights` of each network by its name; empty if there are none.
         updates: the `Update` of each optimizer by its name.
     """
 
-    def __init__(self, precision, device, networks, optimizers, weights_reused=True):
+    def __init__(
+        self,
+        precision,
+        device,
+        networks,
+        optimizers,
+        weights_reused=True,
+        clip_grad=None,
+        skipped=None,
+    ):
+        self._clip_grad, self._passed_over = clip_grad, skipped
         self.name = resolve_precision(precision, device)
         self._device = device
         self._optimizers = optimizers
-        scaled = optimizers if self.name == "fp16" else ()
-        self.scalers = {name: torch.amp.GradScaler(device.type) for name in scaled}
+        # Elsewhere losses are scaled by 1: a scaler passes over what is not finite.
+        self._scale = None if self.name == "fp16" else 1.0
+        scaled = optimizers if self.name == "fp16" or skipped else ()
+        initial = {} if self._scale is None else {"init_scale": self._scale}
+        self.scalers = {name: torch.amp.GradScaler(device.type, **initial) for name in scaled}
         self._networks = networks
         self.half_weights = {}
         self._why_no_half_weights = None
@@ -89,6 +106,8 @@ class Precision:
     @property
     def why_not_adam_kernel(self):
         """Why PyTorch's own `step` updates a network, in words; None if of none."""
+        if self._passed_over:
+            return "updates that are not finite are passed over, and PyTorch's own step knows how"
         if self.scalers:
             return "fp16 scales its losses, and PyTorch's own step knows how"
         reasons = {name: update.why_not for name, update in self.updates.items()}
@@ -142,6 +161,23 @@ class Precision:
         if half and not kept:
             half.hand_over_gradients()
 
+    def gradient(self, outputs, inputs, optimizer):
+        """The gradient of the sum of outputs by the inputs, to be differentiated itself.
+
+        In fp16 the sum is scaled as that optimizer's losses are, and the gradient back again.
+
+        Args:
+            outputs: a tensor with a graph.
+            inputs: the tensor, in float32 or wider, by which it is differentiated.
+            optimizer: the name.
+        """
+        scaler = self.scalers.get(optimizer)
+        total = losses.widen(outputs).sum()
+        scale = scaler.scale(autograd.one(total)) if scaler else None
+        total = scaler.scale(total) if scaler else total
+        (found,) = torch.autograd.grad(total, inputs, create_graph=True)
+        return found / scale if scaler else found
+
     def update(self, optimizer, refresh=False):
         """Step the optimizer of that name.
 
@@ -150,12 +186,32 @@ class Precision:
             refresh: whether its network runs once more within `weights`.
         """
         scaler = self.scalers.get(optimizer)
+        if self._clip_grad is not None:
+            self._clip(optimizer, scaler)
         if scaler is None:
             self.updates[optimizer].step(refresh)
             return
+        if self._passed_over:
+            self._passed_over.add_unless_finite([p.grad for p in self._with_gradients(optimizer)])
         scaler.step(self._optimizers[optimizer])
-        scaler.update()
-        if refresh and optimizer in self.half_weights:
+        scaler.update(self._scale)
+        if refresh:
+            self.refresh(optimizer)
+
+    def _with_gradients(self, optimizer):
+        groups = self._optimizers[optimizer].param_groups
+        return [p for group in groups for p in group["params"] if p.grad is not None]
+
+    def _clip(self, optimizer, scaler):
+        if optimizer in self.half_weights:
+            self.half_weights[optimizer].hand_over_gradients()
+        if scaler:
+            scaler.unscale_(self._optimizers[optimizer])
+        torch.nn.utils.clip_grad_norm_(self._with_gradients(optimizer), self._clip_grad)
+
+    def refresh(self, optimizer):
+        """Within `weights`, let half-precision copies be what that one's network is now."""
+        if optimizer in self.half_weights:
             half_weights.refresh(self.half_weights[optimizer])
 
 

@@ -48,6 +48,11 @@ class Update:
         """Whether gradients of half-precision copies may stay there until the update."""
         return _why_not(self._optimizer) is None
 
+    @property
+    def recorded(self):
+        """The memory that the graph recorded last reads."""
+        return self._in_graph
+
     def step(self, refresh=False):
         """Make the update.
 
@@ -166,7 +171,7 @@ class Update:
 
 @contextmanager
 def recording(*updates):
-    """Within, a graph is recorded with these in it, of which no earlier graph is used any more."""
+    """Within, a graph is recorded with these in it; `recorded` is then what it reads of them."""
     with ExitStack() as stack:
         for update in updates:
             stack.enter_context(update._recording())

@@ -44,7 +44,7 @@ class VAEStep(Step):
             has `decode_logits`, the decoder before its sigmoid, that is taken. A standard deviation
             in place of the log-variance cannot be told from one.
         optimizer: of the model's parameters. By default Adam(lr=2e-4, betas=(0.5, 0.999)).
-        precision, capture: as in `GANStep`.
+        precision, capture, clip_grad, skip_nonfinite: as in `GANStep`.
         compile: whether `torch.compile` makes the forward and backward pass. A small model on a CPU
             trains faster so, after some 20 s for the first step. On a CPU it needs a C++ compiler.
         likelihood: of an image given its latent: "bernoulli" is `losses.reconstruction_loss`, and
@@ -78,6 +78,8 @@ class VAEStep(Step):
         *,
         optimizer=None,
         precision="auto",
+        clip_grad=None,
+        skip_nonfinite=False,
         capture=None,
         compile=False,
         likelihood=None,
@@ -104,7 +106,14 @@ class VAEStep(Step):
         self._likelihood = likelihood
         self._has_logits = adapter is None and hasattr(model, "decode_logits")
         self._present = self._decoder = self._drawing = self._latent_shape = None
-        super().__init__({"model": model}, {"model": optimizer or adam(model)}, precision, capture)
+        super().__init__(
+            {"model": model},
+            {"model": optimizer or adam(model)},
+            precision,
+            capture,
+            clip_grad=clip_grad,
+            skip_nonfinite=skip_nonfinite,
+        )
         self._compiled_terms = None
         if compile:
             name = missing_compiler(self.device)

@@ -24,6 +24,7 @@ from genfast.training.steps.merging import (
 )
 from genfast.training.steps.penalties import penalty as penalty_named
 from genfast.training.steps.spectral import SpectralNorm
+from genfast.training.steps.spread import Spread, unwrapped
 from genfast.training.steps.trial import undone
 
 _LATENT_SHAPE = (100, 1, 1)
@@ -58,7 +59,10 @@ class GANStep(Step):
     PyTorch's public DCGAN example has them: the generated images of both updates are the same.
 
     Args:
-        generator: (N, *latent_shape) to images in [-1, 1].
+        generator: (N, *latent_shape) to images in [-1, 1]. It and the discriminator may be wrapped
+            in `DistributedDataParallel`: then each process calls its step with its part of a batch,
+            as often as the others, and draws random numbers of its own. The losses are those of all
+            processes, and so are the updates.
         discriminator: images to logits, one an image or a map of them. Where it ends in a Sigmoid,
             what goes into that is taken, and a warning says so.
         latent_shape: the shape of one image's noise. By default the generator's own `latent_shape`,
@@ -148,6 +152,10 @@ class GANStep(Step):
         clip_grad=None,
         skip_nonfinite=False,
     ):
+        networks = {"generator": generator, "discriminator": discriminator}
+        networks, group = unwrapped(networks)
+        generator, discriminator = networks.values()
+        spread = Spread(group) if group else None
         self.generator = generator
         self.discriminator = discriminator
         self.latent_shape = _latent_shape(latent_shape, generator)
@@ -178,13 +186,14 @@ class GANStep(Step):
             self.why_not_merged = None if merge else "it was switched off"
         self.average = self._average = None if ema is None else Average(generator, ema)
         super().__init__(
-            {"generator": generator, "discriminator": discriminator},
+            networks,
             {"generator": g_optimizer, "discriminator": d_optimizer},
             precision,
             capture,
             {} if ema is None else {"average": self.average.module},
             clip_grad=clip_grad,
             skip_nonfinite=skip_nonfinite,
+            spread=spread,
         )
 
     @property
@@ -217,6 +226,8 @@ class GANStep(Step):
                 why = why_they_differ(
                     self._judge, self.discriminator, self.loss, images, fakes.to(images.dtype)
                 )
+            if self._spread and self._spread.any(why) and not why:
+                why = "another process found a difference"
             self.why_not_merged = why and f"{self.why_not_merged}, and {why}"
             self._merge_if_equal = False
 

@@ -12,6 +12,7 @@ import torch
 from genfast import functional, losses, reference
 from genfast.training.steps import vae_form
 from genfast.training.steps.base import Step, adam, evaluating
+from genfast.training.steps.spread import Spread, unwrapped
 from genfast.training.steps.trial import undone
 
 # How far images may lie outside [0, 1]: roundings.
@@ -43,6 +44,7 @@ class VAEStep(Step):
             pixels; or it is a `nn.ModuleDict` of an `encoder` and a `decoder` that do so. Where it
             has `decode_logits`, the decoder before its sigmoid, that is taken. A standard deviation
             in place of the log-variance cannot be told from one.
+            It may be wrapped in `DistributedDataParallel`, as for `GANStep`.
         optimizer: of the model's parameters. By default Adam(lr=2e-4, betas=(0.5, 0.999)).
         precision, capture, clip_grad, skip_nonfinite: as in `GANStep`.
         compile: whether `torch.compile` makes the forward and backward pass. A small model on a CPU
@@ -92,6 +94,8 @@ class VAEStep(Step):
             )
         if not isinstance(model, torch.nn.Module):
             raise TypeError(f"expected a model that is a module, got {vae_form.describe(model)}")
+        networks, group = unwrapped({"model": model})
+        model = networks["model"]
         self._coders = vae_form.coders(model)
         if self._coders is None and adapter is None:
             raise ValueError(
@@ -113,6 +117,7 @@ class VAEStep(Step):
             capture,
             clip_grad=clip_grad,
             skip_nonfinite=skip_nonfinite,
+            spread=Spread(group, sums=True) if group else None,
         )
         self._compiled_terms = None
         if compile:

@@ -36,6 +36,7 @@ class Kind(NamedTuple):
     span: how many channels in a row share statistics: more than 1 for group norm.
     dtype: of what comes out, where that is not the dtype of what is normalised. Inside a chain it
         means nothing.
+    process_group: over which the batch that is normalised is spread; None: it is all here.
     """
 
     geometry: ConvGeometry | None
@@ -49,6 +50,7 @@ class Kind(NamedTuple):
     momentum: float = 0.0
     span: int = 1
     dtype: torch.dtype | None = None
+    process_group: object = None
 
     @property
     def takes_bias_away(self):
@@ -127,7 +129,7 @@ def normalize(x, kind, gamma, beta, slope, statistics, look=None):
     if torch.is_grad_enabled() and any(wanted):
         return _Normalization.apply(x, gamma, beta, slope, kind, statistics, look)
     given = [x, gamma, beta, slope, *statistics]
-    return tape.run(_normalization_forward, given, kind, look=look)[0]
+    return _run(_normalization_forward, given, kind, look=look)[0]
 
 
 def reparameterize(mu, logvar, seed):
@@ -310,7 +312,7 @@ class _Chain(Function):
             dx, *found = _differentiable_backward(dy, x, kinds, tensors, need_x, needs)
         else:
             given = [dy, x, _image_of(x, kinds[0]), *tensors]
-            dx, *found = tape.run(_backward, given, kinds, need_x, tuple(needs))
+            dx, *found = _run(_backward, given, kinds, need_x, tuple(needs))
         return dx, None, None, None, None, dadded, *found
 
     @staticmethod
@@ -337,7 +339,7 @@ class _Normalization(Function):
     @staticmethod
     def forward(ctx, x, gamma, beta, slope, kind, statistics, look):
         given = [x, gamma, beta, slope, *statistics]
-        y, vectors = tape.run(_normalization_forward, given, kind, look=look)
+        y, vectors = _run(_normalization_forward, given, kind, look=look)
         ctx.kind = kind
         ctx.save_for_backward(x, gamma, beta, slope, vectors)
         return y
@@ -354,7 +356,7 @@ class _Normalization(Function):
             found = _gradients_where(needs, y, inputs, dy)
         else:
             given = [dy, x, gamma, beta, slope, vectors]
-            found = tape.run(_normalization_backward, given, kind, needs)
+            found = _run(_normalization_backward, given, kind, needs)
         dx, *found = found
         return dx if dx is None else layout.like(dx, x), *found, None, None, None
 
@@ -481,7 +483,15 @@ def _run_forward(x, kinds, tensors, look, added, keep):
     image = _image_of(x, kinds[0])
     # An image is one more tensor, of which `look` does not tell.
     look = look if image is None else None
-    return tape.run(_forward, [x, image, added, *tensors], kinds, keep, look=look)
+    return _run(_forward, [x, image, added, *tensors], kinds, keep, look=look)
+
+
+def _run(function, tensors, kinds, *settings, look=None):
+    """`tape.run`, but for what other processes have a part in: no recording knows of those."""
+    alone = all(k.process_group is None for k in ((kinds,) if isinstance(kinds, Kind) else kinds))
+    if not alone:
+        return function(tensors, kinds, *settings)
+    return tape.run(function, tensors, kinds, *settings, look=look)
 
 
 def _forward(tensors, kinds, keep):
@@ -573,6 +583,7 @@ def _normalization_backward(tensors, kind, needs):
         negative_slope=kind.negative_slope if slope is None else slope,
         need_total=any(need_parameters),
         span=kind.span,
+        process_group=kind.process_group,
     )
     return [dx, *_of_sums(sums, (gamma, beta, slope), need_parameters)]
 
@@ -649,6 +660,7 @@ def _backward(tensors, kinds, need_x, needs):
                 want_y=need_dz and waiting is not None and not made,
                 need_total=any(need_of_norm),
                 span=kind.span,
+                process_group=kind.process_group,
             )
             output.remember(y)
             if need_bias:
@@ -707,6 +719,12 @@ def _differentiable_activation(u, kind, slope):
 def _differentiable_norm(z, gamma, beta, vectors, kind):
     """A norm by PyTorch, of what it took and the vectors it was normalised by."""
     groups, _, channels = vectors.shape
+    if kind.process_group is not None:
+        norm_of = reference.Norm(
+            gamma, beta, None, None, None, True, 0.0, kind.eps, groups,
+            process_group=kind.process_group,
+        )  # fmt: skip
+        return reference.batch_norm_by_groups(z, norm_of)
     if kind.by_batch and groups == len(z):  # Each image by itself.
         wide_z, *affine = (t if t is None else t.to(vectors.dtype) for t in (z, gamma, beta))
         u = torch.nn.functional.group_norm(wide_z, channels // kind.span, *affine, kind.eps)
@@ -783,6 +801,8 @@ def _convolution_backward(dz, x, weight, geometry, transposed, needs_input_grad)
 def _batch_statistics(statistics, link):
     """The vectors of the batch's own statistics; running statistics and the counter move."""
     kind = link.kind
+    if kind.process_group is not None:
+        statistics = norm.of_all_processes(statistics, kind.process_group)
     given = statistics, link.gamma, link.beta, kind.eps
     if not kind.moves:
         return norm.batch_statistics(*given, span=kind.span)

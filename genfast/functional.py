@@ -577,7 +577,10 @@ def _key_of(x, blocks, memory_format, added):
 def _settings_of(n, x):
     """All of a norm but its tensors."""
     momentum = None if isinstance(n.momentum, torch.Tensor) else n.momentum
-    return n.training, momentum, n.eps, n.groups, n.kind, n.channel_groups, _widens(n, x)
+    return (
+        n.training, momentum, n.eps, n.groups, n.kind, n.channel_groups, n.process_group,
+        _widens(n, x),
+    )  # fmt: skip
 
 
 def _looks(tensors):
@@ -716,6 +719,7 @@ def _kind_of_norm(norm, geometry, transposed, activation, negative_slope, shape,
         0.0 if isinstance(n.momentum, torch.Tensor) else n.momentum,
         n.span(shape[1]),
         torch.float32 if _widens(n, x) else None,
+        n.process_group if n.by_batch else None,
     )
 
 
@@ -1088,7 +1092,7 @@ def _check_values(norm, shape):
             f"expected a batch that statistics_groups divides evenly, got {n} images and "
             f"{norm.groups} groups"
         )
-    if n // norm.groups * pixels == 1:
+    if n // norm.groups * pixels == 1 and norm.process_group is None:
         raise ValueError(
             "expected more than 1 value per channel when training with batch norm, got an output "
             f"of {n // norm.groups} x {_times(size)} pixels"

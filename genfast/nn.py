@@ -16,7 +16,7 @@ from torch.nn.utils import parametrize
 from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 
-from genfast import cpu, folding, functional, layout, reference
+from genfast import cpu, folding, functional, layout, processes, reference
 from genfast.backend import kernels_run_on_cpu, selected_backend
 from genfast.opening import has_hook, in_order, may_open
 
@@ -46,11 +46,12 @@ _SETTINGS = {
 _APPROXIMATIONS = {"none": "gelu", "tanh": "gelu_tanh"}
 _CONVOLUTIONS = (nn.Conv2d, nn.ConvTranspose2d)
 # What may follow a convolution; and what may begin a run, of tensors of so many dimensions.
-_NORMS = (nn.BatchNorm2d, nn.InstanceNorm2d, nn.GroupNorm)
+_NORMS = (nn.BatchNorm2d, nn.SyncBatchNorm, nn.InstanceNorm2d, nn.GroupNorm)
 _DIMENSIONS = {
     nn.BatchNorm1d: (2, 3),
     nn.BatchNorm2d: (4,),
     nn.InstanceNorm1d: (3,),
+    nn.SyncBatchNorm: (2, 3, 4),
     nn.InstanceNorm2d: (4,),
     nn.GroupNorm: (2, 3, 4),
 }
@@ -184,7 +185,8 @@ def statistics_groups(module, groups):
     It holds for PyTorch's own batch norms, fused or not, wherever in the module they are, and not
     for one whose forward somebody has replaced.
     """
-    stock = (m for m in module.modules() if type(m).forward is _BatchNorm.forward)
+    forwards = _BatchNorm.forward, nn.SyncBatchNorm.forward
+    stock = (m for m in module.modules() if type(m).forward in forwards)
     norms = [m for m in stock if "forward" not in vars(m)]
     for norm in norms:
         norm.forward = _ForwardByGroups(norm, groups)
@@ -234,9 +236,10 @@ def _norm_of(norm, groups):
         elif momentum is None:  # A cumulative average: the n-th batch weighs 1/n.
             numbers = counter + torch.arange(1, groups + 1, device=counter.device)
             momentum = numbers.to(running_mean.dtype).reciprocal()
+    spread = isinstance(norm, nn.SyncBatchNorm)
     return reference.Norm(
         norm.weight, norm.bias, running_mean, running_var, counter, norm.training, momentum,
-        norm.eps, groups,
+        norm.eps, groups, process_group=processes.group_of(norm) if spread else None,
     )  # fmt: skip
 
 
@@ -501,7 +504,9 @@ class FusedSequential(nn.Sequential):
         """
         backend = selected_backend()
         if backend == "reference":
-            return super().forward(x), False
+            for module in self._modules.values():
+                x = _called(module, x)
+            return x, False
         # To ask for the implementation takes as long as a small layer: not where it is plain.
         plain = backend == "auto" and not kernels_run_on_cpu()
         # Else there is no chain that could go on across a border, or somebody traces calls.
@@ -546,7 +551,7 @@ class FusedSequential(nn.Sequential):
                 fitting = takewhile(lambda run: run.fused and run.is_block, self._runs(first))
                 runs = list(fitting)
             if not runs:
-                x = modules[first](x)
+                x = _called(modules[first], x)
                 first += 1
                 continue
             blocks = [run.block() for run in runs]
@@ -607,7 +612,7 @@ class FusedSequential(nn.Sequential):
                     goes_on = following is not None and following.fused and following.is_block
                     x = functional.chain(x, [run.block(inplace=goes_on)])
                     continue
-            x = module(x)
+            x = _called(module, x)
             first += 1
         return x, first
 
@@ -705,6 +710,14 @@ class FusedSequential(nn.Sequential):
 
     def _why_not_fused(self, name, module):
         return self.unfusable.get(name) or why_not_fused(module)
+
+
+def _called(module, x):
+    """module(x); PyTorch's own `SyncBatchNorm` refuses to train on a CPU."""
+    if type(module) is nn.SyncBatchNorm and isinstance(x, torch.Tensor) and x.is_cpu:
+        with statistics_groups(module, _groups_of(module)):
+            return module(x)
+    return module(x)
 
 
 def _may_begin_block(layer):

@@ -1,7 +1,8 @@
 """Every fused operation in plain PyTorch: the definition, the test oracle and the fallback.
 
-Nothing here imports the rest of genfast. Evaluated in float64 these functions are what the kernels
-are compared with; in the caller's dtype they are what runs wherever the kernels do not.
+Nothing here imports the rest of genfast but what speaks to other processes. Evaluated in float64
+these functions are what the kernels are compared with; in the caller's dtype they are what runs
+wherever the kernels do not.
 """
 
 from collections.abc import Callable
@@ -10,6 +11,8 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
+
+from genfast import processes
 
 
 class Activation(NamedTuple):
@@ -88,6 +91,8 @@ class Norm(NamedTuple):
     kind: one of `NORMS`. Of "instance" and "group" each image is normalised by statistics of its
         own, and only weight, bias and eps mean anything beside.
     channel_groups: of "group", the equal parts of the channels that share statistics.
+    process_group: of "batch", the `torch.distributed` group over which the batch is spread: its
+        statistics are those of all its parts. None: this process has all of it.
     """
 
     weight: torch.Tensor | None
@@ -101,6 +106,7 @@ class Norm(NamedTuple):
     groups: int
     kind: str = "batch"
     channel_groups: int = 1
+    process_group: object = None
 
     @classmethod
     def by_image(cls, kind, weight, bias, eps, channel_groups=1):
@@ -157,13 +163,43 @@ def batch_norm_by_groups(z, batch_norm):
         momenta = n.momentum.expand(groups).tolist() if varies else [n.momentum] * groups
         if n.num_batches_tracked is not None:
             n.num_batches_tracked.add_(groups)
+    norm = _batch_norm if n.process_group is None else _batch_norm_of_processes
     parts = [
-        F.batch_norm(
-            part, n.running_mean, n.running_var, n.weight, n.bias, n.by_batch, momentum, n.eps
-        )
+        norm(part, n, momentum)
         for part, momentum in zip(z.chunk(groups) if groups > 1 else [z], momenta, strict=True)
     ]
     return torch.cat(parts) if groups > 1 else parts[0]
+
+
+def _batch_norm(z, n, momentum):
+    return F.batch_norm(
+        z, n.running_mean, n.running_var, n.weight, n.bias, n.by_batch, momentum, n.eps
+    )
+
+
+def _batch_norm_of_processes(z, n, momentum):
+    """Batch norm by the mean and variance of all processes' parts of the batch, as `_batch_norm`.
+
+    Statistics are taken in two passes, in at least float32, and exchanged after each.
+    """
+    x = z.to(torch.promote_types(z.dtype, torch.float32))
+    over = [0, *range(2, z.dim())]
+    shape = (1, -1, *[1] * (z.dim() - 2))
+    count = processes.summed(x.new_tensor(x.numel() // x.shape[1]), n.process_group)
+    mean = processes.summed(x.sum(over), n.process_group) / count
+    deviation = x - mean.view(shape)
+    var = processes.summed(deviation.square().sum(over), n.process_group) / count
+    if n.moves:
+        with torch.no_grad():
+            unbiased = var * (count / (count - 1))
+            for running, now in ((n.running_mean, mean), (n.running_var, unbiased)):
+                running.lerp_(now.to(running.dtype), momentum)
+    y = deviation * torch.rsqrt(var + n.eps).view(shape)
+    if n.weight is not None:
+        y = y * n.weight.view(shape)
+    if n.bias is not None:
+        y = y + n.bias.view(shape)
+    return y.to(z.dtype)
 
 
 def block(

@@ -31,6 +31,7 @@ LEVELS = (
         "backend", "geometry", "kernels", "layout", "library", "looking", "opening", "reference",
         "source",
     ),
+    ("processes",),
 )  # fmt: skip
 RANK = {name: -depth for depth, names in enumerate(LEVELS) for name in names}
 LAYERS = {name for name, rank in RANK.items() if rank < RANK["training"]}

@@ -147,7 +147,6 @@ def test_merging_is_refused_where_two_passes_differ():
     for layer, reason in (
         (MinibatchDeviation(), "its layer 1, a MinibatchDeviation, may treat a batch as a whole"),
         (spectral_norm(nn.Conv2d(1, 1, 1)), "its layer 1 has a parametrisation"),
-        (nn.SyncBatchNorm(1), "its layer 1, a SyncBatchNorm"),
     ):
         discriminator = nn.Sequential(nn.Conv2d(1, 1, 16), layer)
         step = GANStep(_dcgan()[0], discriminator, latent_shape=(5, 1, 1), precision="fp32")

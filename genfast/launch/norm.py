@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
+from genfast import processes
 from genfast.backend import triton
 from genfast.launch import memory, passes, start, sums, tape, tiles
 
@@ -94,6 +95,17 @@ def batch_statistics(
         if given is not None and given is not dense:
             given.copy_(dense)
     return vectors
+
+
+def of_all_processes(statistics, process_group):
+    """The `TileStatistics` of a batch that is spread over processes: a tile for each of them."""
+    one = _combine_chunks(statistics, 1)
+    here = torch.cat([one.count.view(-1, 1), one.mean, one.m2], 1)
+    # (processes, groups, ...), of which the groups come first in memory.
+    everyones = processes.gathered(here, process_group).transpose(0, 1).flatten(0, 1)
+    channels = one.mean.shape[1]
+    count, mean, m2 = (t.contiguous() for t in everyones.split([1, channels, channels], 1))
+    return TileStatistics(count.view(-1), mean, m2, 1, one.groups)
 
 
 def _shared_statistics(statistics, gamma, beta, eps, span):
@@ -277,6 +289,7 @@ def norm_backward(
     want_y=False,
     need_total=True,
     span=1,
+    process_group=None,
 ):
     """The backward of `normalize_activate` and, in training, of the statistics in `vectors`.
 
@@ -291,6 +304,8 @@ def norm_backward(
             `need_dz`.
         need_total: whether the gradients of beta and gamma are wanted.
         span: as in `batch_statistics`, in training.
+        process_group: over which the batch is spread, in training. The gradients of beta and gamma
+            are those of this process's part.
 
     Returns:
         dz (N, C, H, W), None unless `need_dz`; (2, C): the gradients of beta and of gamma, None
@@ -308,13 +323,16 @@ def norm_backward(
     if need_total and slope_partials is not None:
         sums.sum_partials(slope_partials, total[2])
     # What a pass over all groups adds up it does so in turn.
-    alone = need_total and (not need_dz or groups > _GROUPS_IN_TURN or span > 1)
+    together = process_group is None
+    alone = need_total and (not need_dz or groups > _GROUPS_IN_TURN or span > 1 or not together)
     if alone:
         sums.sum_partials(partials.flatten(0, 1), total[:2])
     if not need_dz:
         return None, total, None
     if partials is None:  # Nobody reads sums.
         partials = vectors.view(groups, 1, -1)
+    elif training and not together:
+        partials = _sums_of_all_processes(partials, common["rows"], process_group)
     elif span > 1:
         partials = _shared_sums(partials, vectors, common["rows"], span)
     else:
@@ -340,6 +358,17 @@ def norm_backward(
         **common,
     )
     return dz, total, y
+
+
+def _sums_of_all_processes(partials, rows, process_group):
+    """(groups, 1, 2 * channels): their sums over processes, times the part of the values here.
+
+    So what divides them by the number of values here gives means over all.
+    """
+    here = sums.in_fewer_parts(partials, 1)
+    values = here.new_full((len(here), 1, 1), rows)
+    total = processes.summed(torch.cat([here, values], 2), process_group)
+    return total[..., :-1] * (rows / total[..., -1:])
 
 
 def _shared_sums(partials, vectors, rows, span):

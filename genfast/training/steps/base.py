@@ -58,7 +58,9 @@ class Step:
         *,
         clip_grad=None,
         skip_nonfinite=False,
+        spread=None,
     ):
+        self._spread = spread
         # Followers are networks that a step changes and no optimizer trains.
         self.modules, self.optimizers = modules | (followers or {}), optimizers
         _check_optimizers(modules, optimizers)
@@ -78,10 +80,13 @@ class Step:
             self.weights_reused,
             clip_grad,
             self._passed_over,
+            spread,
         )
         reason = "it was switched off"
         if capture is not False:
             reason = why_not_captured(self.device, optimizers.values())
+            if reason is None and spread:
+                reason = spread.why_not_captured
             if reason is None and skip_nonfinite:
                 reason = _why_waiting(optimizers.values())
         if capture and reason:
@@ -201,8 +206,11 @@ class Step:
 
     def _step_in_precision(self, images):
         modules = list(self.modules.values()) if self._passed_over else []
+        if self._spread:
+            self._spread.begin(images)
         with kept_finite(modules), self._precision.weights():
-            return self._step(images)
+            results = self._step(images)
+        return self._spread.means(results) if self._spread else results
 
     @torch.no_grad()
     def sample(self, z, labels=None):

@@ -25,6 +25,7 @@ from genfast.training.steps.merging import (
 )
 from genfast.training.steps.penalties import penalty as penalty_named
 from genfast.training.steps.spectral import SpectralNorm
+from genfast.training.steps.spread import Spread, unwrapped
 from genfast.training.steps.trial import undone
 
 _LATENT_SHAPE = (100, 1, 1)
@@ -62,6 +63,9 @@ class GANStep(Step):
         generator: (N, *latent_shape) to images in [-1, 1]. Where it and the discriminator have
             `classes`, a number, and take `labels`, int64 (N,), after the noise and the images, they
             are given those of the batch: real and generated images have the same.
+            They may be wrapped in `DistributedDataParallel`: then each process calls its step with
+            its part of a batch, as often as the others, and draws random numbers of its own. The
+            losses are those of all processes, and so are the updates.
         discriminator: images to logits, one an image or a map of them. Where it ends in a Sigmoid,
             what goes into that is taken, and a warning says so.
         latent_shape: the shape of one image's noise. By default the generator's own `latent_shape`,
@@ -153,6 +157,10 @@ class GANStep(Step):
         clip_grad=None,
         skip_nonfinite=False,
     ):
+        networks = {"generator": generator, "discriminator": discriminator}
+        networks, group = unwrapped(networks)
+        generator, discriminator = networks.values()
+        spread = Spread(group) if group else None
         self.generator = generator
         self.discriminator = discriminator
         self.latent_shape = _latent_shape(latent_shape, generator)
@@ -186,13 +194,14 @@ class GANStep(Step):
             self.why_not_merged = None if merge else "it was switched off"
         self.average = self._average = None if ema is None else Average(generator, ema)
         super().__init__(
-            {"generator": generator, "discriminator": discriminator},
+            networks,
             {"generator": g_optimizer, "discriminator": d_optimizer},
             precision,
             capture,
             {} if ema is None else {"average": self.average.module},
             clip_grad=clip_grad,
             skip_nonfinite=skip_nonfinite,
+            spread=spread,
         )
 
     @property
@@ -225,6 +234,8 @@ class GANStep(Step):
                 why = why_they_differ(
                     self._judge, self.discriminator, self.loss, images, fakes.to(images.dtype)
                 )
+            if self._spread and self._spread.any(why) and not why:
+                why = "another process found a difference"
             self.why_not_merged = why and f"{self.why_not_merged}, and {why}"
             self._merge_if_equal = False
 

@@ -56,7 +56,8 @@ def treats_images_one_by_one(module):
     """Whether it is known to; a batch norm does within `genfast.nn.statistics_groups`."""
     if runs_as(module, _InstanceNorm):
         return not module.track_running_stats
-    return runs_as(module, _BatchNorm) or _forward_of(module) in _ONE_BY_ONE
+    batch_norms = _BatchNorm.forward, nn.SyncBatchNorm.forward
+    return _forward_of(module) in batch_norms or _forward_of(module) in _ONE_BY_ONE
 
 
 def reads_no_others_weights(module):
@@ -80,7 +81,7 @@ def is_replaced(module):
 def is_distributed(module):
     """Whether it is spread over devices."""
     spread = ("torch.nn.parallel", "torch.distributed")
-    return isinstance(module, nn.SyncBatchNorm) or type(module).__module__.startswith(spread)
+    return type(module).__module__.startswith(spread)
 
 
 def _forward_of(module):

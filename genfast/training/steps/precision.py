@@ -71,7 +71,9 @@ class Precision:
         weights_reused=True,
         clip_grad=None,
         skipped=None,
+        spread=None,
     ):
+        self._spread = spread
         self._clip_grad, self._passed_over = clip_grad, skipped
         self.name = resolve_precision(precision, device)
         self._device = device
@@ -160,6 +162,8 @@ class Precision:
         loss = scaler.scale(loss) if scaler else loss
         # Where autograd starts: not made by one more kernel at each step.
         one = autograd.one(loss) if loss.dim() == 0 else None
+        if self._spread:
+            one = self._spread.weight.to(loss.dtype)
         half = self.half_weights.get(optimizer)
         kept = half and not scaler and self.updates[optimizer].takes_half
         if kept:  # Gradients of an earlier backward pass: their sum is in float32.
@@ -193,6 +197,10 @@ class Precision:
             refresh: whether its network runs once more within `weights`.
         """
         scaler = self.scalers.get(optimizer)
+        if self._spread:
+            if optimizer in self.half_weights:
+                self.half_weights[optimizer].hand_over_gradients()
+            self._spread.sum_gradients([p.grad for p in self._with_gradients(optimizer)])
         if self._clip_grad is not None:
             self._clip(optimizer, scaler)
         if scaler is None:

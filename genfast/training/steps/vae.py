@@ -13,6 +13,7 @@ from genfast import functional, losses, reference
 from genfast.training.steps import kl_weight, vae_form
 from genfast.training.steps.base import Step, adam, evaluating
 from genfast.training.steps.labels import Labels, classes_of
+from genfast.training.steps.spread import Spread, unwrapped
 from genfast.training.steps.trial import undone
 
 # How far images may lie outside [0, 1]: roundings.
@@ -49,6 +50,7 @@ class VAEStep(Step):
             has `decode_logits`, the decoder before its sigmoid, that is taken. A standard deviation
             in place of the log-variance cannot be told from one. Where it has `classes`, a number,
             and these functions take `labels`, int64 (N,), they are given those of the batch.
+            It may be wrapped in `DistributedDataParallel`, as for `GANStep`.
         optimizer: of the model's parameters. By default Adam(lr=2e-4, betas=(0.5, 0.999)).
         precision, capture, clip_grad, skip_nonfinite: as in `GANStep`.
         compile: whether `torch.compile` makes the forward and backward pass. A small model on a CPU
@@ -109,6 +111,8 @@ class VAEStep(Step):
             )
         if not isinstance(model, torch.nn.Module):
             raise TypeError(f"expected a model that is a module, got {vae_form.describe(model)}")
+        networks, group = unwrapped({"model": model})
+        model = networks["model"]
         self._coders = vae_form.coders(model)
         if self._coders is None and adapter is None:
             raise ValueError(
@@ -147,6 +151,7 @@ class VAEStep(Step):
             warmup,
             clip_grad=clip_grad,
             skip_nonfinite=skip_nonfinite,
+            spread=Spread(group, sums=True) if group else None,
         )
         self._warmup = warmup.get("kl_weight")
         self._compiled_terms = None

@@ -10,6 +10,7 @@ from genfast.nn import statistics_groups
 from genfast.training.steps import vae_form
 from genfast.training.steps.base import Step, adam, evaluating, frozen
 from genfast.training.steps.merging import why_two_passes, why_unknown
+from genfast.training.steps.spread import unwrapped
 
 
 class VAEGANResult(NamedTuple):
@@ -102,6 +103,8 @@ class VAEGANStep(Step):
         if self.loss.paired:
             raise ValueError(f"expected a loss that judges images alone for a VAE/GAN, got {loss}")
         networks = {"encoder": encoder, "decoder": decoder, "discriminator": discriminator}
+        if unwrapped(networks)[1] is not None:
+            raise ValueError("expected networks that one process trains, got them wrapped for many")
         optimizers = optimizers or [adam(network) for network in networks.values()]
         if len(optimizers) != 3:
             raise ValueError(
@@ -110,6 +113,19 @@ class VAEGANStep(Step):
             )
         self.why_not_merged = why_two_passes(discriminator) or why_unknown(discriminator)
         super().__init__(networks, dict(zip(networks, optimizers, strict=True)), precision, capture)
+
+    def encode(self, images, labels=None):
+        """The mean and the log-variance of images' latents, (N, *latent_shape) each, in float32.
+
+        By the running statistics of batch norms, as `sample` draws. `images` are what a step takes;
+        labels are taken by none of these networks.
+        """
+        images = self._floats(images)
+        shape = len(images), *self.latent_shape
+        with self._precision.products(), self._labels.given(labels, images):
+            with torch.no_grad(), self._precision.autocast(), evaluating(self.encoder):
+                found = vae_form.posterior(self.encoder(images))
+        return tuple(losses.widen(t).reshape(shape) for t in found)
 
     def _step(self, images):
         images = self._floats(images)

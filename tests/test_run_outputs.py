@@ -370,14 +370,14 @@ def test_no_curve_of_one_step_or_without_letters(tmp_path, monkeypatch):
         _drawn(tmp_path, ["1,1,0,0,9", "2,1,0,0,9"])
 
 
-def test_many_steps_share_columns():
+def test_many_steps_share_a_part():
     steps, values = np.arange(1.0, 1001), np.random.default_rng(0).normal(size=1000)
-    x, low, mean, high = curve._columns(steps, values, 10)
+    x, low, mean, high = curve._parts(steps, values, 10)
     assert len(x) == 10 and np.all((low < mean) & (mean < high)) and np.all(np.diff(x) > 0)
     assert low.min() == values.min() and high.max() == values.max()
     assert mean.mean() == pytest.approx(values.mean(), abs=1e-3)
     values[[0, 500, 999]] = np.nan, np.inf, -np.inf
-    assert all(np.isfinite(found).all() for found in curve._columns(steps, values, 10))
+    assert all(np.isfinite(found).all() for found in curve._parts(steps, values, 10))
 
 
 @pytest.mark.parametrize(

@@ -75,6 +75,7 @@ def test_a_run_of_steps_and_its_resume(images, tmp_path):
     whole = _train(images, tmp_path / "whole", dict(steps=8), **outputs)
     assert (whole.finished, whole.steps) == (True, 8)
     assert whole.picture == tmp_path / "whole/samples/step_0000008.png"
+    assert _names(tmp_path / "whole/checkpoints") == ["step_0000007.pt", "step_0000008.pt"]
     out = tmp_path / "parts"
     assert _train(images, out, dict(steps=2), max_seconds=0, **outputs).steps == 1
     assert _resume(out, {}, **outputs).steps == 2
@@ -369,12 +370,14 @@ def test_no_curve_of_one_step_or_without_letters(tmp_path, monkeypatch):
         _drawn(tmp_path, ["1,1,0,0,9", "2,1,0,0,9"])
 
 
-def test_many_steps_share_columns():
+def test_many_steps_share_a_part():
     steps, values = np.arange(1.0, 1001), np.random.default_rng(0).normal(size=1000)
-    x, low, mean, high = curve._columns(steps, values, 10)
+    x, low, mean, high = curve._parts(steps, values, 10)
     assert len(x) == 10 and np.all((low < mean) & (mean < high)) and np.all(np.diff(x) > 0)
     assert low.min() == values.min() and high.max() == values.max()
     assert mean.mean() == pytest.approx(values.mean(), abs=1e-3)
+    values[[0, 500, 999]] = np.nan, np.inf, -np.inf
+    assert all(np.isfinite(found).all() for found in curve._parts(steps, values, 10))
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,6 @@
 """losses.png: how the losses of a run went, drawn from metrics.csv when it ends.
 
-Drawn with Pillow, which training needs anyway, in some 20 ms of a core: to import matplotlib alone
+Drawn with Pillow, which training needs anyway, in some 50 ms of a core: to import matplotlib alone
 takes about a second at the end of every run, however short.
 """
 
@@ -19,8 +19,10 @@ from genfast.training.runs.loss_log import FIRST, LAST, is_header
 WIDTH, HEIGHT = 800, 400
 LEFT, RIGHT, TOP, BOTTOM = 70, 24, 36, 44  # Margins around the area of the curves.
 FINER = 2  # Drawn so many times as large and then reduced, for smooth lines.
+OPACITY = 50  # Of a band, of 255.
 BLACK, GREY, WHITE = "#222222", "#dddddd", "#ffffff"
 COLOURS = ("#d1495b", "#00798c", "#edae49", "#7b4fa3", "#5b8c3e", "#30638e")
+PARTS = 100
 # The axis leaves out the most extreme values, such as those of the first steps.
 SHOWN = (0.01, 0.99)
 
@@ -28,8 +30,9 @@ SHOWN = (0.01, 0.99)
 def draw_curve(log, path):
     """Draw the losses in `log`, a run's metrics.csv, as the picture `path`, a PNG.
 
-    Each loss is a line, the mean over the steps that share two columns of pixels, on a band from
-    the smallest to the largest of them. With fewer than two steps nothing is drawn.
+    Each loss is a line, the means over `PARTS` equal parts of the steps, on a band from the
+    smallest to the largest of a part: else the ups and downs of a GAN's losses hide where they
+    tend. With fewer than two steps nothing is drawn.
 
     Warns:
         UserWarning: Pillow was built without FreeType, so that nothing can be drawn.
@@ -75,10 +78,10 @@ def _drawn(steps, losses):
     axes = _Axes(canvas, (steps[0], steps[-1]), _shown_range(losses.values()))
     axes.draw()
     named = list(zip(losses.items(), COLOURS * len(losses), strict=False))
-    columns = [(_columns(steps, values, axes.columns), colour) for (_, values), colour in named]
-    for (x, low, _, high), colour in columns:
+    parts = [(_parts(steps, values, PARTS), colour) for (_, values), colour in named]
+    for (x, low, _, high), colour in parts:
         axes.band(x, low, high, colour)
-    for (x, _, mean, _), colour in columns:
+    for (x, _, mean, _), colour in parts:
         axes.line(x, mean, colour)
     axes.legend([(name, colour) for (name, _), colour in named])
     small = canvas.resize((WIDTH, HEIGHT), image_module.Resampling.BOX)
@@ -93,7 +96,7 @@ def _shown_range(series):
     return low - pad, high + pad
 
 
-def _columns(steps, values, count):
+def _parts(steps, values, count):
     """(x, smallest, mean, largest) of the finite values in each of `count` equal parts with any."""
     finite = np.isfinite(values)
     steps, values = steps[finite], values[finite]
@@ -115,12 +118,11 @@ class _Axes:
     """The area of the curves on a canvas, with coordinates of steps and losses."""
 
     def __init__(self, canvas, across, upwards):
-        self._draw = require("PIL.ImageDraw", "pillow").Draw(canvas)
+        self._canvas, self._draw = canvas, require("PIL.ImageDraw", "pillow").Draw(canvas)
         self._font = require("PIL.ImageFont", "pillow").load_default(13 * FINER)
         self._across, self._upwards = across, upwards
         self._left, self._right = LEFT * FINER, (WIDTH - RIGHT) * FINER
         self._top, self._bottom = TOP * FINER, (HEIGHT - BOTTOM) * FINER
-        self.columns = (WIDTH - LEFT - RIGHT) // 2
 
     def _x(self, step):
         first, last = self._across
@@ -151,8 +153,10 @@ class _Axes:
 
     def band(self, x, low, high, colour):
         if len(x) > 1:
+            mask = require("PIL.Image", "pillow").new("L", self._canvas.size)
             outline = self._points(x, low) + self._points(x, high)[::-1]
-            self._draw.polygon(outline, _mixed(colour))
+            require("PIL.ImageDraw", "pillow").Draw(mask).polygon(outline, OPACITY)
+            self._canvas.paste(colour, mask=mask)
 
     def line(self, x, y, colour):
         self._draw.line(self._points(x, y), colour, 2 * FINER, joint="curve")
@@ -164,9 +168,3 @@ class _Axes:
             x += 26 * FINER
             self._text(x, y, name, "lm")
             x += self._draw.textlength(name, self._font) + 24 * FINER
-
-
-def _mixed(colour):
-    """The colour, much lighter."""
-    red, green, blue = (int(colour[i : i + 2], 16) for i in (1, 3, 5))
-    return tuple(round(0.78 * 255 + 0.22 * c) for c in (red, green, blue))

@@ -194,6 +194,27 @@ def test_what_is_measured(files, ema, num):
     assert about.items() <= found.about.items()
 
 
+@pytest.mark.filterwarnings("ignore:fid of")
+def test_a_conditional_model_draws_the_classes_of_the_real_images(files, tmp_path):
+    pixels = np.load(files / "images.npy")
+    labels = np.arange(20) % 4 // 3  # Three quarters of one class.
+    np.savez(tmp_path / "data.npz", images=pixels, labels=labels)
+    np.savez(tmp_path / "other.npz", images=pixels, labels=labels + 5)
+    given = dict(epochs=1, batch_size=5, nz=4, precision="fp32", conditional=True)
+    config, images = prepare("gan", tmp_path / "data.npz", given)
+    train(config, images, tmp_path / "run", device="cpu")
+    columns = str(files / "columns.pt")
+    found = evaluate(tmp_path / "run", features=columns, metrics=["fid"])
+    step = measuring.build_step(config, CPU)
+    saved = torch.load(tmp_path / "run/checkpoint.pt", weights_only=True)["modules"]
+    step.generator.load_state_dict(saved["generator"])
+    drawn = to_uint8(step.sample(draw_noise(20, step, 0), torch.from_numpy(labels)), (-1.0, 1.0))
+    by_hand = frechet_distance(_expected(images.images), _expected(drawn))
+    assert found.metrics["fid"] == pytest.approx(by_hand, rel=1e-4)
+    with pytest.raises(BadInput, match="expected --data of the classes that the model of"):
+        evaluate(tmp_path / "run", tmp_path / "other.npz", features=columns)
+
+
 def _run(*arguments):
     return cli.main([str(argument) for argument in arguments])
 

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 
 import genfast
-from genfast.training.data import load_images
+from genfast.training.data import LabelledImages, load_images, load_labelled
 from genfast.training.errors import BadInput, require
 from genfast.training.evaluation.features import extract, extractor
 from genfast.training.evaluation.metrics import METRICS
@@ -69,7 +69,8 @@ def evaluate(
     Args:
         path: the checkpoint, or the folder of its run.
         data: the real images, as `load_images` takes them, which are brought to the model's size.
-            None: those of the run.
+            None: those of the run. For a conditional model they have labels, of its classes, and
+            as many of each are drawn.
         metrics: names of `METRICS`.
         features: as `extractor` takes it. None: "digits" for the digits, else "inception".
         num: how many images of each kind; None for as many as there are real ones, at most `MOST`.
@@ -102,9 +103,14 @@ def evaluate(
     if num < len(real):
         order = torch.randperm(len(real), generator=torch.Generator().manual_seed(seed))
         real = real[order[:num].sort().values]
-    of_real = extract(run, features, _watched(real.split(BATCH), "real images", watch))
     noise = draw_noise(num, step, seed).split(BATCH)
-    drawn = (to_uint8(step.sample(z), step.pixel_range) for z in noise)
+    labels = [None] * len(noise)
+    if isinstance(real, LabelledImages):  # As many of each class are drawn as there are.
+        real, labels = real.images, real.labels.to(device).split(BATCH)
+    of_real = extract(run, features, _watched(real.split(BATCH), "real images", watch))
+    drawn = (
+        to_uint8(step.sample(*given), step.pixel_range) for given in zip(noise, labels, strict=True)
+    )
     of_drawn = extract(run, features, watch(drawn, "generated images", len(noise)))
     _warn_of_rank("fid" in metrics, num, of_real.shape[1])
     of_real, of_drawn = of_real.to(device), of_drawn.to(device)
@@ -145,7 +151,8 @@ def _checked_metrics(metrics):
 
 
 def _real_images(config, data, path):
-    images = load_images(
+    load = load_labelled if config.conditional else load_images
+    images = load(
         config.data if data is None else data,
         config.image_size,
         background=config.background,
@@ -156,6 +163,8 @@ def _real_images(config, data, path):
             f"expected --data of images with {config.channels} channels, as the model of {path} "
             f"draws, got {images.shape[1]}"
         )
+    if config.conditional and images.classes != config.classes:
+        raise BadInput(f"expected --data of the classes that the model of {path} draws, got others")
     return images
 
 

@@ -122,9 +122,14 @@ class VAEGANStep(Step):
         """
         images = self._floats(images)
         shape = len(images), *self.latent_shape
-        with self._precision.products(), self._labels.given(labels, images):
-            with torch.no_grad(), self._precision.autocast(), evaluating(self.encoder):
-                found = vae_form.posterior(self.encoder(images))
+        with (
+            torch.no_grad(),
+            self._labels.given(labels, images),
+            self._precision.products(),
+            self._precision.autocast(),
+            evaluating(self.encoder),
+        ):
+            found = vae_form.posterior(self.encoder(images))
         return tuple(losses.widen(t).reshape(shape) for t in found)
 
     def _step(self, images):

@@ -469,8 +469,10 @@ def test_a_norm_is_checked_once_for_what_looks_alike(device, monkeypatch):
     ]  # fmt: skip
     cases = [(x, block._replace(norm=norm._replace(**changed))) for changed in fields]
     cases += [(image, block) for image in images]
-    cases += [(x, block._replace(activation=a)) for a in reference.ACTIVATIONS]
+    cases += [(x, block._replace(activation=a)) for a in reference.ACTIVATIONS if a != "prelu"]
     cases += [(x, block._replace(activation="leaky_relu", negative_slope=0.5))]
+    slopes = vectors[0], vectors[0, :1]
+    cases += [(x, block._replace(activation="prelu", negative_slope=s)) for s in slopes]
     looks = {}
     for case in cases + cases:
         known, fresh = (

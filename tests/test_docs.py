@@ -13,7 +13,11 @@ DOCS = Path(__file__).parents[1] / "docs"
 PAGES = sorted(DOCS.glob("[0-9]*.md"))
 SHORTENED = {"EPOCHS": "1", "MORE_EPOCHS": "2"}
 # What makes a command small, beyond its epochs: other widths cost no line that is tested.
-NARROW = {"dcgan": ["--ngf", "4", "--ndf", "4", "--image-size", "16"], "conv-vae": ["--ngf", "4"]}
+NARROW = {
+    "dcgan": ["--ngf", "4", "--ndf", "4", "--image-size", "16"],
+    "conv-vae": ["--ngf", "4"],
+    "vae-gan": ["--ngf", "4", "--ndf", "4"],
+}
 
 pages = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 
@@ -44,6 +48,7 @@ def test_python_blocks_run(page, tmp_path, monkeypatch, capsys):
 @pages
 def test_commands_run(page, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("GENFAST_CACHE_DIR", str(tmp_path / "cache"))
     for python, flag, package, *arguments in _commands(page):
         assert (python, flag, package) == ("python", "-m", "genfast")
         more = NARROW.get(arguments[1], []) if "--resume" not in arguments else []

@@ -67,8 +67,7 @@ class GANGenerator(nn.Module):
         )
         if classes:
             self.embedding = nn.Embedding(classes, hidden - of_noise)
-            # As PyTorch begins the rows of the noise: from N(0, 1) the label would drown it.
-            nn.init.uniform_(self.embedding.weight, -(nz**-0.5), nz**-0.5)
+            nn.init.normal_(self.embedding.weight, 0.0, nz**-0.5)  # Not to drown the noise.
 
     def forward(self, z, labels=None):
         """Draw the images that these noise vectors, and labels, stand for."""
@@ -106,9 +105,8 @@ class GANDiscriminator(nn.Module):
             nn.Linear(units, 1),
         )
         if classes:
+            # From N(0, 1): begun smaller, the label of digits was passed over for long.
             self.embedding = nn.Embedding(classes, of_label)
-            # As PyTorch begins a layer of one-hot vectors.
-            nn.init.uniform_(self.embedding.weight, -(classes**-0.5), classes**-0.5)
 
     def forward(self, images, labels=None):
         """Judge the images, and whether they are of these classes."""

@@ -660,7 +660,7 @@ def _plan(x, blocks, memory_format, added):
         )
         for b in blocks
     }  # fmt: skip
-    if any(b.batch_norm is not None and _too_many_images(b.batch_norm, len(x)) for b in blocks):
+    if any(b.batch_norm is not None and _too_many_images(b.batch_norm, x.shape[0]) for b in blocks):
         ways = {"reference"}
     kinds = tuple(_kind(b, g, x) for b, g in zip(blocks, geometries, strict=True))
     if ways != {"triton"}:

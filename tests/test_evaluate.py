@@ -211,7 +211,9 @@ def test_a_conditional_model_draws_the_classes_of_the_real_images(files, tmp_pat
     drawn = to_uint8(step.sample(draw_noise(20, step, 0), torch.from_numpy(labels)), (-1.0, 1.0))
     by_hand = frechet_distance(_expected(images.images), _expected(drawn))
     assert found.metrics["fid"] == pytest.approx(by_hand, rel=1e-4)
-    with pytest.raises(BadInput, match="expected --data of the classes that the model of"):
+    with pytest.raises(
+        BadInput, match="expected images of the run's classes, got some of the class '5'"
+    ):
         evaluate(tmp_path / "run", tmp_path / "other.npz", features=columns)
 
 

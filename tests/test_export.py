@@ -185,3 +185,15 @@ def test_half_a_file_is_no_file(runs, tmp_path, monkeypatch):
     monkeypatch.setitem(exporting.FORMATS, "state-dict", exporting.Format(fails, ".pth", "weights"))
     assert _export(runs, "gan", "state-dict", tmp_path / "g.pth") == 1
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("model", ["gan", "conv-vae", "vae-gan"])
+def test_batches_of_any_size(runs, model):
+    """As the exporters of graphs see a network: nothing in it is a constant of its batch."""
+    part = exporting.load_part(runs / model / "checkpoint.pt")
+    example = part.example.expand(2, *part.example.shape[1:]).contiguous()
+    dynamic = ({0: torch.export.Dim("batch", min=1)},)
+    with use_backend("reference"):
+        program = torch.export.export(part.module, (example,), dynamic_shapes=dynamic)
+    z, expected = _drawn(runs, model)
+    torch.testing.assert_close(program.module()(z), expected)

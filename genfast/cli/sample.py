@@ -4,7 +4,7 @@ from pathlib import Path
 
 from genfast.cli.options import add_device, of_rule, working_device
 from genfast.training.errors import BadInput
-from genfast.training.runs.classes import NUM, OF_A_CLASS
+from genfast.training.runs.classes import NUM, OF_A_CLASS, labels_of_samples
 from genfast.training.runs.rules import whole
 from genfast.training.runs.samples import images_to, sample_checkpoint, walk_to
 from genfast.training.runs.settings import RULES
@@ -21,17 +21,17 @@ def add(commands):
     parser.set_defaults(run=run, memory_options=lambda args: ["--num"])
     parser.add_argument("checkpoint", help="the file, or the folder of a run")
     parser.add_argument(
-        "--class",
-        dest="of_class",
-        metavar="NAME",
-        help="of a conditional model, the name or number of the class to draw (default: all, a row "
-        "each; the first with --interpolate and --manifold)",
-    )
-    parser.add_argument(
         "--num",
         type=of_rule(whole()),
         help=f"(default: {NUM}, or of a conditional model {OF_A_CLASS} of each class; {IN_A_ROW} "
         f"with --interpolate, {WALKS} with --walk, {ON_A_PLANE} with --manifold)",
+    )
+    parser.add_argument(
+        "--class",
+        dest="of_class",
+        metavar="NAME",
+        help="of a conditional model, the name or number of the class to draw (default: all, a row "
+        "each)",
     )
     parser.add_argument(
         "--out",
@@ -117,13 +117,15 @@ def _draw_samples(args, out, device):
 def _draw_between(args, out, device):
     num = args.num or IN_A_ROW
     write = images_to(out, num, columns=num)
-    write([_model(args, device).interpolate(*args.interpolate, num, args.of_class)])
+    model = _model(args, device)
+    write([model.interpolate(*args.interpolate, num, labels=_of_one_class(args, model))])
 
 
 def _draw_walk(args, out, device):
     write = walk_to(out, FRAME_SECONDS)
-    num, frames, seed = args.num or WALKS, args.frames or FRAMES, args.seed or 0
-    write(_model(args, device).walk(num, frames, seed, args.of_class))
+    model, num = _model(args, device), args.num or WALKS
+    labels = labels_of_samples(model.config, num, args.of_class)
+    write(model.walk(num, args.frames or FRAMES, args.seed or 0, labels=labels))
 
 
 def _draw_manifold(args, out, device):
@@ -132,7 +134,19 @@ def _draw_manifold(args, out, device):
     if side**2 != num:
         raise BadInput(f"expected --num to be a square such as 400 with --manifold, got {num}")
     write = images_to(out, num, columns=side)
-    write([_model(args, device).manifold(side, args.of_class)])
+    model = _model(args, device)
+    write([model.manifold(side, labels=_of_one_class(args, model))])
+
+
+def _of_one_class(args, model):
+    """The number of --class, which a conditional model needs here; None for another model."""
+    if model.config.conditional and args.of_class is None:
+        raise BadInput(
+            "expected --class with --interpolate or --manifold of a model trained with "
+            "--conditional, got none"
+        )
+    labels = labels_of_samples(model.config, 1, args.of_class)
+    return None if labels is None else int(labels)
 
 
 def _model(args, device):

@@ -18,6 +18,7 @@ from genfast.training.evaluation.sets import unwatched
 from genfast.training.files import replacing
 from genfast.training.run_files import settings_of
 from genfast.training.runs import checkpoint
+from genfast.training.runs.classes import labels_of_data
 from genfast.training.runs.config import Config
 from genfast.training.runs.devices import as_device
 from genfast.training.runs.finite import refuse_not_finite
@@ -64,13 +65,13 @@ def evaluate(
     """Measure the model of a checkpoint.
 
     The images it draws are rounded to 256 levels, as pictures of them are. They and as many real
-    ones go through the same extractor of features.
+    ones go through the same extractor of features. A conditional model draws as many of each class
+    as there are among the real ones, which therefore need labels.
 
     Args:
         path: the checkpoint, or the folder of its run.
         data: the real images, as `load_images` takes them, which are brought to the model's size.
-            None: those of the run. For a conditional model they have labels, of its classes, and
-            as many of each are drawn.
+            None: those of the run.
         metrics: names of `METRICS`.
         features: as `extractor` takes it. None: "digits" for the digits, else "inception".
         num: how many images of each kind; None for as many as there are real ones, at most `MOST`.
@@ -103,14 +104,14 @@ def evaluate(
     if num < len(real):
         order = torch.randperm(len(real), generator=torch.Generator().manual_seed(seed))
         real = real[order[:num].sort().values]
-    noise = draw_noise(num, step, seed).split(BATCH)
-    labels = [None] * len(noise)
-    if isinstance(real, LabelledImages):  # As many of each class are drawn as there are.
-        real, labels = real.images, real.labels.to(device).split(BATCH)
+    labels = None
+    if isinstance(real, LabelledImages):
+        real, labels = real.images, labels_of_data(config, real).to(device)
     of_real = extract(run, features, _watched(real.split(BATCH), "real images", watch))
-    drawn = (
-        to_uint8(step.sample(*given), step.pixel_range) for given in zip(noise, labels, strict=True)
-    )
+    noise = draw_noise(num, step, seed).split(BATCH)
+    parts = [None] * len(noise) if labels is None else labels.split(BATCH)
+    given = zip(noise, parts, strict=True)
+    drawn = (to_uint8(step.sample(z, y), step.pixel_range) for z, y in given)
     of_drawn = extract(run, features, watch(drawn, "generated images", len(noise)))
     _warn_of_rank("fid" in metrics, num, of_real.shape[1])
     of_real, of_drawn = of_real.to(device), of_drawn.to(device)
@@ -163,8 +164,6 @@ def _real_images(config, data, path):
             f"expected --data of images with {config.channels} channels, as the model of {path} "
             f"draws, got {images.shape[1]}"
         )
-    if config.conditional and images.classes != config.classes:
-        raise BadInput(f"expected --data of the classes that the model of {path} draws, got others")
     return images
 
 

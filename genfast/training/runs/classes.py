@@ -53,6 +53,58 @@ def _class_number(classes, text):
     raise BadInput(f"expected --class to be one of {named}{also}, got {shown(text)}")
 
 
+def labels_given(config, num, given):
+    """The labels of `num` images as somebody gives them, int64 (num,); None for no labels.
+
+    Args:
+        config: a `Config`.
+        num: how many images or latents they are for.
+        given: a name or number of a class for all of them; a list of these, one each; a tensor of
+            whole numbers into the classes; or None, for a run that is not conditional.
+
+    Raises:
+        BadInput: they are something else, or not for such a run.
+    """
+    if not config.conditional:
+        if given is not None:
+            raise BadInput("expected no labels for a model trained without --conditional, got some")
+        return None
+    count = len(config.classes)
+    if given is None:
+        raise BadInput(
+            f"expected labels for a model trained with --conditional on {count} classes, got none"
+        )
+    if isinstance(given, str | int):
+        given = [given] * num
+    if isinstance(given, list | tuple):
+        given = [_class_number(config.classes, v) if isinstance(v, str) else v for v in given]
+    try:
+        labels = torch.as_tensor(given).cpu()
+    except (RuntimeError, TypeError, ValueError):
+        raise BadInput(f"expected labels as whole numbers or names, got {shown(given)}") from None
+    if labels.is_floating_point() or labels.shape != (num,):
+        raise BadInput(
+            f"expected {num} labels, whole numbers or names, got {labels.dtype} "
+            f"{tuple(labels.shape)}"
+        )
+    if num and not 0 <= int(labels.min()) <= int(labels.max()) < count:
+        raise BadInput(f"expected labels from 0 to {count - 1}, got {shown(labels.tolist())}")
+    return labels.to(torch.int64)
+
+
+def labels_of_data(config, data):
+    """The labels of `LabelledImages`, by the names of their classes, as a run of classes has them.
+
+    Raises:
+        BadInput: they have a class that the run had not.
+    """
+    unknown = next((name for name in data.classes if name not in config.classes), None)
+    if unknown is not None:
+        raise BadInput(f"expected images of the run's classes, got some of the class {unknown!r}")
+    numbers = torch.tensor([config.classes.index(name) for name in data.classes])
+    return numbers[data.labels]
+
+
 def row_length(labels):
     """How many samples a row of their grid has, to hold one class; None for about a square.
 

@@ -6,6 +6,7 @@ import math
 import numpy as np
 import torch
 
+from genfast.training.data import LabelledImages
 from genfast.training.errors import BadInput
 from genfast.training.files import replacing
 
@@ -57,7 +58,7 @@ class HeldOut:
     Args:
         path: the file. Its rows of steps up to `keep` stay.
         step: a `VAEStep`.
-        images: all uint8 images of the run, or `LabelledImages`, in CPU memory or mapped.
+        images: all uint8 images of the run, in CPU memory or mapped; or `LabelledImages`.
         chosen: the numbers of those kept aside.
         batch_size, seed: of the run.
         keep: the number of steps that a resumed run has behind it.
@@ -68,7 +69,9 @@ class HeldOut:
 
     def __init__(self, path, step, images, chosen, batch_size, seed, keep=0):
         self.path, self.newest = path, {}
-        self._step, self._images, self._chosen = step, images, chosen
+        self._step, self._chosen = step, chosen
+        labelled = isinstance(images, LabelledImages)
+        self._tensors = (images.images, images.labels) if labelled else (images,)
         self._batch_size, self._seed = batch_size, seed
         rows = _kept_rows(path, keep) if keep else []
         with replacing(path) as file:
@@ -103,16 +106,10 @@ class HeldOut:
         with torch.random.fork_rng([device] if device.type == "cuda" else []):
             torch.manual_seed(self._seed)
             for part in self._chosen.split(size):
-                result = torch.stack(tuple(self._step.evaluate(self._batch(part, device), samples)))
+                batch = tuple(t.index_select(0, part).to(device) for t in self._tensors)
+                result = torch.stack(tuple(self._step.evaluate(batch, samples)))
                 sums = sums + len(part) * result.double()
         return (sums / len(self._chosen)).tolist()
-
-    def _batch(self, chosen, device):
-        """These images on a device, or [images, labels]."""
-        if isinstance(self._images, torch.Tensor):
-            return self._images.index_select(0, chosen).to(device)
-        part = self._images[chosen]
-        return [part.images.to(device), part.labels.to(device)]
 
 
 def is_header(columns):

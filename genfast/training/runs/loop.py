@@ -74,13 +74,13 @@ def train(
     """Train a model and write what comes of it into a folder.
 
     The folder gets config.json, metrics.csv (one row a step), samples/epoch_NNN.png (of the same
-    noise each time), checkpoint.pt, at the end losses.png and, of images kept aside,
-    validation.csv (a row an epoch). It is locked while the run lasts,
-    and nothing is written over but what a run of its own left there. A checkpoint is written after
-    the first step, every `checkpoint_seconds`, at the end, and when SIGINT, SIGTERM or SIGHUP asks
-    to stop, which happens after the current step; a second SIGINT or SIGTERM stops at once. A
-    resumed run goes on with the step after its checkpoint, wherever in an epoch that is, and with
-    the losses of a run that was never interrupted.
+    noise each time), checkpoint.pt, of images kept aside validation.csv (a row an epoch), and at
+    the end losses.png. It is locked while the run lasts, and nothing is written over but what a run
+    of its own left there. A checkpoint is written after the first step, every `checkpoint_seconds`,
+    at the end, and when SIGINT, SIGTERM or SIGHUP asks to stop, which happens after the current
+    step; a second SIGINT or SIGTERM stops at once. A resumed run goes on with the step after its
+    checkpoint, wherever in an epoch that is, and with the losses of a run that was never
+    interrupted.
 
     Args:
         config: a `Config`.
@@ -203,7 +203,7 @@ def train(
                     checkpoints.save(step, done)
                 if held_out and done == total:
                     progress.say(held_out.measure(done, epoch, last=True))
-                if saving or drawing:
+                if saving or drawing or (held_out and ends_epoch):
                     loss_log.restart_clock()
                     batches.waiting.restart()
                 if stopping:

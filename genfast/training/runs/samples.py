@@ -23,19 +23,15 @@ def draw_noise(num, step, seed):
 def write_samples(step, noise, path, labels=None):
     """Write a grid of the images that the networks of a step make of noise, as PNG.
 
-    Args:
-        step: a step.
-        noise: (N, *latent_shape).
-        path: of the picture.
-        labels: int64, one a row of noise, those of a class together, for networks that take them.
-            Then a row of the grid holds one class, unless all are of one.
+    labels: int64, one a row of noise, those of a class together, for networks that take them. Then
+        a row of the grid holds one class, unless all are of one.
 
     Returns:
         Its pixels, uint8 (C, H, W).
     """
-    parts = noise.split(AT_ONCE)
-    of_parts = [None] * len(parts) if labels is None else labels.to(noise.device).split(AT_ONCE)
-    images = torch.cat([step.sample(*part) for part in zip(parts, of_parts, strict=True)])
+    parts = [None] * len(noise) if labels is None else labels.to(noise.device).split(AT_ONCE)
+    drawn = zip(noise.split(AT_ONCE), parts, strict=False)
+    images = torch.cat([step.sample(*part) for part in drawn])
     pixels = pictures.grid(pictures.to_uint8(images, step.pixel_range), row_length(labels))
     pictures.save_png(pixels, path)
     return pixels
@@ -47,9 +43,9 @@ def sample_checkpoint(path, num, out, *, device, seed=0, ema=True, of_class=None
     They are the average generator's where the run kept one, unless `ema` is False.
 
     Args:
-        path: the checkpoint.
+        path: the checkpoint, or the folder of its run.
         num: how many. None: 64, or of a conditional model as `labels_of_samples` has it.
-        out: as `images_to` takes it.
+        out: the name of a picture or folder.
         device: a `torch.device` or its name.
         seed: of the noise.
         ema: see above.
@@ -59,14 +55,13 @@ def sample_checkpoint(path, num, out, *, device, seed=0, ema=True, of_class=None
         BadInput: the checkpoint cannot be read, holds weights that are not finite, there is no such
             class, nothing must be written to `out`, or an extra is not installed.
     """
-    images_to(out, num or NUM)  # What must not be written to is refused before the model is loaded.
     model = load(path, device, ema=ema)
     labels = labels_of_samples(model.config, num, of_class)
     num = (num or NUM) if labels is None else len(labels)
     write = images_to(out, num, row_length(labels))
-    parts = model.noise(num, seed).split(AT_ONCE)
-    of_parts = [None] * len(parts) if labels is None else labels.split(AT_ONCE)
-    write(map(model.decode, parts, of_parts))
+    z = model.noise(num, seed).split(AT_ONCE)
+    parts = [None] * len(z) if labels is None else labels.split(AT_ONCE)
+    write(map(model.decode, z, parts))
 
 
 def images_to(out, num, columns=None):

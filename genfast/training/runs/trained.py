@@ -8,7 +8,7 @@ import torch
 
 from genfast.training.errors import BadInput
 from genfast.training.runs import checkpoint, latents
-from genfast.training.runs.classes import labels_of_samples
+from genfast.training.runs.classes import labels_given, labels_of_samples
 from genfast.training.runs.config import Config
 from genfast.training.runs.devices import as_device
 from genfast.training.runs.finite import refuse_not_finite
@@ -64,10 +64,15 @@ class Trained:
         device: where the networks are.
         latent_shape: the shape of one image's latent, whose prior is N(0, 1).
         image_shape: (C, H, W).
+        classes: the names of a conditional model's classes; None of another model.
+
+    A conditional model takes `labels` beside images and latents: a name or number of a class for
+    all of them, or one for each: a list of these, or a tensor of whole numbers into `classes`.
     """
 
     def __init__(self, config, step, path, steps):
         self.config, self.path, self.steps = config, Path(path), steps
+        self.classes = config.classes
         self.device, self.latent_shape = step.device, tuple(step.latent_shape)
         self.image_shape = config.channels, config.image_size, config.image_size
         self.model = step.modules.get("model")
@@ -82,13 +87,13 @@ class Trained:
     def sample(self, num, seed=0, labels=None):
         """Draw `num` new images: the same for a seed on every device, up to rounding.
 
-        labels: of a conditional model, whole numbers (num,) or a list of them; or the name or
-            number of one class; or None for as many of each class, class by class.
+        labels: see above. None: as many of each class, class by class.
 
         Raises:
-            BadInput: the number or the seed is none, or there are no such labels.
+            BadInput: the number or the seed is none, or the labels are not such.
         """
-        return self.decode(self.noise(num, seed), self._labels(num, labels))
+        z = self.noise(num, seed)
+        return self.decode(z, labels_of_samples(self.config, num) if labels is None else labels)
 
     def noise(self, num, seed=0):
         """The latents of `sample`, (num, *latent_shape) on the CPU."""
@@ -99,64 +104,37 @@ class Trained:
         _check("seed", RULES["seed"], seed)
         return latents.draws(num, self.latent_shape, seed)
 
-    def _labels(self, num, labels):
-        """Labels as `sample` takes them as int64 (num,), or None for a model that takes none."""
-        if labels is None or isinstance(labels, str | int):
-            return labels_of_samples(self.config, num, labels)
-        labels = torch.as_tensor(labels)
-        count = len(self.config.classes or ())
-        if not count:
-            raise BadInput(f"expected no labels for a model trained without, got {_came(labels)}")
-        whole_ones = not (labels.is_floating_point() or labels.dtype == torch.bool)
-        if not whole_ones or labels.shape != (num,):
-            raise BadInput(f"expected {num} whole numbers as labels, got {_came(labels)}")
-        if labels.min() < 0 or labels.max() >= count:
-            raise BadInput(
-                f"expected labels from 0 to {count - 1}, got {labels.min()} to {labels.max()}"
-            )
-        return labels.to(torch.int64)
-
-    def _all_of(self, num, of_class):
-        """As `_labels`, all of one class: where none is named, the first."""
-        classes = self.config.classes
-        of_class = classes[0] if of_class is None and classes else of_class
-        return self._labels(num, of_class)
-
     def decode(self, z, labels=None):
         """The images that latents stand for, (N, *latent_shape) to (N, C, H, W).
 
-        Args:
-            z: of any device and dtype of floats.
-            labels: as `sample` takes them.
+        z: of any device and dtype of floats. labels: see above.
         """
         if not isinstance(z, torch.Tensor) or tuple(z.shape[1:]) != self.latent_shape:
             raise BadInput(f"expected latents (N, {_listed(self.latent_shape)}), got {_came(z)}")
         low, high = self._step.pixel_range
-        parts = z.to(self.device, torch.float32).split(AT_ONCE)
-        labels = self._labels(len(z), labels)
-        given = [None] * len(parts) if labels is None else labels.to(self.device).split(AT_ONCE)
-        images = torch.cat([self._step.sample(*part) for part in zip(parts, given, strict=True)])
+        parts = self._parts(z.to(self.device, torch.float32), labels)
+        images = torch.cat([self._step.sample(*part) for part in parts])
         return ((images - low) / (high - low)).clamp(0, 1)
+
+    def _parts(self, tensor, labels):
+        """(part, its labels or None) of as many as run together."""
+        labels = labels_given(self.config, len(tensor), labels)
+        parts = tensor.split(AT_ONCE)
+        split = [None] * len(parts) if labels is None else labels.to(self.device).split(AT_ONCE)
+        return zip(parts, split, strict=True)
 
     def encode(self, images, labels=None):
         """The mean and log-variance of images' latents, (N, *latent_shape) each, by a VAE.
 
-        Args:
-            images: (N, C, H, W) of the model's size, floats in [0, 1] or uint8, of any device.
-            labels: as `sample` takes them, but for a conditional model not None.
+        images: (N, C, H, W) of the model's size, floats in [0, 1] or uint8, of any device. labels:
+            see above.
 
         Raises:
             BadInput: the model is no VAE, or the images or labels are not such.
         """
         self.check_encodes("encode images")
         images = self._checked_images(images).to(self.device)
-        if self.config.conditional and labels is None:
-            raise BadInput(
-                "expected the labels of the images, as the model was trained with, got none"
-            )
-        labels, parts = self._labels(len(images), labels), images.split(AT_ONCE)
-        given = [None] * len(parts) if labels is None else labels.to(self.device).split(AT_ONCE)
-        found = [self._step.encode(*part) for part in zip(parts, given, strict=True)]
+        found = [self._step.encode(*part) for part in self._parts(images, labels)]
         mu, logvar = (torch.cat(parts) for parts in zip(*found, strict=True))
         return mu, logvar
 
@@ -165,17 +143,19 @@ class Trained:
         self.check_encodes("reconstruct images")
         return self.decode(self.encode(images, labels)[0], labels)
 
-    def interpolate(self, start, end, num, of_class=None):
+    def interpolate(self, start, end, num, labels=None):
         """`num` images on the way from `sample(1, start)` to `sample(1, end)`, spherically.
 
-        See `latents.between`. Of a conditional model all are of one class, by default the first.
+        See `latents.between`. labels: see above.
         """
         _check("num", whole(), num)
         a, b = (self.noise(1, seed)[0] for seed in (start, end))
-        return self.decode(latents.between(a, b, num), self._all_of(num, of_class))
+        return self.decode(latents.between(a, b, num), labels)
 
-    def walk(self, num, frames, seed=0, of_class=None):
+    def walk(self, num, frames, seed=0, labels=None):
         """`num` closed walks through the latent space, of as many frames each.
+
+        labels: of the walks, as `sample` takes them.
 
         Returns:
             (frames, num, C, H, W); the first frame is `sample(num, seed)` and follows the last.
@@ -183,12 +163,16 @@ class Trained:
         _check("frames", whole(), frames)
         first, second = islice(self._draws(num, seed), 2)
         z = latents.around(first, second, frames)
-        labels = self._labels(num, of_class)
-        labels = labels if labels is None else labels.repeat(frames)
-        return self.decode(z.flatten(0, 1), labels).unflatten(0, (frames, num))
+        if labels is None:
+            labels = labels_of_samples(self.config, num)
+        labels = labels_given(self.config, num, labels)
+        every = None if labels is None else labels.repeat(frames)
+        return self.decode(z.flatten(0, 1), every).unflatten(0, (frames, num))
 
-    def manifold(self, side, of_class=None):
+    def manifold(self, side, labels=None):
         """side x side images over the latent plane of a VAE: see `latents.quantiles`.
+
+        labels: see above.
 
         Raises:
             BadInput: the model is no VAE whose latent has two dimensions.
@@ -199,7 +183,7 @@ class Trained:
                 f"expected a VAE with a latent of two dimensions (--nz 2) for a manifold, got a "
                 f"{self.config.model} with --nz {self.latent_shape[0]} in {self.path}"
             )
-        return self.decode(latents.quantiles(side), self._all_of(side**2, of_class))
+        return self.decode(latents.quantiles(side), labels)
 
     def check_encodes(self, purpose):
         if not hasattr(self._step, "encode"):

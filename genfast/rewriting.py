@@ -416,7 +416,7 @@ class _Rewriter:
     def _leads(self, links, goes_on):
         """Whether the first of these links is a function that may be part of a layer after it."""
         (_, _, call), *others = links
-        if _last_name(call.func) not in _LEADING:
+        if not isinstance(call, ast.Call) or _last_name(call.func) not in _LEADING:
             return False
         return others[0][1] if others else goes_on
 

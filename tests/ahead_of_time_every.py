@@ -61,7 +61,7 @@ def _cases(architecture, few):
             pointers = dataclasses.replace(aligned[0], descriptors=False)
             yield precision, pointers, partial(_convolutions, k4s2, dtype, 256, 128)
     if few:
-        yield half, None, partial(_around, torch.bfloat16, ("leaky_relu",))
+        yield half, None, partial(_around, torch.bfloat16, ("leaky_relu",), few=True)
         return
     yield half, None, partial(_around, torch.bfloat16, ACTIVATIONS)
     yield ieee, tiles.shipped(architecture, ieee)[0], partial(_around, torch.float32, ("relu",))
@@ -106,7 +106,7 @@ def _convolutions(geometry, dtype, c_small, c_big, batch=64, operations=OPERATIO
         conv.wgrad(big, small, geometry)
 
 
-def _around(dtype, activations):
+def _around(dtype, activations, few=False):
     """Batch norm, sampling and losses, and the epilogues of the generator's end and of eval."""
     geometry = ConvGeometry((16, 16), (8, 8), (4, 4), (2, 2), (1, 1))
     z = _image(64, geometry.big, dtype)
@@ -130,9 +130,9 @@ def _around(dtype, activations):
         norm.activation_backward(z, z, **options)
     options = dict(need_dz=True, activation="relu", negative_slope=0.0)
     norm.norm_backward(z, z, vectors, training=False, **options)
-    few = z[:16]  # Whose sums `norm_backward` finishes itself.
-    norm.norm_backward(few, few, vectors, training=True, **options)
-    _norms_of_images(dtype)
+    some = z[:16]  # Whose sums `norm_backward` finishes itself.
+    norm.norm_backward(some, some, vectors, training=True, **options)
+    _norms_of_images(dtype, few)
     seed = torch.empty(1, dtype=torch.int64)
     for with_kl, shape in ((False, (128, 100)), (True, (128, 100)), (True, (1, 1))):
         mu = torch.empty(shape, dtype=dtype)
@@ -140,27 +140,27 @@ def _around(dtype, activations):
         sampling.reparameterize_backward(mu, mu[:, 0] if with_kl else None, mu, mu, seed)
         z, kl = sampling.importance_samples(mu, mu, 8, seed)
         sampling.importance_samples_backward(z, kl if with_kl else None, mu, mu, 8, seed)
-    for logits in (torch.empty(128, dtype=dtype), torch.empty(128 * 784, dtype=dtype)):
-        for targets in (0, 1, 64, logits):
+    for logits in (torch.empty(128, dtype=dtype), torch.empty(128 * 784, dtype=dtype))[few:]:
+        for targets in (64, logits) if few else (0, 1, 64, logits):
             for with_gradient in (False, True):
                 losses.logit_loss(logits, targets, 1.0, with_gradient=with_gradient)
             losses.logit_loss_backward(torch.empty(()), logits, targets, 1.0)
-        for kind in ("logistic", "least-squares", "hinge", "linear"):
+        for kind in ("logistic", "least-squares", "hinge", "linear")[3 * few :]:
             for paired in (False, True):
                 losses.logit_loss(logits, 64, 1.0, kind, paired, with_gradient=True)
                 losses.logit_loss_backward(torch.empty(()), logits, 64, 1.0, kind, paired)
     _adam(dtype)
 
 
-def _norms_of_images(dtype):
+def _norms_of_images(dtype, few):
     """Instance and group norm, known statistics, and all passes over contiguous memory."""
     gamma, beta = torch.empty(64), torch.empty(64)
     norm.known_statistics(gamma, beta, gamma, beta, 1e-5, torch.float32)
     options = dict(activation="leaky_relu", negative_slope=0.2)
-    for size in ((16, 16), (4, 4), (15, 15)):
+    for size in ((16, 16), (4, 4), (15, 15))[2 * few :]:
         z = _image(64, size, dtype, 8)
         for lying in (z, z.contiguous()):
-            for span in (1, 2, 64):
+            for span in (1, 2) if few else (1, 2, 64):
                 statistics = norm.statistics_of(lying, 8)
                 vectors = norm.batch_statistics(statistics, gamma, beta, 1e-5, span=span)
                 norm.normalize_activate(lying, vectors, **options)

@@ -59,7 +59,7 @@ SHARED = {
     "gfx942": 64 * KIB,
 }
 # All cases, which take three times as long; the others get each kernel and each tile once.
-IN_FULL = ("sm_90", "gfx942")
+IN_FULL = ("sm_90",)
 OLDEST = "3.6"
 OLDEST_TRITON = Path(sys.prefix) / f"triton-{OLDEST}"
 ON_OLDEST = ("sm_80", "sm_90")  # One for each way to load.

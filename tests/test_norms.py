@@ -675,7 +675,7 @@ ERRORS = {
     "norm": (dict(norm="layer"), X, ValueError, r"\('batch', 'instance', 'group'\), got 'layer'"),
     "rank": ({}, torch.ones(4), ValueError, r"\(N, C\), .*got shape \(4,\)"),
     "integers": ({}, X.int(), TypeError, "floating point, got torch.int32"),
-    "activation": (dict(activation="gelu"), X, ValueError, "activation among .*'gelu'"),
+    "activation": (dict(activation="swish"), X, ValueError, "activation among .*'swish'"),
     "gamma": (dict(norm_weight=torch.ones(3)), X, ValueError, r"norm_weight of shape \(4,\).*3"),
     "device": (dict(norm_bias=torch.ones(4, device="meta")), X, ValueError, "norm_bias.*meta"),
     "running_mean alone": (dict(running_mean=torch.ones(4)), X, ValueError, "only one of them"),

@@ -55,7 +55,10 @@ class Variant(NamedTuple):
 VARIANTS = (
     *(Variant(loss, {"loss": loss}) for loss in GAN_LOSSES),
     Variant("ema 0.98", {"ema": 0.98}),
+    Variant("r1", {"penalty": "r1", "penalty_weight": 1.0, "penalty_every": 4}),
+    Variant("wgan, clipped", {"loss": "wgan", "clip_critic": 0.01, "n_critic": 2}),
     Variant("a tenth of them", {}, TENTH),
+    Variant("a tenth, augmented", {"augment": "translation,cutout"}, TENTH),
 )
 
 

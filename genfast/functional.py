@@ -400,17 +400,21 @@ def _chain_seen(x, blocks, seen):
 def _geometries(x, blocks):
     """The `ConvGeometry` of each block, one after the other."""
     size, found = tuple(x.shape[2:]), []
-    for b in blocks:
-        stride, padding = pair(b.stride, "stride"), pair(b.padding, "padding")
-        given = size, tuple(b.weight.shape[2:]), stride, padding
-        if b.output_padding is None:
-            found.append(ConvGeometry.conv(*given))
-            size = found[-1].small
-        else:
-            output_padding = pair(b.output_padding, "output_padding")
-            found.append(ConvGeometry.conv_transpose(*given, output_padding))
-            size = found[-1].big
+    for block in blocks:
+        geometry, size = _geometry_of(block, size)
+        found.append(geometry)
     return found
+
+
+def _geometry_of(block, size):
+    """The `ConvGeometry` of a block that takes images of this size, and the size that it gives."""
+    stride, padding = pair(block.stride, "stride"), pair(block.padding, "padding")
+    given = tuple(size), tuple(block.weight.shape[2:]), stride, padding
+    if block.output_padding is None:
+        geometry = ConvGeometry.conv(*given)
+        return geometry, geometry.small
+    geometry = ConvGeometry.conv_transpose(*given, pair(block.output_padding, "output_padding"))
+    return geometry, geometry.big
 
 
 def form_of(x, line, block):
@@ -930,17 +934,12 @@ def _check_block(block, x, shape):
         shape: of what goes into the block.
     """
     transposed = block.output_padding is not None
-    stride, padding = pair(block.stride, "stride"), pair(block.padding, "padding")
     _check_tensors(block, x, shape, transposed)
-    kernel_size, pixels = tuple(block.weight.shape[2:]), tuple(shape[2:])
     if transposed:
         output_padding = pair(block.output_padding, "output_padding")
-        _check_output_padding(output_padding, stride)
-        geometry = ConvGeometry.conv_transpose(pixels, kernel_size, stride, padding, output_padding)
-        channels, size = block.weight.shape[1], geometry.big
-    else:
-        geometry = ConvGeometry.conv(pixels, kernel_size, stride, padding)
-        channels, size = block.weight.shape[0], geometry.small
+        _check_output_padding(output_padding, pair(block.stride, "stride"))
+    geometry, size = _geometry_of(block, shape[2:])
+    channels = block.weight.shape[1 if transposed else 0]
     _check_output(shape, size)
     output = shape[0], channels, *size
     if block.batch_norm is not None:

@@ -10,12 +10,13 @@ import torch
 
 from genfast import cli, use_backend
 from genfast.training.errors import BadInput
-from genfast.training.evaluation import digits, evaluate, measuring
+from genfast.training.evaluation import digits, evaluate
 from genfast.training.evaluation.digits import Classifier, good_classifier
 from genfast.training.evaluation.features import extract, extractor
 from genfast.training.evaluation.frechet import frechet_distance
 from genfast.training.runs.config import prepare
 from genfast.training.runs.loop import train
+from genfast.training.runs.models import build_step
 from genfast.training.runs.pictures import to_uint8
 from genfast.training.runs.samples import draw_noise
 
@@ -175,7 +176,7 @@ def test_onnx_files_that_cannot_be_used(files):
 def _by_hand(folder, num, seed, ema):
     """The Fréchet distance of what the run's generator draws, without `evaluate`."""
     config, images = prepare("gan", folder / "images.npy", dict(nz=4, precision="fp32"))
-    step = measuring.build_step(config, CPU)
+    step = build_step(config, CPU)
     saved = torch.load(folder / "run/checkpoint.pt", weights_only=True)["modules"]
     step.generator.load_state_dict(saved["average" if ema else "generator"])
     drawn = to_uint8(step.sample(draw_noise(num, step, seed)), (-1.0, 1.0))
@@ -205,7 +206,7 @@ def test_a_conditional_model_draws_the_classes_of_the_real_images(files, tmp_pat
     train(config, images, tmp_path / "run", device="cpu")
     columns = str(files / "columns.pt")
     found = evaluate(tmp_path / "run", features=columns, metrics=["fid"])
-    step = measuring.build_step(config, CPU)
+    step = build_step(config, CPU)
     saved = torch.load(tmp_path / "run/checkpoint.pt", weights_only=True)["modules"]
     step.generator.load_state_dict(saved["generator"])
     drawn = to_uint8(step.sample(draw_noise(20, step, 0), torch.from_numpy(labels)), (-1.0, 1.0))

@@ -2,7 +2,6 @@
 
 from pathlib import Path
 
-from genfast.cli.options import checkpoint_file
 from genfast.training.runs.exporting import FORMATS, PARTS, export
 
 
@@ -28,7 +27,6 @@ def add(commands):
 
 def run(args):
     """Write it."""
-    path = checkpoint_file(args.checkpoint)
-    export(path, args.out, args.format, part=args.part, ema=not args.no_ema)
+    export(args.checkpoint, args.out, args.format, part=args.part, ema=not args.no_ema)
     print(Path(args.out))
     return 0

@@ -7,7 +7,6 @@ import torch
 from genfast.backend import selected_backend
 from genfast.functional import why_not_triton
 from genfast.training.errors import BadInput
-from genfast.training.runs.checkpoint import file_of
 from genfast.training.runs.devices import as_device
 from genfast.training.steps.precision import resolve_precision
 
@@ -31,11 +30,6 @@ def of_rule(rule):
             raise argparse.ArgumentTypeError(str(error)) from None
 
     return convert
-
-
-def checkpoint_file(name):
-    """The path of a checkpoint, given by itself or by the folder of its run."""
-    return file_of(name)
 
 
 def working_device(name):

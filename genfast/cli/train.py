@@ -7,7 +7,6 @@ from pathlib import Path
 from genfast.cli.options import (
     add_device,
     check_precision,
-    checkpoint_file,
     of_rule,
     working_device,
 )
@@ -16,6 +15,7 @@ from genfast.training import progress
 from genfast.training.errors import BadInput
 from genfast.training.runs import board, folder, kept
 from genfast.training.runs.checkpoint import NAME as CHECKPOINT_NAME
+from genfast.training.runs.checkpoint import file_of
 from genfast.training.runs.config import LENGTHS, prepare, prepare_resumed
 from genfast.training.runs.loop import CHECKPOINT_SECONDS, KEEP, SAMPLE_EVERY, train
 from genfast.training.runs.models import MODELS
@@ -165,7 +165,7 @@ def _resume_from(args):
             raise BadInput("expected --data, which only --resume can do without, got none")
         return None
     if args.resume is not True:
-        return checkpoint_file(args.resume)
+        return file_of(args.resume)
     if args.out is None and args.data is None:
         raise BadInput("expected --resume with --out, --data or a checkpoint, got it alone")
     path = _default_out(args) / CHECKPOINT_NAME

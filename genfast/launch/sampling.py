@@ -45,25 +45,37 @@ def reparameterize(mu, logvar, seed, *, with_kl):
 
 def reparameterize_backward(dz, dkl, mu, logvar, seed):
     """The gradients of mu and logvar; dz or dkl is None where nothing flows back."""
-    mu, logvar = mu.contiguous(), logvar.contiguous()
-    dmu, dlogvar = torch.empty_like(mu), torch.empty_like(logvar)
+    mu, found, common = _backward(dz, dkl, mu, logvar, seed)
     grid, sizes = _sampling_grid(mu)
     tape.start(
         kernels.reparameterize_backward,
         grid,
-        dz_ptr=mu if dz is None else dz.contiguous(),
-        dkl_ptr=mu if dkl is None else dkl.contiguous(),
-        mu_ptr=mu,
-        logvar_ptr=logvar,
-        seed_ptr=seed,
-        dmu_ptr=dmu,
-        dlogvar_ptr=dlogvar,
-        ACC_DTYPE=start.tl_dtype(start.acc_dtype(mu.dtype)),
-        HAS_DZ=dz is not None,
-        HAS_DKL=dkl is not None,
+        **common,
         **sizes,
     )
-    return dmu, dlogvar
+    return found
+
+
+def _backward(dz, dkl, mu, logvar, seed):
+    """mu, dense; memory for its gradient and that of logvar; and the arguments of both kernels."""
+    mu, logvar = mu.contiguous(), logvar.contiguous()
+    dmu, dlogvar = torch.empty_like(mu), torch.empty_like(logvar)
+    return (
+        mu,
+        (dmu, dlogvar),
+        dict(
+            dz_ptr=mu if dz is None else dz.contiguous(),
+            dkl_ptr=mu if dkl is None else dkl.contiguous(),
+            mu_ptr=mu,
+            logvar_ptr=logvar,
+            seed_ptr=seed,
+            dmu_ptr=dmu,
+            dlogvar_ptr=dlogvar,
+            ACC_DTYPE=start.tl_dtype(start.acc_dtype(mu.dtype)),
+            HAS_DZ=dz is not None,
+            HAS_DKL=dkl is not None,
+        ),
+    )
 
 
 def importance_samples(mu, logvar, samples, seed):
@@ -105,8 +117,7 @@ def importance_samples(mu, logvar, samples, seed):
 
 def importance_samples_backward(dz, dkl, mu, logvar, samples, seed):
     """The gradients of mu and logvar; dz or dkl is None where nothing flows back."""
-    mu, logvar = mu.contiguous(), logvar.contiguous()
-    dmu, dlogvar = torch.empty_like(mu), torch.empty_like(logvar)
+    mu, found, common = _backward(dz, dkl, mu, logvar, seed)
     rows, columns = passes.rows(mu)
     quarter = tiles.ceil_div(columns, 4)
     # 1024 values a tile, as forward.
@@ -115,24 +126,15 @@ def importance_samples_backward(dz, dkl, mu, logvar, samples, seed):
     tape.start(
         kernels.importance_samples_backward,
         (rows * tiles.ceil_div(quarter, block_q),),
-        dz_ptr=mu if dz is None else dz.contiguous(),
-        dkl_ptr=mu if dkl is None else dkl.contiguous(),
-        mu_ptr=mu,
-        logvar_ptr=logvar,
-        seed_ptr=seed,
-        dmu_ptr=dmu,
-        dlogvar_ptr=dlogvar,
+        **common,
         N=rows,
         samples=samples,
         D=columns,
         quarter=quarter,
-        ACC_DTYPE=start.tl_dtype(start.acc_dtype(mu.dtype)),
-        HAS_DZ=dz is not None,
-        HAS_DKL=dkl is not None,
         BLOCK_K=block_k,
         BLOCK_Q=block_q,
     )
-    return dmu, dlogvar
+    return found
 
 
 def _sampling_grid(mu):

@@ -3,7 +3,6 @@
 import json
 import os
 import warnings
-from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -18,15 +17,13 @@ from genfast.training.evaluation.sets import unwatched
 from genfast.training.files import replacing
 from genfast.training.run_files import settings_of
 from genfast.training.runs import checkpoint
-from genfast.training.runs.classes import labels_of_data
+from genfast.training.runs.classes import in_parts, labels_of_data
 from genfast.training.runs.config import Config
 from genfast.training.runs.devices import as_device
-from genfast.training.runs.finite import refuse_not_finite
-from genfast.training.runs.models import build_step
 from genfast.training.runs.pictures import to_uint8
 from genfast.training.runs.rules import shown
 from genfast.training.runs.samples import draw_noise
-from genfast.training.steps.precision import resolve_precision
+from genfast.training.runs.trained import drawing_step
 
 MOST = 50_000  # Images of each kind, unless asked for more: as many as the papers take.
 BATCH = 64  # Images whose features are computed at once; Inception enlarges them to 299 x 299.
@@ -98,7 +95,7 @@ def evaluate(
     data = config.data if data is None else str(data)
     features = features or ("digits" if data == "digits" else "inception")
     run = extractor(features, real.shape[1:], device)
-    step = _trained_step(content, config, path, device)
+    step = drawing_step(config, content, path, device)
     if not ema:
         step.average = None
     if num < len(real):
@@ -106,13 +103,11 @@ def evaluate(
         real = real[order[:num].sort().values]
     labels = None
     if isinstance(real, LabelledImages):
-        real, labels = real.images, labels_of_data(config, real).to(device)
+        real, labels = real.images, labels_of_data(config, real)
     of_real = extract(run, features, _watched(real.split(BATCH), "real images", watch))
-    noise = draw_noise(num, step, seed).split(BATCH)
-    parts = [None] * len(noise) if labels is None else labels.split(BATCH)
-    given = zip(noise, parts, strict=True)
+    given = in_parts(draw_noise(num, step, seed), labels, BATCH)
     drawn = (to_uint8(step.sample(z, y), step.pixel_range) for z, y in given)
-    of_drawn = extract(run, features, watch(drawn, "generated images", len(noise)))
+    of_drawn = extract(run, features, watch(drawn, "generated images", len(given)))
     _warn_of_rank("fid" in metrics, num, of_real.shape[1])
     of_real, of_drawn = of_real.to(device), of_drawn.to(device)
     measured = {}
@@ -132,17 +127,6 @@ def evaluate(
         "versions": {"genfast": genfast.__version__, "torch": torch.__version__},
     }
     return Evaluation(measured, about)
-
-
-def _trained_step(content, config, path, device):
-    try:
-        resolve_precision(config.precision, device)
-    except ValueError:  # The run was made on another machine.
-        config = replace(config, precision="fp32")
-    step = build_step(config, device)
-    checkpoint.restore_modules(step, content, path)
-    refuse_not_finite(step.modules, path)
-    return step
 
 
 def _checked_metrics(metrics):

@@ -105,6 +105,13 @@ def labels_of_data(config, data):
     return numbers[data.labels]
 
 
+def in_parts(tensor, labels, size):
+    """Pairs of so many rows of a tensor and their labels, on its device, or None: a list."""
+    parts = tensor.split(size)
+    of_parts = [None] * len(parts) if labels is None else labels.to(tensor.device).split(size)
+    return list(zip(parts, of_parts, strict=True))
+
+
 def row_length(labels):
     """How many samples a row of their grid has, to hold one class; None for about a square.
 

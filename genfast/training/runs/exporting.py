@@ -6,7 +6,7 @@ import os
 import tempfile
 import warnings
 from collections.abc import Callable
-from contextlib import redirect_stdout
+from contextlib import contextmanager, redirect_stdout
 from dataclasses import replace
 from io import StringIO
 from pathlib import Path
@@ -21,8 +21,7 @@ from genfast.training.errors import BadInput, require
 from genfast.training.files import replacing
 from genfast.training.runs import checkpoint
 from genfast.training.runs.config import Config
-from genfast.training.runs.finite import refuse_not_finite
-from genfast.training.runs.models import build_step
+from genfast.training.runs.trained import drawing_step
 
 # What is exported of a model; the first one unless another is asked for.
 GAN_PARTS = ("generator", "discriminator")
@@ -109,9 +108,7 @@ def load_part(path, part=None, *, ema=True):
     path = checkpoint.file_of(path)
     content = checkpoint.read_checkpoint(path)
     config = replace(Config.of_checkpoint(content, path), precision="fp32")
-    step = build_step(config, torch.device("cpu"))
-    checkpoint.restore_modules(step, content, path)
-    refuse_not_finite(step.modules, path)
+    step = drawing_step(config, content, path, torch.device("cpu"))
     for module in step.modules.values():
         module.eval().requires_grad_(False)
     has = VAE_PARTS if "model" in step.modules else GAN_PARTS
@@ -151,11 +148,7 @@ def _as_onnx(part, path):
         require(name, name, extra="export")
     batch = torch.export.Dim("batch", min=1)
     first, *labels = part.examples(2)  # An exporter takes a batch of 1 for a constant.
-    log = logging.getLogger("torch.onnx")
-    level = log.level
-    with warnings.catch_warnings(), redirect_stdout(StringIO()):
-        warnings.simplefilter("ignore")  # Of the exporter's own parts, about each other.
-        log.setLevel(logging.ERROR)
+    with _quiet_exporter():
         program = torch.onnx.export(
             part.module,
             (first, *labels),
@@ -166,10 +159,23 @@ def _as_onnx(part, path):
             dynamic_shapes=({0: batch}, ({0: batch},)) if labels else ({0: batch},),
             verbose=False,
         )
-    log.setLevel(level)
     for key, value in part.notes.items():
         program.model.metadata_props[key] = value
     program.save(str(path), external_data=False)
+
+
+@contextmanager
+def _quiet_exporter():
+    """Within, the parts of the exporter do not warn about each other."""
+    log = logging.getLogger("torch.onnx")
+    level = log.level
+    log.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings(), redirect_stdout(StringIO()):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        log.setLevel(level)
 
 
 def _as_torchscript(part, path):

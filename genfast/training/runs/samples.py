@@ -2,13 +2,14 @@
 
 import os
 import stat
+from itertools import starmap
 from pathlib import Path
 
 import torch
 
 from genfast.training.errors import BadInput
 from genfast.training.runs import latents, pictures
-from genfast.training.runs.classes import NUM, labels_of_samples, row_length
+from genfast.training.runs.classes import NUM, in_parts, labels_of_samples, row_length
 from genfast.training.runs.trained import AT_ONCE, load
 
 # How every file of a format begins, by the ending of its name.
@@ -29,9 +30,7 @@ def write_samples(step, noise, path, labels=None):
     Returns:
         Its pixels, uint8 (C, H, W).
     """
-    parts = [None] * len(noise) if labels is None else labels.to(noise.device).split(AT_ONCE)
-    drawn = zip(noise.split(AT_ONCE), parts, strict=False)
-    images = torch.cat([step.sample(*part) for part in drawn])
+    images = torch.cat([step.sample(*part) for part in in_parts(noise, labels, AT_ONCE)])
     pixels = pictures.grid(pictures.to_uint8(images, step.pixel_range), row_length(labels))
     pictures.save_png(pixels, path)
     return pixels
@@ -59,9 +58,7 @@ def sample_checkpoint(path, num, out, *, device, seed=0, ema=True, of_class=None
     labels = labels_of_samples(model.config, num, of_class)
     num = (num or NUM) if labels is None else len(labels)
     write = images_to(out, num, row_length(labels))
-    z = model.noise(num, seed).split(AT_ONCE)
-    parts = [None] * len(z) if labels is None else labels.split(AT_ONCE)
-    write(map(model.decode, z, parts))
+    write(starmap(model.decode, in_parts(model.noise(num, seed), labels, AT_ONCE)))
 
 
 def images_to(out, num, columns=None):

@@ -8,7 +8,7 @@ import torch
 
 from genfast.training.errors import BadInput
 from genfast.training.runs import checkpoint, latents
-from genfast.training.runs.classes import labels_given, labels_of_samples
+from genfast.training.runs.classes import in_parts, labels_given, labels_of_samples
 from genfast.training.runs.config import Config
 from genfast.training.runs.devices import as_device
 from genfast.training.runs.finite import refuse_not_finite
@@ -42,14 +42,32 @@ def load(path, device="auto", *, ema=True):
     path = checkpoint.file_of(path)
     content = checkpoint.read_checkpoint(path)
     config = Config.of_checkpoint(content, path)
-    step = build_step(_drawn_here(config, device), device)
-    checkpoint.restore_modules(step, content, path)
-    refuse_not_finite(step.modules, path)
+    step = drawing_step(config, content, path, device)
     if not ema:
         step.average = None
     for module in step.modules.values():
         module.eval()
     return Trained(config, step, path, content["steps"])
+
+
+def drawing_step(config, content, path, device):
+    """A step with the networks of a checkpoint, to draw from and not to go on training.
+
+    In float32 where the device has not the precision that trained them.
+
+    Args:
+        config: the `Config` in the checkpoint, or with another precision.
+        content: what `read_checkpoint` gave.
+        path: of the checkpoint, for messages.
+        device: a `torch.device`.
+
+    Raises:
+        BadInput: the weights are not finite, or those of another architecture.
+    """
+    step = build_step(_drawn_here(config, device), device)
+    checkpoint.restore_modules(step, content, path)
+    refuse_not_finite(step.modules, path)
+    return step
 
 
 class Trained:
@@ -119,9 +137,7 @@ class Trained:
     def _parts(self, tensor, labels):
         """(part, its labels or None) of as many as run together."""
         labels = labels_given(self.config, len(tensor), labels)
-        parts = tensor.split(AT_ONCE)
-        split = [None] * len(parts) if labels is None else labels.to(self.device).split(AT_ONCE)
-        return zip(parts, split, strict=True)
+        return in_parts(tensor, labels, AT_ONCE)
 
     def encode(self, images, labels=None):
         """The mean and log-variance of images' latents, (N, *latent_shape) each, by a VAE.

@@ -139,9 +139,7 @@ class Step:
         """
         images = self._checked(batch)
         with self._precision.products(), self._labels.of_batch(batch, images):
-            if not self._looked:
-                self._look(self._floats(images))
-                self._looked = True
+            self._look_once(images)
             result = self._result(*self._run(images))
         self.calls += 1
         return result
@@ -149,6 +147,12 @@ class Step:
     def _checked(self, batch):
         """The images of a batch, in the memory format of the kernels; an error if it has none."""
         return _checked_images(_images_of(batch), self.device, self._dtype)
+
+    def _look_once(self, images):
+        """Learn from the first images there are; of uint8 or as the networks take them."""
+        if not self._looked:
+            self._look(self._floats(images))
+            self._looked = True
 
     def _look(self, images):
         pass

@@ -265,7 +265,7 @@ class GANStep(Step):
                 f"genfast: the penalty {self._penalty_name} is not defined for a discriminator "
                 "with batch norm, where a logit depends on all images of its batch (Gulrajani et "
                 "al., 2017, section 4)",
-                stacklevel=4,
+                stacklevel=5,
             )
 
     def _step_in_precision(self, images):

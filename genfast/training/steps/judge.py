@@ -86,7 +86,7 @@ class Judge:
             warnings.warn(
                 f"genfast: the discriminator ends in a Sigmoid, {self.sigmoid or 'itself'}: what "
                 "goes into it is taken for the logits",
-                stacklevel=4,
+                stacklevel=5,
             )
         elif _within_0_and_1(outputs) and self._is_bound(images):
             raise ValueError(

@@ -314,9 +314,7 @@ class VAEStep(Step):
             _check_samples(importance_samples, self._adapter)
         images = self._checked(batch)
         with self._precision.products(), self._labels.of_batch(batch, images):
-            if not self._looked:
-                self._look(self._floats(images))
-                self._looked = True
+            self._look_once(images)
             with evaluating(self.model), vae_form.skipped(self._skipped):
                 sample = _sampler(importance_samples)
                 _, *terms = self._terms(self._floats(images), sample, 1.0)
@@ -389,9 +387,7 @@ class VAEStep(Step):
         """
         images = self._floats(images)
         with self._precision.products(), self._labels.given(labels, images):
-            if not self._looked:
-                self._look(images)
-                self._looked = True
+            self._look_once(images)
             images = 2 * images - 1 if self._signed else images
             with self._precision.autocast(), evaluating(self.model):
                 if self._adapter:
@@ -464,7 +460,7 @@ def _check_samples(samples, adapter):
 
 
 def _warn(message):
-    warnings.warn(f"genfast: {message}", stacklevel=4)
+    warnings.warn(f"genfast: {message}", stacklevel=5)
 
 
 def missing_compiler(device):

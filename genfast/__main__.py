@@ -34,6 +34,8 @@ def _leave(*_):
 
 
 def _tell():
+    if os.environ.get("LOCAL_RANK", "0") != "0":  # Of processes that torchrun started one speaks.
+        return
     if sys.stderr is not None:  # Were it closed, its number might be another file's.
         with suppress(OSError):
             os.write(2, b"genfast: interrupted\n")

@@ -12,9 +12,10 @@ from genfast.backend import selected_backend
 from genfast.cli import demo, environment, evaluate, export, reconstruct, sample, train
 from genfast.cli.streams import Unbreakable, open_closed_streams, tell
 from genfast.launch import first_use
-from genfast.training.errors import BadInput, Diverged
+from genfast.training.errors import BadInput, Diverged, Elsewhere, LostWorker
 from genfast.training.memory import limited_memory, missing_memory
 from genfast.training.runs.devices import as_device
+from genfast.training.runs.workers import before_they_meet, is_first_here, refuse_several
 
 COMMANDS = (train, sample, reconstruct, evaluate, export, environment, demo)
 
@@ -31,13 +32,19 @@ def main(arguments=None):
 def _run(arguments):
     try:
         try:
-            args = _parser().parse_args(arguments)
-            _check_backend()
-            with limited_memory(as_device(args.device)):
+            with before_they_meet():
+                args = _parser().parse_args(arguments)
+                _check_backend()
+                if not getattr(args, "spreads", False):
+                    refuse_several(args.command)
+                device = as_device(args.device)
+            with limited_memory(device):
                 return args.run(args)
         finally:
             sys.stdout.flush()  # At Python's exit it would be too late to say why it failed.
-    except (BadInput, Diverged) as error:
+    except Elsewhere:
+        pass
+    except (BadInput, Diverged, LostWorker) as error:
         tell(f"error: {error}")
     except (MemoryError, OSError, RuntimeError) as error:
         amount = missing_memory(error)
@@ -48,7 +55,8 @@ def _run(arguments):
         else:
             raise
     except KeyboardInterrupt:
-        tell("interrupted")
+        if is_first_here():
+            tell("interrupted")
         return 130
     return 1
 
@@ -79,7 +87,7 @@ class _Parser(argparse.ArgumentParser):
 def _parser():
     parser = _Parser(prog="genfast", description=genfast.__doc__)
     parser.add_argument("--version", action="version", version=f"genfast {genfast.__version__}")
-    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND", dest="command")
     for command in COMMANDS:
         command.add(commands)
     return parser

@@ -21,6 +21,7 @@ from genfast.training.runs.loop import CHECKPOINT_SECONDS, KEEP, SAMPLE_EVERY, t
 from genfast.training.runs.models import MODELS
 from genfast.training.runs.rules import FROM_0
 from genfast.training.runs.settings import SETTINGS, option
+from genfast.training.runs.workers import command_again, joined
 
 # Those that decide how much memory training takes.
 MEMORY_SETTINGS = ("batch_size", "image_size", "nz", "ngf", "ndf", "importance_samples")
@@ -29,7 +30,7 @@ MEMORY_SETTINGS = ("batch_size", "image_size", "nz", "ngf", "ndf", "importance_s
 def add(commands):
     """Add the command to a parser's."""
     parser = commands.add_parser("train", help="train a model on images")
-    parser.set_defaults(run=run, memory_options=memory_options)
+    parser.set_defaults(run=run, memory_options=memory_options, spreads=True)
     parser.add_argument("model", choices=MODELS)
     parser.add_argument(
         "--data",
@@ -110,22 +111,12 @@ def _defaults_of(name):
 
 def run(args):
     """Train, or go on."""
-    with progress.hidden(args.quiet):
-        return _run(args)
+    with joined(args.device) as (workers, device), progress.hidden(args.quiet):
+        return _run(args, device, workers)
 
 
-def _run(args):
-    given = {name: getattr(args, name) for name in SETTINGS if getattr(args, name) is not None}
-    device = working_device(args.device)
-    check_precision(args.precision, device)
-    board.check(args.log)
-    resume_from = _resume_from(args)
-    out = _out_folder(args, resume_from)
-    if resume_from:
-        config, images = prepare_resumed(args.model, args.data, given, resume_from, out)
-        check_precision(config.precision, device)  # The run may have begun on another machine.
-    else:
-        config, images = prepare(args.model, args.data, given, out)
+def _run(args, device, workers):
+    config, images, out, resume_from = workers.together(lambda: _prepared(args, device, workers))
     outcome = train(
         config,
         images,
@@ -136,14 +127,31 @@ def _run(args):
         sample_every=args.sample_every,
         keep=args.keep,
         log=args.log,
+        workers=workers,
     )
     if outcome.interrupted:
-        again = ["python", "-m", "genfast", "train", config.model, "--data", config.data]
+        again = [*command_again(), "train", config.model, "--data", config.data]
         again += ["--out", str(out), *_length(config), *_outputs(args), "--resume"]
         tell(f"stopped after step {outcome.steps}; to go on: {shlex.join(again)}")
         return 130
     print(outcome.picture)
     return 0
+
+
+def _prepared(args, device, workers):
+    """The `Config`, the images, the folder, and the checkpoint to go on from or None."""
+    given = {name: getattr(args, name) for name in SETTINGS if getattr(args, name) is not None}
+    device = working_device(device)
+    check_precision(args.precision, device)
+    board.check(args.log)
+    resume_from = _resume_from(args)
+    out = _out_folder(args, resume_from)
+    if resume_from:
+        config, images = prepare_resumed(args.model, args.data, given, resume_from, out)
+        check_precision(config.precision, device)  # The run may have begun on another machine.
+    else:
+        config, images = prepare(args.model, args.data, given, out, workers.count)
+    return config, images, out, resume_from
 
 
 def _length(config):

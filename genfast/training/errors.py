@@ -19,6 +19,14 @@ class Diverged(RuntimeError):
     """The losses are no longer finite."""
 
 
+class LostWorker(RuntimeError):
+    """Another process of a run has ended or cannot be reached, and so this one ends too."""
+
+
+class Elsewhere(Exception):
+    """Another process of a run has failed and says why: this one ends without a word."""
+
+
 def require(module, package, extra="train"):
     """Import a module of an optional package; BadInput says how to install it if it is absent.
 

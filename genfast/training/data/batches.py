@@ -37,15 +37,18 @@ class Batches:
         seed: an int from 0.
         device: where batches are wanted.
         chosen: the numbers of the images that take part, an int64 tensor; None for all.
+        rank, count: which of how many processes draws these batches. All draw from one order: of
+            each `count * batch_size` images the first takes the first `batch_size`, and so on.
     """
 
-    def __init__(self, images, batch_size, seed, device, chosen=None):
+    def __init__(self, images, batch_size, seed, device, chosen=None, *, rank=0, count=1):
         self._chosen = chosen
         self._count = len(images) if chosen is None else len(chosen)
-        if self._count < batch_size:
-            raise BadInput(
-                f"expected --batch-size of at most the {self._count} images, got {batch_size}"
-            )
+        if self._count < batch_size * count:
+            most = f"the {self._count} images"
+            if count > 1:
+                most = f"{self._count // count}, as {count} processes share {most}"
+            raise BadInput(f"expected --batch-size of at most {most}, got {batch_size}")
         self.labels = None
         if isinstance(images, LabelledImages):
             images, self.labels = images.images, images.labels
@@ -55,6 +58,8 @@ class Batches:
             self.labels = self.labels if self.labels is None else self.labels.to(device)
         self.images = images
         self.batch_size = batch_size
+        self._together = batch_size * count
+        self._own = slice(rank * batch_size, (rank + 1) * batch_size)
         self.seed = seed
         self.device = device
         self.waiting = WaitingClock()
@@ -64,7 +69,7 @@ class Batches:
 
     def __len__(self):
         """The number of batches in an epoch."""
-        return self._count // self.batch_size
+        return self._count // self._together
 
     def stream(self, start=0):
         """Yield uint8 batches for ever, epoch after epoch, from batch number `start` on.
@@ -124,7 +129,8 @@ class Batches:
             if self.images.device.type == "cuda":
                 # Pinned, as the host would else wait for the device.
                 order = order.pin_memory().to(self.images.device, non_blocking=True)
-            yield from order.split(self.batch_size)[skipped : len(self)]
+            for chosen in order.split(self._together)[skipped : len(self)]:
+                yield chosen[self._own]
             epoch, skipped = epoch + 1, 0
 
     def _order(self, epoch):

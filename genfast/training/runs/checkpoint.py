@@ -8,6 +8,7 @@ import io
 import math
 import pickle
 import zipfile
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 import torch
@@ -36,22 +37,43 @@ def file_of(path):
     return path / NAME if path.is_dir() else path
 
 
-def save_checkpoint(path, step, config, steps):
+@dataclass(frozen=True)
+class Together:
+    """What a checkpoint says of the processes that trained together; one is the usual case.
+
+    Attributes:
+        count: how many there were.
+        position: how many of their batches, each of all of them, had been taken.
+        epoch: how many of these made an epoch.
+        rng: the states of random numbers of each, a tuple.
+    """
+
+    count: int
+    position: int
+    epoch: int
+    rng: tuple
+
+
+def save_checkpoint(path, step, config, steps, together=None):
     """Write a checkpoint, atomically.
 
     Args:
         path: the file.
         step: a `GANStep` or `VAEStep`, whose modules and optimizers are saved.
         config: a dict of numbers and strings that says how the run was set up.
-        steps: the number of steps made, which also is the position in the stream of batches.
+        steps: the number of steps made, which also is the position in the stream of batches where
+            one process made them.
+        together: a `Together`, of a run of several processes or one that was such.
     """
     content = {
         "format": FORMAT,
         "config": config,
         "steps": steps,
         **step.state_dict(),
-        "rng": _rng_states(step.device),
+        "rng": rng_states(step.device),
     }
+    if together:
+        content["together"] = {**vars(together), "rng": list(together.rng)}
     # Into memory first: where a disk is full, PyTorch's writer says something else.
     buffer = io.BytesIO()
     torch.save(content, buffer)
@@ -87,7 +109,26 @@ def read_checkpoint(path):
             _refuse(path, f"its {name} is {shown(content[name])}")
     if not 0 <= content["steps"] < 2**63:
         _refuse(path, f"its steps are {content['steps']}")
+    if "together" in content:
+        _check_together(content["together"], path)
     return content
+
+
+def together_in(content):
+    """The `Together` of what `read_checkpoint` gave; None where one process trained."""
+    found = content.get("together")
+    return found and Together(**found | {"rng": tuple(found["rng"])})
+
+
+def _check_together(found, path):
+    fits = isinstance(found, dict) and found.keys() == {f.name for f in fields(Together)}
+    if fits:
+        counts = [found[name] for name in ("count", "position", "epoch")]
+        fits = all(type(n) is int and 0 <= n < 2**63 for n in counts) and found["epoch"] > 0
+        rng = found["rng"]
+        fits &= type(rng) is list and all(type(states) is dict for states in rng)
+    if not (fits and len(rng) == found["count"] > 0):
+        _refuse(path, "what it says of the processes that trained together is not such")
 
 
 def _refuse(path, reason):
@@ -114,10 +155,11 @@ def restore_modules(step, content, path):
         module.load_state_dict(content["modules"][name])
 
 
-def restore(step, content, path):
+def restore(step, content, path, rank=0):
     """Put networks, Adam's moments and random number generators where they were.
 
-    The optimizers' settings are those that the step was built with, not the checkpoint's.
+    The optimizers' settings are those that the step was built with, not the checkpoint's. The
+    random numbers are those of process number `rank` of the run.
 
     Raises:
         BadInput: a part is not what such a step saves. Then nothing has been changed.
@@ -127,7 +169,7 @@ def restore(step, content, path):
         _check_scaler(scaler.state_dict(), content["scalers"].get(name), name, path)
     if "counters" in content:  # Which were none in runs that began before there were any.
         _check_counters(step.state_dict().get("counters", {}), content["counters"], path)
-    rng = content["rng"]
+    rng = content["together"]["rng"][rank] if rank else content["rng"]
     _check_rng(torch.Generator(), rng.get("cpu"), path)
     on_cuda = step.device.type == "cuda" and "cuda" in rng  # The run may have begun on a CPU.
     if on_cuda:
@@ -213,7 +255,8 @@ def _mismatch(expected, saved):
     return f"there is also {min(map(str, extra))}" if extra else None
 
 
-def _rng_states(device):
+def rng_states(device):
+    """The states of the random numbers that this process draws, to be restored by `restore`."""
     states = {"cpu": torch.get_rng_state()}
     if device.type == "cuda":
         states["cuda"] = torch.cuda.get_rng_state(device)

@@ -155,7 +155,7 @@ def _check_setting(name, value):
         raise BadInput(f"expected {called} to be {rule.expected}, got {shown(value)}")
 
 
-def prepare(model, data, given, out=None):
+def prepare(model, data, given, out=None, processes=1):
     """Load the images and settle what was not given.
 
     Args:
@@ -163,6 +163,7 @@ def prepare(model, data, given, out=None):
         data: as `load_images` takes it.
         given: a dict of the settings that are not to be the defaults.
         out: the folder the run will have, from which no images are taken if it lies in `data`.
+        processes: how many of them share each batch, each with its own `batch_size`.
 
     Returns:
         (Config, uint8 images, or `LabelledImages` for a conditional run).
@@ -171,6 +172,10 @@ def prepare(model, data, given, out=None):
         BadInput: a setting or the data cannot be used.
     """
     given = check_settings(model, given)
+    if given.get("sync_bn") and processes == 1:
+        raise BadInput(
+            "expected --sync-bn with several processes, as torchrun starts them, got it with one"
+        )
     _check_data(data)
     kind = MODELS[model]
     settings = kind.defaults | (kind.on_digits if data == "digits" else {})
@@ -183,7 +188,9 @@ def prepare(model, data, given, out=None):
         wanted = (size for size in IMAGE_SIZES if size >= images.shape[-1])
         images = resize(images, next(wanted, IMAGE_SIZES[-1]))
     left = num_training(len(images), given.get("validate"))
-    settings["batch_size"] = min(settings["batch_size"], left)
+    if left < processes:
+        raise BadInput(f"expected an image for each of {processes} processes, got {left} images")
+    settings["batch_size"] = min(settings["batch_size"], left // processes)
     config = Config(
         model=model,
         data=_lasting(data),

@@ -27,12 +27,15 @@ from genfast.training.runs.config import check_run
 from genfast.training.runs.curve import draw_curve
 from genfast.training.runs.devices import as_device
 from genfast.training.runs.finite import first_not_finite, refuse_not_finite
-from genfast.training.runs.held_out import HeldOut, split
+from genfast.training.runs.held_out import HeldOut, num_training, split
 from genfast.training.runs.kept import Kept
 from genfast.training.runs.loss_log import LossLog
 from genfast.training.runs.models import build_step, check_compiler
 from genfast.training.runs.rules import shown, whole
 from genfast.training.runs.samples import draw_noise, write_samples
+from genfast.training.runs.schedule import Schedule
+from genfast.training.runs.settings import option
+from genfast.training.runs.workers import ALONE, lost
 
 SAMPLES = 64
 REPORT_SECONDS = 0.5
@@ -70,6 +73,7 @@ def train(
     log=None,
     max_seconds=math.inf,
     demo=False,
+    workers=ALONE,
 ):
     """Train a model and write what comes of it into a folder.
 
@@ -96,6 +100,8 @@ def train(
             folder tensorboard; None does not.
         max_seconds: stop when this time has passed.
         demo: whether this is a demo. It takes the place of an earlier one in the folder.
+        workers: the processes that train together, as `workers.joined` gives them. Each calls this
+            with the same arguments but for its device; the first alone writes and warns.
 
     Returns:
         An `Outcome`.
@@ -105,114 +111,162 @@ def train(
             somebody else's files, or an extra is not installed.
         Diverged: a loss or a weight is no longer finite. The last checkpoint stays. With
             `skip_nonfinite` that is a weight alone.
+        LostWorker: another process has ended. The last checkpoint stays.
+        Elsewhere: another process raises what is wrong.
 
     Warns:
         UserWarning: the discriminator has won, or the folder cannot be locked.
     """
-    check_run(config, images)
-    check_outputs(sample_every, keep, log)
+    workers.together(lambda: _check(config, images, sample_every, keep, log))
     device = as_device(device)
     tqdm = require("tqdm", "tqdm").tqdm
-    require("PIL.Image", "pillow")
     out, resume_from = Path(out), resume_from and checkpoint.file_of(resume_from)
-    check_compiler(config, device)
-    torch.manual_seed(config.seed)
-    step = build_step(config, device)
-    trained_on, kept_aside = split(len(images), config.validate, config.seed)
-    batches = Batches(images, config.batch_size, config.seed, device, trained_on)
+    workers.check_same(_what_all_share(config, sample_every))
+    step, batches, kept_aside = workers.together(lambda: _built(config, images, device, workers))
     labels = labels_of_samples(config)
     noise = draw_noise(SAMPLES if labels is None else len(labels), step, config.seed)
-    total = config.steps or config.epochs * len(batches)
-    epochs = math.ceil(total / len(batches))
-    with folder.claimed(out, resume_from, demo=demo):
+    with workers.entered_by_first(folder.claimed(out, resume_from, demo=demo)):
         # Read within the lock: before, another run might have gone on from there.
-        done = _go_on_from(resume_from, step) if resume_from else 0
-        if done >= total:
-            wanted, had = ("--steps", done) if config.steps else ("--epochs", done // len(batches))
-            raise BadInput(
-                f"expected {wanted} of more than the {had} that {resume_from} has behind it, got "
-                f"{config.steps or config.epochs}"
-            )
-        checkpoints = _Checkpoints(out, config, checkpoint_seconds, resume_from, done, keep)
-        (out / PICTURES).mkdir(exist_ok=True)
-        pictures = _Pictures(out / PICTURES, sample_every, len(batches), total)
-        _write_settings(out / SETTINGS, config, step, demo)
+        done, schedule = workers.together(
+            lambda: _beginning(config, resume_from, step, len(batches), workers)
+        )
+        workers.check_same({"checkpoint's steps": done})
+        total = schedule.total(config)
+        epochs = schedule.epoch(total)
+        checkpoints = _Checkpoints(
+            out, config, checkpoint_seconds, resume_from, done, keep, workers, schedule
+        )
+        pictures = _Pictures(out / PICTURES, sample_every, schedule, total)
         held_out = None
-        if kept_aside is not None:
-            held_out = HeldOut(
-                out / folder.VALIDATION,
-                step,
-                images,
-                kept_aside,
-                config.batch_size,
-                config.seed,
-                keep=done,
-            )
+        with workers.first_alone() as is_here:
+            if is_here:
+                (out / PICTURES).mkdir(exist_ok=True)
+                _write_settings(out / SETTINGS, config, step, demo, workers)
+            if is_here and kept_aside is not None:
+                held_out = HeldOut(
+                    out / folder.VALIDATION,
+                    step,
+                    images,
+                    kept_aside,
+                    config.batch_size,
+                    config.seed,
+                    keep=done,
+                )
         size = f"{config.channels} x {config.image_size} x {config.image_size}"
+        spread = f", spread over {workers.count} processes" if workers.count > 1 else ""
         progress.say(
             f"{config.model} on {len(images)} images of {size} from {config.data}, on {device} in "
-            f"{step.precision}, into {out}"
+            f"{step.precision}{spread}, into {out}"
         )
 
-        picture, warned = None, False
+        picture, warned, loss_log = None, False, None
         names, rows = step.result_fields, out / folder.LOSSES
         started = time.monotonic()
         with (
-            checkpoints.named_if_diverged(),
+            checkpoints.named_if_it_ends(),
             cudnn_setting("deterministic", True),  # Else a resumed run could not repeat its losses.
             _StopOnSignal() as stop,
             progress.bar(total=total, initial=done, unit="step", dynamic_ncols=True) as bar,
-            closing(batches.stream(done)) as stream,  # However this ends, so do its threads.
-            board.opened(log, out, done) as shown_live,
+            closing(batches.stream(schedule.position(done))) as stream,  # Ends its threads too.
+            board.opened(log if workers.is_first else None, out, done) as shown_live,
         ):
-            loss_log = LossLog(rows, names, config.batch_size, keep=done, board=shown_live)
-            loss_log.passes_over = bool(config.skip_nonfinite)
+            with workers.first_alone() as is_here:
+                if is_here:
+                    together = config.batch_size * workers.count
+                    loss_log = LossLog(rows, names, together, keep=done, board=shown_live)
+                    loss_log.passes_over = bool(config.skip_nonfinite)
             for batch in islice(stream, total - done):
                 result = step(batch)
                 done += 1
-                epoch = math.ceil(done / len(batches))
-                loss_log.add(done, epoch, result)
+                epoch = schedule.epoch(done)
+                if loss_log:
+                    loss_log.add(done, epoch, result)
                 bar.update()
 
                 late = time.monotonic() - started >= max_seconds
-                stopping = stop.requested or done == total or late
-                saving = stopping or checkpoints.due()
-                ends_epoch = done % len(batches) == 0
+                reporting = loss_log is not None and loss_log.age() >= REPORT_SECONDS
+                # Each process has a clock of its own, and signals that may reach it alone.
+                stopping, saving, reporting = workers.any(
+                    stop.requested or done == total or late, checkpoints.due(), reporting
+                )
+                saving = saving or stopping
+                ends_epoch = schedule.ends_epoch(done)
                 drawing = pictures.due(done)
-                if saving or ends_epoch or drawing or loss_log.age() >= REPORT_SECONDS:
-                    bar.set_description(f"epoch {epoch}/{epochs}", refresh=False)
-                    newest = loss_log.flush()
-                    newest |= held_out.newest if held_out else {}
-                    bar.set_postfix(newest | {"data": f"{batches.waiting.share():.0%}"})
-                # Of wgan a loss of 0 means that the critic cannot tell.
-                won = loss_log.lost >= len(batches) and config.loss != "wgan"
-                if ends_epoch and won and not warned:
-                    warned = True
-                    with tqdm.external_write_mode(sys.stderr):
-                        _warn_of_a_lost_game(epoch)
-                if saving or drawing:
-                    _check_weights(step, done)
-                if drawing:
-                    picture = drawing
-                    shown_live.picture(done, write_samples(step, noise, picture, labels))
-                if held_out and ends_epoch and done < total:
-                    held_out.measure(done, epoch)
-                if stopping:  # Before the checkpoint: what is killed meanwhile goes on from before.
-                    draw_curve(rows, out / CURVE)
+                if not (saving or ends_epoch or drawing or reporting):
+                    continue
+                with workers.first_alone() as is_here:
+                    if is_here:
+                        bar.set_description(f"epoch {epoch}/{epochs}", refresh=False)
+                        newest = loss_log.flush()
+                        newest |= held_out.newest if held_out else {}
+                        bar.set_postfix(newest | {"data": f"{batches.waiting.share():.0%}"})
+                        # Of wgan a loss of 0 means that the critic cannot tell.
+                        won = loss_log.lost >= len(batches) and config.loss != "wgan"
+                        if ends_epoch and won and not warned:
+                            warned = True
+                            with tqdm.external_write_mode(sys.stderr):
+                                _warn_of_a_lost_game(epoch)
+                        if saving or drawing:
+                            _check_weights(step, done)
+                        if drawing:
+                            picture = drawing
+                            shown_live.picture(done, write_samples(step, noise, picture, labels))
+                        if held_out and ends_epoch and done < total:
+                            held_out.measure(done, epoch)
+                        if stopping:
+                            # Before the checkpoint: what is killed meanwhile goes on from before.
+                            draw_curve(rows, out / CURVE)
                 if saving:
                     checkpoints.save(step, done)
-                if held_out and done == total:
-                    progress.say(held_out.measure(done, epoch, last=True))
-                if saving or drawing or (held_out and ends_epoch):
+                if stopping:
+                    with workers.first_alone() as is_here:
+                        if is_here and held_out and done == total:
+                            progress.say(held_out.measure(done, epoch, last=True))
+                if loss_log and (saving or drawing or (held_out and ends_epoch)):
                     loss_log.restart_clock()
                     batches.waiting.restart()
                 if stopping:
                     break
-        if step.skipped:
+        if step.skipped and workers.is_first:
             tqdm.write(
                 f"{step.skipped} updates were passed over, as they were not finite", file=sys.stderr
             )
-    return Outcome(done == total, stop.requested and done < total, done, picture)
+        (interrupted,) = workers.any(stop.requested and done < total)
+    return Outcome(done == total, interrupted, done, picture)
+
+
+def _check(config, images, sample_every, keep, log):
+    check_run(config, images)
+    check_outputs(sample_every, keep, log)
+    require("tqdm", "tqdm")
+    require("PIL.Image", "pillow")
+
+
+def _what_all_share(config, sample_every):
+    """What must be the same in all processes, as options that a message can name."""
+    settings = {option(name): value for name, value in config.as_dict().items()}
+    del settings[option("data")]  # The place, which another machine may have elsewhere.
+    return settings | {"--sample-every": sample_every}
+
+
+def _built(config, images, device, workers):
+    """The step, its batches, and the numbers of the images kept aside or None."""
+    check_compiler(config, device)
+    torch.manual_seed(config.seed)
+    step = build_step(config, device, workers)
+    trained_on, kept_aside = split(len(images), config.validate, config.seed)
+    batches = Batches(
+        images,
+        config.batch_size,
+        config.seed,
+        device,
+        trained_on,
+        rank=workers.rank,
+        count=workers.count,
+    )
+    # From here on each draws noise of its own.
+    workers.seed(config.seed)
+    return step, batches, kept_aside
 
 
 def check_outputs(sample_every, keep, log):
@@ -230,60 +284,112 @@ class _Pictures:
     Args:
         folder: where they go.
         every: how many steps; None for the ends of epochs.
-        epoch: the steps of one.
+        schedule: the `Schedule`.
         total: the number of the last step.
     """
 
-    def __init__(self, folder, every, epoch, total):
-        self._folder, self._every, self._epoch, self._total = folder, every, epoch, total
+    def __init__(self, folder, every, schedule, total):
+        self._folder, self._every, self._schedule, self._total = folder, every, schedule, total
 
     def due(self, step):
         """The path of the picture of this step, or None."""
-        if self._every is None and step % self._epoch == 0:
-            return self._folder / f"epoch_{step // self._epoch:03d}.png"
+        if self._every is None and self._schedule.ends_epoch(step):
+            return self._folder / f"epoch_{self._schedule.epoch(step):03d}.png"
         if step == self._total or (self._every and step % self._every == 0):
             return self._folder / f"step_{step:07d}.png"
         return None
 
 
-def _go_on_from(path, step):
-    """Put the step where the checkpoint left it; the number of steps made until then."""
+def _beginning(config, path, step, length, workers):
+    """How many steps a run has behind it, and its `Schedule`; the step is put to where it was.
+
+    length: the steps of an epoch.
+    """
+    if path is None:
+        return 0, Schedule(length)
     content = checkpoint.read_checkpoint(path)
-    checkpoint.restore(step, content, path)
+    before = checkpoint.together_in(content)
+    done, count = content["steps"], before.count if before else 1
+    as_before = count == workers.count
+    checkpoint.restore(step, content, path, workers.rank if as_before else 0)
     refuse_not_finite(step.modules, path)
-    return content["steps"]
+    if not as_before:
+        workers.seed(config.seed, done)
+        warnings.warn(
+            f"{path} is of a run of {_processes(count)}, which goes on with "
+            f"{_processes(workers.count)}: not as it would have gone on otherwise",
+            stacklevel=3,
+        )
+    if before:
+        schedule = Schedule.going_on(length, done, before.position, before.epoch)
+    elif as_before:
+        schedule = Schedule(length)
+    else:
+        images = num_training(config.num_images, config.validate)
+        schedule = Schedule.going_on(length, done, done, images // config.batch_size)
+    if done >= schedule.total(config):
+        wanted, had, given = "--epochs", schedule.position(done) // length, config.epochs
+        if config.steps:
+            wanted, had, given = "--steps", done, config.steps
+        raise BadInput(
+            f"expected {wanted} of more than the {had} that {path} has behind it, got {given}"
+        )
+    return done, schedule
+
+
+def _processes(count):
+    return f"{count} processes" if count > 1 else "one process"
 
 
 class _Checkpoints:
-    """The checkpoints of a run: written when one is due, and named when the run diverges."""
+    """The checkpoints of a run: written when one is due, and named when the run ends too early."""
 
-    def __init__(self, out, config, seconds, resume_from, steps, keep):
+    def __init__(self, out, config, seconds, resume_from, steps, keep, workers, schedule):
         self.path = out / checkpoint.NAME
         self._settings = config.as_dict()
         self._kept = Kept(out, keep, self._settings)
         self._seconds = seconds
         self._last = (resume_from, steps) if resume_from else None
         self._saved_at = -math.inf
+        self._workers, self._schedule = workers, schedule
 
     def due(self):
         return time.monotonic() - self._saved_at >= self._seconds
 
     def save(self, step, done):
-        checkpoint.save_checkpoint(self.path, step, self._settings, done)
+        """Write one, in the first process, with what all have for it."""
+        together = None
+        if self._workers.count > 1 or self._schedule.ahead:
+            together = checkpoint.Together(
+                self._workers.count,
+                self._schedule.position(done),
+                self._schedule.length,
+                tuple(self._workers.gathered(checkpoint.rng_states(step.device))),
+            )
+        with self._workers.first_alone() as is_here:
+            if is_here:
+                checkpoint.save_checkpoint(self.path, step, self._settings, done, together)
+                self._last = self.path, done
+                self._kept.add(self.path, done)
         self._last = self.path, done
-        self._kept.add(self.path, done)
         self._saved_at = time.monotonic()
 
     @contextmanager
-    def named_if_diverged(self):
-        """Let a `Diverged` say where the last good checkpoint is."""
+    def named_if_it_ends(self):
+        """Let a `Diverged` or `LostWorker` say where the last good checkpoint is."""
         try:
             yield
         except Diverged as error:
-            last = "there was no checkpoint yet"
-            if self._last:
-                last = "the last good checkpoint is {}, of step {}".format(*self._last)
-            raise Diverged(f"{error}; {last}") from None
+            raise Diverged(f"{error}; {self._words()}") from None
+        except RuntimeError as error:
+            if not self._workers.is_lost(error):
+                raise
+            raise lost(f"; {self._words()}") from error
+
+    def _words(self):
+        if not self._last:
+            return "there was no checkpoint yet"
+        return "the last good checkpoint is {}, of step {}".format(*self._last)
 
 
 def _check_weights(step, done):
@@ -300,9 +406,10 @@ def _warn_of_a_lost_game(epoch):
     )
 
 
-def _write_settings(path, config, step, demo):
+def _write_settings(path, config, step, demo, workers):
     settings = config.as_dict() | {
         "demo": demo,
+        "processes": workers.count,
         "device": str(step.device),
         "precision_used": step.precision,
         "versions": {

@@ -9,6 +9,7 @@ from typing import NamedTuple
 from genfast.models import GAN, VAE, VAEGAN, ConvVAE, DCGANDiscriminator, DCGANGenerator
 from genfast.training.errors import BadInput
 from genfast.training.runs.held_out import num_training
+from genfast.training.runs.workers import ALONE, convert_batch_norms
 from genfast.training.steps import GANStep, VAEGANStep, VAEStep, adam
 from genfast.training.steps.vae import missing_compiler
 
@@ -17,8 +18,9 @@ class Model(NamedTuple):
     """A kind of model.
 
     Attributes:
-        build: a function of a `Config` and a device that gives the `Step` that trains it, with
-            fresh weights.
+        networks: a function of a `Config` that gives its networks with fresh weights, a tuple.
+        step: a function of a `Config`, of these on their device, and of the steps of an epoch that
+            gives the `Step` that trains them.
         defaults: its settings besides `image_size`, with their values for images of all kinds.
         on_digits: those that differ for the digits, which are few and simple: more epochs, smaller
             images and latents, narrower networks.
@@ -26,39 +28,40 @@ class Model(NamedTuple):
             size.
     """
 
-    build: Callable
+    networks: Callable
+    step: Callable
     defaults: dict
     on_digits: dict
     convolutional: bool = False
 
 
-def _gan(config, device):
+def _gan(config):
     gan = GAN(_image_shape(config), config.nz, _classes(config))
-    return _gan_step(config, device, gan.generator, gan.discriminator)
+    return gan.generator, gan.discriminator
 
 
-def _dcgan(config, device):
+def _dcgan(config):
     images = dict(nc=config.channels, image_size=config.image_size, classes=_classes(config))
     generator = DCGANGenerator(config.nz, config.ngf, **images)
-    discriminator = DCGANDiscriminator(ndf=config.ndf, **images)
-    return _gan_step(config, device, generator, discriminator)
+    return generator, DCGANDiscriminator(ndf=config.ndf, **images)
 
 
-def _vae(config, device):
+def _vae(config):
     c, h, w = _image_shape(config)
-    model = VAE(image_dim=c * h * w, latent_dim=config.nz, classes=_classes(config))
-    return _vae_step(config, device, model)
+    return (VAE(image_dim=c * h * w, latent_dim=config.nz, classes=_classes(config)),)
 
 
-def _conv_vae(config, device):
+def _conv_vae(config):
     images = dict(nc=config.channels, image_size=config.image_size, classes=_classes(config))
-    model = ConvVAE(latent_dim=config.nz, width=config.ngf, **images)
-    return _vae_step(config, device, model)
+    return (ConvVAE(latent_dim=config.nz, width=config.ngf, **images),)
 
 
-def _vae_gan(config, device):
-    model = VAEGAN(config.channels, config.image_size, config.nz, config.ngf, config.ndf).to(device)
-    networks = model.encoder, model.decoder, model.discriminator
+def _vae_gan(config):
+    model = VAEGAN(config.channels, config.image_size, config.nz, config.ngf, config.ndf)
+    return model.encoder, model.decoder, model.discriminator
+
+
+def _vae_gan_step(config, networks, epoch):
     return VAEGANStep(
         *networks,
         gamma=config.gamma,
@@ -68,13 +71,11 @@ def _vae_gan(config, device):
     )
 
 
-def _gan_step(config, device, generator, discriminator):
-    generator.to(device)
-    discriminator.to(device)
+def _gan_step(config, networks, epoch):
+    generator, discriminator = networks
     return GANStep(
         generator,
         discriminator,
-        latent_shape=generator.latent_shape,
         loss=config.loss,
         ema=config.ema,
         penalty=config.penalty,
@@ -95,9 +96,9 @@ def _gan_step(config, device, generator, discriminator):
     )
 
 
-def _vae_step(config, device, model):
-    model.to(device)
-    epoch = num_training(config.num_images, config.validate) // config.batch_size
+def _vae_step(config, networks, epoch):
+    (model,) = networks
+    device = next(model.parameters()).device
     return VAEStep(
         model,
         optimizer=_adam(model, config),
@@ -138,28 +139,38 @@ _VAES = dict(
     beta_warmup=None, importance_samples=None, validate=None, compile=None, **_GUARDS, **_ALL,
 )  # fmt: skip
 _CONDITIONAL = dict(conditional=False)
+_BATCH_NORMS = dict(sync_bn=False)
 # Learning rates, betas and widths are those of the papers and of PyTorch's public examples.
 MODELS = {
-    "gan": Model(_gan, dict(epochs=50, **_GANS, **_CONDITIONAL), dict(image_size=16, epochs=150)),
+    "gan": Model(
+        _gan,
+        _gan_step,
+        dict(epochs=50, **_GANS, **_CONDITIONAL),
+        dict(image_size=16, epochs=150),
+    ),
     "dcgan": Model(
         _dcgan,
-        dict(epochs=25, ngf=64, ndf=64, **_GANS, **_CONDITIONAL),
+        _gan_step,
+        dict(epochs=25, ngf=64, ndf=64, **_GANS, **_CONDITIONAL, **_BATCH_NORMS),
         dict(image_size=32, epochs=80, lr=5e-4, nz=20, ngf=32, ndf=16),
         convolutional=True,
     ),
     "vae": Model(
         _vae,
+        _vae_step,
         dict(nz=20, **_VAES, **_CONDITIONAL),
         dict(image_size=16, batch_size=64, epochs=150, nz=10),
     ),
     "conv-vae": Model(
         _conv_vae,
-        dict(nz=32, ngf=32, **_VAES, **_CONDITIONAL),
+        _vae_step,
+        dict(nz=32, ngf=32, **_VAES, **_CONDITIONAL, **_BATCH_NORMS),
         dict(image_size=16, batch_size=64, epochs=60, nz=10),
         convolutional=True,
     ),
     "vae-gan": Model(
         _vae_gan,
+        _vae_gan_step,
         dict(
             batch_size=64,
             epochs=25,
@@ -171,6 +182,7 @@ MODELS = {
             loss="non-saturating",
             gamma=1e-2,
             **_ALL,
+            **_BATCH_NORMS,
         ),
         dict(image_size=32, epochs=80, lr=5e-4, nz=10, ngf=32, ndf=16),
         convolutional=True,
@@ -185,6 +197,14 @@ def check_compiler(config, device):
         raise BadInput(f"expected a C++ compiler for --compile on a CPU, found no {compiler}")
 
 
-def build_step(config, device):
-    """The step that trains the model of these settings on this device, with fresh weights."""
-    return MODELS[config.model].build(config, device)
+def build_step(config, device, workers=ALONE):
+    """The step that trains the model of these settings on this device, with fresh weights.
+
+    workers: the processes that share its batches, which all come here.
+    """
+    kind = MODELS[config.model]
+    networks = [workers.shared(network.to(device)) for network in kind.networks(config)]
+    if config.sync_bn and workers.count > 1:  # Only now: on a CPU the wrapper refuses them.
+        networks = [convert_batch_norms(network) for network in networks]
+    images = num_training(config.num_images, config.validate)
+    return kind.step(config, networks, images // (config.batch_size * workers.count))

@@ -129,6 +129,11 @@ SETTINGS = {
         FLAG, "pass over updates that are not finite, and count them, instead of ending", once=False
     ),
     "flip": Setting(FLAG, "mirror real images of a GAN left to right at random", once=False),
+    "sync_bn": Setting(
+        FLAG,
+        "batch norms take their statistics from the images of all processes that torchrun started",
+        once=False,
+    ),
     "likelihood": Setting(
         one_of(*LIKELIHOODS),
         "what a VAE's pixels are, given the latent: white with a probability, or normal",

@@ -10,7 +10,7 @@ from genfast.nn import statistics_groups
 from genfast.training.steps import vae_form
 from genfast.training.steps.base import Step, adam, evaluating, frozen
 from genfast.training.steps.merging import why_two_passes, why_unknown
-from genfast.training.steps.spread import unwrapped
+from genfast.training.steps.spread import Spread, unwrapped
 
 
 class VAEGANResult(NamedTuple):
@@ -44,7 +44,8 @@ class VAEGANStep(Step):
 
     Args:
         encoder: images in [-1, 1] to the mean and log-variance of the latent, as a pair or under
-            names such as `mu` and `logvar`, (N, ...) each.
+            names such as `mu` and `logvar`, (N, ...) each. The three networks may be wrapped in
+            `DistributedDataParallel`, as for `GANStep`.
         decoder: latents, of `latent_shape`, to images in [-1, 1].
         discriminator: has `features(images)` and `judge(features)`, which gives the logits.
         latent_shape: the shape of one image's latent, to which the encoder's are brought. By
@@ -86,6 +87,9 @@ class VAEGANStep(Step):
         precision="auto",
         capture=None,
     ):
+        networks = {"encoder": encoder, "decoder": decoder, "discriminator": discriminator}
+        networks, group = unwrapped(networks)
+        encoder, decoder, discriminator = networks.values()
         self.encoder, self.decoder, self.discriminator = encoder, decoder, discriminator
         if not all(callable(getattr(discriminator, n, None)) for n in ("features", "judge")):
             raise TypeError(
@@ -102,9 +106,6 @@ class VAEGANStep(Step):
         self.loss = losses.gan_loss(loss)
         if self.loss.paired:
             raise ValueError(f"expected a loss that judges images alone for a VAE/GAN, got {loss}")
-        networks = {"encoder": encoder, "decoder": decoder, "discriminator": discriminator}
-        if unwrapped(networks)[1] is not None:
-            raise ValueError("expected networks that one process trains, got them wrapped for many")
         optimizers = optimizers or [adam(network) for network in networks.values()]
         if len(optimizers) != 3:
             raise ValueError(
@@ -112,7 +113,13 @@ class VAEGANStep(Step):
                 f"order, got {len(optimizers)}"
             )
         self.why_not_merged = why_two_passes(discriminator) or why_unknown(discriminator)
-        super().__init__(networks, dict(zip(networks, optimizers, strict=True)), precision, capture)
+        super().__init__(
+            networks,
+            dict(zip(networks, optimizers, strict=True)),
+            precision,
+            capture,
+            spread=Spread(group) if group else None,
+        )
 
     def encode(self, images, labels=None):
         """The mean and the log-variance of images' latents, (N, *latent_shape) each, in float32.

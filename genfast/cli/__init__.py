@@ -15,7 +15,12 @@ from genfast.launch import first_use
 from genfast.training.errors import BadInput, Diverged, Elsewhere, LostWorker
 from genfast.training.memory import limited_memory, missing_memory
 from genfast.training.runs.devices import as_device
-from genfast.training.runs.workers import before_they_meet, is_first_here, refuse_several
+from genfast.training.runs.workers import (
+    before_they_meet,
+    is_first_here,
+    let_speak,
+    refuse_several,
+)
 
 COMMANDS = (train, sample, reconstruct, evaluate, export, environment, demo)
 
@@ -43,7 +48,7 @@ def _run(arguments):
         finally:
             sys.stdout.flush()  # At Python's exit it would be too late to say why it failed.
     except Elsewhere:
-        pass
+        let_speak()
     except (BadInput, Diverged, LostWorker) as error:
         tell(f"error: {error}")
     except (MemoryError, OSError, RuntimeError) as error:

@@ -129,13 +129,14 @@ def _run(args, device, workers):
         log=args.log,
         workers=workers,
     )
-    if outcome.interrupted:
+    with workers.first_alone():  # Who has said it ends first.
+        if not outcome.interrupted:
+            print(outcome.picture)
+            return 0
         again = [*command_again(), "train", config.model, "--data", config.data]
         again += ["--out", str(out), *_length(config), *_outputs(args), "--resume"]
         tell(f"stopped after step {outcome.steps}; to go on: {shlex.join(again)}")
         return 130
-    print(outcome.picture)
-    return 0
 
 
 def _prepared(args, device, workers):

@@ -384,7 +384,8 @@ class _Checkpoints:
         except RuntimeError as error:
             if not self._workers.is_lost(error):
                 raise
-            raise lost(f"; {self._words()}") from error
+            more = ", from which --resume goes on" if self._last else ""
+            raise lost(f"; {self._words()}{more}") from error
 
     def _words(self):
         if not self._last:

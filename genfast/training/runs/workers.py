@@ -8,7 +8,10 @@ Decisions go over a group of their own, by gloo in CPU memory, so that a GPU is 
 
 import os
 import re
+import signal
 import socket
+import threading
+import time
 from contextlib import ExitStack, contextmanager, nullcontext, redirect_stderr, redirect_stdout
 from datetime import timedelta
 
@@ -28,6 +31,8 @@ STEP_TIMEOUT = timedelta(seconds=60)
 # Around it the first may take its time: a picture, a validation, a slow disk. A process that ends
 # closes its connections, which is noticed at once, whatever the time limit.
 WAIT_TIMEOUT = timedelta(days=7)
+# How long who has nothing to say waits for who has: imports may take the one that much longer.
+SPEAKING_SECONDS = 30
 # What errors of gloo and NCCL have in common; PyTorch's are plain RuntimeErrors with these words.
 _CONNECTION = re.compile(
     r"gloo|nccl|connection (?:closed|reset|refused|was)|broken pipe|socket", re.IGNORECASE
@@ -242,6 +247,18 @@ def before_they_meet():
             yield
     except BadInput as error:
         raise Elsewhere("the first process says it") from error
+    except SystemExit as leaving:  # As argparse leaves, whose word is not said here.
+        if leaving.code:
+            let_speak()
+        raise
+
+
+def let_speak():
+    """Wait until another process has said why all of them end.
+
+    When one ends, torchrun ends the others, be it before they have said a word.
+    """
+    time.sleep(SPEAKING_SECONDS)
 
 
 @contextmanager
@@ -285,6 +302,9 @@ def joined(device_name):
             yield workers, str(device)
         clean = True
     except LostWorker:
+        # By now torchrun ends who is left: not before the word is said.
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)
         if not _is_first_to_tell(store):
             raise Elsewhere("another process tells of it") from None
         raise

@@ -1,7 +1,7 @@
 """What the steps share: precision, capture, checks, their state, and the default optimizer."""
 
 import math
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from numbers import Real
 from types import MappingProxyType
 
@@ -151,7 +151,9 @@ class Step:
     def _look_once(self, images):
         """Learn from the first images there are; of uint8 or as the networks take them."""
         if not self._looked:
-            self._look(self._floats(images))
+            apart = self._spread.apart(self.modules.values()) if self._spread else nullcontext()
+            with apart:
+                self._look(self._floats(images))
             self._looked = True
 
     def _look(self, images):

@@ -9,8 +9,11 @@ A process's loss counts by its part of all images, and goes into the backward pa
 of synchronised batch norms, which mix what comes from all processes, are those of one large batch.
 """
 
+from contextlib import contextmanager
+
 import torch
 import torch.distributed as dist
+from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from genfast import processes
@@ -77,6 +80,26 @@ class Spread:
         """Why a graph cannot hold what processes exchange; None if it can."""
         engine = dist.get_backend(self._group)
         return None if engine == "nccl" else f"no graph holds what {engine} exchanges"
+
+    @contextmanager
+    def apart(self, networks):
+        """Within, synchronised batch norms of these networks take this process's images alone.
+
+        How often a trial runs a network depends on what it sees, which is another part of the
+        batch in each process: none may then wait for another.
+        """
+        norms = [m for n in networks for m in n.modules() if isinstance(m, nn.SyncBatchNorm)]
+        before = [norm.process_group for norm in norms]
+        # No other process has to come here for a group of one.
+        own = dist.new_group([dist.get_rank()], backend="gloo", use_local_synchronization=True)
+        for norm in norms:
+            norm.process_group = own
+        try:
+            yield
+        finally:
+            for norm, group in zip(norms, before, strict=True):
+                norm.process_group = group
+            dist.destroy_process_group(own)
 
     def begin(self, images):
         """Begin a step with these images, this process's part of the batch."""

@@ -72,6 +72,7 @@ def test_predictions_are_those_of_the_model(batch):
     assert list(map(float, row.groups())) == pytest.approx(expected, rel=1e-2)
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize(("gpu", "name"), [("a100", "A100"), ("rtx4090", "RTX 4090")])
 def test_predictions_for_other_cards_are_those_of_the_model(gpu, name):
     pytest.importorskip("triton", reason="compiles Triton kernels")

@@ -48,7 +48,44 @@ REWRITING = "test_rewriting.py::test_what_runs_together"
 NORMS = "test_norms.py::test_alone"
 
 COMPILED = "test_compile.py::test_compiled_networks_are_the_eager_ones"
+WORKERS = "test_workers.py::test_runs_of_two_processes_go_on_stop_and_fail_together"
+JOINT = "test_workers.py::test_processes_train_as_one_with_the_joint_batch"
 BUGS = (
+    Bug(
+        "every process takes the images of the first",
+        "genfast/training/data/batches.py",
+        "slice(rank * batch_size, (rank + 1) * batch_size)",
+        "slice(0, batch_size)",
+        JOINT,
+    ),
+    Bug(
+        "trials of a network wait for those of other processes",
+        "genfast/training/steps/spread.py",
+        "norm.process_group = own",
+        "pass",
+        JOINT,
+    ),
+    Bug(
+        "all processes draw the same noise",
+        "genfast/training/runs/workers.py",
+        "np.random.SeedSequence([seed, self.rank, *more])",
+        "np.random.SeedSequence([seed, *more])",
+        WORKERS,
+    ),
+    Bug(
+        "all processes go on with the random numbers of the first",
+        "genfast/training/runs/checkpoint.py",
+        'content["together"]["rng"][rank] if rank else content["rng"]',
+        'content["rng"]',
+        WORKERS,
+    ),
+    Bug(
+        "every process says what is wrong with all of them",
+        "genfast/training/runs/workers.py",
+        "if self.rank != failed[0]:",
+        "if not error:",
+        WORKERS,
+    ),
     Bug(
         "a process's loss counts as much as that of one with more images",
         "genfast/training/steps/spread.py",

@@ -6,8 +6,10 @@
   they stand for folders and hours that a test does not have.
 """
 
+import os
 import re
 import shlex
+import subprocess
 import sys
 from pathlib import Path
 
@@ -71,10 +73,18 @@ def test_python_blocks_run(page, tmp_path, monkeypatch, capsys):
 def test_commands_run(page, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("GENFAST_CACHE_DIR", str(tmp_path / "cache"))
-    for python, flag, package, *arguments in _commands(page):
-        assert (python, flag, package) == ("python", "-m", "genfast")
+    for words in _commands(page):
+        start = words[: words.index("genfast") + 1]
+        arguments = words[len(start) :]
         more = NARROW.get(arguments[1], []) if "--resume" not in arguments else []
-        assert cli.main([*arguments, *more, "--device", "cpu"]) == 0, arguments
+        arguments += [*more, "--device", "cpu"]
+        if start[0] == "torchrun":
+            command = [sys.executable, "-m", "torch.distributed.run", *start[1:], *arguments]
+            path = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+            assert subprocess.run(command, env=os.environ | path, timeout=100).returncode == 0
+            continue
+        assert start == ["python", "-m", "genfast"]
+        assert cli.main(arguments) == 0, arguments
     assert "error" not in capsys.readouterr().err
 
 

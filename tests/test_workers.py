@@ -15,6 +15,7 @@ import torch
 from oracle import LOSS_DRIFT
 from process_group import run
 
+from benchmarks import exchanges, nccl_model, scaling
 from genfast import cli, functional
 from genfast.backend import use_backend
 from genfast.training.errors import BadInput, Elsewhere
@@ -115,7 +116,8 @@ def _ways_of_a_run(rank, images, folder):
     augmented = NARROW | dict(augment="translation", flip=True, batch_size=4, steps=6)
     config, loaded = prepare("dcgan", images, augmented, processes=2)
     with use_backend("reference"):
-        loop.train(config, loaded, folder / "whole", device=CPU, workers=team, sample_every=2)
+        with exchanges.counted() as exchanged:
+            loop.train(config, loaded, folder / "whole", device=CPU, workers=team, sample_every=2)
 
         half, _ = prepare("dcgan", images, augmented | dict(steps=3), processes=2)
         loop.train(half, loaded, folder / "parts", device=CPU, workers=team)
@@ -147,7 +149,7 @@ def _ways_of_a_run(rank, images, folder):
             outcome = loop.train(config, loaded, folder / "stopped", device=CPU, workers=team)
         finally:
             loop.build_step = real
-    return drawn, outcome.interrupted, outcome.steps
+    return drawn, exchanged, outcome.interrupted, outcome.steps
 
 
 def _going_wrong(rank, images, folder):
@@ -198,7 +200,7 @@ def _both(rank, images, folder):
 
 def test_runs_of_two_processes_go_on_stop_and_fail_together(images, tmp_path):
     results = run(_both, 2, tmp_path, images, str(tmp_path))
-    (drawn, *ends), (_, *other_ends) = (ways for ways, _ in results)
+    (drawn, (calls, nbytes), *ends), (_, _, *other_ends) = (ways for ways, _ in results)
     assert drawn[0] != drawn[1], "both processes draw the same noise"
     assert ends == other_ends == [True, 2], "they did not stop at the same step"
 
@@ -207,6 +209,13 @@ def test_runs_of_two_processes_go_on_stop_and_fail_together(images, tmp_path):
     assert [torch.equal(a, b) for name in whole["modules"] for a, b in zip(
         parts["modules"][name].values(), whole["modules"][name].values(), strict=True
     )].count(False) == 0  # fmt: skip
+    counts = {name: sum(
+        t.numel() for key, t in state.items() if key.endswith(("weight", "bias"))
+    ) for name, state in whole["modules"].items()}  # fmt: skip
+    assert nbytes["gradients"] == 6 * 4 * sum(counts.values())
+    # At each step the number of images, then the losses; a last question when all steps are made.
+    assert (calls["gradients"], calls["losses"], calls["control"]) == (6 * 2, 6 * 2, 6 + 1)
+    assert calls["statistics"] == 0
     assert [len(states["cpu"]) > 0 for states in whole["together"]["rng"]] == [True, True]
     assert sorted(p.name for p in (tmp_path / "whole/samples").iterdir()) == [
         f"step_000000{n}.png" for n in (2, 4, 6)
@@ -260,6 +269,22 @@ def test_torn_together_parts_are_refused(images, tmp_path):
         checkpoint.save_checkpoint(path, step, config.as_dict(), 3, together)
         with pytest.raises(BadInput, match="what it says of the processes that trained together"):
             read_checkpoint(path)
+
+
+def test_model_of_gpus_that_are_not_here():
+    ring = nccl_model.all_reduce_seconds
+    assert ring(1, 10**9) == 0
+    assert ring(8, 370e9, calls=0) == pytest.approx(2 * 7 / 8)
+    assert ring(2, 0, calls=3) == pytest.approx(60e-6)
+    fact = {"batch_size": 64, "image_size": 64}
+    local = fact | {"calls": {"gradients": 2}, "bytes": {"gradients": 25e6}}
+    shared = fact | {"calls": {"gradients": 2, "norms": 13}, "bytes": {"gradients": 25e6}}
+    rows = scaling.predict({False: local, True: shared})
+    efficiencies = [float(row["efficiency"]) for row in rows if row["batch_size"] == 128]
+    assert efficiencies[0] == efficiencies[4] == 1
+    assert sorted(efficiencies[:4], reverse=True) == efficiencies[:4]
+    assert all(a < b for a, b in zip(efficiencies[5:], efficiencies[1:4], strict=True))
+    assert all(row["note"].startswith("a model, not a measurement") for row in rows)
 
 
 def test_who_speaks_before_they_meet(monkeypatch, capsys):

@@ -369,7 +369,7 @@ def test_an_interrupted_checkpoint_leaves_the_old_one(tmp_path, monkeypatch):
         def __reduce__(self):
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(checkpoint, "_rng_states", lambda device: Torn(device))
+    monkeypatch.setattr(checkpoint, "rng_states", lambda device: Torn(device))
     with pytest.raises(KeyboardInterrupt):
         checkpoint.save_checkpoint(path, step, {}, 2)
     assert checkpoint.read_checkpoint(path)["steps"] == 1

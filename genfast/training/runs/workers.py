@@ -28,6 +28,7 @@ from genfast.training.runs.rules import shown
 
 # Within a step nobody is long behind the others: who is, is gone.
 STEP_TIMEOUT = timedelta(seconds=60)
+MEETING_TIMEOUT = timedelta(minutes=10)  # Imports may take long, and machines start one by one.
 # Around it the first may take its time: a picture, a validation, a slow disk. A process that ends
 # closes its connections, which is noticed at once, whatever the time limit.
 WAIT_TIMEOUT = timedelta(days=7)
@@ -282,22 +283,13 @@ def joined(device_name):
     if not are_several():
         yield ALONE, device_name
         return
-    store, rank, count = next(dist.rendezvous("env://", timeout=WAIT_TIMEOUT))
-    store = dist.PrefixStore("genfast", store)
-    device = _agreed_device(device_name, store, rank, count)
+    try:
+        store, device, workers = _met(device_name)
+    except RuntimeError as error:
+        raise lost(": " + str(error).partition("\n")[0]) from error
     on_gpu = device.type == "cuda"
-    if on_gpu:
-        torch.cuda.set_device(device)
-    dist.init_process_group(
-        "nccl" if on_gpu else "gloo",
-        store=dist.PrefixStore("group", store),
-        rank=rank,
-        world_size=count,
-        timeout=STEP_TIMEOUT,
-    )
     clean = False
     try:
-        workers = Several()
         with nullcontext() if workers.is_first else _silence():
             yield workers, str(device)
         clean = True
@@ -312,6 +304,29 @@ def joined(device_name):
         # After an error NCCL would wait for those that have gone.
         if clean or not on_gpu:
             dist.destroy_process_group()
+
+
+def _met(device_name):
+    """A store of plain values that all processes share, this one's device, and `Several`."""
+    missing = [name for name in ("MASTER_ADDR", "MASTER_PORT") if not os.environ.get(name)]
+    if missing:
+        raise BadInput(
+            f"expected {missing[0]}, as torchrun sets it beside RANK and WORLD_SIZE, got none"
+        )
+    store, rank, count = next(dist.rendezvous("env://", timeout=MEETING_TIMEOUT))
+    # Started again by torchrun after a failure, they may find the store of those before.
+    store = dist.PrefixStore(f"genfast {_number('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+    device = _agreed_device(device_name, store, rank, count)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    dist.init_process_group(
+        "nccl" if device.type == "cuda" else "gloo",
+        store=dist.PrefixStore("group", store),
+        rank=rank,
+        world_size=count,
+        timeout=STEP_TIMEOUT,
+    )
+    return store, device, Several()
 
 
 def _is_first_to_tell(store):

@@ -31,8 +31,8 @@ def _settings(tmp_path, model="dcgan"):
 def _spoiled(monkeypatch, number, spoil):
     """Runs whose networks are spoiled after a step's losses are known, which stay finite."""
 
-    def build_step(settings, device):
-        step = build(settings, device)
+    def build_step(settings, device, *rest):
+        step = build(settings, device, *rest)
         real, made = step._step, []
 
         def spoiling(images):

@@ -71,6 +71,25 @@ def decode(path, image_size, background):
     return to_nchw(np.array(square)[None])[0], is_grey, None
 
 
+def opaque_pixels(image, background):
+    """The pixels of a Pillow image, turned upright, on a background: uint8 (C, H, W).
+
+    C is 1 for grey images, on a grey background, and 3 for others.
+
+    Raises:
+        ValueError: it has more than 8 bits a channel.
+    """
+    if image.mode.startswith(("I", "F")):  # Pillow would cut their values off at 255.
+        raise ValueError(f"expected 8 bits a channel, got an image of mode {image.mode}")
+    grey = image.mode in ("1", "L", "LA")
+    image = require("PIL.ImageOps", "pillow").exif_transpose(image)
+    opaque, is_mixed = _on_background(image, background)
+    pixels = to_nchw(np.array(opaque)[None])[0]
+    if is_mixed:
+        grey &= len(set(background)) == 1
+    return pixels[:1] if grey else pixels
+
+
 def _on_background(image, background):
     """The image in RGB, and whether any of the background shows."""
     if background is None or not image.has_transparency_data:

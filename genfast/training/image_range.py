@@ -66,5 +66,5 @@ def check_first(images, image_range, pixel_range):
         warnings.warn(
             f"genfast: expected float images in [{low:g}, {high:g}], got {came}: they are taken as "
             "they are; give image_range=(low, high) to have them scaled",
-            stacklevel=5,
+            stacklevel=4,
         )

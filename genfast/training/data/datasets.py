@@ -189,7 +189,9 @@ class Streamed:
             generator=torch.Generator(),  # Else it would use up a random number of the training.
         )
         try:
-            return iter(loader)
+            with warnings.catch_warnings():  # The error says it.
+                warnings.filterwarnings("ignore", "Got pickle error")
+                return iter(loader)
         except (AttributeError, TypeError, pickle.PicklingError) as error:
             raise BadInput(
                 f"expected a data set that can be sent to num_workers={self._num_workers} other "

@@ -260,7 +260,7 @@ def prepare_resumed(model, data, given, path, out=None):
                 f"expected no --background, as the run in {path} began when the transparency of "
                 f"images was dropped, got {value}"
             )
-        if start is None or start is False:
+        if (start is None or start is False) and value is not start:
             raise BadInput(
                 f"expected no {option(name)}, without which the run in {path} began, got {value}"
             )

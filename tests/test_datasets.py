@@ -228,13 +228,17 @@ def test_batches_depend_on_seed_and_position_alone():
     other = _taken(load(Pictures(change=flipped), seed=4), 0, 7)
     assert not all(map(torch.equal, whole, other))
     # The same picture is drawn anew in another epoch, and in the order of `Batches`.
-    still = _taken(load(Pictures()), 0, 7)
-    changed = [
-        not torch.equal(a, b)
-        for x, y in zip(whole, still, strict=True)
-        for a, b in zip(x, y, strict=True)
-    ]
-    assert 0 < sum(changed[:12]) < 12 and changed[:12] != changed[12:24]
+    plain = load(Pictures())
+    still = _taken(plain, 0, 7)
+    epochs = [{}, {}]
+    for i, (drawn, picture) in enumerate(
+        zip(torch.cat(whole[:6]), torch.cat(still[:6]), strict=True)
+    ):
+        (number,) = (n for n, other in enumerate(plain) if torch.equal(other, picture))
+        assert torch.equal(drawn, picture) or torch.equal(drawn, picture.flip(2))
+        epochs[i // 12][number] = torch.equal(drawn, picture)
+    assert epochs[0].keys() == epochs[1].keys() and epochs[0] != epochs[1]
+    assert 0 < sum(epochs[0].values()) < 12
     assert all(map(torch.equal, _taken(load(Pictures(), cache=False), 0, 7), still))
 
 
@@ -270,6 +274,16 @@ def test_a_resumed_run_is_one_that_never_stopped(conditional, tmp_path):
     assert model.classes == (("left", "right") if conditional else None)
 
 
+def test_a_run_on_a_streamed_set_is_that_on_one_read_once(tmp_path):
+    files = []
+    for cache in (True, False):
+        folder = tmp_path / str(cache)
+        options = dict(SMALL, validate=0.3, conditional=True, epochs=2)
+        genfast.train("vae", Pictures(), out=folder, cache=cache, **options)
+        files.append((_outcome(folder)[0], (folder / "validation.csv").read_text()))
+    assert files[0] == files[1]
+
+
 def test_a_data_set_that_raises_in_the_middle(tmp_path):
     items = Pictures(16, change=flipped)
     items.bad = 3  # No item that is looked at first: those are all but it of more than 16.
@@ -296,11 +310,12 @@ def test_other_sources_and_what_does_not_go_with_them(tmp_path):
         (dict(dataset="digits", classes=3), "classes for a data set in Python .* with 'digits'"),
         (dict(dataset=None), "expected --data to be digits, photos or a path, got None"),
         (dict(dataset=images, resume=3), "resume to be True, False or a path, got 3"),
+        (dict(model=torch.nn.Linear(1, 1)), "name of a model, gan, .*, got a Linear: networks of"),
         (dict(dataset=images, ngf=3), "settings that vae has, got --ngf"),
         (dict(dataset=images, out=None), "out to be the path of a folder, got None"),
     ):
         with pytest.raises(BadInput, match=message):
-            genfast.train("vae", **dict(dict(out=tmp_path / "x"), **options), **SMALL)
+            genfast.train(**{"model": "vae", "out": tmp_path / "x", **SMALL, **options})
     assert not (tmp_path / "x").exists()
 
 

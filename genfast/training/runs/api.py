@@ -11,6 +11,7 @@ from genfast.training.runs.config import check_settings, prepare, prepare_resume
 from genfast.training.runs.devices import as_device
 from genfast.training.runs.loop import CHECKPOINT_SECONDS, check_outputs
 from genfast.training.runs.loop import train as run
+from genfast.training.runs.models import MODELS
 from genfast.training.runs.rules import shown
 from genfast.training.steps.precision import resolve_precision
 
@@ -79,6 +80,11 @@ def train(
         BadInput, a ValueError: an argument, the data set or the checkpoint does not fit.
         Diverged: a loss or a weight is no longer finite.
     """
+    if not isinstance(model, str):
+        raise BadInput(
+            f"expected the name of a model, {', '.join(MODELS)}, got a {type(model).__name__}: "
+            "networks of your own train by GANStep or VAEStep in a loop of yours"
+        )
     path = _checkpoint_of(out, resume)
     given = check_settings(model, {k: v for k, v in settings.items() if v is not None})
     device = as_device(device)

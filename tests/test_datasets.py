@@ -73,6 +73,7 @@ def load(items, conditional=False, size=None, seed=0, **options):
         (LEVELS, COLOUR),
         (LEVELS[..., 0], GREY),
         (LEVELS.transpose(2, 0, 1), COLOUR),
+        (LEVELS[:, :, ::-1].copy()[:, :, ::-1], COLOUR),
         (COLOUR, COLOUR),
         (COLOUR.permute(1, 2, 0), COLOUR),
         (COLOUR / 255, COLOUR),  # What ToTensor makes.
@@ -135,6 +136,9 @@ def test_items_that_are_no_images(item, message):
 
 
 class Stream(IterableDataset):
+    def __len__(self):
+        return 1
+
     def __iter__(self):
         yield GREY
 

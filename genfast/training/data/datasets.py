@@ -17,7 +17,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, IterableDataset
 
 from genfast.training import progress
 from genfast.training.data import sources
@@ -162,8 +162,8 @@ class Streamed:
         shape = (count, *self.shape[1:])
         require_memory(count * self.nbytes // len(self), f"{count} images of the data set")
         images, found = torch.empty(shape, dtype=torch.uint8), []
-        keys = [(epoch, n) for n in (range(count) if numbers is None else numbers.tolist())]
-        parts = (keys[i : i + AT_ONCE] for i in range(0, count, AT_ONCE))
+        numbers = torch.arange(count) if numbers is None else numbers
+        parts = ([(epoch, n) for n in part.tolist()] for part in numbers.split(AT_ONCE))
         done = 0
         with progress.bar(total=count, desc="images", leave=False, dynamic_ncols=True) as bar:
             for read in self._loader(parts):
@@ -172,11 +172,9 @@ class Streamed:
                 found += labels
                 done += len(pixels)
                 bar.update(len(pixels))
-        return (
-            images
-            if self.classes is None
-            else LabelledImages(images, torch.cat(found), self.classes)
-        )
+        if self.classes is None:
+            return images
+        return LabelledImages(images, torch.cat(found), self.classes)
 
     def _loader(self, keys):
         """What the reader gives for lists of keys: an iterator, whose end ends the processes."""
@@ -329,7 +327,8 @@ def _check_items(items):
             f"expected a data set, got a {name} of {', '.join(map(str, items))}: give one of them"
         )
     kind = type(items)
-    if not (hasattr(kind, "__getitem__") and hasattr(kind, "__len__")):
+    by_number = hasattr(kind, "__getitem__") and hasattr(kind, "__len__")
+    if isinstance(items, IterableDataset) or not by_number:
         raise BadInput(
             f"expected a data set with len() and items by number, got a {name}"
             + (", which only gives one after the other" if hasattr(kind, "__iter__") else "")
@@ -346,7 +345,9 @@ def _check_items(items):
 def _whole(items):
     """Images that lie in memory as a run has them, uint8 (N, C, H, W); None for other data sets."""
     if isinstance(items, np.ndarray) and items.dtype == np.uint8:
-        images, places = torch.from_numpy(np.ascontiguousarray(items)), (3, 1)
+        with warnings.catch_warnings():  # Nothing here writes to images.
+            warnings.filterwarnings("ignore", "The given NumPy array is not writable")
+            images, places = torch.from_numpy(np.ascontiguousarray(items)), (3, 1)
     elif isinstance(items, torch.Tensor) and items.dtype == torch.uint8:
         images, places = items.detach().cpu(), (1, 3)
     else:
@@ -359,7 +360,7 @@ def _whole(items):
         )
     if items.ndim == 4 and next(i for i in places if images.shape[i] in (1, 3)) == 3:
         images = images.permute(0, 3, 1, 2)
-    return images.contiguous()
+    return images if images.nbytes >= sources.LARGE else images.contiguous()
 
 
 def _unless_failed(read):

@@ -33,9 +33,10 @@ def item_of(item, image_range, background):
     if _is_pillow(image):
         return opaque_pixels(image, background), label
     if isinstance(image, np.ndarray):
-        return _of_tensor(torch.from_numpy(image), image_range, last=True), label
+        # A copy, as a view may run backwards, or must not be written to, which PyTorch takes badly.
+        return _of_tensor(torch.from_numpy(np.array(image, order="C")), image_range, True), label
     if isinstance(image, torch.Tensor):
-        return _of_tensor(image.detach().cpu(), image_range, last=False), label
+        return _of_tensor(image.detach().cpu(), image_range, False), label
     came = f"a {type(image).__name__}" + ("" if image is item else f" in a {type(item).__name__}")
     raise TypeError(f"expected an image of Pillow, NumPy or PyTorch, {FORMS}, got {came}")
 

@@ -8,12 +8,16 @@ otherwise, and a first batch that cannot be meant so is refused.
 import math
 import warnings
 from numbers import Real
+from typing import Any
 
+import torch
+
+Range = tuple[float, float]
 # How far beyond its range a first batch may go, as a share of it: bicubic resizing overshoots.
 OVERSHOOT = 0.1
 
 
-def checked(image_range):
+def checked(image_range: Any) -> Range | None:
     """An `image_range` as two floats; None as it is. ValueError if it is something else."""
     if image_range is None:
         return None
@@ -27,7 +31,7 @@ def checked(image_range):
     return float(pair[0]), float(pair[1])
 
 
-def brought(images, image_range, pixel_range):
+def brought(images: torch.Tensor, image_range: Range | None, pixel_range: Range) -> torch.Tensor:
     """Float images from one range to the other; where these are the same, the very images."""
     if image_range in (None, pixel_range):
         return images
@@ -36,7 +40,7 @@ def brought(images, image_range, pixel_range):
     return images * scale + (start - low * scale)
 
 
-def check_first(images, image_range, pixel_range):
+def check_first(images: torch.Tensor, image_range: Range | None, pixel_range: Range) -> None:
     """Look at a first batch of floats, as they were given; on a GPU that waits for the device.
 
     Raises:

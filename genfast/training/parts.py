@@ -1,6 +1,7 @@
 """Images and labels, in what data sets and loaders give: an item, or a batch of items."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from typing import Any
 
 # The names under which the dicts of Hugging Face's data sets and processors have them.
 IMAGES = ("image", "images", "img", "pixel_values")
@@ -8,7 +9,7 @@ LABELS = ("label", "labels")
 FORMS = f"a list or tuple that begins with one, or a dict with one under {', '.join(IMAGES)}"
 
 
-def images_and_labels(thing, are_images):
+def images_and_labels(thing: Any, are_images: Callable[[Any], bool]) -> tuple[Any, Any]:
     """(images, labels) of an item or of a batch; of one without labels these are None.
 
     Args:

@@ -11,9 +11,9 @@ import signal
 import time
 import warnings
 import zlib
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -24,6 +24,7 @@ from genfast.training.data import sources
 from genfast.training.data.decoding import colour
 from genfast.training.data.items import item_of, label_of
 from genfast.training.data.labels import LabelledImages
+from genfast.training.data.prefetch import WaitingClock
 from genfast.training.errors import BadInput
 from genfast.training.image_range import checked
 from genfast.training.memory import available_memory, missing_memory, require_memory
@@ -59,7 +60,15 @@ class DataSet:
         BadInput: an argument is something else.
     """
 
-    def __init__(self, items, *, image_range=None, classes=None, num_workers=0, cache=None):
+    def __init__(
+        self,
+        items: Any,
+        *,
+        image_range: tuple[float, float] | None = None,
+        classes: Sequence[str] | int | None = None,
+        num_workers: int = 0,
+        cache: bool | None = None,
+    ):
         _check_items(items)
         self._items = items
         self.name = f"<{type(items).__name__}>"
@@ -73,7 +82,15 @@ class DataSet:
             raise BadInput(f"expected cache to be True, False or None, got {cache!r}")
         self._classes, self._num_workers, self._cache = classes, num_workers, cache
 
-    def load(self, image_size, *, background, conditional, seed, fitting=lambda side: side):
+    def load(
+        self,
+        image_size: int | None,
+        *,
+        background: str,
+        conditional: bool,
+        seed: int,
+        fitting: Callable[[int], int] = lambda side: side,
+    ) -> tuple["torch.Tensor | LabelledImages | Streamed", int]:
         """The images for a run.
 
         Args:
@@ -131,7 +148,9 @@ class Streamed:
     def __len__(self):
         return self.shape[0]
 
-    def batches(self, keys, device, clock):
+    def batches(
+        self, keys: Iterable[tuple[int, torch.Tensor]], device: torch.device, clock: WaitingClock
+    ) -> Iterator[torch.Tensor | tuple[torch.Tensor, torch.Tensor]]:
         """Yield a batch for each of the keys: uint8 images, or (images, labels) with classes.
 
         Args:
@@ -156,7 +175,7 @@ class Streamed:
                 parts = [t.pin_memory().to(device, non_blocking=True) for t in parts]
             yield parts[0] if self.classes is None else tuple(parts)
 
-    def read(self, numbers=None):
+    def read(self, numbers: torch.Tensor | None = None) -> torch.Tensor | LabelledImages:
         """The items of these numbers, an int64 tensor, or all: a tensor or `LabelledImages`."""
         count, epoch = (len(self), 0) if numbers is None else (len(numbers), _ASIDE)
         shape = (count, *self.shape[1:])
@@ -293,7 +312,7 @@ def _probed(reader, name):
     return _Probe(side, max(shape[0] for shape in shapes), draws or not repeats, crc)
 
 
-def class_names(items, given=None):
+def class_names(items: Any, given: Sequence[str] | int | None = None) -> tuple[str, ...]:
     """The names of the classes of a data set, a tuple: as they are given, or as it tells.
 
     Raises:

@@ -3,8 +3,10 @@
 import re
 import threading
 from contextlib import contextmanager
+from typing import Any
 
 import numpy as np
+import torch
 
 from genfast.training.data.arrays import to_nchw
 from genfast.training.errors import BadInput, require
@@ -71,7 +73,7 @@ def decode(path, image_size, background):
     return to_nchw(np.array(square)[None])[0], is_grey, None
 
 
-def opaque_pixels(image, background):
+def opaque_pixels(image: Any, background: tuple[int, int, int]) -> torch.Tensor:
     """The pixels of a Pillow image, turned upright, on a background: uint8 (C, H, W).
 
     C is 1 for grey images, on a grey background, and 3 for others.

@@ -3,7 +3,9 @@
 import math
 import reprlib
 import sys
+from collections.abc import Sequence
 from numbers import Integral
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,7 +17,9 @@ from genfast.training.parts import FORMS, images_and_labels
 OVERSHOOT = 0.1
 
 
-def item_of(item, image_range, background):
+def item_of(
+    item: Any, image_range: tuple[float, float], background: tuple[int, int, int]
+) -> tuple[torch.Tensor, Any]:
     """The pixels of an item, uint8 (C, H, W) of any size with C of 1 or 3, and its label as it is.
 
     Args:
@@ -41,7 +45,7 @@ def item_of(item, image_range, background):
     raise TypeError(f"expected an image of Pillow, NumPy or PyTorch, {FORMS}, got {came}")
 
 
-def label_of(label, classes):
+def label_of(label: Any, classes: Sequence[str]) -> int:
     """The number of a label's class: of a whole number from 0 to below their count, or a name.
 
     Raises:

@@ -1,7 +1,11 @@
 """`genfast.train`: a run from Python, with images from wherever Python has them."""
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
+
+import torch
 
 from genfast.training import progress
 from genfast.training.data import DataSet
@@ -9,7 +13,7 @@ from genfast.training.errors import BadInput
 from genfast.training.runs import checkpoint, folder
 from genfast.training.runs.config import check_settings, prepare, prepare_resumed
 from genfast.training.runs.devices import as_device
-from genfast.training.runs.loop import CHECKPOINT_SECONDS, check_outputs
+from genfast.training.runs.loop import CHECKPOINT_SECONDS, Outcome, check_outputs
 from genfast.training.runs.loop import train as run
 from genfast.training.runs.models import MODELS
 from genfast.training.runs.rules import shown
@@ -17,23 +21,23 @@ from genfast.training.steps.precision import resolve_precision
 
 
 def train(
-    model,
-    dataset=None,
+    model: str,
+    dataset: Any = None,
     *,
-    out,
-    device="auto",
-    resume=False,
-    image_range=None,
-    classes=None,
-    num_workers=0,
-    cache=None,
-    checkpoint_seconds=CHECKPOINT_SECONDS,
-    sample_every=None,
-    keep=0,
-    log=None,
-    quiet=False,
-    **settings,
-):
+    out: str | os.PathLike,
+    device: str | torch.device = "auto",
+    resume: bool | str | os.PathLike = False,
+    image_range: tuple[float, float] | None = None,
+    classes: Sequence[str] | int | None = None,
+    num_workers: int = 0,
+    cache: bool | None = None,
+    checkpoint_seconds: float = CHECKPOINT_SECONDS,
+    sample_every: int | None = None,
+    keep: int = 0,
+    log: str | None = None,
+    quiet: bool = False,
+    **settings: Any,
+) -> Outcome:
     """Train a model on a data set, as `genfast train` does, and write it into a folder.
 
         outcome = genfast.train("dcgan", dataset, out="runs/mine", epochs=20)

@@ -5,6 +5,7 @@ read, the generators of Python, NumPy and PyTorch are seeded from these three. S
 whatever process it is read, and a resumed run goes on with the very batches it would have seen.
 """
 
+import math
 import pickle
 import random
 import signal
@@ -89,18 +90,18 @@ class DataSet:
         background: str,
         conditional: bool,
         seed: int,
-        fitting: Callable[[int], int] = lambda side: side,
+        fitting: Callable[[int, int], int] = min,
     ) -> tuple["torch.Tensor | LabelledImages | Streamed", int]:
         """The images for a run.
 
         Args:
-            image_size: height and width, to which images are cropped and resized. None: what
-                `fitting` makes of the smaller side of the items looked at first; of 64 where these
-                are of several sizes.
+            image_size: the size to which images are cropped and resized, as `resize` takes it.
+                None: what `fitting` makes of that of the items looked at first; of 64 x 64 where
+                these are of several sizes.
             background: behind transparent images, as `colour` takes it.
             conditional: whether labels are wanted too.
             seed: of the run.
-            fitting: a function of a size in pixels that gives one.
+            fitting: a function of a height and a width that gives such a size.
 
         Returns:
             A uint8 tensor (N, C, H, W), `LabelledImages` or a `Streamed`; and their checksum.
@@ -113,13 +114,14 @@ class DataSet:
         """
         whole = _whole(self._items)
         if whole is not None and not conditional:
-            images = sources.resize(whole, image_size or fitting(min(whole.shape[2:])))
+            images = sources.resize(whole, image_size or fitting(*whole.shape[2:]))
             return images, sources.checksum(images)
         classes = class_names(self._items, self._classes) if conditional else None
         reader = _Reader(self._items, seed, self._image_range, colour(background), classes)
         probe = _probed(reader, self.name)
-        size = image_size or fitting(probe.side)
-        reader.channels, reader.size = probe.channels, size
+        reader.size = image_size or fitting(*probe.size)
+        blank = torch.zeros(1, probe.channels, *probe.size, dtype=torch.uint8)
+        reader.shape = tuple(sources.resize(blank, reader.size).shape[1:])
         images = Streamed(reader, self._num_workers)
         cached = self._cache
         if cached is None:
@@ -141,8 +143,8 @@ class Streamed:
 
     def __init__(self, reader, num_workers):
         self._reader, self._num_workers = reader, num_workers
-        self.shape = (len(reader.items), reader.channels, reader.size, reader.size)
-        self.nbytes = len(self) * reader.channels * reader.size**2
+        self.shape = (len(reader.items), *reader.shape)
+        self.nbytes = math.prod(self.shape)
         self.classes = reader.classes
 
     def __len__(self):
@@ -225,7 +227,9 @@ class _Failed(NamedTuple):
 class _Reader:
     """Reads items, each with its own random numbers: what the processes of a loader are given."""
 
-    channels = size = None  # Known after some have been looked at.
+    # Of images as batches have them, known after some have been looked at: what `resize` takes, and
+    # (C, H, W).
+    size = shape = None
 
     def __init__(self, items, seed, image_range, background, classes):
         self.items, self.classes = items, classes
@@ -263,23 +267,23 @@ class _Reader:
 
     def _fitted(self, epoch, number):
         pixels, label = self.item(self._seed, epoch, number)
-        if len(pixels) > self.channels:
+        if len(pixels) > self.shape[0]:
             raise BadInput(
                 f"expected grey images, as the first ones are, got a coloured one, in item {number}"
                 " of the data set"
             )
         fitted = sources.resize(pixels[None], self.size)[0]
-        return fitted.expand(self.channels, -1, -1), label
+        return fitted.expand(self.shape), label
 
 
 class _Probe(NamedTuple):
     """What the items looked at first tell.
 
-    side: the smaller side of all of them, or 64. channels: 1 if all are grey, else 3. varies:
+    size: (height, width) of all of them, or 64 x 64. channels: 1 if all are grey, else 3. varies:
     whether reading one again may give another image. checksum: of these items.
     """
 
-    side: int
+    size: tuple[int, int]
     channels: int
     varies: bool
     checksum: int
@@ -308,8 +312,8 @@ def _probed(reader, name):
         )
         crc = zlib.crc32(str(count).encode())
     sizes = {shape[1:] for shape in shapes}
-    side = min(sizes.pop()) if len(sizes) == 1 else sources.DEFAULT_FOLDER_SIZE
-    return _Probe(side, max(shape[0] for shape in shapes), draws or not repeats, crc)
+    size = sizes.pop() if len(sizes) == 1 else (sources.DEFAULT_FOLDER_SIZE,) * 2
+    return _Probe(size, max(shape[0] for shape in shapes), draws or not repeats, crc)
 
 
 def class_names(items: Any, given: Sequence[str] | int | None = None) -> tuple[str, ...]:

@@ -179,7 +179,7 @@ def prepare(model, data, given, out=None):
     if "steps" in given:
         settings["epochs"] = None
     chosen = settings | given
-    images, crc = _images(data, chosen, out, lambda side: _network_size(kind, side))
+    images, crc = _images(data, chosen, out, lambda *size: _network_size(kind, min(size)))
     left = num_training(len(images), given.get("validate"))
     settings["batch_size"] = min(settings["batch_size"], left)
     config = Config(
@@ -200,7 +200,8 @@ def _images(data, settings, run_folder, fitting):
         data: as `prepare` takes it.
         settings: a dict of the run's settings.
         run_folder: the run's folder, or None.
-        fitting: a function of the images' own size that gives the size they are to have.
+        fitting: a function of the images' own height and width that gives the size they are to
+            have.
     """
     size, conditional = settings.get("image_size"), bool(settings.get("conditional"))
     background = settings["background"]
@@ -214,7 +215,7 @@ def _images(data, settings, run_folder, fitting):
         )
     load = load_labelled if conditional else load_images
     images = load(data, size, background=background, run_folder=run_folder)
-    images = resize(images, fitting(images.shape[-1]))
+    images = resize(images, fitting(*images.shape[2:]))
     return images, checksum(images)
 
 
@@ -276,7 +277,7 @@ def prepare_resumed(model, data, given, path, out=None):
         data if isinstance(data, DataSet) else config.data,
         config.as_dict(),
         Path(path).parent if out is None else out,
-        lambda side: side,
+        lambda *size: config.image_size,
     )
     if crc != began.checksum:
         raise BadInput(

@@ -54,10 +54,10 @@ class VAEGANStep(Step):
         loss: the name of a loss in `genfast.losses.GAN_LOSSES` that judges images alone.
         optimizers: of the encoder, the decoder and the discriminator, in this order. By default
             Adam(lr=2e-4, betas=(0.5, 0.999)) for each.
-        precision, capture: as in `GANStep`.
+        precision, capture, image_range: as in `GANStep`.
 
-    Calling it with images (N, C, H, W), floats in [-1, 1] or uint8, makes one step and returns a
-    `VAEGANResult`.
+    Calling it with images (N, C, H, W), floats in `image_range` or uint8, or with a list, tuple or
+    dict of them, makes one step and returns a `VAEGANResult`.
 
     Attributes:
         why_not_merged: why the discriminator does not see its three batches in one pass, in words;
@@ -86,6 +86,7 @@ class VAEGANStep(Step):
         optimizers=None,
         precision="auto",
         capture=None,
+        image_range=None,
     ):
         networks = {"encoder": encoder, "decoder": decoder, "discriminator": discriminator}
         networks, group = unwrapped(networks)
@@ -119,6 +120,7 @@ class VAEGANStep(Step):
             precision,
             capture,
             spread=Spread(group) if group else None,
+            image_range=image_range,
         )
 
     def encode(self, images, labels=None):
@@ -127,7 +129,7 @@ class VAEGANStep(Step):
         By the running statistics of batch norms, as `sample` draws. `images` are what a step takes;
         labels are taken by none of these networks.
         """
-        images = self._floats(images)
+        images = self._floats(self._brought(images))
         shape = len(images), *self.latent_shape
         with (
             torch.no_grad(),

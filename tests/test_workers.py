@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 import warnings
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -15,11 +16,12 @@ import torch
 from oracle import LOSS_DRIFT
 from process_group import run
 
+import genfast
 from benchmarks import exchanges, nccl_model, scaling
 from genfast import cli, functional
 from genfast.backend import use_backend
 from genfast.training.errors import BadInput, Elsewhere
-from genfast.training.runs import checkpoint, loop, workers
+from genfast.training.runs import api, checkpoint, loop, workers
 from genfast.training.runs.checkpoint import read_checkpoint
 from genfast.training.runs.config import prepare, prepare_resumed
 from genfast.training.runs.schedule import Schedule
@@ -129,6 +131,11 @@ def _ways_of_a_run(rank, images, folder):
             resume_from=folder / "parts", checkpoint_seconds=0,
         )  # fmt: skip
 
+        # A script of one's own, whose processes have met.
+        api.joined = lambda device: nullcontext((team, device))
+        data = torch.from_numpy(np.load(images))[:, None]
+        genfast.train("dcgan", data, out=folder / "script", device="cpu", quiet=True, **augmented)
+
         real = loop.build_step
 
         def build_step(*arguments):
@@ -204,7 +211,7 @@ def test_runs_of_two_processes_go_on_stop_and_fail_together(images, tmp_path):
     assert drawn[0] != drawn[1], "both processes draw the same noise"
     assert ends == other_ends == [True, 2], "they did not stop at the same step"
 
-    assert _rows(tmp_path / "parts") == _rows(tmp_path / "whole")
+    assert _rows(tmp_path / "parts") == _rows(tmp_path / "whole") == _rows(tmp_path / "script")
     parts, whole = (read_checkpoint(tmp_path / n / "checkpoint.pt") for n in ("parts", "whole"))
     assert [torch.equal(a, b) for name in whole["modules"] for a, b in zip(
         parts["modules"][name].values(), whole["modules"][name].values(), strict=True

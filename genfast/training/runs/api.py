@@ -17,6 +17,7 @@ from genfast.training.runs.loop import CHECKPOINT_SECONDS, Outcome, check_output
 from genfast.training.runs.loop import train as run
 from genfast.training.runs.models import MODELS
 from genfast.training.runs.rules import shown
+from genfast.training.runs.workers import joined
 from genfast.training.steps.precision import resolve_precision
 
 
@@ -50,6 +51,9 @@ def train(
     seeded from the run's seed, the epoch and the item's number, in whichever process: a resumed run
     goes on with the batches and the losses of one that was never stopped, whatever `num_workers`
     is. A generator of the data set's own is not reached by that, and a warning says so.
+
+    In a script that torchrun starts in several processes, these train together, as those of
+    `torchrun -m genfast train` do: the first writes, and its `Outcome` alone has the picture.
 
     Args:
         model: "gan", "dcgan", "vae", "conv-vae" or "vae-gan".
@@ -96,12 +100,17 @@ def train(
     check_outputs(sample_every, keep, log)
     folder.check(_folder(out), path)
     data = _data(dataset, dict(image_range=image_range, classes=classes, cache=cache), num_workers)
-    with progress.hidden(quiet):
-        if path:
-            config, images = prepare_resumed(model, data, given, path, out)
-            _check_precision(config.precision, device)
-        else:
-            config, images = prepare(model, data, given, out)
+
+    def prepared():
+        if path is None:
+            return prepare(model, data, given, out, workers.count)
+        config, images = prepare_resumed(model, data, given, path, out)
+        _check_precision(config.precision, device)
+        return config, images
+
+    with joined(device) as (workers, device), progress.hidden(quiet):
+        device = as_device(device)
+        config, images = workers.together(prepared)
         return run(
             config,
             images,
@@ -112,6 +121,7 @@ def train(
             sample_every=sample_every,
             keep=keep,
             log=log,
+            workers=workers,
         )
 
 

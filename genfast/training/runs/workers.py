@@ -269,7 +269,8 @@ def joined(device_name):
     Within, the first alone shows and prints things.
 
     Args:
-        device_name: "auto", "cpu", "cuda" or "cuda:N", as all of them were given it.
+        device_name: "auto", "cpu", "cuda" or "cuda:N", or a `torch.device`, as all of them were
+            given it.
 
     Yields:
         (`Several` or `ALONE`, the name of this process's device). Of several processes on a machine
@@ -308,6 +309,11 @@ def joined(device_name):
 
 def _met(device_name):
     """A store of plain values that all processes share, this one's device, and `Several`."""
+    if dist.is_initialized():
+        raise BadInput(
+            "expected no process group yet, as training makes its own, got one: destroy it before, "
+            "or train by a step in a loop of your own"
+        )
     missing = [name for name in ("MASTER_ADDR", "MASTER_PORT") if not os.environ.get(name)]
     if missing:
         raise BadInput(

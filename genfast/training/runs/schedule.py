@@ -19,7 +19,7 @@ class Schedule:
     ahead: int = 0
 
     @classmethod
-    def going_on(cls, length, steps, position, length_then):
+    def going_on(cls, length: int, steps: int, position: int, length_then: int) -> "Schedule":
         """That of a run after so many steps, when `position` batches had been taken.
 
         length_then: how many of those batches made an epoch. Of an epoch that had begun, as much
@@ -28,18 +28,18 @@ class Schedule:
         epochs, part = divmod(position, length_then)
         return cls(length, steps - epochs * length - part * length // length_then)
 
-    def position(self, step):
+    def position(self, step: int) -> int:
         """How many batches have been taken after this step."""
         return step - self.ahead
 
-    def epoch(self, step):
+    def epoch(self, step: int) -> int:
         """The number of the epoch, from 1, that a step belongs to."""
         return math.ceil(self.position(step) / self.length)
 
-    def ends_epoch(self, step):
+    def ends_epoch(self, step: int) -> bool:
         """Whether an epoch ends with this step."""
         return self.position(step) % self.length == 0
 
-    def total(self, config):
+    def total(self, config) -> int:
         """The number of the last step of a run with these settings."""
         return config.steps or config.epochs * self.length + self.ahead

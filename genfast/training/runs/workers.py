@@ -12,8 +12,17 @@ import signal
 import socket
 import threading
 import time
-from contextlib import ExitStack, contextmanager, nullcontext, redirect_stderr, redirect_stdout
+from collections.abc import Callable, Iterator
+from contextlib import (
+    AbstractContextManager,
+    ExitStack,
+    contextmanager,
+    nullcontext,
+    redirect_stderr,
+    redirect_stdout,
+)
 from datetime import timedelta
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -26,6 +35,7 @@ from genfast.training.errors import BadInput, Elsewhere, LostWorker
 from genfast.training.runs.devices import as_device
 from genfast.training.runs.rules import shown
 
+T = TypeVar("T")
 # Within a step nobody is long behind the others: who is, is gone.
 STEP_TIMEOUT = timedelta(seconds=60)
 MEETING_TIMEOUT = timedelta(minutes=10)  # Imports may take long, and machines start one by one.
@@ -51,25 +61,24 @@ class Alone:
     count, rank = 1, 0
 
     @property
-    def is_first(self):
+    def is_first(self) -> bool:
         """Whether this is the process that writes and speaks."""
         return self.rank == 0
 
-    def any(self, *flags):
+    def any(self, *flags: object) -> tuple[bool, ...]:
         """For each flag, whether it is set in any of the processes: a tuple of bools."""
         return tuple(map(bool, flags))
 
     @contextmanager
-    def first_alone(self):
-        """A context that the others leave when the first does, and whose value is whether this is
-        the first.
+    def first_alone(self) -> Iterator[bool]:
+        """A context that the others leave when the first does; its value: whether this is the first.
 
         Raises:
             Elsewhere: in the others, where an error ended it in the first.
         """
         yield True
 
-    def together(self, act):
+    def together(self, act: Callable[[], T]) -> T:
         """What `act()` gives here, once it has come to its end in each process.
 
         Raises:
@@ -79,7 +88,7 @@ class Alone:
         return act()
 
     @contextmanager
-    def entered_by_first(self, context):
+    def entered_by_first(self, context: AbstractContextManager) -> Iterator[None]:
         """A context that the first process alone is in, while all are in this one."""
         with ExitStack() as stack:
             with self.first_alone() as is_here:
@@ -87,21 +96,21 @@ class Alone:
                     stack.enter_context(context)
             yield
 
-    def gathered(self, value):
+    def gathered(self, value: T) -> list[T]:
         """What each process has, in the order of the ranks: a list. Plain values and tensors."""
         return [value]
 
-    def check_same(self, values):
+    def check_same(self, values: dict) -> None:
         """BadInput unless all processes have the same dict of values."""
 
-    def shared(self, network):
+    def shared(self, network: nn.Module) -> nn.Module:
         """The network as the step of a spread batch takes it: see `GANStep`."""
         return network
 
-    def seed(self, seed, *more):
+    def seed(self, seed: int, *more: int) -> None:
         """Let random numbers from here on be this process's own, by the seed and its rank."""
 
-    def is_lost(self, error):
+    def is_lost(self, error: Exception) -> bool:
         """Whether an error says that another process cannot be reached."""
         return False
 
@@ -119,14 +128,14 @@ class Several(Alone):
         self.count, self.rank = dist.get_world_size(), dist.get_rank()
         self._group = dist.new_group(backend="gloo", timeout=WAIT_TIMEOUT)
 
-    def any(self, *flags):
+    def any(self, *flags: object) -> tuple[bool, ...]:
         tensor = torch.tensor(flags, dtype=torch.int32)
         with self._reached():
             dist.all_reduce(tensor, dist.ReduceOp.MAX, group=self._group)
         return tuple(map(bool, tensor.tolist()))
 
     @contextmanager
-    def first_alone(self):
+    def first_alone(self) -> Iterator[bool]:
         failed = torch.zeros((), dtype=torch.int32)
         try:
             yield self.is_first
@@ -143,7 +152,7 @@ class Several(Alone):
         with self._reached():
             dist.broadcast(flag, 0, group=self._group)
 
-    def together(self, act):
+    def together(self, act: Callable[[], T]) -> T:
         result = error = None
         try:
             result = act()
@@ -160,13 +169,13 @@ class Several(Alone):
             raise BadInput(f"{error}; so says {self}") from error
         raise error
 
-    def gathered(self, value):
+    def gathered(self, value: T) -> list[T]:
         everyones = [None] * self.count
         with self._reached():
             dist.all_gather_object(everyones, value, group=self._group)
         return everyones
 
-    def check_same(self, values):
+    def check_same(self, values: dict) -> None:
         first, *others = self.gathered(values)
         for rank, theirs in enumerate(others, 1):
             different = [name for name, value in first.items() if theirs[name] != value]
@@ -179,14 +188,14 @@ class Several(Alone):
                     f"process {rank} and {shown(first[name])} in the first"
                 )
 
-    def shared(self, network):
+    def shared(self, network: nn.Module) -> nn.Module:
         return DistributedDataParallel(network)
 
-    def seed(self, seed, *more):
+    def seed(self, seed: int, *more: int) -> None:
         entropy = np.random.SeedSequence([seed, self.rank, *more])
         torch.manual_seed(int(entropy.generate_state(1, np.uint64)[0] >> 1))
 
-    def is_lost(self, error):
+    def is_lost(self, error: Exception) -> bool:
         if isinstance(error, LostWorker):
             return True
         return isinstance(error, RuntimeError) and bool(_CONNECTION.search(str(error)))
@@ -202,7 +211,7 @@ class Several(Alone):
         return f"process {self.rank} of {self.count}, on {socket.gethostname()}"
 
 
-def lost(what_is_left=""):
+def lost(what_is_left: str = "") -> LostWorker:
     """The `LostWorker` of a run, which goes on to say what there is to go on from."""
     return LostWorker(
         "expected all processes of the run to go on, but one has ended or cannot be reached"
@@ -210,22 +219,22 @@ def lost(what_is_left=""):
     )
 
 
-def convert_batch_norms(network):
+def convert_batch_norms(network: nn.Module) -> nn.Module:
     """Let batch norms share their statistics over all processes, in place; the network."""
     return nn.SyncBatchNorm.convert_sync_batchnorm(network)
 
 
-def are_several():
+def are_several() -> bool:
     """Whether this process is one of several, by the environment that torchrun gives them."""
     return _number("WORLD_SIZE", 1) > 1 and "RANK" in os.environ
 
 
-def is_first_here():
+def is_first_here() -> bool:
     """Whether this is the one process of its machine that says what holds for all of them."""
     return not are_several() or _number("LOCAL_RANK", 0) == 0
 
 
-def refuse_several(command):
+def refuse_several(command: str) -> None:
     """BadInput where several processes were started for a command that is one process's."""
     if are_several():
         raise BadInput(
@@ -235,7 +244,7 @@ def refuse_several(command):
 
 
 @contextmanager
-def before_they_meet():
+def before_they_meet() -> Iterator[None]:
     """Within, one process a machine shows things and says what is wrong, for all of them.
 
     They were given the same command, and do not know of one another yet.
@@ -254,7 +263,7 @@ def before_they_meet():
         raise
 
 
-def let_speak():
+def let_speak() -> None:
     """Wait until another process has said why all of them end.
 
     When one ends, torchrun ends the others, be it before they have said a word.
@@ -263,7 +272,7 @@ def let_speak():
 
 
 @contextmanager
-def joined(device_name):
+def joined(device_name: str | torch.device) -> Iterator[tuple[Alone, str | torch.device]]:
     """Meet the other processes where torchrun started several, and part at the end.
 
     Within, the first alone shows and prints things.
@@ -295,11 +304,11 @@ def joined(device_name):
             yield workers, str(device)
         clean = True
     except LostWorker:
+        if not _is_first_to_tell(store):
+            raise Elsewhere("another process tells of it") from None
         # By now torchrun ends who is left: not before the word is said.
         if threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGTERM, signal.SIG_IGN)
-        if not _is_first_to_tell(store):
-            raise Elsewhere("another process tells of it") from None
         raise
     finally:
         # After an error NCCL would wait for those that have gone.
@@ -380,7 +389,7 @@ def _own_device(name):
     return as_device(f"cuda:{_number('LOCAL_RANK', 0)}")
 
 
-def command_again():
+def command_again() -> list[str]:
     """How processes like these are started, as words before a command's own."""
     if not are_several():
         return ["python", "-m", "genfast"]

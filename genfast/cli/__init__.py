@@ -47,8 +47,9 @@ def _run(arguments):
                 return args.run(args)
         finally:
             sys.stdout.flush()  # At Python's exit it would be too late to say why it failed.
-    except Elsewhere:
-        let_speak()
+    except Elsewhere as error:
+        if error.needs_time:
+            let_speak()
     except (BadInput, Diverged, LostWorker) as error:
         tell(f"error: {error}")
     except (MemoryError, OSError, RuntimeError) as error:

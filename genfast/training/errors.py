@@ -24,7 +24,12 @@ class LostWorker(RuntimeError):
 
 
 class Elsewhere(Exception):
-    """Another process of a run has failed and says why: this one ends without a word."""
+    """Another process of a run has failed and says why: this one ends without a word.
+
+    needs_time: whether it is to end after the other has said it.
+    """
+
+    needs_time = True
 
 
 def require(module, package, extra="train"):

@@ -71,7 +71,7 @@ class Alone:
 
     @contextmanager
     def first_alone(self) -> Iterator[bool]:
-        """A context that the others leave when the first does; its value: whether this is the first.
+        """A context that the others leave when the first does, as which it is known by its value.
 
         Raises:
             Elsewhere: in the others, where an error ended it in the first.
@@ -304,12 +304,16 @@ def joined(device_name: str | torch.device) -> Iterator[tuple[Alone, str | torch
             yield workers, str(device)
         clean = True
     except LostWorker:
-        if not _is_first_to_tell(store):
-            raise Elsewhere("another process tells of it") from None
         # By now torchrun ends who is left: not before the word is said.
-        if threading.current_thread() is threading.main_thread():
-            signal.signal(signal.SIGTERM, signal.SIG_IGN)
-        raise
+        in_main_thread = threading.current_thread() is threading.main_thread()
+        before = signal.signal(signal.SIGTERM, signal.SIG_IGN) if in_main_thread else None
+        if _is_first_to_tell(store):
+            raise
+        if in_main_thread:
+            signal.signal(signal.SIGTERM, before)
+        told = Elsewhere("another process tells of it")
+        told.needs_time = False
+        raise told from None
     finally:
         # After an error NCCL would wait for those that have gone.
         if clean or not on_gpu:

@@ -61,7 +61,7 @@ SETTINGS = {
         default="16 for digits, 32 with dcgan; 64 for photos and folders; that of the images for "
         "arrays",
     ),
-    "batch_size": Setting(whole(), "images a step"),
+    "batch_size": Setting(whole(), "images a step, in each process that torchrun started"),
     "epochs": Setting(whole(), "passes over the images", optional=True),
     "steps": Setting(whole(), "training steps in all, in place of --epochs", optional=True),
     "lr": Setting(ABOVE_0, "learning rate of Adam"),

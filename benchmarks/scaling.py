@@ -246,7 +246,7 @@ def main(arguments=None):
     parser.add_argument("--model", choices=MODELS, default="dcgan")
     parser.add_argument("--batch-size", type=int, help="a process's (default: the model's own)")
     parser.add_argument("--processes", type=int, nargs="+", default=[2], help="besides one")
-    parser.add_argument("--seconds", type=float, default=75.0, help="of timing (default: 75)")
+    parser.add_argument("--seconds", type=float, default=60.0, help="of timing (default: 60)")
     parser.add_argument("--out", help="the CSV (default: one in benchmarks/results)")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     args = parser.parse_args(arguments)

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from genfast.losses import GAN_LOSSES
-from genfast.models.dcgan import IMAGE_SIZES
+from genfast.models.sizes import SMALLEST, height_and_width, nearest, plain, why_not
 from genfast.training.data import (
     LabelledImages,
     checksum,
@@ -23,7 +23,7 @@ from genfast.training.errors import BadInput
 from genfast.training.runs.checkpoint import file_of, read_checkpoint
 from genfast.training.runs.held_out import num_training
 from genfast.training.runs.models import MODELS
-from genfast.training.runs.rules import shown
+from genfast.training.runs.rules import plain_size, shown
 from genfast.training.runs.settings import NOTED, RULES, SETTINGS, option
 
 # How long a run is to be: by one of the two.
@@ -44,13 +44,19 @@ class _Settled:
             lacks = value is None and (setting.optional or name not in known)
             if not lacks:
                 given[name] = value
-        check_settings(self.model, given)
+        size = check_settings(self.model, given)["image_size"]
+        object.__setattr__(self, "image_size", size)
         if not given.keys() & LENGTHS:
             raise BadInput("expected --epochs or --steps, got neither")
         if self.conditional:
             _check_setting("classes", self.classes)
         elif self.classes is not None:
             raise BadInput("expected classes of a conditional run alone, got some of another run")
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """(C, H, W) of the images."""
+        return self.channels, *height_and_width(self.image_size)
 
     def as_dict(self):
         """The settings as a dict of numbers, strings and None, and a tuple of `classes`."""
@@ -85,6 +91,8 @@ Config = make_dataclass(
 Config.__module__ = __name__
 Config.__doc__ = """The settings of a run: those of settings.py, each an attribute.
 
+`image_size` is an int for squares, else text such as "96x64"; `image_shape` is (C, H, W).
+
 A setting is None where the model has none of that name, and where it is optional and not asked for.
 Of `epochs` and `steps` one is None.
 One that began after the run is what it then was.
@@ -113,16 +121,16 @@ def check_settings(model, given):
                 f"expected settings that {model} has, got {option(name)}, which it lacks"
             )
         _check_setting(name, value)
+    if "image_size" in given:
+        given["image_size"] = plain_size(given["image_size"])
     if given.keys() >= LENGTHS:
         raise BadInput(
             f"expected --epochs or --steps, got both, {given['epochs']} and {given['steps']}"
         )
-    size = given.get("image_size", IMAGE_SIZES[0])
-    if MODELS[model].convolutional and size not in IMAGE_SIZES:
-        raise BadInput(
-            f"expected --image-size to be a power of two from {IMAGE_SIZES[0]} to "
-            f"{IMAGE_SIZES[-1]} for {model}, got {size}"
-        )
+    size = given.get("image_size", SMALLEST)
+    reason = why_not(*height_and_width(size)) if MODELS[model].convolutional else None
+    if reason:
+        raise BadInput(f"expected --image-size {reason} for {model}, got {size}")
     for name in ("penalty_weight", "penalty_every"):
         if given.get(name) is not None and given.get("penalty") is None:
             raise BadInput(f"expected {option(name)} with --penalty, got it alone")
@@ -179,9 +187,8 @@ def prepare(model, data, given, out=None):
     chosen = settings | given
     load = load_labelled if chosen.get("conditional") else load_images
     images = load(data, chosen.get("image_size"), background=chosen["background"], run_folder=out)
-    if kind.convolutional and images.shape[-1] not in IMAGE_SIZES:
-        wanted = (size for size in IMAGE_SIZES if size >= images.shape[-1])
-        images = resize(images, next(wanted, IMAGE_SIZES[-1]))
+    if kind.convolutional:
+        images = resize(images, nearest(*images.shape[2:]))
     left = num_training(len(images), given.get("validate"))
     settings["batch_size"] = min(settings["batch_size"], left)
     config = Config(
@@ -190,7 +197,7 @@ def prepare(model, data, given, out=None):
         num_images=len(images),
         checksum=checksum(images),
         classes=_classes_of(images),
-        **(settings | given | dict(channels=images.shape[1], image_size=images.shape[2])),
+        **(settings | given | dict(channels=images.shape[1], image_size=plain(*images.shape[2:]))),
     )
     return config, images
 
@@ -271,7 +278,7 @@ def check_run(config, images):
     """BadInput unless these are a `Config` and the images it was made for."""
     if not isinstance(config, Config):
         raise BadInput(f"expected a Config, as prepare gives it, got {shown(config)}")
-    shape = (config.num_images, config.channels, config.image_size, config.image_size)
+    shape = (config.num_images, *config.image_shape)
     came = shown(images)
     if config.conditional:
         if not isinstance(images, LabelledImages) or images.classes != config.classes:

@@ -117,7 +117,7 @@ def load_part(path, part=None, *, ema=True):
     part = part or has[0]
     if part not in has:
         raise BadInput(f"expected --part {' or '.join(has)} of {config.model}, got {part}")
-    shape = (config.channels, config.image_size, config.image_size)
+    shape = config.image_shape
     low, high = step.pixel_range
     notes = {"genfast": genfast.__version__, "model": config.model, "part": part}
     latent, images = torch.zeros(1, *step.latent_shape), torch.zeros(1, *shape)

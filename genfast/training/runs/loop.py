@@ -148,7 +148,7 @@ def train(
                 config.seed,
                 keep=done,
             )
-        size = f"{config.channels} x {config.image_size} x {config.image_size}"
+        size = " x ".join(map(str, config.image_shape))
         progress.say(
             f"{config.model} on {len(images)} images of {size} from {config.data}, on {device} in "
             f"{step.precision}, into {out}"

@@ -92,7 +92,7 @@ class Trained:
         self.config, self.path, self.steps = config, Path(path), steps
         self.classes = config.classes
         self.device, self.latent_shape = step.device, tuple(step.latent_shape)
-        self.image_shape = config.channels, config.image_size, config.image_size
+        self.image_shape = config.image_shape
         self.model = step.modules.get("model")
         average = getattr(step, "average", None)
         self.generator = average.module if average else step.modules.get("generator")

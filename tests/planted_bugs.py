@@ -1136,6 +1136,41 @@ BUGS = (
         ", (0, 1)) for",
         "test_evaluate.py::test_what_is_measured",
     ),
+    Bug(
+        "the base of oblong images has height for width",
+        "genfast/models/sizes.py",
+        "(height >> halvings, width >> halvings)",
+        "(width >> halvings, height >> halvings)",
+        "test_sizes.py::test_the_smaller_side_is_halved_to_4_to_7",
+    ),
+    Bug(
+        "pictures of a folder have the shape asked for on its side",
+        "genfast/training/data/decoding.py",
+        "image_ops.fit(opaque, size[::-1],",
+        "image_ops.fit(opaque, size,",
+        "test_sizes.py::test_oblong_images_of_files_and_arrays",
+    ),
+    Bug(
+        "arrays are cropped to the shape asked for on its side",
+        "genfast/training/data/sources.py",
+        "    (height, width), (h, w) = found, size",
+        "    (height, width), (w, h) = found, size",
+        "test_sizes.py::test_oblong_images_of_files_and_arrays",
+    ),
+    Bug(
+        "an average begins with random weights beside a generator that does not",
+        "genfast/training/runs/beginning.py",
+        'if average and "generator" in self.modules:',
+        'if average and "average" in self.modules:',
+        "test_example_weights.py::test_a_run_begins_with_both_networks",
+    ),
+    Bug(
+        "names of the example's weights keep the prefix of parallel training",
+        "genfast/training/runs/example_weights.py",
+        "str(name).removeprefix(_PREFIX)",
+        "str(name)",
+        "test_example_weights.py::test_a_generator_draws_what_the_example_draws",
+    ),
 )
 
 

@@ -56,9 +56,9 @@ SETTINGS = {
     ),
     "image_size": Setting(
         sizes(),
-        "height and width, one number for squares or both, as 96x64; networks of convolutions "
-        f"take {SMALLEST} to {LARGEST} for the smaller, in multiples by which both halve down to 4 "
-        "to 7 of it, the others any",
+        "height and width: 64 for squares, else as 96x64; networks of convolutions take "
+        f"{SMALLEST} to {LARGEST} for the smaller, where both can be halved until 4 to 7 of it are "
+        "left, the others any",
         metavar="PIXELS",
         default="16 for digits, 32 with dcgan; 64 for photos and folders; that of the images for "
         "arrays",

@@ -5,6 +5,7 @@ Images stay uint8, (N, C, H, W) with C of 1 or 3, until they are a batch: a quar
 
 import math
 import os
+import re
 import stat
 import warnings
 import zlib
@@ -108,6 +109,11 @@ def _load(source, image_size, background, run_folder, with_labels=False):
         return _photos(size or (DEFAULT_SIZES["photos"],) * 2), None
     path = Path(source)
     mode = _mode(path) if source != "" else None  # An empty name would be the current folder.
+    if mode is None and is_name_of_a_data_set(source):
+        raise BadInput(
+            f"expected --data, as the run was given a data set in Python, {source}, to which no "
+            "path leads: genfast.train goes on with it"
+        )
     if mode is None:
         raise BadInput(
             f"expected --data to be digits, photos, or the path of a folder, .npy, .npz or IDX "
@@ -129,6 +135,11 @@ def _load(source, image_size, background, run_folder, with_labels=False):
     images = read_array_file(path, LARGE)
     values = read_label_file(path, len(images)) if with_labels else None
     return resize(images, size), values
+
+
+def is_name_of_a_data_set(source):
+    """Whether this is what a run that was given a data set in Python notes as its data."""
+    return bool(re.fullmatch(r"<\w+>", str(source)))
 
 
 def _mode(path):

@@ -69,12 +69,14 @@ class Beginning(NamedTuple):
             average.module.load_state_dict(step.modules["generator"].state_dict())
 
 
-def read_beginning(paths: Iterable[str | os.PathLike[str]], model: str) -> Beginning:
+def read_beginning(
+    paths: str | os.PathLike[str] | Iterable[str | os.PathLike[str]], model: str
+) -> Beginning:
     """The weights for a new run of a model.
 
     Args:
-        paths: of files with different networks, each a checkpoint, the folder of a run, or weights
-            of PyTorch's public DCGAN example, which fit `dcgan`.
+        paths: of a file, or of several with different networks: each a checkpoint, the folder of a
+            run, or weights of PyTorch's public DCGAN example, which fit `dcgan`.
         model: one of `MODELS`.
 
     Raises:
@@ -84,7 +86,7 @@ def read_beginning(paths: Iterable[str | os.PathLike[str]], model: str) -> Begin
     settings: dict[str, tuple[Any, str]] = {}
     modules: dict[str, tuple[dict[str, Any], str]] = {}
     channels = None
-    for path in paths:
+    for path in [paths] if isinstance(paths, str | os.PathLike) else paths:
         file = opened(path)
         name = str(file.path)
         if file.config.model != model:

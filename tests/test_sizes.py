@@ -67,6 +67,13 @@ def test_networks_of_oblong_images_on_kernels(device):
     assert_same_losses(*found)
 
 
+def test_a_label_is_a_channel_of_oblong_images():
+    model = models.ConvVAE(1, (24, 16), 3, 2, classes=3)
+    with use_backend("reference"):
+        reconstructed, mu, _ = model(torch.rand(2, 1, 24, 16), torch.tensor([0, 2]))
+    assert reconstructed.shape == (2, 1, 24, 16) and mu.shape == (2, 3)
+
+
 def _picture(height, width, bright):
     """Dark but for `bright` columns, which are red above and white below their middle."""
     pixels = np.zeros((height, width, 3), np.uint8)

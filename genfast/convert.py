@@ -2,8 +2,10 @@
 
 import functools
 from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from typing import Any, SupportsIndex
 
 import torch
 from torch import nn
@@ -11,7 +13,7 @@ from torch import nn
 from genfast import calls, functional, networks, opening
 from genfast.backend import selected_backend
 from genfast.launch import start
-from genfast.nn import FusedBlock, FusedSequential, begins_run
+from genfast.nn import FusedBlock, FusedSequential, Run, begins_run
 
 
 @dataclass(frozen=True)
@@ -36,11 +38,11 @@ class ReportEntry:
     multiply_adds: float = 0.0
     is_norm: bool = False
 
-    def __str__(self):
+    def __str__(self) -> str:
         return f"{self.name}: {self.layers}: {self.how}"
 
     @property
-    def how(self):
+    def how(self) -> str:
         """How the layers run, in words."""
         if not self.fused:
             return f"PyTorch: {self.reason}"
@@ -48,7 +50,7 @@ class ReportEntry:
         return f"{fused}; {self.reason}" if self.reason else fused
 
 
-class Report(list):
+class Report(list[ReportEntry]):
     """The `ReportEntry` of each convolution, in the model's order; prints as a table.
 
     norms: a list with the entry of each norm that runs with no convolution.
@@ -58,7 +60,13 @@ class Report(list):
     notes: a list of sentences on what costs time where they run, and what to do about it.
     """
 
-    def __init__(self, entries, device_reason, notes=(), norms_total=0):
+    def __init__(
+        self,
+        entries: Iterable[ReportEntry],
+        device_reason: str,
+        notes: Iterable[str] = (),
+        norms_total: int = 0,
+    ) -> None:
         self._rows = list(entries)
         super().__init__(entry for entry in self._rows if not entry.is_norm)
         self.norms = [entry for entry in self._rows if entry.is_norm]
@@ -68,7 +76,7 @@ class Report(list):
         self.notes = list(notes)
 
     @property
-    def fused_share(self):
+    def fused_share(self) -> float:
         """The part of the convolutions' multiply-adds that runs fused, from 0 to 1.
 
         Counted are those that one output pixel of each convolution takes: how many pixels there
@@ -77,7 +85,7 @@ class Report(list):
         total = sum(entry.multiply_adds for entry in self)
         return sum(e.multiply_adds for e in self if e.fused) / total if total else 0.0
 
-    def __str__(self):
+    def __str__(self) -> str:
         title = "genfast: the model has no 2-d convolution"
         if self:
             title = f"genfast: {sum(e.fused for e in self)} of {len(self)} convolutions fuse"
@@ -96,7 +104,7 @@ class Report(list):
             )
         return "\n".join([title, *lines, *self.notes, self._shares()])
 
-    def _shares(self):
+    def _shares(self) -> str:
         found = []
         if self:
             found.append(
@@ -109,7 +117,7 @@ class Report(list):
         return " and ".join(found)
 
 
-def accelerate(model, *, channels_last=False):
+def accelerate(model: nn.Module, *, channels_last: bool = False) -> Report:
     """Make the convolutions and norms of a model, the root included, run fused. Works in place.
 
     Parameters, state_dict keys, hooks, optimizers and results stay what they were: the class of
@@ -158,7 +166,7 @@ def accelerate(model, *, channels_last=False):
     return Report(entries, reason, [] if reason else _notes(weights), norms_total)
 
 
-def restore(model):
+def restore(model: nn.Module) -> None:
     """Undo `accelerate`: every module gets its own class back. Works in place."""
     _check_module(model)
     for module in list(model.modules()):
@@ -170,18 +178,18 @@ def restore(model):
             module.__class__ = networks.original_of(type(module))
 
 
-def _check_module(model):
+def _check_module(model: object) -> None:
     if not isinstance(model, nn.Module):
         raise TypeError(f"expected a torch.nn.Module, got {type(model).__name__}")
 
 
-def _can_swap(module):
+def _can_swap(module: object) -> bool:
     if not isinstance(module, nn.Sequential) or isinstance(module, FusedSequential):
         return False
     return type(module).forward is nn.Sequential.forward and "forward" not in vars(module)
 
 
-def _calls_what_fuses(module, is_called):
+def _calls_what_fuses(module: nn.Module, is_called: bool) -> bool:
     """Whether a module, not rewritten yet, is seen to call such layers in a method of its own.
 
     is_called: by another one, which what it calls may run together with.
@@ -200,13 +208,13 @@ def _calls_what_fuses(module, is_called):
     return False
 
 
-def _is_summed(link, following):
+def _is_summed(link: object, following: object) -> bool:
     """Whether these are a container that fuses and what adds to its output."""
     fuses = isinstance(link, FusedSequential) or _can_swap(link)
     return fuses and isinstance(following, calls.Sum)
 
 
-def _calls(module):
+def _calls(module: nn.Module) -> Iterator[list[Any]]:
     """Lists of what a module calls one after another in methods of its own, as far as seen."""
     if not isinstance(module, torch.jit.ScriptModule):
         cls = networks.original_of(type(module)) or type(module)
@@ -215,7 +223,7 @@ def _calls(module):
 
 
 @functools.cache
-def _fused_class(cls):
+def _fused_class(cls: type[nn.Sequential]) -> type[FusedSequential]:
     """FusedSequential; for a subclass of nn.Sequential, the subclass with its forward and name."""
     if cls is nn.Sequential:
         return FusedSequential
@@ -224,18 +232,18 @@ def _fused_class(cls):
     return type(cls.__name__, (FusedSequential, cls), members)
 
 
-def _reduce(module, protocol):
+def _reduce(module: nn.Module, protocol: SupportsIndex) -> tuple[Any, ...]:
     cls = type(module)
     _, (_, *arguments), *state = super(cls, module).__reduce_ex__(protocol)
     return _new, (cls.__bases__[1], *arguments), *state
 
 
-def _new(original, *arguments):
+def _new(original: type[nn.Sequential], *arguments: Any) -> FusedSequential:
     cls = _fused_class(original)
     return cls.__new__(cls, *arguments)
 
 
-def _paths(model):
+def _paths(model: nn.Module) -> dict[int, list[str]]:
     """Every dotted path at which a module of the model appears, by the module's id."""
     paths = defaultdict(list)
     for path, module in model.named_modules(remove_duplicate=False):
@@ -243,11 +251,11 @@ def _paths(model):
     return paths
 
 
-def _other(paths):
+def _other(paths: Sequence[str]) -> str:
     return " and ".join(repr(path) for path in paths[1:])
 
 
-def _entries(model):
+def _entries(model: nn.Module) -> tuple[list[ReportEntry], int]:
     """The `ReportEntry`s in the model's order, and how many norms there are."""
     paths = {id(module): path for path, module in model.named_modules()}
     planned, callers = _seen_calls(model, paths)
@@ -287,7 +295,9 @@ def _entries(model):
 _NORMS = (nn.modules.batchnorm._NormBase, nn.GroupNorm, nn.LayerNorm)
 
 
-def _held_by_containers(model, names):
+def _held_by_containers(
+    model: nn.Module, names: Mapping[int, str]
+) -> dict[int, list[tuple[str, Run]]]:
     """Of each convolution and norm in `FusedSequential`s, what `_seen_calls` gives first."""
     held = defaultdict(list)
     for path, module in model.named_modules():
@@ -302,7 +312,9 @@ def _held_by_containers(model, names):
     return held
 
 
-def _seen_calls(model, names):
+def _seen_calls(
+    model: nn.Module, names: Mapping[int, str]
+) -> tuple[dict[int, list[tuple[str, Run]]], dict[int, str]]:
     """Of each convolution the pairs of a rewritten module's path and a `Run`; who calls what.
 
     Both by the id of the module that is called; the second gives the path of the caller.
@@ -319,7 +331,7 @@ def _seen_calls(model, names):
     return planned, callers
 
 
-def _why_not_seen(model, path, name):
+def _why_not_seen(model: nn.Module, path: str, name: str) -> str:
     """Why a convolution that no `nn.Sequential` holds does not fuse."""
     while path:
         path = path.rpartition(".")[0]
@@ -335,14 +347,14 @@ def _why_not_seen(model, path, name):
     return "it is not a child of an nn.Sequential that runs its children in order"
 
 
-def _multiply_adds(conv):
+def _multiply_adds(conv: nn.Conv2d | nn.ConvTranspose2d) -> float:
     """What an output pixel takes, on average: a transposed convolution's meet some taps each."""
     kh, kw = conv.kernel_size
     taps = kh * kw * conv.in_channels * conv.out_channels / conv.groups
     return taps / (conv.stride[0] * conv.stride[1]) if conv.transposed else taps
 
 
-def _called_by_others(model, path, callers):
+def _called_by_others(model: nn.Module, path: str, callers: Mapping[int, str]) -> str:
     """The outermost of the modules down to `path` that nobody is seen to call; empty if none."""
     while path:
         caller = callers.get(id(model.get_submodule(path)))
@@ -356,14 +368,14 @@ def _called_by_others(model, path, callers):
     return ""
 
 
-def _why_nothing_runs(model):
+def _why_nothing_runs(model: nn.Module) -> str:
     if selected_backend() == "reference":
         return "the backend 'reference' is selected"
     parameter = next(model.parameters(), None)
     return "" if parameter is None else functional.why_not_triton(parameter) or ""
 
 
-def _notes(weights):
+def _notes(weights: Mapping[str, torch.Tensor]) -> Iterator[str]:
     """What `Report` notes about the weights of the convolutions that fuse, by their names."""
     # Sizes of 1 aside, this is the memory that the kernels read and write.
     copied = [
@@ -385,7 +397,7 @@ def _notes(weights):
         )
 
 
-def _is_left_to_pytorch(weight):
+def _is_left_to_pytorch(weight: torch.Tensor) -> bool:
     """Whether products with it, where channels are aligned, find no unit that multiplies so."""
     if weight.dtype != torch.float32 or start.precision(weight) != "ieee":
         return False

@@ -19,7 +19,7 @@ from genfast.nn import FusedSequential
 IMAGE_SIZES = (16, 32, 64, 128, 256)
 
 
-def check_image_size(image_size):
+def check_image_size(image_size: int) -> None:
     """Raise ValueError unless repeated halving leads from `image_size` to 4."""
     if image_size not in IMAGE_SIZES:
         raise ValueError(
@@ -28,7 +28,7 @@ def check_image_size(image_size):
         )
 
 
-def weights_init(module):
+def weights_init(module: nn.Module) -> None:
     """Initialise one layer as DCGANs are: `model.apply(weights_init)`.
 
     Weights of convolutions are drawn from N(0, 0.02), those of batch norms from N(1, 0.02) with
@@ -55,7 +55,14 @@ class DCGANGenerator(nn.Module):
         (N, nz, 1, 1), and int64 labels (N,), to (N, nc, image_size, image_size), in [-1, 1].
     """
 
-    def __init__(self, nz=100, ngf=64, nc=3, image_size=64, classes=None):
+    def __init__(
+        self,
+        nz: int = 100,
+        ngf: int = 64,
+        nc: int = 3,
+        image_size: int = 64,
+        classes: int | None = None,
+    ) -> None:
         super().__init__()
         check_image_size(image_size)
         check_classes(classes)
@@ -86,7 +93,7 @@ class DCGANGenerator(nn.Module):
             # deviation within a class fell to 0.02, this way it stays at 0.19, of 0.29 in the data.
             nn.init.normal_(self.embedding.weight, 0.0, nz**-0.5)
 
-    def forward(self, z, labels=None):
+    def forward(self, z: torch.Tensor, labels: torch.Tensor | None = None) -> torch.Tensor:
         """Draw the images that these noise vectors, and labels, stand for."""
         if self.classes:
             z = torch.cat([z, self.embedding(labels)[:, :, None, None]], 1)
@@ -107,7 +114,9 @@ class DCGANDiscriminator(nn.Module):
         looks real, and of its class.
     """
 
-    def __init__(self, nc=3, ndf=64, image_size=64, classes=None):
+    def __init__(
+        self, nc: int = 3, ndf: int = 64, image_size: int = 64, classes: int | None = None
+    ) -> None:
         super().__init__()
         check_image_size(image_size)
         check_classes(classes)
@@ -129,7 +138,7 @@ class DCGANDiscriminator(nn.Module):
             self.embedding = nn.Embedding(classes, width)
             nn.init.normal_(self.embedding.weight, 0.0, 0.02)  # As the weights of the last layer.
 
-    def forward(self, images, labels=None):
+    def forward(self, images: torch.Tensor, labels: torch.Tensor | None = None) -> torch.Tensor:
         """Judge the images, and whether they are of these classes."""
         if not self.classes:
             return self.main(images).flatten()

@@ -17,7 +17,7 @@ from genfast.models.dcgan import check_image_size
 from genfast.nn import DiscriminatorBlock, FusedSequential, GeneratorBlock
 
 
-def _sigmoid(logits):
+def _sigmoid(logits: torch.Tensor) -> torch.Tensor:
     return torch.sigmoid(logits.to(torch.promote_types(logits.dtype, torch.float32)))
 
 
@@ -33,7 +33,13 @@ class VAE(nn.Module):
             an embedding to each.
     """
 
-    def __init__(self, image_dim=784, hidden_dim=400, latent_dim=20, classes=None):
+    def __init__(
+        self,
+        image_dim: int = 784,
+        hidden_dim: int = 400,
+        latent_dim: int = 20,
+        classes: int | None = None,
+    ) -> None:
         super().__init__()
         check_classes(classes)
         self.latent_dim = latent_dim
@@ -47,7 +53,9 @@ class VAE(nn.Module):
             self.label_of_encoder = nn.Embedding(classes, hidden_dim)
             self.label_of_decoder = nn.Embedding(classes, hidden_dim)
 
-    def encode(self, images, labels=None):
+    def encode(
+        self, images: torch.Tensor, labels: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """(N, ...) in [0, 1] to the mean and log-variance of the latent, (N, latent_dim) each.
 
         labels: int64 (N,), for a conditional model.
@@ -61,22 +69,24 @@ class VAE(nn.Module):
         weight, bias = (torch.cat([getattr(h, name) for h in heads]) for name in ("weight", "bias"))
         return F.linear(hidden, weight, bias).chunk(2, dim=1)
 
-    def reparameterize(self, mu, logvar):
+    def reparameterize(self, mu: torch.Tensor, logvar: torch.Tensor) -> torch.Tensor:
         """Sample the latent: see `genfast.functional.reparameterize`."""
         return reparameterize(mu, logvar)
 
-    def decode_logits(self, z, labels=None):
+    def decode_logits(self, z: torch.Tensor, labels: torch.Tensor | None = None) -> torch.Tensor:
         """(N, latent_dim) to flat images before the sigmoid, (N, image_dim)."""
         hidden = self.fc3(z)
         if self.classes:
             hidden = hidden + self.label_of_decoder(labels)
         return self.fc4(F.relu(hidden))
 
-    def decode(self, z, labels=None):
+    def decode(self, z: torch.Tensor, labels: torch.Tensor | None = None) -> torch.Tensor:
         """(N, latent_dim) to flat images, (N, image_dim) in [0, 1]."""
         return _sigmoid(self.decode_logits(z, labels))
 
-    def forward(self, images, labels=None):
+    def forward(
+        self, images: torch.Tensor, labels: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Images, and labels, to (their reconstructions, mu, logvar)."""
         mu, logvar = self.encode(images, labels)
         return self.decode(self.reparameterize(mu, logvar), labels), mu, logvar
@@ -95,7 +105,14 @@ class ConvVAE(nn.Module):
             beside the latent.
     """
 
-    def __init__(self, nc=1, image_size=32, latent_dim=32, width=32, classes=None):
+    def __init__(
+        self,
+        nc: int = 1,
+        image_size: int = 32,
+        latent_dim: int = 32,
+        width: int = 32,
+        classes: int | None = None,
+    ) -> None:
         super().__init__()
         check_image_size(image_size)
         check_classes(classes)
@@ -122,7 +139,9 @@ class ConvVAE(nn.Module):
             self.label_of_encoder = nn.Embedding(classes, image_size**2)
             self.label_of_decoder = nn.Embedding(classes, latent_dim)
 
-    def encode(self, images, labels=None):
+    def encode(
+        self, images: torch.Tensor, labels: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """(N, nc, H, W) in [0, 1] to the mean and log-variance, (N, latent_dim) each.
 
         labels: int64 (N,), for a conditional model.
@@ -132,21 +151,23 @@ class ConvVAE(nn.Module):
             images = torch.cat([images, channel.to(images.dtype)], 1)
         return self.encoder(images).flatten(1).chunk(2, dim=1)
 
-    def reparameterize(self, mu, logvar):
+    def reparameterize(self, mu: torch.Tensor, logvar: torch.Tensor) -> torch.Tensor:
         """Sample the latent: see `genfast.functional.reparameterize`."""
         return reparameterize(mu, logvar)
 
-    def decode_logits(self, z, labels=None):
+    def decode_logits(self, z: torch.Tensor, labels: torch.Tensor | None = None) -> torch.Tensor:
         """(N, latent_dim) to images before the sigmoid, (N, nc, H, W)."""
         if self.classes:
             z = torch.cat([z, self.label_of_decoder(labels)], 1)
         return self.decoder(z[:, :, None, None])
 
-    def decode(self, z, labels=None):
+    def decode(self, z: torch.Tensor, labels: torch.Tensor | None = None) -> torch.Tensor:
         """(N, latent_dim) to images, (N, nc, H, W) in [0, 1]."""
         return _sigmoid(self.decode_logits(z, labels))
 
-    def forward(self, images, labels=None):
+    def forward(
+        self, images: torch.Tensor, labels: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Images, and labels, to (their reconstructions, mu, logvar)."""
         mu, logvar = self.encode(images, labels)
         return self.decode(self.reparameterize(mu, logvar), labels), mu, logvar

@@ -9,7 +9,7 @@ from genfast.models.dcgan import DCGANGenerator, check_image_size, weights_init
 from genfast.nn import DiscriminatorBlock, FusedSequential
 
 
-def _halving(nc, width, image_size):
+def _halving(nc: int, width: int, image_size: int) -> tuple[list[DiscriminatorBlock], int]:
     """Blocks from an image to 4x4 maps, each with twice the channels; and the last one's."""
     check_image_size(image_size)
     blocks, widest = [DiscriminatorBlock(nc, width, inplace=True)], width * image_size // 8
@@ -19,7 +19,7 @@ def _halving(nc, width, image_size):
     return blocks, widest
 
 
-def _from_maps(in_channels, out_channels):
+def _from_maps(in_channels: int, out_channels: int) -> DiscriminatorBlock:
     """4x4 maps to as many numbers an image."""
     return DiscriminatorBlock(
         in_channels, out_channels, 4, 1, 0, bias=True, norm=False, activation="identity"
@@ -39,13 +39,13 @@ class VAEGANEncoder(nn.Module):
         (N, nc, image_size, image_size) to two of (N, nz).
     """
 
-    def __init__(self, nc=3, image_size=64, nz=100, width=64):
+    def __init__(self, nc: int = 3, image_size: int = 64, nz: int = 100, width: int = 64) -> None:
         super().__init__()
         blocks, widest = _halving(nc, width, image_size)
         self.main = FusedSequential(*blocks, _from_maps(widest, 2 * nz))
         self.apply(weights_init)
 
-    def forward(self, images):
+    def forward(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Encode the images."""
         return self.main(images).flatten(1).chunk(2, dim=1)
 
@@ -61,14 +61,14 @@ class VAEGANDiscriminator(nn.Module):
         (N, nc, image_size, image_size) to (N,); features are (N, ndf * image_size / 8, 4, 4).
     """
 
-    def __init__(self, nc=3, image_size=64, ndf=64):
+    def __init__(self, nc: int = 3, image_size: int = 64, ndf: int = 64) -> None:
         super().__init__()
         blocks, widest = _halving(nc, ndf, image_size)
         self.features = FusedSequential(*blocks)
         self.judge = FusedSequential(_from_maps(widest, 1), nn.Flatten(0))
         self.apply(weights_init)
 
-    def forward(self, images):
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
         """Judge the images."""
         return self.judge(self.features(images))
 
@@ -84,7 +84,9 @@ class VAEGAN(nn.Module):
         ndf: likewise in the discriminator.
     """
 
-    def __init__(self, nc=3, image_size=64, nz=100, ngf=64, ndf=64):
+    def __init__(
+        self, nc: int = 3, image_size: int = 64, nz: int = 100, ngf: int = 64, ndf: int = 64
+    ) -> None:
         super().__init__()
         self.encoder = VAEGANEncoder(nc, image_size, nz, ngf)
         self.decoder = DCGANGenerator(nz, ngf, nc, image_size)

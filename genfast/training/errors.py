@@ -1,6 +1,7 @@
 """What a person at the command line is told in one sentence, instead of a traceback."""
 
 import importlib
+from typing import Any
 
 # The extras of setup.py, by the names that pip knows, and what they are for.
 EXTRAS = {
@@ -19,7 +20,7 @@ class Diverged(RuntimeError):
     """The losses are no longer finite."""
 
 
-def require(module, package, extra="train"):
+def require(module: str, package: str, extra: str = "train") -> Any:
     """Import a module of an optional package; BadInput says how to install it if it is absent.
 
     Args:

@@ -3,8 +3,10 @@
 import re
 import threading
 from contextlib import contextmanager
+from pathlib import Path
 
 import numpy as np
+import torch
 
 from genfast.training.data.arrays import to_nchw
 from genfast.training.errors import BadInput, require
@@ -14,22 +16,25 @@ COLOURS = "white, black or a colour such as #ff8800"
 # Pixels that all threads together decode at a time: at 8 to 12 bytes each, 1.5 GiB at most.
 PIXELS = 2**27
 ROWS = 256
+Colour = tuple[int, int, int]
+# (3, H, W) uint8, whether it is grey, and what is wrong with a picture that has no pixels.
+Decoded = tuple[torch.Tensor, bool, None] | tuple[None, None, str]
 DRAWN_BY = ("Software", "genfast")  # A text in each PNG that genfast draws, by which to know it.
 
 
-def colour(background):
+def colour(background: str) -> Colour:
     """(red, green, blue), 0 to 255, of "white", "black" or "#rrggbb"; BadInput for another text."""
     if not (isinstance(background, str) and is_colour(background)):
         raise BadInput(f"expected --background to be {COLOURS}, got {background!r}")
     return tuple(bytes.fromhex(BACKGROUNDS.get(background, background)[1:]))
 
 
-def is_colour(text):
+def is_colour(text: str) -> bool:
     """Whether `colour` takes a text."""
     return bool(re.fullmatch("#[0-9a-fA-F]{6}", BACKGROUNDS.get(text, text)))
 
 
-def decode(path, image_size, background):
+def decode(path: Path, image_size: int, background: Colour | None) -> Decoded:
     """Decode one picture: cropped to the square around its centre, resized, on a background.
 
     Args:

@@ -7,10 +7,12 @@ import os
 import stat
 import warnings
 import zlib
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -18,7 +20,7 @@ import torch.nn.functional as F
 
 from genfast.training import progress
 from genfast.training.data.arrays import read_array_file, to_nchw
-from genfast.training.data.decoding import colour, decode
+from genfast.training.data.decoding import Colour, Decoded, colour, decode
 from genfast.training.data.folders import IMAGE_SUFFIXES, find_images, special_kind
 from genfast.training.data.labels import (
     LabelledImages,
@@ -29,6 +31,8 @@ from genfast.training.data.labels import (
 )
 from genfast.training.errors import BadInput, require
 from genfast.training.memory import require_memory
+
+Images = TypeVar("Images", torch.Tensor, LabelledImages)
 
 IDX_NAMES = ("train-images-idx3-ubyte", "train-images.idx3-ubyte")
 DEFAULT_SIZES = {"digits": 32, "photos": 64}
@@ -42,7 +46,13 @@ SAMPLED = 1024  # How many images the checksum of a large set is made of.
 NAMED = 20  # How many of the files that were left out a warning names.
 
 
-def load_images(source, image_size=None, *, background="white", run_folder=None):
+def load_images(
+    source: str | Path,
+    image_size: int | None = None,
+    *,
+    background: str | None = "white",
+    run_folder: str | Path | None = None,
+) -> torch.Tensor:
     """Load images, cropped to squares around their centres and resized.
 
     In a folder, links to folders are followed, each real folder is entered once, and pictures that
@@ -77,7 +87,13 @@ def load_images(source, image_size=None, *, background="white", run_folder=None)
     return _load(source, image_size, background, run_folder)[0]
 
 
-def load_labelled(source, image_size=None, *, background="white", run_folder=None):
+def load_labelled(
+    source: str | Path,
+    image_size: int | None = None,
+    *,
+    background: str | None = "white",
+    run_folder: str | Path | None = None,
+) -> LabelledImages:
     """As `load_images`, with the class of each image: `LabelledImages`.
 
     The digits have labels, and so have folders with a folder of images for each class, right below
@@ -92,7 +108,13 @@ def load_labelled(source, image_size=None, *, background="white", run_folder=Non
     return labelled(images, values, source)
 
 
-def _load(source, image_size, background, run_folder, with_labels=False):
+def _load(
+    source: str | Path,
+    image_size: int | None,
+    background: str | None,
+    run_folder: str | Path | None,
+    with_labels: bool = False,
+) -> tuple[torch.Tensor, Any]:
     """The images, and the label of each, a number or a name; None where none are asked for."""
     behind = None if background is None else colour(background)
     if source == "digits":
@@ -127,7 +149,7 @@ def _load(source, image_size, background, run_folder, with_labels=False):
     return resize(images, image_size), values
 
 
-def _mode(path):
+def _mode(path: Path) -> int | None:
     """The `st_mode` of a path; None if there is nothing."""
     try:
         return path.stat().st_mode
@@ -137,7 +159,7 @@ def _mode(path):
         raise BadInput(f"expected --data to be a path that can be read, but {error}") from None
 
 
-def resize(images, image_size):
+def resize(images: Images, image_size: int | None) -> Images:
     """Crop uint8 images (N, C, H, W) to squares around their centres, then resize the squares.
 
     `image_size` is in pixels; None keeps the size of the square. `LabelledImages` keep labels.
@@ -163,14 +185,14 @@ def resize(images, image_size):
     return resized
 
 
-def _digits():
+def _digits() -> tuple[torch.Tensor, np.ndarray]:
     datasets = require("sklearn.datasets", "scikit-learn")
     digits = datasets.load_digits()
     grey = digits.images  # (1797, 8, 8), 0 to 16
     return torch.from_numpy(np.round(grey * (255 / 16)).astype(np.uint8))[:, None], digits.target
 
 
-def _photos(image_size):
+def _photos(image_size: int) -> torch.Tensor:
     """Square crops of a quarter to half of a photograph's height, anywhere in it, half mirrored.
 
     The crops are the same in every run: they are the data set, not a part of the training.
@@ -190,7 +212,13 @@ def _photos(image_size):
     return crops
 
 
-def _read_folder(folder, image_size, background, run_folder, with_labels):
+def _read_folder(
+    folder: Path,
+    image_size: int,
+    background: Colour | None,
+    run_folder: str | Path | None,
+    with_labels: bool,
+) -> tuple[torch.Tensor, list[str | None]]:
     require("PIL.Image", "pillow")
     require("tqdm", "tqdm")
     paths, passed_over = find_images(folder, run_folder)
@@ -229,12 +257,14 @@ def _read_folder(folder, image_size, background, run_folder, with_labels):
     return images[:, :1].contiguous() if grey else images, values
 
 
-def _named(things):
+def _named(things: Sequence[str]) -> str:
     more = f"; and {len(things) - NAMED} more" if len(things) > NAMED else ""
     return "; ".join(things[:NAMED]) + more
 
 
-def _decode_all(paths, image_size, background):
+def _decode_all(
+    paths: Sequence[Path], image_size: int, background: Colour | None
+) -> Iterator[tuple[Path, Decoded]]:
     """Yield (path, what `decode` gives) in order; by threads, as decoders release the GIL."""
     # Closing the results cancels what is left, so that an interrupt need not wait for all of it.
     with (
@@ -244,12 +274,12 @@ def _decode_all(paths, image_size, background):
         yield from progress.bar(zip(paths, decoded, strict=True), "images", len(paths), leave=False)
 
 
-def _idx_file_in(folder):
+def _idx_file_in(folder: Path) -> Path | None:
     candidates = (folder / f"{name}{suffix}" for name in IDX_NAMES for suffix in ("", ".gz"))
     return next((path for path in candidates if path.is_file()), None)
 
 
-def checksum(images):
+def checksum(images: torch.Tensor | LabelledImages) -> int:
     """A number made of the images, by which a resumed run knows that its data are the same.
 
     Of a set of a GiB or more it takes the shape and 1,024 images, evenly spread. Other images, or

@@ -262,7 +262,7 @@ def _entries(model: nn.Module) -> tuple[list[ReportEntry], int]:
     held = _held_by_containers(model, paths)
     found, with_others = {}, set()
 
-    def note(path, module, **about):
+    def note(path: str, module: nn.Module, **about: Any) -> None:
         parent_path, _, name = path.rpartition(".")
         parent = model.get_submodule(parent_path) if path else None
         seen, container = planned.get(id(module)), ""

@@ -973,7 +973,7 @@ def _autocast(x: torch.Tensor, blocks: Sequence[Block]) -> tuple[torch.Tensor, S
     if dtype is None:
         return x, blocks
 
-    def cast(t):
+    def cast(t: Any) -> Any:
         if t is None or not t.is_floating_point() or t.dtype == torch.float64:
             return t
         return t.to(dtype)

@@ -553,7 +553,7 @@ class FusedSequential(nn.Sequential):
         if plain and isinstance(x, torch.Tensor) and x.is_cpu:
             x, first = self._on_cpu(x, first)
 
-        def way_of(x):
+        def way_of(x: torch.Tensor) -> str:
             kind = x.device, x.dtype  # What runs these is looked up once.
             return known.get(kind) or known.setdefault(kind, functional.implementation(x))
 

@@ -3,6 +3,7 @@
 The layers are those of DCGANs, for images in [-1, 1].
 """
 
+import torch
 from torch import nn
 
 from genfast.models.dcgan import DCGANGenerator, check_image_size, weights_init

@@ -94,7 +94,7 @@ class Batches:
         # Batches that are gathered ahead ask for indices ahead.
         ahead: deque[torch.Tensor] = deque()
 
-        def noted():
+        def noted() -> Iterator[torch.Tensor]:
             for chosen in indices:
                 ahead.append(chosen)
                 yield chosen

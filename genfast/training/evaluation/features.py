@@ -125,7 +125,7 @@ def _inception(image_shape: Sequence[int], device: torch.device) -> Extractor:
         ) from error
 
     @torch.no_grad()
-    def run(images):
+    def run(images: torch.Tensor) -> torch.Tensor:
         return network(_rgb(images).to(device))[0]
 
     return run
@@ -145,7 +145,7 @@ def _torchscript(path: Path, device: torch.device) -> Extractor:
         ) from error
 
     @torch.no_grad()
-    def run(images):
+    def run(images: torch.Tensor) -> torch.Tensor:
         return _first(network(_floats(images).to(device)))
 
     return run
@@ -172,7 +172,7 @@ def _onnx(path: Path, device: torch.device) -> Extractor:
             f"{inputs[0].shape[0]}: export it with a dynamic first axis"
         )
 
-    def run(images):
+    def run(images: torch.Tensor) -> torch.Tensor:
         found = session.run(None, {inputs[0].name: _floats(images).cpu().numpy()})
         return torch.from_numpy(found[0])
 

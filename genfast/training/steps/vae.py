@@ -360,7 +360,7 @@ class VAEStep(Step[VAEResult]):
     def _terms_given_noise(
         self, images: torch.Tensor, noise: torch.Tensor, beta: float | torch.Tensor
     ) -> tuple[torch.Tensor, ...]:
-        def sample(mu, logvar):
+        def sample(mu: torch.Tensor, logvar: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
             if self._samples is not None:
                 return reference.importance_samples(mu, logvar, noise.to(mu.dtype))
             kl = reference.kl_divergence(mu, logvar)

@@ -93,7 +93,10 @@ class Report(list[ReportEntry]):
             return title
         if self.device_reason:
             title += f"; for now all run through PyTorch: {self.device_reason}"
-        rows = [("layer", "runs with", "how"), *((e.name, e.layers, e.how) for e in self._rows)]
+        rows: list[tuple[str, ...]] = [
+            ("layer", "runs with", "how"),
+            *((e.name, e.layers, e.how) for e in self._rows),
+        ]
         widths = [max(len(row[i]) for row in rows) for i in range(3)]
         rows.insert(1, tuple("-" * min(width, 40) for width in widths))
         lines = [f"  {n:<{widths[0]}}  {layers:<{widths[1]}}  {how}" for n, layers, how in rows]
@@ -144,14 +147,16 @@ def accelerate(model: nn.Module, *, channels_last: bool = False) -> Report:
         model._apply(lambda t: t.to(memory_format=torch.channels_last) if t.dim() == 4 else t)
     paths = _paths(model)
     # From the inside: what a module calls may open then.
-    for module in reversed(list(model.modules())):
+    modules: list[Any] = list(model.modules())
+    for module in reversed(modules):
+        kind: type = type(module)
         if _can_swap(module):
-            module._genfast_original = type(module)
-            module.__class__ = _fused_class(type(module))
+            module._genfast_original = kind
+            module.__class__ = _fused_class(kind)
         elif _calls_what_fuses(module, is_called=module is not model):
             # Not for a class whose instances are laid out otherwise, in C or by __slots__.
             with suppress(TypeError):
-                module.__class__ = networks.network_of(type(module)).rewritten
+                module.__class__ = networks.network_of(kind).rewritten
         if isinstance(module, FusedSequential):
             module.unfusable = {
                 name: f"it also appears as {_other(paths[id(child)])}"
@@ -161,7 +166,7 @@ def accelerate(model: nn.Module, *, channels_last: bool = False) -> Report:
     entries, norms_total = _entries(model)
     reason = _why_nothing_runs(model)
     fused = [e.name for e in entries if e.fused and not e.is_norm]
-    weights = {name: model.get_submodule(name)._parameters for name in fused}
+    weights: dict[str, Any] = {name: model.get_submodule(name)._parameters for name in fused}
     weights = {name: p["weight"] for name, p in weights.items() if p.get("weight") is not None}
     return Report(entries, reason, [] if reason else _notes(weights), norms_total)
 
@@ -169,7 +174,8 @@ def accelerate(model: nn.Module, *, channels_last: bool = False) -> Report:
 def restore(model: nn.Module) -> None:
     """Undo `accelerate`: every module gets its own class back. Works in place."""
     _check_module(model)
-    for module in list(model.modules()):
+    modules: list[Any] = list(model.modules())
+    for module in modules:
         if isinstance(module, FusedSequential):
             vars(module).pop("unfusable", None)
         if "_genfast_original" in vars(module):
@@ -189,14 +195,15 @@ def _can_swap(module: object) -> bool:
     return type(module).forward is nn.Sequential.forward and "forward" not in vars(module)
 
 
-def _calls_what_fuses(module: nn.Module, is_called: bool) -> bool:
+def _calls_what_fuses(module: Any, is_called: bool) -> bool:
     """Whether a module, not rewritten yet, is seen to call such layers in a method of its own.
 
     is_called: by another one, which what it calls may run together with.
     """
-    if isinstance(module, torch.jit.ScriptModule) or networks.original_of(type(module)):
+    kind: type = type(module)
+    if isinstance(module, torch.jit.ScriptModule) or networks.original_of(kind):
         return False
-    network = networks.network_of(type(module))
+    network = networks.network_of(kind)
     if network.rewritten is None:
         return False
     for links in _calls(module):
@@ -214,10 +221,10 @@ def _is_summed(link: object, following: object) -> bool:
     return fuses and isinstance(following, calls.Sum)
 
 
-def _calls(module: nn.Module) -> Iterator[list[Any]]:
+def _calls(module: Any) -> Iterator[list[Any]]:
     """Lists of what a module calls one after another in methods of its own, as far as seen."""
     if not isinstance(module, torch.jit.ScriptModule):
-        cls = networks.original_of(type(module)) or type(module)
+        cls: type = networks.original_of(type(module)) or type(module)
         for method in networks.network_of(cls).methods.values():
             yield from method.links(module)
 
@@ -234,11 +241,12 @@ def _fused_class(cls: type[nn.Sequential]) -> type[FusedSequential]:
 
 def _reduce(module: nn.Module, protocol: SupportsIndex) -> tuple[Any, ...]:
     cls = type(module)
-    _, (_, *arguments), *state = super(cls, module).__reduce_ex__(protocol)
+    reduced: Any = super(cls, module).__reduce_ex__(protocol)
+    _, (_, *arguments), *state = reduced
     return _new, (cls.__bases__[1], *arguments), *state
 
 
-def _new(original: type[nn.Sequential], *arguments: Any) -> FusedSequential:
+def _new(original: Any, *arguments: Any) -> FusedSequential:
     cls = _fused_class(original)
     return cls.__new__(cls, *arguments)
 
@@ -260,7 +268,8 @@ def _entries(model: nn.Module) -> tuple[list[ReportEntry], int]:
     paths = {id(module): path for path, module in model.named_modules()}
     planned, callers = _seen_calls(model, paths)
     held = _held_by_containers(model, paths)
-    found, with_others = {}, set()
+    found: dict[str, ReportEntry] = {}
+    with_others: set[int] = set()
 
     def note(path: str, module: nn.Module, **about: Any) -> None:
         parent_path, _, name = path.rpartition(".")
@@ -319,7 +328,8 @@ def _seen_calls(
 
     Both by the id of the module that is called; the second gives the path of the caller.
     """
-    planned, callers = defaultdict(list), {}
+    planned: dict[int, list[tuple[str, Run]]] = defaultdict(list)
+    callers: dict[int, str] = {}
     for path, module in model.named_modules():
         for links in _calls(module):
             for link in links:
@@ -335,8 +345,8 @@ def _why_not_seen(model: nn.Module, path: str, name: str) -> str:
     """Why a convolution that no `nn.Sequential` holds does not fuse."""
     while path:
         path = path.rpartition(".")[0]
-        owner = model.get_submodule(path) if path else model
-        cls = networks.original_of(type(owner)) or type(owner)
+        owner: Any = model.get_submodule(path) if path else model
+        cls: type = networks.original_of(type(owner)) or type(owner)
         if isinstance(owner, torch.jit.ScriptModule):
             return "TorchScript runs it"
         if not cls.__module__.startswith("torch."):

@@ -177,15 +177,13 @@ def norm_block(
         A tensor of x's shape, in the memory format that PyTorch's layer gives it. The gradient of x
         has the format of x.
     """
-    block = Normalization(
-        _norm_of(
-            norm, norm_weight, norm_bias, running_mean, running_var, num_batches_tracked, training,
-            momentum, eps, norm_groups, statistics_groups,
-        ),
-        activation,
-        negative_slope,
+    n = _norm_of(
+        norm, norm_weight, norm_bias, running_mean, running_var, num_batches_tracked, training,
+        momentum, eps, norm_groups, statistics_groups,
     )  # fmt: skip
-    return normalize(x, block)
+    if n is None:
+        raise ValueError(f"expected a norm among {reference.NORMS}, got {norm!r}")
+    return normalize(x, Normalization(n, activation, negative_slope))
 
 
 class Normalization(NamedTuple):
@@ -277,16 +275,25 @@ def _normalization_plan(x: torch.Tensor, block: Normalization) -> _Normalization
     enters = None
     if not (layout.is_fresh_channels_last(images) or images.is_contiguous()):
         enters = layout.channels_last if last else layout.contiguous
-    slope = 0.0 if _slopes(block) is not None else block.negative_slope
+    slope = 0.0 if isinstance(block.negative_slope, torch.Tensor) else block.negative_slope
     kind = _kind_of_norm(n, None, False, block.activation, slope, x.shape, x)
     keeps = last and x.dim() == 4 and _keeps_channels_last(n, x, x.shape[1], x.shape[2:])
     return _NormalizationPlan(kind, enters, last, keeps)
 
 
 def _norm_of(
-    norm: bool | NormName, weight: torch.Tensor | None, bias: torch.Tensor | None, running_mean: torch.Tensor | None, running_var: torch.Tensor | None, counter: torch.Tensor | None, training: bool, momentum: float | torch.Tensor, eps: float,
-    channel_groups: int, groups: int,
-) -> reference.Norm | None:  # fmt: skip
+    norm: bool | NormName,
+    weight: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    running_mean: torch.Tensor | None,
+    running_var: torch.Tensor | None,
+    counter: torch.Tensor | None,
+    training: bool,
+    momentum: float | torch.Tensor,
+    eps: float,
+    channel_groups: int,
+    groups: int,
+) -> reference.Norm | None:
     """The `reference.Norm` of the arguments of a block; None for none."""
     if not norm:
         return None
@@ -443,7 +450,7 @@ def _chain(
 
 
 def chain_and_sum(
-    x: torch.Tensor, blocks: Sequence[Block], added: object, leads: bool
+    x: torch.Tensor, blocks: Sequence[Block], added: Any, leads: bool
 ) -> torch.Tensor | None:
     """As `chain`, with a tensor added before the last activation, where kernels do that as they go.
 
@@ -582,7 +589,11 @@ def _key_of(
     added: torch.Tensor | None,
 ) -> tuple[Any, ...]:
     """All that `_plan` looks at."""
-    found = [selected_backend(), memory_format, torch._C._are_functorch_transforms_active()]
+    found: list[Any] = [
+        selected_backend(),
+        memory_format,
+        torch._C._are_functorch_transforms_active(),
+    ]
     tensors = [x, added]
     for block in blocks:
         _, _, stride, padding, output_padding, n, activation, negative_slope, inplace, _ = block
@@ -724,7 +735,8 @@ def _kind(block: Block, geometry: ConvGeometry, x: torch.Tensor) -> autograd.Kin
     """The `autograd.Kind` of a block of a chain whose input is x."""
     transposed = block.output_padding is not None
     n = block.batch_norm
-    act = block.activation, 0.0 if _slopes(block) is not None else block.negative_slope
+    slope = 0.0 if isinstance(block.negative_slope, torch.Tensor) else block.negative_slope
+    act = block.activation, slope
     if n is None:
         return autograd.Kind(geometry, transposed, None, 0.0, *act)
     channels = block.weight.shape[1 if transposed else 0]
@@ -857,7 +869,7 @@ def importance_samples(
 
 
 def why_not_triton(
-    *tensors: torch.Tensor | None,
+    *tensors: Any,
     activation: str = "identity",
     negative_slope: float | torch.Tensor = 0.2,
 ) -> str | None:
@@ -896,9 +908,7 @@ def _is_transformed(t: torch.Tensor) -> bool:
     return torch._C._functorch.is_functorch_wrapped_tensor(t)
 
 
-def implementation(
-    *tensors: torch.Tensor | None, **settings: Any
-) -> Literal["triton", "cpu", "reference"]:
+def implementation(*tensors: Any, **settings: Any) -> Literal["triton", "cpu", "reference"]:
     """What runs an operation on these tensors: "triton", "cpu" or "reference".
 
     "reference" is PyTorch's own layers, "cpu" mostly too: see `genfast.cpu`.

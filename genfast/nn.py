@@ -64,7 +64,7 @@ _WEIGHT_SETTERS = {SpectralNorm, WeightNorm}
 
 
 def block_of(
-    conv: nn.Conv2d | nn.ConvTranspose2d,
+    conv: Any,
     norm: nn.Module | None,
     activation: str,
     negative_slope: float | torch.Tensor,
@@ -209,7 +209,7 @@ def statistics_groups(module: nn.Module, groups: int) -> Iterator[None]:
 class _ForwardByGroups:
     """Stands in for a batch norm's forward."""
 
-    def __init__(self, norm: _BatchNorm, groups: int) -> None:
+    def __init__(self, norm: Any, groups: int) -> None:
         self.norm, self.groups = norm, groups
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
@@ -270,7 +270,7 @@ class FusedBlock(nn.Module):
         if activation not in known:
             raise ValueError(f"expected an activation among {known}, got {activation!r}")
         # The kernels' own layout, so that no step repacks the weight; shapes and keys stay.
-        self.conv = conv.to(memory_format=torch.channels_last)
+        self.conv = conv.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         channels = conv.out_channels
         self.norm = nn.BatchNorm2d(channels, eps=eps, momentum=momentum) if norm else None
         self.activation = activation
@@ -549,7 +549,8 @@ class FusedSequential(nn.Sequential):
     ) -> tuple[Any, bool]:
         """As `forward_adding`, of children that do not open."""
         modules = tuple(self._modules.values())
-        known, first = {}, 0
+        known: dict[Any, str] = {}
+        first = 0
         if plain and isinstance(x, torch.Tensor) and x.is_cpu:
             x, first = self._on_cpu(x, first)
 
@@ -604,7 +605,7 @@ class FusedSequential(nn.Sequential):
         if self.unfusable or not any(may_open(child) for child in self._modules.values()):
             yield self
             return
-        layers = {}
+        layers: dict[str, nn.Module] = {}
         for layer in in_order(self._modules.values()):
             # The second time, a batch norm that averages cumulatively has counted the first.
             if not has_no_state(layer) and any(layer is other for other in layers.values()):
@@ -644,7 +645,7 @@ class FusedSequential(nn.Sequential):
         return x, first
 
     def _gaining_run(
-        self, names: Sequence[str], modules: Sequence[nn.Module], first: int, x: torch.Tensor
+        self, names: tuple[str, ...], modules: tuple[nn.Module, ...], first: int, x: torch.Tensor
     ) -> Run | None:
         """The run that begins with this child if it gains as one operation; else None."""
         if x.dim() != 4 or x.is_complex():
@@ -680,14 +681,14 @@ class FusedSequential(nn.Sequential):
         """The children as a list of `Run`s: what fuses, what does not, and why."""
         return list(self._runs())
 
-    def _run_at(self, names: Sequence[str], modules: Sequence[nn.Module], first: int) -> Run:
+    def _run_at(self, names: tuple[str, ...], modules: tuple[nn.Module, ...], first: int) -> Run:
         """The run that begins with this child."""
         main = self._main_of(names, modules, first)
         end, reason = main + 1, ""
         alone = isinstance(modules[main], tuple(_DIMENSIONS))
         begins = alone or isinstance(modules[main], _FIRST_OF_A_BLOCK)
         if begins:
-            reason = self._why_not_fused(names[main], modules[main])
+            reason = self._why_not_fused(names[main], modules[main]) or ""
         fused = begins and not reason
         if fused and not isinstance(modules[main], FusedBlock):
             followers = (tuple(_ACTIVATIONS),) if alone else (_NORMS, tuple(_ACTIVATIONS))
@@ -697,7 +698,7 @@ class FusedSequential(nn.Sequential):
             end, reason = self._end_of_run(names, modules, last, followers)
         return Run(names[first:end], modules[first:end], fused, reason)
 
-    def _main_of(self, names: Sequence[str], modules: Sequence[nn.Module], first: int) -> int:
+    def _main_of(self, names: tuple[str, ...], modules: tuple[nn.Module, ...], first: int) -> int:
         """The number of the child that the run of this one is named after, mostly itself.
 
         It is the convolution to which layers lead that become part of it.
@@ -713,7 +714,7 @@ class FusedSequential(nn.Sequential):
         return main if folding.leads(modules[first:main], modules[main]) else first
 
     def _is_trailed(
-        self, names: Sequence[str], modules: Sequence[nn.Module], first: int, main: int
+        self, names: tuple[str, ...], modules: tuple[nn.Module, ...], first: int, main: int
     ) -> bool:
         """Whether the child after a convolution that fuses becomes part of it."""
         after = main + 1
@@ -726,8 +727,8 @@ class FusedSequential(nn.Sequential):
 
     def _end_of_run(
         self,
-        names: Sequence[str],
-        modules: Sequence[nn.Module],
+        names: tuple[str, ...],
+        modules: tuple[nn.Module, ...],
         first: int,
         followers: Sequence[tuple[type, ...]],
     ) -> tuple[int, str]:

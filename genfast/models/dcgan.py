@@ -85,7 +85,7 @@ class DCGANGenerator(nn.Module):
         self.main = FusedSequential(*layers)
         self.apply(weights_init)
         # The layout the kernels read, so that no step repacks a weight.
-        self.to(memory_format=torch.channels_last)
+        self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         if classes:
             self.embedding = nn.Embedding(classes, nz)
             # Of a length of 1, as a one-hot label would have. Where it begins as strong as the
@@ -133,7 +133,7 @@ class DCGANDiscriminator(nn.Module):
         layers += [nn.Conv2d(width, 1, 4, 1, 0, bias=False)]
         self.main = FusedSequential(*layers)
         self.apply(weights_init)
-        self.to(memory_format=torch.channels_last)
+        self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         if classes:
             self.embedding = nn.Embedding(classes, width)
             nn.init.normal_(self.embedding.weight, 0.0, 0.02)  # As the weights of the last layer.

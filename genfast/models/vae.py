@@ -67,7 +67,8 @@ class VAE(nn.Module):
         # Both heads in one matrix product: each alone is too narrow to be worth its start.
         heads = self.fc21, self.fc22
         weight, bias = (torch.cat([getattr(h, name) for h in heads]) for name in ("weight", "bias"))
-        return F.linear(hidden, weight, bias).chunk(2, dim=1)
+        mu, logvar = F.linear(hidden, weight, bias).chunk(2, dim=1)
+        return mu, logvar
 
     def reparameterize(self, mu: torch.Tensor, logvar: torch.Tensor) -> torch.Tensor:
         """Sample the latent: see `genfast.functional.reparameterize`."""

@@ -55,9 +55,9 @@ class Batches:
             raise BadInput(
                 f"expected --batch-size of at most the {self._count} images, got {batch_size}"
             )
-        self.labels = None
+        self.labels: Any = None
         if isinstance(images, LabelledImages):
-            images, self.labels = images.images, images.labels
+            self.labels, images = images.labels, images.images
         on_cuda = device.type == "cuda"
         if on_cuda and images.nbytes <= torch.cuda.mem_get_info(device)[0] // 4:
             images = images.to(device)

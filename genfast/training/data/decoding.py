@@ -4,9 +4,9 @@ import re
 import threading
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import numpy as np
-import torch
 
 from genfast.training.data.arrays import to_nchw
 from genfast.training.errors import BadInput, require
@@ -17,8 +17,8 @@ COLOURS = "white, black or a colour such as #ff8800"
 PIXELS = 2**27
 ROWS = 256
 Colour = tuple[int, int, int]
-# (3, H, W) uint8, whether it is grey, and what is wrong with a picture that has no pixels.
-Decoded = tuple[torch.Tensor, bool, None] | tuple[None, None, str]
+# (3, H, W) uint8, whether it is grey, None; or None, None, and what is wrong with the picture.
+Decoded = tuple[Any, Any, str | None]
 DRAWN_BY = ("Software", "genfast")  # A text in each PNG that genfast draws, by which to know it.
 
 
@@ -26,7 +26,8 @@ def colour(background: str) -> Colour:
     """(red, green, blue), 0 to 255, of "white", "black" or "#rrggbb"; BadInput for another text."""
     if not (isinstance(background, str) and is_colour(background)):
         raise BadInput(f"expected --background to be {COLOURS}, got {background!r}")
-    return tuple(bytes.fromhex(BACKGROUNDS.get(background, background)[1:]))
+    red, green, blue = bytes.fromhex(BACKGROUNDS.get(background, background)[1:])
+    return red, green, blue
 
 
 def is_colour(text: str) -> bool:
@@ -72,7 +73,7 @@ def decode(path: Path, image_size: int, background: Colour | None) -> Decoded:
     except Exception as error:  # Damaged bytes make the decoders raise nearly anything.
         return None, None, str(error) or type(error).__name__
     if is_mixed:
-        is_grey &= len(set(background)) == 1
+        is_grey &= len(set(background or ())) == 1
     return to_nchw(np.array(square)[None])[0], is_grey, None
 
 

@@ -269,7 +269,9 @@ def _decode_all(
     # Closing the results cancels what is left, so that an interrupt need not wait for all of it.
     with (
         ThreadPoolExecutor() as pool,
-        closing(pool.map(lambda path: decode(path, image_size, background), paths)) as decoded,
+        closing(  # type: ignore[type-var]
+            pool.map(lambda path: decode(path, image_size, background), paths)
+        ) as decoded,
     ):
         yield from progress.bar(zip(paths, decoded, strict=True), "images", len(paths), leave=False)
 
@@ -288,12 +290,12 @@ def checksum(images: torch.Tensor | LabelledImages) -> int:
     `LabelledImages` all labels count too.
     """
     if isinstance(images, LabelledImages):
-        return zlib.crc32(images.labels.numpy(), checksum(images.images))
+        return zlib.crc32(images.labels.numpy().data, checksum(images.images))
     if images.nbytes < LARGE:
-        return zlib.crc32(images.contiguous().numpy())
+        return zlib.crc32(images.contiguous().numpy().data)
     crc = zlib.crc32(str(tuple(images.shape)).encode())
     count = min(SAMPLED, len(images))
     for i in range(count):
         image = images[i * (len(images) - 1) // max(count - 1, 1)]
-        crc = zlib.crc32(image.contiguous().numpy(), crc)
+        crc = zlib.crc32(image.contiguous().numpy().data, crc)
     return crc

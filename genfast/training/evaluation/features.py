@@ -58,7 +58,7 @@ def extract(extractor: Extractor, name: str, batches: Iterable[torch.Tensor]) ->
     Raises:
         BadInput: it fails, or gives something else than finite features.
     """
-    parts = []
+    parts: list[torch.Tensor] = []
     for images in batches:
         try:
             found = extractor(images)
@@ -153,7 +153,7 @@ def _torchscript(path: Path, device: torch.device) -> Extractor:
 
 def _onnx(path: Path, device: torch.device) -> Extractor:
     runtime = require("onnxruntime", "onnxruntime", "evaluate")
-    providers = ["CPUExecutionProvider"]
+    providers: list[Any] = ["CPUExecutionProvider"]
     if device.type == "cuda" and "CUDAExecutionProvider" in runtime.get_available_providers():
         providers.insert(0, ("CUDAExecutionProvider", {"device_id": device.index or 0}))
     try:

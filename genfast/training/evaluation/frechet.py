@@ -30,7 +30,7 @@ def frechet_distance(features: Features, others: Features) -> float:
 def _moments(features: torch.Tensor) -> tuple[np.ndarray, np.ndarray]:
     """Mean (D,) and unbiased covariance (D, D), float64 arrays."""
     mean = mean_of(features)
-    covariance = 0
+    covariance = torch.zeros((), dtype=torch.float64, device=features.device)
     for part in features.split(BLOCK):
         deviations = part.double() - mean
         covariance = covariance + deviations.T @ deviations

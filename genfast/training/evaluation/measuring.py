@@ -111,7 +111,7 @@ def evaluate(
     of_drawn = extract(run, features, watch(drawn, "generated images", len(given)))
     _warn_of_rank("fid" in metrics, num, of_real.shape[1])
     of_real, of_drawn = of_real.to(device), of_drawn.to(device)
-    measured = {}
+    measured: dict[str, float] = {}
     for name in metrics:
         measured |= METRICS[name].measure(of_real, of_drawn, seed, watch)
     about = {

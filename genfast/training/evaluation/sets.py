@@ -41,7 +41,10 @@ def checked_sets(features: Features, others: Features, least: int = 2) -> list[t
 
 def mean_of(features: torch.Tensor) -> torch.Tensor:
     """The mean row (D,) in float64, without a copy of the whole set in it."""
-    return sum(part.double().sum(0) for part in features.split(BLOCK)) / len(features)
+    total = torch.zeros((), dtype=torch.float64, device=features.device)
+    for part in features.split(BLOCK):
+        total = total + part.double().sum(0)
+    return total / len(features)
 
 
 def unwatched(blocks: Iterable[T], text: str, total: int) -> Iterable[T]:

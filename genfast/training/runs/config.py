@@ -84,7 +84,7 @@ if TYPE_CHECKING:
         pass
 
 
-Config = make_dataclass(  # type: ignore[misc]
+Config = make_dataclass(  # type: ignore[assignment,misc]
     "Config",
     [
         ("model", str),

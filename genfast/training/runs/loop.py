@@ -265,7 +265,7 @@ class _Checkpoints:
         out: Path,
         config: Config,
         seconds: float,
-        resume_from: Path | None,
+        resume_from: Any,
         steps: int,
         keep: int,
     ) -> None:

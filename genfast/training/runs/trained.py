@@ -17,7 +17,6 @@ from genfast.training.runs.finite import refuse_not_finite
 from genfast.training.runs.models import build_step
 from genfast.training.runs.rules import Rule, shown, whole
 from genfast.training.runs.settings import RULES
-from genfast.training.steps.base import Step
 from genfast.training.steps.precision import resolve_precision
 
 # See `Trained`.
@@ -57,7 +56,7 @@ def load(path: str | Path, device: str | torch.device = "auto", *, ema: bool = T
 
 def drawing_step(
     config: Config, content: Mapping[str, Any], path: str | Path, device: torch.device
-) -> Step:
+) -> Any:
     """A step with the networks of a checkpoint, to draw from and not to go on training.
 
     In float32 where the device has not the precision that trained them.
@@ -95,7 +94,7 @@ class Trained:
     all of them, or one for each: a list of these, or a tensor of whole numbers into `classes`.
     """
 
-    def __init__(self, config: Config, step: Step, path: str | Path, steps: int) -> None:
+    def __init__(self, config: Config, step: Any, path: str | Path, steps: int) -> None:
         self.config, self.path, self.steps = config, Path(path), steps
         self.classes = config.classes
         self.device, self.latent_shape = step.device, tuple(step.latent_shape)

@@ -59,7 +59,6 @@ class Step(Generic[Result]):
     _labels = Labels()
     pixel_range: tuple[float, float]
     weights_reused: bool
-    latent_shape: tuple[int, ...]
     result_fields: tuple[str, ...]
     _result: Callable[..., Result]
     _step: Callable[..., tuple[torch.Tensor, ...]]
@@ -71,7 +70,7 @@ class Step(Generic[Result]):
         optimizers: dict[str, torch.optim.Optimizer],
         precision: PrecisionName,
         capture: bool | None,
-        followers: Mapping[str, nn.Module] | None = None,
+        followers: dict[str, nn.Module] | None = None,
         *,
         clip_grad: float | None = None,
         skip_nonfinite: bool = False,
@@ -79,7 +78,8 @@ class Step(Generic[Result]):
     ) -> None:
         self._spread = spread
         # Followers are networks that a step changes and no optimizer trains.
-        self.modules, self.optimizers = modules | (followers or {}), optimizers
+        self.modules: dict[str, Any] = modules | (followers or {})
+        self.optimizers = optimizers
         _check_optimizers(modules, optimizers)
         clip_grad = None if clip_grad is None else above_0("clip_grad", clip_grad)
         self._looked = False
@@ -247,9 +247,9 @@ class Step(Generic[Result]):
             return self._draw(z).float()
 
 
-def above_0(name: str, number: object) -> float:
+def above_0(name: str, number: Any) -> float:
     """The number as a float; ValueError unless it is one above 0 and below infinity."""
-    if isinstance(number, Real) and not isinstance(number, bool) and 0 < number < math.inf:
+    if isinstance(number, Real) and not isinstance(number, bool) and 0 < float(number) < math.inf:
         return float(number)
     raise ValueError(f"expected {name} to be a number above 0, got {number!r}")
 
@@ -262,7 +262,7 @@ def _why_waiting(optimizers: Iterable[torch.optim.Optimizer]) -> str | None:
     return None
 
 
-def _plain(state: Mapping[str, Any]) -> dict[str, Any]:
+def _plain(state: dict[str, Any]) -> dict[str, Any]:
     """An optimizer's state with its learning rates, which a captured step keeps on the device."""
     groups = [group | {"lr": float(group["lr"])} for group in state["param_groups"]]
     return state | {"param_groups": groups}

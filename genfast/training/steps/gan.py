@@ -134,6 +134,8 @@ class GANStep(Step[GANResult]):
     pixel_range = (-1.0, 1.0)
     weights_reused = True
     result_fields = GANResult._fields
+    _penalty: Any
+    _clip: Any
     _result = GANResult
 
     def __init__(
@@ -187,7 +189,7 @@ class GANStep(Step[GANResult]):
                 f"{describe(optimizers)}"
             )
         g_optimizer, d_optimizer = optimizers
-        steady = self._spectral_norm.layers if spectral_norm else ()
+        steady = self._spectral_norm.layers if self._spectral_norm else ()
         never, unknown = why_two_passes(discriminator, steady), why_unknown(discriminator)
         self._known = not (never or unknown)
         self._converts = self._known and converts_its_input(discriminator)
@@ -201,7 +203,7 @@ class GANStep(Step[GANResult]):
             {"generator": g_optimizer, "discriminator": d_optimizer},
             precision,
             capture,
-            {} if ema is None else {"average": self.average.module},
+            {} if self.average is None else {"average": self.average.module},
             clip_grad=clip_grad,
             skip_nonfinite=skip_nonfinite,
             spread=spread,
@@ -419,7 +421,7 @@ class GANStep(Step[GANResult]):
             return generator(z, *self._labels(len(z)))
 
 
-def _latent_shape(given: int | Sequence[int] | None, generator: nn.Module) -> tuple[int, ...]:
+def _latent_shape(given: Any, generator: nn.Module) -> tuple[int, ...]:
     """The shape of one image's noise, a tuple: as given, or else as the generator has it."""
     if given is None:
         given = getattr(generator, "latent_shape", None)
@@ -431,11 +433,11 @@ def _latent_shape(given: int | Sequence[int] | None, generator: nn.Module) -> tu
     return given
 
 
-def _whole(name: str, number: object) -> int:
-    if isinstance(number, Integral) and not isinstance(number, bool) and number > 0:
+def _whole(name: str, number: Any) -> int:
+    if isinstance(number, Integral) and not isinstance(number, bool) and int(number) > 0:
         return int(number)
     raise ValueError(f"expected {name} to be a whole number from 1 on, got {number!r}")
 
 
-def _are_lengths(shape: Iterable[object]) -> bool:
-    return all(isinstance(n, Integral) and n > 0 for n in shape)
+def _are_lengths(shape: Iterable[Any]) -> bool:
+    return all(isinstance(n, Integral) and int(n) > 0 for n in shape)

@@ -94,6 +94,11 @@ class VAEStep(Step[VAEResult]):
     pixel_range = (0.0, 1.0)
     weights_reused = False
     result_fields = VAEResult._fields
+    model: Any
+    _present: Any
+    _decoder: Any
+    _drawing: Any
+    _latent_shape: tuple[int, ...] | None
     _result = VAEResult
 
     def __init__(
@@ -147,7 +152,7 @@ class VAEStep(Step[VAEResult]):
         self._beta, self._samples = float(beta), importance_samples
         self._has_logits = adapter is None and hasattr(model, "decode_logits")
         self._present = self._decoder = self._drawing = self._latent_shape = None
-        warmup = {}
+        warmup: dict[str, nn.Module] = {}
         if beta_warmup:
             device = next(model.parameters()).device
             warmup["kl_weight"] = kl_weight.KLWeight(beta, beta_warmup, device)
@@ -177,7 +182,9 @@ class VAEStep(Step[VAEResult]):
         if self._likelihood:
             return self._likelihood
         end = self._end
-        return end and ("bernoulli" if end == "unit" else "gaussian")
+        if end is None:
+            return None
+        return "bernoulli" if end == "unit" else "gaussian"
 
     @property
     def latent_shape(self) -> tuple[int, ...]:
@@ -348,7 +355,7 @@ class VAEStep(Step[VAEResult]):
             reconstruction = losses.each_reconstruction_loss(
                 reconstruction.unflatten(0, kl.shape),
                 images,
-                self.likelihood,
+                "gaussian" if self.likelihood == "gaussian" else "bernoulli",
                 logits=self._gives_logits,
             )
             minimised = losses.iwae_loss(reconstruction, kl)

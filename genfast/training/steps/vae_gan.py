@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from numbers import Real
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -74,6 +74,7 @@ class VAEGANStep(Step[VAEGANResult]):
     pixel_range = (-1.0, 1.0)
     weights_reused = True
     result_fields = VAEGANResult._fields
+    discriminator: Any
     _result = VAEGANResult
 
     def __init__(
@@ -99,7 +100,7 @@ class VAEGANStep(Step[VAEGANResult]):
         if not isinstance(shape, tuple | list):
             raise ValueError(f"expected latent_shape, or a decoder that has one, got {shape!r}")
         self.latent_shape = tuple(shape)
-        if not (isinstance(gamma, Real) and 0 <= gamma < float("inf")):
+        if not (isinstance(gamma, Real | float) and 0 <= gamma < float("inf")):
             raise ValueError(f"expected gamma to be a number from 0, got {gamma!r}")
         self.gamma = float(gamma)
         self.loss = losses.gan_loss(loss)
@@ -135,7 +136,8 @@ class VAEGANStep(Step[VAEGANResult]):
             evaluating(self.encoder),
         ):
             found = vae_form.posterior(self.encoder(images))
-        return tuple(losses.widen(t).reshape(shape) for t in found)
+        mu, logvar = (losses.widen(t).reshape(shape) for t in found)
+        return mu, logvar
 
     def _step(self, images: torch.Tensor) -> tuple[torch.Tensor, ...]:
         images = self._floats(images)

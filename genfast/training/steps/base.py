@@ -87,7 +87,7 @@ class Step(Generic[Result]):
         network = next(iter(modules.values()))
         self.device, self._dtype = _device_of(network), next(network.parameters()).dtype
         self._passed_over = Skipped(self.device) if skip_nonfinite else None
-        if skip_nonfinite:
+        if self._passed_over is not None:
             self.modules["skipped"] = self._passed_over
         self._precision = Precision(
             precision,

@@ -17,6 +17,16 @@ from genfast.geometry import ConvGeometry, pair
 from genfast.launch import from_image, tape
 from genfast.reference import NormName
 
+__all__ = [
+    "conv_block",
+    "conv_transpose_block",
+    "importance_samples",
+    "norm_block",
+    "reparameterize",
+    "reparameterize_with_kl",
+    "why_not_triton",
+]
+
 # Half precision needs fp32 accumulation and float64 an fp64 matrix product, which GPUs' tensor
 # cores offer too unevenly for one kernel; the interpreter does not care.
 _COMPILED_DTYPES = (torch.float32, torch.bfloat16, torch.float16)

@@ -12,6 +12,22 @@ import torch.nn.functional as F
 from genfast import autograd, operators, reference
 from genfast.functional import implementation
 
+__all__ = [
+    "GAN_LOSSES",
+    "LIKELIHOODS",
+    "GANLoss",
+    "discriminator_loss",
+    "each_reconstruction_loss",
+    "elbo_loss",
+    "fake_loss",
+    "gan_loss",
+    "gaussian_reconstruction_loss",
+    "iwae_loss",
+    "kl_divergence",
+    "real_loss",
+    "reconstruction_loss",
+]
+
 
 def widen(t: torch.Tensor) -> torch.Tensor:
     """The tensor in float32, or as it is if wider: a loss in half precision loses its digits."""

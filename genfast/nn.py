@@ -21,6 +21,14 @@ from genfast import cpu, folding, functional, layout, processes, reference
 from genfast.backend import kernels_run_on_cpu, selected_backend
 from genfast.opening import has_hook, in_order, may_open
 
+__all__ = [
+    "DiscriminatorBlock",
+    "FusedSequential",
+    "GaussianSampler",
+    "GeneratorBlock",
+    "statistics_groups",
+]
+
 _ACTIVATIONS = {
     nn.ReLU: "relu",
     nn.LeakyReLU: "leaky_relu",

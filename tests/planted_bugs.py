@@ -59,7 +59,7 @@ BUGS = (
     Bug(
         "the sums of a synchronised batch norm's backward stay in their process",
         "genfast/launch/norm.py",
-        "partials = _sums_of_all_processes(partials, common[\"rows\"], process_group)",
+        'partials = _sums_of_all_processes(partials, common["rows"], process_group)',
         "pass",
         "test_sync_norm.py::test_parts_give_what_the_whole_gives",
     ),

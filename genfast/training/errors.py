@@ -3,6 +3,8 @@
 import importlib
 from typing import Any
 
+__all__ = ["BadInput", "Diverged"]
+
 # The extras of setup.py, by the names that pip knows, and what they are for.
 EXTRAS = {
     "train": ("training", ("pillow", "scikit-learn", "tqdm")),

@@ -37,6 +37,8 @@ from genfast.training.runs.rules import shown, whole
 from genfast.training.runs.samples import draw_noise, write_samples
 from genfast.training.steps.base import Step
 
+__all__ = ["Outcome", "train"]
+
 SAMPLES = 64
 REPORT_SECONDS = 0.5
 CHECKPOINT_SECONDS = 30.0

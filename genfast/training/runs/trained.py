@@ -19,6 +19,8 @@ from genfast.training.runs.rules import Rule, shown, whole
 from genfast.training.runs.settings import RULES
 from genfast.training.steps.precision import resolve_precision
 
+__all__ = ["Trained", "load"]
+
 # See `Trained`.
 Labels = str | int | Sequence[str | int] | torch.Tensor | None
 AT_ONCE = 256  # Images that run through a network together: as many as a GPU is busy with.

@@ -108,7 +108,7 @@ class Step(Generic[Result]):
                 reason = _why_waiting(optimizers.values())
         if capture and reason:
             raise ValueError(f"expected a step that can be captured, but {reason}")
-        self.why_not_captured = reason
+        self.why_not_captured: str | None = reason
         self._run = self._step_in_precision
         if reason is None:
             recorder = CUDARecorder(self.device)

@@ -194,7 +194,7 @@ class GANStep(Step[GANResult]):
         self._known = not (never or unknown)
         self._converts = self._known and converts_its_input(discriminator)
         self._merge_if_equal = merge is None and not never and unknown is not None
-        self.why_not_merged = never or unknown
+        self.why_not_merged: str | None = never or unknown
         if merge is not None:
             self.why_not_merged = None if merge else "it was switched off"
         self.average = self._average = None if ema is None else Average(generator, ema)

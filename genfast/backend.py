@@ -50,6 +50,11 @@ class use_backend(AbstractContextManager):
     restores the backend chosen before.
 
     The choice is a process-wide setting, like `torch.backends`.
+
+    Example:
+        >>> with use_backend("reference"):
+        ...     selected_backend()
+        'reference'
     """
 
     def __init__(self, name: BackendName) -> None:

@@ -140,6 +140,14 @@ def accelerate(model: nn.Module, *, channels_last: bool = False) -> Report:
 
     Raises:
         TypeError: `model` is no `nn.Module`.
+
+    Example:
+        >>> block = nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU()
+        >>> model = nn.Sequential(*block, nn.Conv2d(8, 8, 3, groups=2))
+        >>> for entry in accelerate(model):
+        ...     print(entry)
+        0: Conv2d + BatchNorm2d + ReLU: fused
+        3: Conv2d: PyTorch: it has 2 groups
     """
     _check_module(model)
     if channels_last:
@@ -172,7 +180,15 @@ def accelerate(model: nn.Module, *, channels_last: bool = False) -> Report:
 
 
 def restore(model: nn.Module) -> None:
-    """Undo `accelerate`: every module gets its own class back. Works in place."""
+    """Undo `accelerate`: every module gets its own class back. Works in place.
+
+    Example:
+        >>> model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU())
+        >>> report = accelerate(model)
+        >>> restore(model)
+        >>> type(model) is nn.Sequential
+        True
+    """
     _check_module(model)
     modules: list[Any] = list(model.modules())
     for module in modules:

@@ -100,6 +100,12 @@ def conv_block(
             one value a channel in training.
         TypeError: a tensor that is not floating point, or dtypes that differ.
         RuntimeError: the backend "triton" was asked for and cannot run.
+
+    Example:
+        >>> x, weight = torch.randn(2, 3, 8, 8), torch.randn(4, 3, 4, 4)
+        >>> y = conv_block(x, weight, stride=2, padding=1, norm=True, activation="leaky_relu")
+        >>> y.shape
+        torch.Size([2, 4, 4, 4])
     """
     batch_norm = _norm_of(
         norm, norm_weight, norm_bias, running_mean, running_var, num_batches_tracked, training,
@@ -145,6 +151,11 @@ def conv_transpose_block(
 
     Returns:
         (N, out_channels, Ho, Wo) with Ho = (H - 1) stride - 2 padding + kh + output_padding.
+
+    Example:
+        >>> x, weight = torch.randn(2, 4, 4, 4), torch.randn(4, 3, 4, 4)
+        >>> conv_transpose_block(x, weight, stride=2, padding=1, activation="tanh").shape
+        torch.Size([2, 3, 8, 8])
     """
     batch_norm = _norm_of(
         norm, norm_weight, norm_bias, running_mean, running_var, num_batches_tracked, training,
@@ -186,6 +197,11 @@ def norm_block(
     Returns:
         A tensor of x's shape, in the memory format that PyTorch's layer gives it. The gradient of x
         has the format of x.
+
+    Example:
+        >>> y = norm_block(torch.randn(2, 4, 8, 8), norm="group", norm_groups=2, activation="silu")
+        >>> y.shape
+        torch.Size([2, 4, 8, 8])
     """
     n = _norm_of(
         norm, norm_weight, norm_bias, running_mean, running_var, num_batches_tracked, training,
@@ -808,6 +824,12 @@ def reparameterize(
 
     Raises:
         ValueError, TypeError: `mu` and `logvar` do not match or are not floating point.
+
+    Example:
+        >>> mu, logvar = torch.zeros(2, 3), torch.zeros(2, 3)
+        >>> z = reparameterize(mu, logvar, generator=torch.Generator().manual_seed(0))
+        >>> torch.equal(z, reparameterize(mu, logvar, generator=torch.Generator().manual_seed(0)))
+        True
     """
     _check_latent(mu, logvar)
     if implementation(mu, logvar) == "triton":
@@ -826,6 +848,11 @@ def reparameterize_with_kl(
     Returns:
         (z, kl): kl has shape (N,), summed over the latent (every dimension but the first), and
         dtype float32 (float64 for float64 inputs): a sum in half precision would not be worth much.
+
+    Example:
+        >>> z, kl = reparameterize_with_kl(torch.ones(2, 4), torch.zeros(2, 4))
+        >>> kl  # Of each latent mu^2 / 2, where the variance is 1.
+        tensor([2., 2.])
     """
     _check_latent(mu, logvar)
     if mu.dim() == 0:
@@ -862,6 +889,11 @@ def importance_samples(
         (float64 for float64 inputs). p is N(0, 1). The mean of kl over draws is the KL divergence;
         with `rec` = -log p(image | z) of shape (N, samples), `losses.iwae_loss(rec, kl)` is the
         importance-weighted bound.
+
+    Example:
+        >>> z, kl = importance_samples(torch.zeros(2, 4), torch.zeros(2, 4), samples=5)
+        >>> z.shape, kl.shape
+        (torch.Size([2, 5, 4]), torch.Size([2, 5]))
     """
     _check_latent(mu, logvar)
     if mu.dim() == 0:
@@ -883,7 +915,12 @@ def why_not_triton(
     activation: str = "identity",
     negative_slope: float | torch.Tensor = 0.2,
 ) -> str | None:
-    """Say why an operation on these tensors would run through PyTorch; None if kernels run it."""
+    """Say why an operation on these tensors would run through PyTorch; None if kernels run it.
+
+    Example:
+        >>> why_not_triton(torch.zeros(1, device="meta"))
+        'Triton has no meta target (TRITON_INTERPRET=1 interprets kernels on the CPU)'
+    """
     first = tensors[0]
     if torch.compiler.is_exporting():
         return "torch.export traces PyTorch's own operations"

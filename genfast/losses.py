@@ -44,6 +44,13 @@ class GANLoss(NamedTuple):
     maximises: whether the generator instead maximises the discriminator's loss.
     paired: whether real and generated images are judged in pairs, by the difference of their
         logits: a real image wants to be more real than a generated one.
+
+    Example:
+        >>> hinge = GAN_LOSSES["hinge"]
+        >>> hinge.discriminator(torch.tensor([0.5, -2.0])).item()  # Of a real, a generated image.
+        0.5
+        >>> hinge.generator(torch.tensor([-2.0])).item()
+        2.0
     """
 
     kind: str
@@ -111,7 +118,12 @@ GAN_LOSSES = {
 
 
 def gan_loss(name: str) -> GANLoss:
-    """The `GANLoss` of that name; ValueError if there is none."""
+    """The `GANLoss` of that name; ValueError if there is none.
+
+    Example:
+        >>> gan_loss("wgan").generator(torch.tensor([1.0, 3.0])).item()
+        -2.0
+    """
     if name not in GAN_LOSSES:
         raise ValueError(f"expected a loss among {tuple(GAN_LOSSES)}, got {name!r}")
     return GAN_LOSSES[name]
@@ -121,6 +133,10 @@ def real_loss(logits: torch.Tensor) -> torch.Tensor:
     """Binary cross entropy of the discriminator's logits against the label 1: a scalar.
 
     The mean of -log(sigmoid(logits)), which is softplus(-logits) and exact for logits of any size.
+
+    Example:
+        >>> real_loss(torch.tensor([0.0, 100.0])).item()  # Half of log 2.
+        0.3465735912322998
     """
     return GAN_LOSSES["non-saturating"].real(logits)
 
@@ -129,6 +145,10 @@ def fake_loss(logits: torch.Tensor) -> torch.Tensor:
     """Binary cross entropy of the discriminator's logits against the label 0: a scalar.
 
     The mean of -log(1 - sigmoid(logits)), which is softplus(logits).
+
+    Example:
+        >>> fake_loss(torch.tensor([-100.0, 100.0])).item()
+        50.0
     """
     return GAN_LOSSES["non-saturating"].fake(logits)
 
@@ -141,6 +161,10 @@ def discriminator_loss(logits: torch.Tensor) -> torch.Tensor:
 
     Raises:
         ValueError: there are no two halves.
+
+    Example:
+        >>> discriminator_loss(torch.tensor([-100.0, 100.0])).item()  # Both are judged wrongly.
+        200.0
     """
     return GAN_LOSSES["non-saturating"].discriminator(logits)
 
@@ -169,6 +193,13 @@ def reconstruction_loss(
 
     Raises:
         ValueError: the two differ in the number of images or of values, or in the device.
+
+    Example:
+        >>> images = torch.tensor([[0.0, 1.0]])
+        >>> reconstruction_loss(torch.tensor([[0.0, 1.0]]), images).item()
+        0.0
+        >>> reconstruction_loss(torch.tensor([[-100.0, -100.0]]), images, logits=True).item()
+        100.0
     """
     _check_alike(reconstruction, images)
     if logits:
@@ -188,6 +219,10 @@ def gaussian_reconstruction_loss(
 
     Raises:
         ValueError: as `reconstruction_loss`.
+
+    Example:
+        >>> gaussian_reconstruction_loss(torch.zeros(2, 3), torch.ones(2, 3)).item()
+        3.0
     """
     _check_alike(reconstruction, images)
     if reconstruction.shape != images.shape:
@@ -212,6 +247,10 @@ def kl_divergence(mu: torch.Tensor, logvar: torch.Tensor) -> torch.Tensor:
     """KL(N(mu, exp(logvar)) || N(0, 1)), summed over latent and batch: a scalar.
 
     The formula and its source: `genfast.reference.kl_divergence`.
+
+    Example:
+        >>> kl_divergence(torch.ones(2, 4), torch.zeros(2, 4)).item()
+        4.0
     """
     return reference.kl_divergence(widen(mu), widen(logvar)).sum()
 
@@ -222,6 +261,11 @@ def elbo_loss(
     """The negative evidence lower bound, summed over the batch, in nats: a scalar.
 
     Takes what a VAE's forward returns, with the images it was given.
+
+    Example:
+        >>> images, mu = torch.tensor([[0.0, 1.0]]), torch.ones(1, 4)
+        >>> elbo_loss(images, images, mu, torch.zeros(1, 4)).item()
+        2.0
     """
     return reconstruction_loss(reconstruction, images) + kl_divergence(mu, logvar)
 
@@ -241,6 +285,11 @@ def each_reconstruction_loss(
         likelihood: a name in `LIKELIHOODS`: the terms of `reconstruction_loss` or
             `gaussian_reconstruction_loss`, not summed over images.
         logits: as `reconstruction_loss` takes it.
+
+    Example:
+        >>> reconstruction = torch.zeros(2, 5, 3)
+        >>> each_reconstruction_loss(reconstruction, torch.ones(2, 3), "gaussian").shape
+        torch.Size([2, 5])
     """
     _check_alike(reconstruction[:, 0], images)
     x, images = widen(reconstruction).flatten(2), widen(images).flatten(1).unsqueeze(1)
@@ -261,6 +310,10 @@ def iwae_loss(reconstruction: torch.Tensor, kl: torch.Tensor) -> torch.Tensor:
     Args:
         reconstruction: -log p(image | z), (N, samples): `each_reconstruction_loss`.
         kl: log q(z | image) - log p(z), (N, samples): `functional.importance_samples`.
+
+    Example:
+        >>> iwae_loss(torch.ones(2, 5), torch.ones(2, 5)).item()  # All samples say the same.
+        4.0
     """
     if reconstruction.shape != kl.shape or kl.dim() != 2:
         raise ValueError(

@@ -196,8 +196,12 @@ def statistics_groups(module: nn.Module, groups: int) -> Iterator[None]:
     counters move once for each part, in order: one call of the module then stands for as many, one
     a part, as long as its other layers treat images one by one.
 
-        with statistics_groups(discriminator, 2):
-            logits = discriminator(torch.cat([reals, fakes]))
+        >>> discriminator = nn.Sequential(nn.BatchNorm2d(3), nn.Flatten())
+        >>> reals, fakes = torch.zeros(2, 3, 4, 4), torch.ones(2, 3, 4, 4)
+        >>> with statistics_groups(discriminator, 2):
+        ...     logits = discriminator(torch.cat([reals, fakes]))
+        >>> logits.abs().max().item()  # Each part alone is the same everywhere.
+        0.0
 
     It holds for PyTorch's own batch norms, fused or not, wherever in the module they are, and not
     for one whose forward somebody has replaced.
@@ -328,6 +332,10 @@ class GeneratorBlock(FusedBlock):
     Shape:
         (N, in_channels, H, W) to (N, out_channels, Ho, Wo), Ho = (H - 1) stride - 2 padding +
         kernel_size + output_padding, likewise Wo.
+
+    Example:
+        >>> GeneratorBlock(8, 4)(torch.randn(2, 8, 4, 4)).shape
+        torch.Size([2, 4, 8, 8])
     """
 
     def __init__(
@@ -369,6 +377,10 @@ class DiscriminatorBlock(FusedBlock):
     Shape:
         (N, in_channels, H, W) to (N, out_channels, Ho, Wo), Ho = (H + 2 padding - kernel_size)
         // stride + 1, likewise Wo.
+
+    Example:
+        >>> DiscriminatorBlock(4, 8, norm=False)(torch.randn(2, 4, 8, 8)).shape
+        torch.Size([2, 8, 4, 4])
     """
 
     def __init__(
@@ -507,6 +519,14 @@ class FusedSequential(nn.Sequential):
     as another container, opens: chains go on into it and out of it, see `genfast.opening`. Every
     other child, and one that has a hook, a parametrisation or a setting the kernels do not know,
     runs as PyTorch runs it. That is looked up at each call, so a hook registered later counts too.
+
+    Example:
+        >>> block = nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU()
+        >>> network = FusedSequential(*block, nn.Flatten())
+        >>> [(run.layers, run.fused) for run in network.plan()]
+        [('Conv2d + BatchNorm2d + ReLU', True), ('Flatten', False)]
+        >>> network(torch.randn(2, 3, 4, 4)).shape
+        torch.Size([2, 32])
     """
 
     # Children that must not fuse, by name, and why; `genfast.accelerate` sets it.
@@ -861,7 +881,12 @@ def first_run(container: FusedSequential) -> Run:
 
 
 class GaussianSampler(nn.Module):
-    """Reparameterised sampling as a layer: `sampler(mu, logvar)` gives mu + exp(logvar/2) * eps."""
+    """Reparameterised sampling as a layer: `sampler(mu, logvar)` gives mu + exp(logvar/2) * eps.
+
+    Example:
+        >>> GaussianSampler()(torch.zeros(2, 3), torch.zeros(2, 3)).shape
+        torch.Size([2, 3])
+    """
 
     def forward(self, mu: torch.Tensor, logvar: torch.Tensor) -> torch.Tensor:
         """Sample: (N, ...) and (N, ...) to (N, ...). See `functional.reparameterize`."""

@@ -33,6 +33,11 @@ def weights_init(module: nn.Module) -> None:
 
     Weights of convolutions are drawn from N(0, 0.02), those of batch norms from N(1, 0.02) with
     biases of 0; the second number is the standard deviation.
+
+    Example:
+        >>> layer = nn.BatchNorm2d(4).apply(weights_init)
+        >>> layer.bias.tolist()
+        [0.0, 0.0, 0.0, 0.0]
     """
     if isinstance(module, nn.Conv2d | nn.ConvTranspose2d):
         nn.init.normal_(module.weight, 0.0, 0.02)
@@ -53,6 +58,11 @@ class DCGANGenerator(nn.Module):
 
     Shape:
         (N, nz, 1, 1), and int64 labels (N,), to (N, nc, image_size, image_size), in [-1, 1].
+
+    Example:
+        >>> generator = DCGANGenerator(nz=8, ngf=4, image_size=16)
+        >>> generator(torch.randn(2, 8, 1, 1)).shape
+        torch.Size([2, 3, 16, 16])
     """
 
     def __init__(
@@ -112,6 +122,11 @@ class DCGANDiscriminator(nn.Module):
     Shape:
         (N, nc, image_size, image_size), and int64 labels (N,), to (N,): positive where an image
         looks real, and of its class.
+
+    Example:
+        >>> discriminator = DCGANDiscriminator(ndf=4, image_size=16)
+        >>> discriminator(torch.rand(2, 3, 16, 16) * 2 - 1).shape
+        torch.Size([2])
     """
 
     def __init__(

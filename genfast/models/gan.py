@@ -48,6 +48,11 @@ class GANGenerator(nn.Module):
 
     Shape:
         (N, nz), and int64 labels (N,), to (N, C, H, W), in [-1, 1].
+
+    Example:
+        >>> generator = GANGenerator((1, 8, 8), nz=4, hidden=16, classes=10)
+        >>> generator(torch.randn(2, 4), torch.tensor([3, 7])).shape
+        torch.Size([2, 1, 8, 8])
     """
 
     def __init__(
@@ -95,6 +100,10 @@ class GANDiscriminator(nn.Module):
 
     Shape:
         (N, C, H, W), and int64 labels (N,), to (N,).
+
+    Example:
+        >>> GANDiscriminator((1, 8, 8), units=8)(torch.zeros(2, 1, 8, 8)).shape
+        torch.Size([2])
     """
 
     def __init__(
@@ -137,6 +146,11 @@ class GAN(nn.Module):
         image_shape: (C, H, W) of the images.
         nz: the length of the noise vector.
         classes: how many classes there are labels of; None for networks that take no labels.
+
+    Example:
+        >>> gan = GAN((1, 8, 8), nz=4)
+        >>> gan.discriminator(gan.generator(torch.randn(2, 4))).shape
+        torch.Size([2])
     """
 
     def __init__(

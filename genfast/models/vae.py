@@ -31,6 +31,11 @@ class VAE(nn.Module):
         classes: how many classes there are labels of; None for a model that takes no labels. Both
             hidden layers are then given a one-hot label beside what they take: that adds a row of
             an embedding to each.
+
+    Example:
+        >>> reconstruction, mu, logvar = VAE(64, 16, latent_dim=4)(torch.rand(2, 1, 8, 8))
+        >>> reconstruction.shape, mu.shape
+        (torch.Size([2, 64]), torch.Size([2, 4]))
     """
 
     def __init__(
@@ -104,6 +109,12 @@ class ConvVAE(nn.Module):
         classes: how many classes there are labels of; None for a model that takes no labels. An
             embedding of the label is then one more channel of the image, and another one lies
             beside the latent.
+
+    Example:
+        >>> model = ConvVAE(image_size=16, latent_dim=4, width=4)
+        >>> reconstruction, mu, logvar = model(torch.rand(2, 1, 16, 16))
+        >>> reconstruction.shape, mu.shape
+        (torch.Size([2, 1, 16, 16]), torch.Size([2, 4]))
     """
 
     def __init__(

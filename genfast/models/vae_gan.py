@@ -38,6 +38,11 @@ class VAEGANEncoder(nn.Module):
 
     Shape:
         (N, nc, image_size, image_size) to two of (N, nz).
+
+    Example:
+        >>> mu, logvar = VAEGANEncoder(image_size=16, nz=8, width=4)(torch.zeros(2, 3, 16, 16))
+        >>> mu.shape
+        torch.Size([2, 8])
     """
 
     def __init__(self, nc: int = 3, image_size: int = 64, nz: int = 100, width: int = 64) -> None:
@@ -60,6 +65,10 @@ class VAEGANDiscriminator(nn.Module):
 
     Shape:
         (N, nc, image_size, image_size) to (N,); features are (N, ndf * image_size / 8, 4, 4).
+
+    Example:
+        >>> VAEGANDiscriminator(image_size=16, ndf=4).features(torch.zeros(2, 3, 16, 16)).shape
+        torch.Size([2, 8, 4, 4])
     """
 
     def __init__(self, nc: int = 3, image_size: int = 64, ndf: int = 64) -> None:
@@ -83,6 +92,12 @@ class VAEGAN(nn.Module):
         nz: the length of the latent vector.
         ngf: the channels next to the image in encoder and decoder.
         ndf: likewise in the discriminator.
+
+    Example:
+        >>> model = VAEGAN(image_size=16, nz=8, ngf=4, ndf=4)
+        >>> mu, logvar = model.encoder(torch.zeros(2, 3, 16, 16))
+        >>> model.decoder(mu[:, :, None, None]).shape
+        torch.Size([2, 3, 16, 16])
     """
 
     def __init__(

@@ -15,11 +15,23 @@ EXTRAS = {
 
 
 class BadInput(ValueError):
-    """Something given from outside cannot be used: the message says what was expected and came."""
+    """Something given from outside cannot be used: the message says what was expected and came.
+
+    Example:
+        >>> raise BadInput("expected --num from 1 on, got 0")
+        Traceback (most recent call last):
+        genfast.training.errors.BadInput: expected --num from 1 on, got 0
+    """
 
 
 class Diverged(RuntimeError):
-    """The losses are no longer finite."""
+    """The losses are no longer finite.
+
+    Example:
+        >>> raise Diverged("training diverged: d_loss of step 7 is nan")
+        Traceback (most recent call last):
+        genfast.training.errors.Diverged: training diverged: d_loss of step 7 is nan
+    """
 
 
 def require(module: str, package: str, extra: str = "train") -> Any:

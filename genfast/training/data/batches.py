@@ -39,6 +39,12 @@ class Batches:
         seed: an int from 0.
         device: where batches are wanted.
         chosen: the numbers of the images that take part, an int64 tensor; None for all.
+
+    Example:
+        >>> images = torch.zeros(10, 1, 8, 8, dtype=torch.uint8)
+        >>> batches = Batches(images, batch_size=4, seed=0, device=torch.device("cpu"))
+        >>> len(batches), next(batches.stream()).shape
+        (2, torch.Size([4, 1, 8, 8]))
     """
 
     def __init__(

@@ -23,7 +23,12 @@ DRAWN_BY = ("Software", "genfast")  # A text in each PNG that genfast draws, by 
 
 
 def colour(background: str) -> Colour:
-    """(red, green, blue), 0 to 255, of "white", "black" or "#rrggbb"; BadInput for another text."""
+    """(red, green, blue), 0 to 255, of "white", "black" or "#rrggbb"; BadInput for another text.
+
+    Example:
+        >>> colour("#ff8800")
+        (255, 136, 0)
+    """
     if not (isinstance(background, str) and is_colour(background)):
         raise BadInput(f"expected --background to be {COLOURS}, got {background!r}")
     red, green, blue = bytes.fromhex(BACKGROUNDS.get(background, background)[1:])

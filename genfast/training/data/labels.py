@@ -29,6 +29,12 @@ class LabelledImages:
         labels: int64 (N,), in CPU memory: numbers into `classes`.
         classes: the names of the classes, two or more: in the order of the labels' numbers, or of
             the folders' names.
+
+    Example:
+        >>> images = torch.zeros(3, 1, 8, 8, dtype=torch.uint8)
+        >>> cats_and_dogs = LabelledImages(images, torch.tensor([0, 1, 1]), ("cat", "dog"))
+        >>> len(cats_and_dogs[1:])
+        2
     """
 
     images: torch.Tensor

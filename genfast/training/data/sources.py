@@ -83,6 +83,10 @@ def load_images(
     Warns:
         UserWarning: what was passed over in a folder, and images that were skipped, by name and
             with the reason.
+
+    Example:
+        >>> load_images("digits", 16).shape
+        torch.Size([1797, 1, 16, 16])
     """
     return _load(source, image_size, background, run_folder)[0]
 
@@ -103,6 +107,10 @@ def load_labelled(
     Raises:
         BadInput: as `load_images`; or there are no labels, they are not whole numbers from 0, not
             as many as the images, or all the same.
+
+    Example:
+        >>> load_labelled("digits", 16).classes
+        ('0', '1', '2', '3', '4', '5', '6', '7', '8', '9')
     """
     images, values = _load(source, image_size, background, run_folder, with_labels=True)
     return labelled(images, values, source)
@@ -163,6 +171,10 @@ def resize(images: Images, image_size: int | None) -> Images:
     """Crop uint8 images (N, C, H, W) to squares around their centres, then resize the squares.
 
     `image_size` is in pixels; None keeps the size of the square. `LabelledImages` keep labels.
+
+    Example:
+        >>> resize(torch.zeros(2, 3, 20, 30, dtype=torch.uint8), 16).shape
+        torch.Size([2, 3, 16, 16])
     """
     if isinstance(images, LabelledImages):
         return replace(images, images=resize(images.images, image_size))
@@ -288,6 +300,11 @@ def checksum(images: torch.Tensor | LabelledImages) -> int:
     the same ones in another order, are noticed then too; a change to one image in a hundred goes
     unnoticed about once in 30,000 times, a change to a few images nearly always. Of
     `LabelledImages` all labels count too.
+
+    Example:
+        >>> black = torch.zeros(2, 1, 8, 8, dtype=torch.uint8)
+        >>> checksum(black) == checksum(black + 1)
+        False
     """
     if isinstance(images, LabelledImages):
         return zlib.crc32(images.labels.numpy().data, checksum(images.images))

@@ -38,6 +38,10 @@ class Evaluation(NamedTuple):
         about: a dict of what they depend on: num (images of each kind), features, feature_length,
             seed, checkpoint, steps, average (whether an average of the generator drew), data,
             image_size, precision, and versions.
+
+    Example:
+        >>> Evaluation({"fid": 12.5}, {"num": 50_000}).as_dict()
+        {'metrics': {'fid': 12.5}, 'num': 50000}
     """
 
     metrics: dict
@@ -84,6 +88,11 @@ def evaluate(
 
     Raises:
         BadInput: an argument does not fit, or something cannot be read or had.
+
+    Example:
+        >>> found = evaluate("runs/gan-digits", metrics=["kid"], features="features.pt", num=8)
+        >>> list(found.metrics)
+        ['kid', 'kid_sd']
     """
     metrics = _checked_metrics(metrics)
     device = as_device(device)

@@ -54,6 +54,10 @@ class Outcome:
         interrupted: whether a signal stopped it.
         steps: how many steps have been made, those before a resume included.
         picture: the last picture written, or None.
+
+    Example:
+        >>> Outcome(finished=False, interrupted=True, steps=100, picture=None).finished
+        False
     """
 
     finished: bool
@@ -113,6 +117,13 @@ def train(
 
     Warns:
         UserWarning: the discriminator has won, or the folder cannot be locked.
+
+    Example:
+        >>> from genfast.training.runs.config import prepare
+        >>> settings = {"steps": 1, "image_size": 8, "batch_size": 4}
+        >>> config, images = prepare("gan", "digits", settings)
+        >>> train(config, images, "runs/gan-small", device="cpu").steps
+        1
     """
     check_run(config, images)
     check_outputs(sample_every, keep, log)

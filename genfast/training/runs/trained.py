@@ -29,8 +29,10 @@ AT_ONCE = 256  # Images that run through a network together: as many as a GPU is
 def load(path: str | Path, device: str | torch.device = "auto", *, ema: bool = True) -> "Trained":
     """A trained model, ready to draw.
 
-        model = genfast.load("runs/dcgan-digits")
-        images = model.sample(64)
+        >>> model = load("runs/gan-digits", "cpu")
+        >>> images = model.sample(64)
+        >>> images.shape
+        torch.Size([64, 1, 8, 8])
 
     Args:
         path: a checkpoint, or the folder of a run.
@@ -94,6 +96,13 @@ class Trained:
 
     A conditional model takes `labels` beside images and latents: a name or number of a class for
     all of them, or one for each: a list of these, or a tensor of whole numbers into `classes`.
+
+    Example:
+        >>> model = load("runs/gan-digits", "cpu")
+        >>> model
+        <gan of 1 x 8 x 8 after 1 steps: runs/gan-digits/checkpoint.pt>
+        >>> model.interpolate(start=0, end=1, num=3).shape
+        torch.Size([3, 1, 8, 8])
     """
 
     def __init__(self, config: Config, step: Any, path: str | Path, steps: int) -> None:

@@ -50,6 +50,9 @@ class GANResult(NamedTuple):
 
     Where a step leaves the generator as it is, `g_loss` is what the discriminator's update made of
     the same logits.
+
+    Example:
+        >>> d_loss, g_loss = GANResult(torch.tensor(1.4), torch.tensor(0.7))
     """
 
     d_loss: torch.Tensor
@@ -129,6 +132,17 @@ class GANStep(Step[GANResult]):
 
     Warns:
         UserWarning: the penalty is not defined for a discriminator with batch norm.
+
+    Example:
+        >>> from genfast.models import GAN
+        >>> gan = GAN((1, 8, 8), nz=4)
+        >>> step = GANStep(gan.generator, gan.discriminator, precision="fp32")
+        >>> for images in torch.rand(3, 2, 1, 8, 8):  # Three batches of two.
+        ...     result = step(images * 2 - 1)
+        >>> bool(result.d_loss.isfinite())
+        True
+        >>> step.sample(torch.randn(5, 4)).shape
+        torch.Size([5, 1, 8, 8])
     """
 
     pixel_range = (-1.0, 1.0)

@@ -33,6 +33,11 @@ class VAEResult(NamedTuple):
 
     The parts are not weighted: with a beta the loss is reconstruction + beta * kl. Of several
     samples an image they are means over these, and their sum is at least the loss.
+
+    Example:
+        >>> result = VAEResult(torch.tensor(90.0), torch.tensor(80.0), torch.tensor(10.0))
+        >>> float(result.loss - result.kl)
+        80.0
     """
 
     loss: torch.Tensor
@@ -89,6 +94,15 @@ class VAEStep(Step[VAEResult]):
     Raises:
         ValueError, TypeError: there is no such precision, likelihood, beta or number of samples,
             the model is no VAE of this form, or capture=True or compile=True and it cannot be.
+
+    Example:
+        >>> from genfast.models import VAE
+        >>> step = VAEStep(VAE(64, 16, latent_dim=4), precision="fp32")
+        >>> result = step(torch.rand(2, 1, 8, 8))
+        >>> bool(result.loss == result.reconstruction + result.kl)
+        True
+        >>> step.sample(torch.randn(5, 4)).shape
+        torch.Size([5, 1, 8, 8])
     """
 
     pixel_range = (0.0, 1.0)

@@ -21,6 +21,10 @@ class VAEGANResult(NamedTuple):
 
     d_loss: the discriminator's. g_loss: the decoder's as a generator, of reconstructions and of
     samples. reconstruction and kl: in nats an image; the first is that of the features.
+
+    Example:
+        >>> VAEGANResult._fields
+        ('d_loss', 'g_loss', 'reconstruction', 'kl')
     """
 
     d_loss: torch.Tensor
@@ -69,6 +73,14 @@ class VAEGANStep(Step[VAEGANResult]):
         ValueError: there is no such loss, precision or gamma, capture=True and it cannot be, or an
             optimizer does not hold its network's parameters.
         TypeError: the discriminator has not both parts.
+
+    Example:
+        >>> from genfast.models import VAEGAN
+        >>> model = VAEGAN(image_size=16, nz=8, ngf=4, ndf=4)
+        >>> step = VAEGANStep(model.encoder, model.decoder, model.discriminator, precision="fp32")
+        >>> result = step(torch.rand(2, 3, 16, 16) * 2 - 1)
+        >>> step.sample(torch.randn(5, 8, 1, 1)).shape
+        torch.Size([5, 3, 16, 16])
     """
 
     pixel_range = (-1.0, 1.0)

@@ -9,7 +9,7 @@ if TYPE_CHECKING:
     from genfast.convert import accelerate, restore
     from genfast.training.runs.trained import load
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 __all__ = ["accelerate", "functional", "load", "models", "nn", "restore", "use_backend"]
 
 _HOMES = {

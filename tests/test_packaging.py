@@ -1,5 +1,6 @@
 """The wheel and the sdist: what they hold, and that genfast works away from the checkout."""
 
+import datetime
 import json
 import os
 import shutil
@@ -10,6 +11,8 @@ import zipfile
 from pathlib import Path
 
 import pytest
+
+import genfast
 
 ROOT = Path(__file__).parents[1]
 # The build tools are installed: nothing is fetched.
@@ -97,6 +100,13 @@ def test_sdist_builds_the_same_wheel(sdist, wheel, tmp_path):
     out = "--no-build-isolation", "--wheel-dir", tmp_path
     run("-m", "pip", "wheel", *OFFLINE, *out, sdist, cwd=tmp_path)
     assert contents(next(tmp_path.glob("*.whl"))) == contents(wheel)
+
+
+def test_changelog_tells_of_this_version():
+    lines = (ROOT / "CHANGELOG.md").read_text(encoding="utf-8").splitlines()
+    newest, date = next(line for line in lines if line.startswith("## ")).split(" - ")
+    assert newest == f"## [{genfast.__version__}]"
+    datetime.date.fromisoformat(date)
 
 
 def test_demo_runs_from_what_is_installed(installed, tmp_path):

@@ -39,5 +39,5 @@ setup(
     # `kernels/` installs as genfast.kernels: another package owns the name `kernels`.
     packages=["genfast.kernels", *find_packages(include=["genfast", "genfast.*"])],
     package_dir={"genfast.kernels": "kernels"},
-    package_data={"genfast": ["py.typed"], "genfast.launch": ["tuned.csv"]},
+    package_data={"genfast.launch": ["tuned.csv"]},
 )

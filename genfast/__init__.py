@@ -10,12 +10,13 @@ if TYPE_CHECKING:
     from genfast.training.runs.trained import load
 
 __version__ = "0.2.0"
-__all__ = ["accelerate", "functional", "load", "models", "nn", "restore", "use_backend"]
+__all__ = ["accelerate", "functional", "load", "models", "nn", "restore", "train", "use_backend"]
 
 _HOMES = {
     "accelerate": "convert",
     "load": "training.runs.trained",
     "restore": "convert",
+    "train": "training.runs.api",
     "use_backend": "backend",
 }
 

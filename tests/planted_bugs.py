@@ -45,6 +45,7 @@ NORMALIZING = "test_normalizing.py::test_bits_are_those_of_the_pass_and_the_prod
 GRADIENT = "test_gradient_epilogue.py::test_gradient_of_the_layer_below"
 OVERLAP = "test_overlap.py"
 REWRITING = "test_rewriting.py::test_what_runs_together"
+DATA_SETS = "test_datasets.py::test_batches_depend_on_seed_and_position_alone"
 NORMS = "test_norms.py::test_alone"
 
 COMPILED = "test_compile.py::test_compiled_networks_are_the_eager_ones"
@@ -1093,6 +1094,27 @@ BUGS = (
         "labels = self.labels.index_select(0, ahead.popleft())",
         "labels = self.labels.index_select(0, ahead.pop())",
         "test_labels.py::test_batches_hold_the_labels_of_their_images",
+    ),
+    Bug(
+        "transforms of a data set draw the same in every epoch",
+        "genfast/training/data/datasets.py",
+        "_seed_all(seed, epoch, number)",
+        "_seed_all(seed, number)",
+        DATA_SETS,
+    ),
+    Bug(
+        "reading a data set uses up a random number of the training",
+        "genfast/training/data/datasets.py",
+        "generator=torch.Generator(),",
+        "",
+        DATA_SETS,
+    ),
+    Bug(
+        "a GAN's step trains on floats from 0 to 1",
+        "genfast/training/image_range.py",
+        "low < 0 <= found_low < found_high",
+        "low == 0 <= found_low < found_high",
+        "test_loaders_batches.py::test_floats_from_0_to_1_are_no_floats_from_minus_1_on",
     ),
     Bug(
         "projection of features that are not summed over pixels",

@@ -203,7 +203,7 @@ def test_models_are_left_as_they_were():
     before = [{k: (t.dtype, t.stride()) for k, t in n.state_dict().items()} for n in networks]
     hooks = [len(m._forward_hooks) for n in networks for m in n.modules()]
     step = GANStep(generator, discriminator, latent_shape=(5, 1, 1))
-    step(torch.rand(4, 1, 16, 16))
+    step(2 * torch.rand(4, 1, 16, 16) - 1)
     after = [{k: (t.dtype, t.stride()) for k, t in n.state_dict().items()} for n in networks]
     assert after == before
     assert hooks == [len(m._forward_hooks) for n in networks for m in n.modules()]
@@ -764,5 +764,5 @@ def test_gan_pair_trains():
     gan = GAN((1, 8, 8), nz=4)
     step = GANStep(gan.generator, gan.discriminator, latent_shape=(4,), precision="fp32")
     before = [p.clone() for p in gan.parameters()]
-    step(torch.rand(6, 1, 8, 8))
+    step(2 * torch.rand(6, 1, 8, 8) - 1)
     assert all(not torch.equal(p, b) for p, b in zip(gan.parameters(), before, strict=True))

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from genfast.training.data.arrays import to_nchw
 from genfast.training.errors import BadInput, require
@@ -80,6 +81,25 @@ def decode(path: Path, image_size: int, background: Colour | None) -> Decoded:
     if is_mixed:
         is_grey &= len(set(background or ())) == 1
     return to_nchw(np.array(square)[None])[0], is_grey, None
+
+
+def opaque_pixels(image: Any, background: tuple[int, int, int]) -> torch.Tensor:
+    """The pixels of a Pillow image, turned upright, on a background: uint8 (C, H, W).
+
+    C is 1 for grey images, on a grey background, and 3 for others.
+
+    Raises:
+        ValueError: it has more than 8 bits a channel.
+    """
+    if image.mode.startswith(("I", "F")):  # Pillow would cut their values off at 255.
+        raise ValueError(f"expected 8 bits a channel, got an image of mode {image.mode}")
+    grey = image.mode in ("1", "L", "LA")
+    image = require("PIL.ImageOps", "pillow").exif_transpose(image)
+    opaque, is_mixed = _on_background(image, background)
+    pixels = to_nchw(np.array(opaque)[None])[0]
+    if is_mixed:
+        grey &= len(set(background)) == 1
+    return pixels[:1] if grey else pixels
 
 
 def _on_background(image, background):

@@ -55,7 +55,7 @@ class LabelledImages:
 
 
 def labelled(
-    images: torch.Tensor, values: np.typing.ArrayLike, source: str | Path
+    images: torch.Tensor, values: np.typing.ArrayLike, source: str | os.PathLike
 ) -> LabelledImages:
     """`LabelledImages` of images and as many whole numbers or names.
 
@@ -75,7 +75,7 @@ def labelled(
     return LabelledImages(images, torch.from_numpy(numbers.reshape(-1).astype(np.int64)), classes)
 
 
-def refuse_without(source: str | Path) -> NoReturn:
+def refuse_without(source: str | os.PathLike) -> NoReturn:
     """Raise the BadInput for data that have no labels."""
     raise BadInput(
         "expected images with labels for --conditional (a folder with a folder for each class, a "

@@ -4,6 +4,7 @@ Images stay uint8, (N, C, H, W) with C of 1 or 3, until they are a batch: a quar
 """
 
 import os
+import re
 import stat
 import warnings
 import zlib
@@ -47,11 +48,11 @@ NAMED = 20  # How many of the files that were left out a warning names.
 
 
 def load_images(
-    source: str | Path,
+    source: str | os.PathLike,
     image_size: int | None = None,
     *,
     background: str | None = "white",
-    run_folder: str | Path | None = None,
+    run_folder: str | os.PathLike | None = None,
 ) -> torch.Tensor:
     """Load images, cropped to squares around their centres and resized.
 
@@ -92,11 +93,11 @@ def load_images(
 
 
 def load_labelled(
-    source: str | Path,
+    source: str | os.PathLike,
     image_size: int | None = None,
     *,
     background: str | None = "white",
-    run_folder: str | Path | None = None,
+    run_folder: str | os.PathLike | None = None,
 ) -> LabelledImages:
     """As `load_images`, with the class of each image: `LabelledImages`.
 
@@ -117,10 +118,10 @@ def load_labelled(
 
 
 def _load(
-    source: str | Path,
+    source: str | os.PathLike,
     image_size: int | None,
     background: str | None,
-    run_folder: str | Path | None,
+    run_folder: str | os.PathLike | None,
     with_labels: bool = False,
 ) -> tuple[torch.Tensor, Any]:
     """The images, and the label of each, a number or a name; None where none are asked for."""
@@ -134,6 +135,11 @@ def _load(
         return _photos(image_size or DEFAULT_SIZES["photos"]), None
     path = Path(source)
     mode = _mode(path) if source != "" else None  # An empty name would be the current folder.
+    if mode is None and is_name_of_a_data_set(source):
+        raise BadInput(
+            f"expected --data, as the run was given a data set in Python, {source}, to which no "
+            "path leads: genfast.train goes on with it"
+        )
     if mode is None:
         raise BadInput(
             f"expected --data to be digits, photos, or the path of a folder, .npy, .npz or IDX "
@@ -155,6 +161,11 @@ def _load(
     images = read_array_file(path, LARGE)
     values = read_label_file(path, len(images)) if with_labels else None
     return resize(images, image_size), values
+
+
+def is_name_of_a_data_set(source: object) -> bool:
+    """Whether this is what a run that was given a data set in Python notes as its data."""
+    return bool(re.fullmatch(r"<\w+>", str(source)))
 
 
 def _mode(path: Path) -> int | None:
@@ -228,7 +239,7 @@ def _read_folder(
     folder: Path,
     image_size: int,
     background: Colour | None,
-    run_folder: str | Path | None,
+    run_folder: str | os.PathLike | None,
     with_labels: bool,
 ) -> tuple[torch.Tensor, list[str | None]]:
     require("PIL.Image", "pillow")

@@ -53,8 +53,8 @@ class Evaluation(NamedTuple):
 
 
 def evaluate(
-    path: str | Path,
-    data: str | Path | None = None,
+    path: str | os.PathLike,
+    data: str | os.PathLike | None = None,
     *,
     metrics: Sequence[str] = tuple(METRICS),
     features: str | None = None,
@@ -146,7 +146,7 @@ def _checked_metrics(metrics: Sequence[str]) -> tuple[str, ...]:
 
 
 def _real_images(
-    config: Config, data: str | Path | None, path: Path
+    config: Config, data: str | os.PathLike | None, path: Path
 ) -> torch.Tensor | LabelledImages:
     load = load_labelled if config.conditional else load_images
     images = load(
@@ -193,7 +193,7 @@ def _bars(blocks: Iterable[T], text: str, total: int) -> Iterable[T]:
     return tqdm(blocks, text, total, leave=False, dynamic_ncols=True)
 
 
-def report_file(out: str | Path) -> Path:
+def report_file(out: str | os.PathLike) -> Path:
     """Where a report named `out` goes; BadInput if it must not be written there.
 
     It may be new, or take the place of an older report.

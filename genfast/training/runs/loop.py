@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import platform
 import signal
 import sys
@@ -13,7 +14,7 @@ from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 
@@ -69,14 +70,14 @@ class Outcome:
 def train(
     config: Config,
     images: torch.Tensor | LabelledImages,
-    out: str | Path,
+    out: str | os.PathLike,
     *,
     device: str | torch.device,
-    resume_from: str | Path | None = None,
+    resume_from: str | os.PathLike | None = None,
     checkpoint_seconds: float = CHECKPOINT_SECONDS,
     sample_every: int | None = None,
     keep: int = 0,
-    log: Literal["tensorboard"] | None = None,
+    log: str | None = None,
     max_seconds: float = math.inf,
     demo: bool = False,
 ) -> Outcome:
@@ -262,7 +263,7 @@ class _Pictures:
         return None
 
 
-def _go_on_from(path: Path, step: Step) -> int:
+def _go_on_from(path: Any, step: Step) -> int:
     """Put the step where the checkpoint left it; the number of steps made until then."""
     content = checkpoint.read_checkpoint(path)
     checkpoint.restore(step, content, path)

@@ -1,5 +1,6 @@
 """Trained models, from a checkpoint to images."""
 
+import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import islice
@@ -26,7 +27,9 @@ Labels = str | int | Sequence[str | int] | torch.Tensor | None
 AT_ONCE = 256  # Images that run through a network together: as many as a GPU is busy with.
 
 
-def load(path: str | Path, device: str | torch.device = "auto", *, ema: bool = True) -> "Trained":
+def load(
+    path: str | os.PathLike, device: str | torch.device = "auto", *, ema: bool = True
+) -> "Trained":
     """A trained model, ready to draw.
 
         >>> model = load("runs/gan-digits", "cpu")
@@ -59,7 +62,7 @@ def load(path: str | Path, device: str | torch.device = "auto", *, ema: bool = T
 
 
 def drawing_step(
-    config: Config, content: Mapping[str, Any], path: str | Path, device: torch.device
+    config: Config, content: Mapping[str, Any], path: str | os.PathLike, device: torch.device
 ) -> Any:
     """A step with the networks of a checkpoint, to draw from and not to go on training.
 
@@ -105,7 +108,7 @@ class Trained:
         torch.Size([3, 1, 8, 8])
     """
 
-    def __init__(self, config: Config, step: Any, path: str | Path, steps: int) -> None:
+    def __init__(self, config: Config, step: Any, path: str | os.PathLike, steps: int) -> None:
         self.config, self.path, self.steps = config, Path(path), steps
         self.classes = config.classes
         self.device, self.latent_shape = step.device, tuple(step.latent_shape)

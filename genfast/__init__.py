@@ -7,6 +7,7 @@ if TYPE_CHECKING:
     from genfast import functional, models, nn
     from genfast.backend import use_backend
     from genfast.convert import accelerate, restore
+    from genfast.training.runs.api import train
     from genfast.training.runs.trained import load
 
 __version__ = "0.2.0"

@@ -4,6 +4,8 @@ What is right must pass. What is wrong has a `type: ignore`, which the checker r
 not needed: so a type that became looser, down to Any, is noticed.
 """
 
+from pathlib import Path
+
 import torch
 from torch import nn
 from typing_extensions import assert_type
@@ -44,6 +46,8 @@ def right(images: torch.Tensor, weight: torch.Tensor) -> None:
 
     assert_type(load_images("digits", 16), torch.Tensor)
     assert_type(resize(load_labelled("digits"), 16), LabelledImages)
+    outcome = genfast.train("dcgan", "digits", out="runs/digits", epochs=1)
+    assert_type(outcome.picture, Path | None)
     model = genfast.load("runs/digits", "cpu")
     assert_type(model, Trained)
     assert_type(model.sample(4, labels=["0", 1, "2", 3]), torch.Tensor)

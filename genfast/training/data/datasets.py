@@ -59,6 +59,13 @@ class DataSet:
 
     Raises:
         BadInput: an argument is something else.
+
+    Example:
+        >>> items = [(torch.rand(3, 20, 30), i % 2) for i in range(4)]
+        >>> data = DataSet(items, classes=["cat", "dog"])
+        >>> images, crc = data.load(16, background="white", conditional=True, seed=0)
+        >>> images.shape, images.classes
+        (torch.Size([4, 3, 16, 16]), ('cat', 'dog'))
     """
 
     def __init__(
@@ -69,7 +76,7 @@ class DataSet:
         classes: Sequence[str] | int | None = None,
         num_workers: int = 0,
         cache: bool | None = None,
-    ):
+    ) -> None:
         _check_items(items)
         self._items = items
         self.name = f"<{type(items).__name__}>"
@@ -137,17 +144,23 @@ class Streamed:
         nbytes: how many bytes they would take.
         classes: the names of a conditional run's classes, whose batches have labels; else None.
         device: of the batches as they are read: the CPU.
+
+    Example:
+        >>> data = DataSet([torch.rand(1, 8, 8)] * 4, cache=False)
+        >>> images, crc = data.load(8, background="white", conditional=False, seed=0)
+        >>> type(images).__name__, images.shape
+        ('Streamed', (4, 1, 8, 8))
     """
 
     device = torch.device("cpu")
 
-    def __init__(self, reader, num_workers):
+    def __init__(self, reader: Any, num_workers: int) -> None:
         self._reader, self._num_workers = reader, num_workers
         self.shape = (len(reader.items), *reader.shape)
         self.nbytes = math.prod(self.shape)
         self.classes = reader.classes
 
-    def __len__(self):
+    def __len__(self) -> int:
         return self.shape[0]
 
     def batches(

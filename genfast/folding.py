@@ -19,7 +19,7 @@ so that everything that differentiates or replaces a weight goes on working.
 
 import math
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -67,9 +67,9 @@ class Form(NamedTuple):
     after: a function of the convolution's output, before norm and activation; or None.
     """
 
-    before: object
-    block: object
-    after: object
+    before: Any
+    block: Any
+    after: Any
 
 
 def upsampling(layer):

@@ -88,6 +88,20 @@ BUGS = (
         WORKERS,
     ),
     Bug(
+        "a public function does not say what it takes",
+        "genfast/losses.py",
+        "def gan_loss(name: str) -> GANLoss:",
+        "def gan_loss(name) -> GANLoss:",
+        "test_types.py::test_public_names_have_types",
+    ),
+    Bug(
+        "a public name's example is no example",
+        "genfast/losses.py",
+        '>>> gan_loss("wgan").generator',
+        'gan_loss("wgan").generator',
+        "test_docstrings.py::test_all_have_an_example",
+    ),
+    Bug(
         "a process's loss counts as much as that of one with more images",
         "genfast/training/steps/spread.py",
         "self._part = count / processes.summed(count, self._group)",
@@ -1208,6 +1222,41 @@ BUGS = (
         ", step.pixel_range) for",
         ", (0, 1)) for",
         "test_evaluate.py::test_what_is_measured",
+    ),
+    Bug(
+        "the base of oblong images has height for width",
+        "genfast/models/sizes.py",
+        "(height >> halvings, width >> halvings)",
+        "(width >> halvings, height >> halvings)",
+        "test_sizes.py::test_the_smaller_side_is_halved_to_4_to_7",
+    ),
+    Bug(
+        "pictures of a folder have the shape asked for on its side",
+        "genfast/training/data/decoding.py",
+        "image_ops.fit(opaque, size[::-1],",
+        "image_ops.fit(opaque, size,",
+        "test_sizes.py::test_oblong_images_of_files_and_arrays",
+    ),
+    Bug(
+        "arrays are cropped to the shape asked for on its side",
+        "genfast/training/data/sources.py",
+        "    (height, width), (h, w) = found, size",
+        "    (height, width), (w, h) = found, size",
+        "test_sizes.py::test_oblong_images_of_files_and_arrays",
+    ),
+    Bug(
+        "an average begins with random weights beside a generator that does not",
+        "genfast/training/runs/beginning.py",
+        'if average and "generator" in self.modules:',
+        'if average and "average" in self.modules:',
+        "test_example_weights.py::test_a_run_begins_with_both_networks",
+    ),
+    Bug(
+        "names of the example's weights keep the prefix of parallel training",
+        "genfast/training/runs/example_weights.py",
+        "str(name).removeprefix(_PREFIX)",
+        "str(name)",
+        "test_example_weights.py::test_a_generator_draws_what_the_example_draws",
     ),
 )
 

@@ -14,6 +14,7 @@ from genfast.cli.streams import tell
 from genfast.training import progress
 from genfast.training.errors import BadInput
 from genfast.training.runs import board, folder, kept
+from genfast.training.runs.beginning import read_beginning
 from genfast.training.runs.checkpoint import NAME as CHECKPOINT_NAME
 from genfast.training.runs.checkpoint import file_of
 from genfast.training.runs.config import LENGTHS, prepare, prepare_resumed
@@ -48,6 +49,14 @@ def add(commands):
         metavar="CHECKPOINT",
         help=f"go on from a checkpoint or a run's folder (default: {CHECKPOINT_NAME} in --out, or "
         "a new run if there is none yet); of the settings only --epochs or --steps may change",
+    )
+    parser.add_argument(
+        "--init-from",
+        nargs="+",
+        metavar="WEIGHTS",
+        help="begin with the weights of a checkpoint or a run's folder, or with those of PyTorch's "
+        "public DCGAN example, netG_epoch_24.pth, netD_epoch_24.pth or both; a run that goes on "
+        "keeps to those of its checkpoint (default: random ones)",
     )
     parser.add_argument(
         "--checkpoint-seconds",
@@ -116,13 +125,16 @@ def run(args):
 
 
 def _run(args, device, workers):
-    config, images, out, resume_from = workers.together(lambda: _prepared(args, device, workers))
+    config, images, out, resume_from, init_from = workers.together(
+        lambda: _prepared(args, device, workers)
+    )
     outcome = train(
         config,
         images,
         out,
         device=device,
         resume_from=resume_from,
+        init_from=init_from,
         checkpoint_seconds=args.checkpoint_seconds,
         sample_every=args.sample_every,
         keep=args.keep,
@@ -140,7 +152,7 @@ def _run(args, device, workers):
 
 
 def _prepared(args, device, workers):
-    """The `Config`, the images, the folder, and the checkpoint to go on from or None."""
+    """The `Config`, the images, the folder, what to go on from and what to begin with, or None."""
     given = {name: getattr(args, name) for name in SETTINGS if getattr(args, name) is not None}
     device = working_device(device)
     check_precision(args.precision, device)
@@ -150,9 +162,13 @@ def _prepared(args, device, workers):
     if resume_from:
         config, images = prepare_resumed(args.model, args.data, given, resume_from, out)
         check_precision(config.precision, device)  # The run may have begun on another machine.
-    else:
-        config, images = prepare(args.model, args.data, given, out, workers.count)
-    return config, images, out, resume_from
+        return config, images, out, resume_from, None
+    init_from = None
+    if args.init_from:
+        init_from = read_beginning(args.init_from, args.model)
+        given = init_from.settled(given)
+    config, images = prepare(args.model, args.data, given, out, workers.count)
+    return config, images, out, None, init_from
 
 
 def _length(config):

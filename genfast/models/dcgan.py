@@ -14,25 +14,20 @@ import torch
 from torch import nn
 
 from genfast.models.classes import check_classes
+from genfast.models.sizes import ImageSize, halved
 from genfast.nn import FusedSequential
 
-IMAGE_SIZES = (16, 32, 64, 128, 256)
 
-
-def check_image_size(image_size):
-    """Raise ValueError unless repeated halving leads from `image_size` to 4."""
-    if image_size not in IMAGE_SIZES:
-        raise ValueError(
-            f"expected image_size to be a power of two from {IMAGE_SIZES[0]} to "
-            f"{IMAGE_SIZES[-1]}, got {image_size}"
-        )
-
-
-def weights_init(module):
+def weights_init(module: nn.Module) -> None:
     """Initialise one layer as DCGANs are: `model.apply(weights_init)`.
 
     Weights of convolutions are drawn from N(0, 0.02), those of batch norms from N(1, 0.02) with
     biases of 0; the second number is the standard deviation.
+
+    Example:
+        >>> layer = nn.BatchNorm2d(4).apply(weights_init)
+        >>> layer.bias.tolist()
+        [0.0, 0.0, 0.0, 0.0]
     """
     if isinstance(module, nn.Conv2d | nn.ConvTranspose2d):
         nn.init.normal_(module.weight, 0.0, 0.02)
@@ -44,26 +39,43 @@ def weights_init(module):
 class DCGANGenerator(nn.Module):
     """Noise to images: 4x4 pixels first, then twice the size and half the channels a block.
 
+    Images whose smaller side is no power of two begin with more, 96x64 with 6x4: see
+    `genfast.models.sizes.halved`.
+
     Args:
         nz: the length of the noise vector.
-        ngf: the channels of the last hidden layer; the first has ngf * image_size / 8.
+        ngf: the channels of the last hidden layer; each further one towards the noise has twice
+            as many.
         nc: the channels of the images.
-        image_size: their height and width: 16, 32, 64, 128 or 256.
+        image_size: their height and width, an int for squares or (height, width): the smaller from
+            16 to 256.
         classes: how many classes there are labels of; None for a generator that takes no labels.
 
     Shape:
-        (N, nz, 1, 1), and int64 labels (N,), to (N, nc, image_size, image_size), in [-1, 1].
+        (N, nz, 1, 1), and int64 labels (N,), to (N, nc, height, width), in [-1, 1].
+
+    Example:
+        >>> generator = DCGANGenerator(nz=8, ngf=4, image_size=16)
+        >>> generator(torch.randn(2, 8, 1, 1)).shape
+        torch.Size([2, 3, 16, 16])
     """
 
-    def __init__(self, nz=100, ngf=64, nc=3, image_size=64, classes=None):
+    def __init__(
+        self,
+        nz: int = 100,
+        ngf: int = 64,
+        nc: int = 3,
+        image_size: ImageSize = 64,
+        classes: int | None = None,
+    ) -> None:
         super().__init__()
-        check_image_size(image_size)
+        size = halved(image_size)
         check_classes(classes)
         self.latent_shape = (nz, 1, 1)
         self.classes = classes
-        width = ngf * image_size // 8
+        width = ngf * size.growth
         layers = [
-            nn.ConvTranspose2d(2 * nz if classes else nz, width, 4, 1, 0, bias=False),
+            nn.ConvTranspose2d(2 * nz if classes else nz, width, size.base, 1, 0, bias=False),
             nn.BatchNorm2d(width),
             nn.ReLU(True),
         ]
@@ -78,7 +90,7 @@ class DCGANGenerator(nn.Module):
         self.main = FusedSequential(*layers)
         self.apply(weights_init)
         # The layout the kernels read, so that no step repacks a weight.
-        self.to(memory_format=torch.channels_last)
+        self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         if classes:
             self.embedding = nn.Embedding(classes, nz)
             # Of a length of 1, as a one-hot label would have. Where it begins as strong as the
@@ -86,7 +98,7 @@ class DCGANGenerator(nn.Module):
             # deviation within a class fell to 0.02, this way it stays at 0.19, of 0.29 in the data.
             nn.init.normal_(self.embedding.weight, 0.0, nz**-0.5)
 
-    def forward(self, z, labels=None):
+    def forward(self, z: torch.Tensor, labels: torch.Tensor | None = None) -> torch.Tensor:
         """Draw the images that these noise vectors, and labels, stand for."""
         if self.classes:
             z = torch.cat([z, self.embedding(labels)[:, :, None, None]], 1)
@@ -98,38 +110,46 @@ class DCGANDiscriminator(nn.Module):
 
     Args:
         nc: the channels of the images.
-        ndf: the channels of the first hidden layer; the last has ndf * image_size / 8.
-        image_size: height and width of the images: 16, 32, 64, 128 or 256.
+        ndf: the channels of the first hidden layer; each further one has twice as many.
+        image_size: height and width of the images, an int for squares or (height, width): the
+            smaller from 16 to 256.
         classes: how many classes there are labels of; None for a discriminator that takes none.
 
     Shape:
-        (N, nc, image_size, image_size), and int64 labels (N,), to (N,): positive where an image
-        looks real, and of its class.
+        (N, nc, height, width), and int64 labels (N,), to (N,): positive where an image looks real,
+        and of its class.
+
+    Example:
+        >>> discriminator = DCGANDiscriminator(ndf=4, image_size=(16, 24))
+        >>> discriminator(torch.rand(2, 3, 16, 24) * 2 - 1).shape
+        torch.Size([2])
     """
 
-    def __init__(self, nc=3, ndf=64, image_size=64, classes=None):
+    def __init__(
+        self, nc: int = 3, ndf: int = 64, image_size: ImageSize = 64, classes: int | None = None
+    ) -> None:
         super().__init__()
-        check_image_size(image_size)
+        size = halved(image_size)
         check_classes(classes)
         self.classes = classes
         layers = [nn.Conv2d(nc, ndf, 4, 2, 1, bias=False), nn.LeakyReLU(0.2, True)]
         width = ndf
-        while width < ndf * image_size // 8:
+        while width < ndf * size.growth:
             layers += [
                 nn.Conv2d(width, width * 2, 4, 2, 1, bias=False),
                 nn.BatchNorm2d(width * 2),
                 nn.LeakyReLU(0.2, True),
             ]
             width *= 2
-        layers += [nn.Conv2d(width, 1, 4, 1, 0, bias=False)]
+        layers += [nn.Conv2d(width, 1, size.base, 1, 0, bias=False)]
         self.main = FusedSequential(*layers)
         self.apply(weights_init)
-        self.to(memory_format=torch.channels_last)
+        self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         if classes:
             self.embedding = nn.Embedding(classes, width)
             nn.init.normal_(self.embedding.weight, 0.0, 0.02)  # As the weights of the last layer.
 
-    def forward(self, images, labels=None):
+    def forward(self, images: torch.Tensor, labels: torch.Tensor | None = None) -> torch.Tensor:
         """Judge the images, and whether they are of these classes."""
         if not self.classes:
             return self.main(images).flatten()

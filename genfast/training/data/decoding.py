@@ -1,8 +1,9 @@
-"""One picture's file, decoded into a square of pixels."""
+"""One picture's file, decoded into pixels of one size."""
 
 import re
 import threading
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,27 +17,36 @@ COLOURS = "white, black or a colour such as #ff8800"
 # Pixels that all threads together decode at a time: at 8 to 12 bytes each, 1.5 GiB at most.
 PIXELS = 2**27
 ROWS = 256
+Colour = tuple[int, int, int]
+# (3, H, W) uint8, whether it is grey, None; or None, None, and what is wrong with the picture.
+Decoded = tuple[Any, Any, str | None]
 DRAWN_BY = ("Software", "genfast")  # A text in each PNG that genfast draws, by which to know it.
 
 
-def colour(background):
-    """(red, green, blue), 0 to 255, of "white", "black" or "#rrggbb"; BadInput for another text."""
+def colour(background: str) -> Colour:
+    """(red, green, blue), 0 to 255, of "white", "black" or "#rrggbb"; BadInput for another text.
+
+    Example:
+        >>> colour("#ff8800")
+        (255, 136, 0)
+    """
     if not (isinstance(background, str) and is_colour(background)):
         raise BadInput(f"expected --background to be {COLOURS}, got {background!r}")
-    return tuple(bytes.fromhex(BACKGROUNDS.get(background, background)[1:]))
+    red, green, blue = bytes.fromhex(BACKGROUNDS.get(background, background)[1:])
+    return red, green, blue
 
 
-def is_colour(text):
+def is_colour(text: str) -> bool:
     """Whether `colour` takes a text."""
     return bool(re.fullmatch("#[0-9a-fA-F]{6}", BACKGROUNDS.get(text, text)))
 
 
-def decode(path, image_size, background):
-    """Decode one picture: cropped to the square around its centre, resized, on a background.
+def decode(path: Path, size: tuple[int, int], background: Colour | None) -> Decoded:
+    """Decode one picture: cropped around its centre, resized, on a background.
 
     Args:
         path: a regular file.
-        image_size: height and width in pixels.
+        size: (height, width) in pixels.
         background: (red, green, blue) behind what is transparent. None drops the transparency and
             shows the colours that lie under it, whatever they are.
 
@@ -56,21 +66,20 @@ def decode(path, image_size, background):
             if image.mode.startswith(("I", "F")):  # Pillow would cut their values off at 255.
                 return None, None, f"expected 8 bits a channel, got mode {image.mode}"
             # JPEGs decode at a half, a quarter or an eighth of their size for a part of the time.
-            image.draft("RGB", (2 * image_size, 2 * image_size))
+            # Of the longer side, as some are turned afterwards.
+            image.draft("RGB", (2 * max(size), 2 * max(size)))
             with _pixels.lent(image.width * image.height):
                 _mend_transparent_colour(image, path)
                 image_ops.exif_transpose(image, in_place=True)
                 opaque, is_mixed = _on_background(image, background)
-                square = image_ops.fit(
-                    opaque, (image_size, image_size), image_module.Resampling.LANCZOS
-                )
+                fitted = image_ops.fit(opaque, size[::-1], image_module.Resampling.LANCZOS)
     except MemoryError:  # That is not the image's fault, and next time it might be there.
         raise BadInput(f"expected memory enough for the image {path}, got no more") from None
     except Exception as error:  # Damaged bytes make the decoders raise nearly anything.
         return None, None, str(error) or type(error).__name__
     if is_mixed:
-        is_grey &= len(set(background)) == 1
-    return to_nchw(np.array(square)[None])[0], is_grey, None
+        is_grey &= len(set(background or ())) == 1
+    return to_nchw(np.array(fitted)[None])[0], is_grey, None
 
 
 def opaque_pixels(image: Any, background: tuple[int, int, int]) -> torch.Tensor:

@@ -11,6 +11,7 @@ from genfast.training import progress
 from genfast.training.data import DataSet
 from genfast.training.errors import BadInput
 from genfast.training.runs import checkpoint, folder
+from genfast.training.runs.beginning import read_beginning
 from genfast.training.runs.config import check_settings, prepare, prepare_resumed
 from genfast.training.runs.devices import as_device
 from genfast.training.runs.loop import CHECKPOINT_SECONDS, Outcome, check_outputs
@@ -28,6 +29,7 @@ def train(
     out: str | os.PathLike,
     device: str | torch.device = "auto",
     resume: bool | str | os.PathLike = False,
+    init_from: str | os.PathLike | Sequence[str | os.PathLike] | None = None,
     image_range: tuple[float, float] | None = None,
     classes: Sequence[str] | int | None = None,
     num_workers: int = 0,
@@ -44,8 +46,8 @@ def train(
         outcome = genfast.train("dcgan", dataset, out="runs/mine", epochs=20)
         images = genfast.load("runs/mine").sample(64)
 
-    Images of a data set are cropped to squares around their centres and resized, if need be, and
-    rounded to 256 levels. Where reading its items draws no random numbers and they fit into memory,
+    Images of a data set are cropped around their centres and resized, if need be, and rounded to
+    256 levels. Where reading its items draws no random numbers and they fit into memory,
     they are read once; else they are read anew for each batch, so that a transform may draw others
     each time. Before an item is read, the global random numbers of Python, NumPy and PyTorch are
     seeded from the run's seed, the epoch and the item's number, in whichever process: a resumed run
@@ -70,6 +72,8 @@ def train(
             of a checkpoint, or of a run's folder, goes on from there. Of the settings only `epochs`
             or `steps` may change, and the data set must be the same: its length and 16 of its items
             are compared.
+        init_from: a path, or several, of weights that a new run begins with, as `read_beginning`
+            takes them: of a checkpoint, or of PyTorch's public DCGAN example.
         image_range: (low, high) of images that are floats. None: (0, 1), as ToTensor makes them.
         classes: of a conditional run, the names of the classes in the order of the labels' numbers,
             or how many there are. None: as the data set tells by its `classes` or `features`.
@@ -87,6 +91,11 @@ def train(
     Raises:
         BadInput, a ValueError: an argument, the data set or the checkpoint does not fit.
         Diverged: a loss or a weight is no longer finite.
+
+    Example:
+        >>> images = torch.randint(0, 256, (16, 1, 8, 8), dtype=torch.uint8)  # Or a data set.
+        >>> train("gan", images, out="runs/noise", steps=2, batch_size=4, quiet=True).steps
+        2
     """
     if not isinstance(model, str):
         raise BadInput(
@@ -100,23 +109,27 @@ def train(
     check_outputs(sample_every, keep, log)
     folder.check(_folder(out), path)
     data = _data(dataset, dict(image_range=image_range, classes=classes, cache=cache), num_workers)
+    beginning = None
 
     def prepared():
-        if path is None:
-            return prepare(model, data, given, out, workers.count)
-        config, images = prepare_resumed(model, data, given, path, out)
-        _check_precision(config.precision, device)
-        return config, images
+        if path:
+            config, images = prepare_resumed(model, data, given, path, out)
+            _check_precision(config.precision, device)
+            return config, images, None
+        beginning = None if init_from is None else read_beginning(init_from, model)
+        settled = given if beginning is None else beginning.settled(given)
+        return *prepare(model, data, settled, out, workers.count), beginning
 
     with joined(device) as (workers, device), progress.hidden(quiet):
         device = as_device(device)
-        config, images = workers.together(prepared)
+        config, images, beginning = workers.together(prepared)
         return run(
             config,
             images,
             out,
             device=device,
             resume_from=path,
+            init_from=beginning,
             checkpoint_seconds=checkpoint_seconds,
             sample_every=sample_every,
             keep=keep,
@@ -125,13 +138,13 @@ def train(
         )
 
 
-def _folder(out):
+def _folder(out: object) -> Path:
     if not isinstance(out, str | os.PathLike):
         raise BadInput(f"expected out to be the path of a folder, got {shown(out)}")
     return Path(out)
 
 
-def _checkpoint_of(out, resume):
+def _checkpoint_of(out: object, resume: object) -> Path | None:
     """The path of the checkpoint to go on from, or None where a run is to begin."""
     if resume is False or resume is None:
         return None
@@ -143,7 +156,7 @@ def _checkpoint_of(out, resume):
     return path if os.path.lexists(path) else None
 
 
-def _data(dataset, about, num_workers):
+def _data(dataset: Any, about: dict[str, Any], num_workers: int) -> Any:
     """What `prepare` takes."""
     if dataset is None or isinstance(dataset, str | os.PathLike):
         told = [name for name, value in about.items() if value is not None]
@@ -156,7 +169,7 @@ def _data(dataset, about, num_workers):
     return DataSet(dataset, num_workers=num_workers, **about)
 
 
-def _check_precision(precision, device):
+def _check_precision(precision: Any, device: torch.device) -> None:
     try:
         resolve_precision(precision, device)
     except ValueError as error:

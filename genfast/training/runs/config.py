@@ -4,12 +4,13 @@ import os
 from collections.abc import Mapping
 from dataclasses import asdict, field, make_dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 import torch
 
 from genfast.losses import GAN_LOSSES
-from genfast.models.dcgan import IMAGE_SIZES
+from genfast.models.sizes import SMALLEST, height_and_width, nearest, plain, why_not
 from genfast.training.data import (
     DataSet,
     LabelledImages,
@@ -25,7 +26,7 @@ from genfast.training.errors import BadInput
 from genfast.training.runs.checkpoint import file_of, read_checkpoint
 from genfast.training.runs.held_out import num_training
 from genfast.training.runs.models import MODELS
-from genfast.training.runs.rules import shown
+from genfast.training.runs.rules import plain_size, shown
 from genfast.training.runs.settings import NOTED, RULES, SETTINGS, option
 
 # How long a run is to be: by one of the two.
@@ -33,6 +34,13 @@ LENGTHS = {"epochs", "steps"}
 
 
 class _Settled:
+    if TYPE_CHECKING:  # What tables make of it, which no type checker reads: see `Config`.
+        __dataclass_fields__: ClassVar[dict[str, Any]]
+
+        def __init__(self, **settings: Any) -> None: ...
+
+        def __getattr__(self, name: str) -> Any: ...
+
     def __post_init__(self):
         known = _settings_of(self.model)
         for name in ("data", *NOTED):
@@ -46,7 +54,8 @@ class _Settled:
             lacks = value is None and (setting.optional or name not in known)
             if not lacks:
                 given[name] = value
-        check_settings(self.model, given)
+        size = check_settings(self.model, given)["image_size"]
+        object.__setattr__(self, "image_size", size)
         if not given.keys() & LENGTHS:
             raise BadInput("expected --epochs or --steps, got neither")
         if self.conditional:
@@ -54,7 +63,12 @@ class _Settled:
         elif self.classes is not None:
             raise BadInput("expected classes of a conditional run alone, got some of another run")
 
-    def as_dict(self):
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """(C, H, W) of the images."""
+        return self.channels, *height_and_width(self.image_size)
+
+    def as_dict(self) -> dict[str, Any]:
         """The settings as a dict of numbers, strings and None, and a tuple of `classes`."""
         return asdict(self)
 
@@ -72,7 +86,13 @@ class _Settled:
             raise BadInput(f"{error} in the checkpoint {path}") from None
 
 
-Config = make_dataclass(
+if TYPE_CHECKING:
+
+    class Config(_Settled):
+        pass
+
+
+Config = make_dataclass(  # type: ignore[assignment,misc]
     "Config",
     [
         ("model", str),
@@ -86,6 +106,8 @@ Config = make_dataclass(
 )
 Config.__module__ = __name__
 Config.__doc__ = """The settings of a run: those of settings.py, each an attribute.
+
+`image_size` is an int for squares, else text such as "96x64"; `image_shape` is (C, H, W).
 
 A setting is None where the model has none of that name, and where it is optional and not asked for.
 Of `epochs` and `steps` one is None.
@@ -115,16 +137,16 @@ def check_settings(model, given):
                 f"expected settings that {model} has, got {option(name)}, which it lacks"
             )
         _check_setting(name, value)
+    if "image_size" in given:
+        given["image_size"] = plain_size(given["image_size"])
     if given.keys() >= LENGTHS:
         raise BadInput(
             f"expected --epochs or --steps, got both, {given['epochs']} and {given['steps']}"
         )
-    size = given.get("image_size", IMAGE_SIZES[0])
-    if MODELS[model].convolutional and size not in IMAGE_SIZES:
-        raise BadInput(
-            f"expected --image-size to be a power of two from {IMAGE_SIZES[0]} to "
-            f"{IMAGE_SIZES[-1]} for {model}, got {size}"
-        )
+    size = given.get("image_size", SMALLEST)
+    reason = why_not(*height_and_width(size)) if MODELS[model].convolutional else None
+    if reason:
+        raise BadInput(f"expected --image-size {reason} for {model}, got {size}")
     for name in ("penalty_weight", "penalty_every"):
         if given.get(name) is not None and given.get("penalty") is None:
             raise BadInput(f"expected {option(name)} with --penalty, got it alone")
@@ -184,7 +206,7 @@ def prepare(model, data, given, out=None, processes=1):
     if "steps" in given:
         settings["epochs"] = None
     chosen = settings | given
-    images, crc = _images(data, chosen, out, lambda *size: _network_size(kind, min(size)))
+    images, crc = _images(data, chosen, out, lambda *size: _network_size(kind, *size))
     left = num_training(len(images), given.get("validate"))
     if left < processes:
         raise BadInput(f"expected an image for each of {processes} processes, got {left} images")
@@ -195,7 +217,7 @@ def prepare(model, data, given, out=None, processes=1):
         num_images=len(images),
         checksum=crc,
         classes=_classes_of(images),
-        **(settings | given | dict(channels=images.shape[1], image_size=images.shape[2])),
+        **(settings | given | dict(channels=images.shape[1], image_size=plain(*images.shape[2:]))),
     )
     return config, images
 
@@ -226,11 +248,9 @@ def _images(data, settings, run_folder, fitting):
     return images, checksum(images)
 
 
-def _network_size(kind, size):
-    """The size of images for networks of this kind that is nearest to theirs, and no smaller."""
-    if not kind.convolutional or size in IMAGE_SIZES:
-        return size
-    return next((wanted for wanted in IMAGE_SIZES if wanted >= size), IMAGE_SIZES[-1])
+def _network_size(kind, height, width):
+    """The size of images for networks of this kind that is nearest to theirs: see `nearest`."""
+    return nearest(height, width) if kind.convolutional else (height, width)
 
 
 def _classes_of(images):
@@ -311,7 +331,7 @@ def check_run(config, images):
     """BadInput unless these are a `Config` and the images it was made for."""
     if not isinstance(config, Config):
         raise BadInput(f"expected a Config, as prepare gives it, got {shown(config)}")
-    shape = (config.num_images, config.channels, config.image_size, config.image_size)
+    shape = (config.num_images, *config.image_shape)
     came = shown(images)
     if config.conditional:
         if _classes_of(images) != config.classes:

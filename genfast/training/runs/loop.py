@@ -2,28 +2,32 @@
 
 import json
 import math
+import os
 import platform
 import signal
 import sys
 import threading
 import time
 import warnings
+from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import torch
 
 import genfast
 from genfast.training import progress
-from genfast.training.data import Batches
+from genfast.training.data import Batches, LabelledImages
 from genfast.training.errors import BadInput, Diverged, require
 from genfast.training.files import replacing
 from genfast.training.run_files import CURVE, PICTURES, SETTINGS
 from genfast.training.runs import board, checkpoint, folder
+from genfast.training.runs.beginning import Beginning
 from genfast.training.runs.classes import labels_of_samples
-from genfast.training.runs.config import check_run
+from genfast.training.runs.config import Config, check_run
 from genfast.training.runs.curve import draw_curve
 from genfast.training.runs.devices import as_device
 from genfast.training.runs.finite import first_not_finite, refuse_not_finite
@@ -35,7 +39,10 @@ from genfast.training.runs.rules import shown, whole
 from genfast.training.runs.samples import draw_noise, write_samples
 from genfast.training.runs.schedule import Schedule
 from genfast.training.runs.settings import option
-from genfast.training.runs.workers import ALONE, lost
+from genfast.training.runs.workers import ALONE, Alone, lost
+from genfast.training.steps.base import Step
+
+__all__ = ["Outcome", "train"]
 
 SAMPLES = 64
 REPORT_SECONDS = 0.5
@@ -52,6 +59,10 @@ class Outcome:
         interrupted: whether a signal stopped it.
         steps: how many steps have been made, those before a resume included.
         picture: the last picture written, or None.
+
+    Example:
+        >>> Outcome(finished=False, interrupted=True, steps=100, picture=None).finished
+        False
     """
 
     finished: bool
@@ -61,20 +72,21 @@ class Outcome:
 
 
 def train(
-    config,
-    images,
-    out,
+    config: Config,
+    images: torch.Tensor | LabelledImages,
+    out: str | os.PathLike,
     *,
-    device,
-    resume_from=None,
-    checkpoint_seconds=CHECKPOINT_SECONDS,
-    sample_every=None,
-    keep=0,
-    log=None,
-    max_seconds=math.inf,
-    demo=False,
-    workers=ALONE,
-):
+    device: str | torch.device,
+    resume_from: str | os.PathLike | None = None,
+    init_from: Beginning | None = None,
+    checkpoint_seconds: float = CHECKPOINT_SECONDS,
+    sample_every: int | None = None,
+    keep: int = 0,
+    log: str | None = None,
+    max_seconds: float = math.inf,
+    demo: bool = False,
+    workers: Alone = ALONE,
+) -> Outcome:
     """Train a model and write what comes of it into a folder.
 
     The folder gets config.json, metrics.csv (one row a step), samples/epoch_NNN.png (of the same
@@ -92,6 +104,8 @@ def train(
         out: the folder; made if need be.
         device: a `torch.device`, or its name as `as_device` takes it.
         resume_from: the path of a checkpoint to go on from, or of the folder of its run.
+        init_from: a `Beginning`, as `read_beginning` gives it: the weights that a new run begins
+            with. Its optimizers are fresh.
         checkpoint_seconds: 0 writes a checkpoint after each step.
         sample_every: the steps from one sample picture to the next, samples/step_NNNNNNN.png. None:
             one an epoch. In any case there is one of the last step.
@@ -116,13 +130,24 @@ def train(
 
     Warns:
         UserWarning: the discriminator has won, or the folder cannot be locked.
+
+    Example:
+        >>> from genfast.training.runs.config import prepare
+        >>> settings = {"steps": 1, "image_size": 8, "batch_size": 4}
+        >>> config, images = prepare("gan", "digits", settings)
+        >>> train(config, images, "runs/gan-small", device="cpu").steps
+        1
     """
     workers.together(lambda: _check(config, images, sample_every, keep, log))
+    if init_from and resume_from:
+        raise BadInput("expected resume_from or init_from, got both")
     device = as_device(device)
     tqdm = require("tqdm", "tqdm").tqdm
     out, resume_from = Path(out), resume_from and checkpoint.file_of(resume_from)
     workers.check_same(_what_all_share(config, sample_every))
-    step, batches, kept_aside = workers.together(lambda: _built(config, images, device, workers))
+    step, batches, kept_aside = workers.together(
+        lambda: _built(config, images, init_from, device, workers)
+    )
     labels = labels_of_samples(config)
     noise = draw_noise(SAMPLES if labels is None else len(labels), step, config.seed)
     with workers.entered_by_first(folder.claimed(out, resume_from, demo=demo)):
@@ -152,7 +177,7 @@ def train(
                     config.seed,
                     keep=done,
                 )
-        size = f"{config.channels} x {config.image_size} x {config.image_size}"
+        size = " x ".join(map(str, config.image_shape))
         spread = f", spread over {workers.count} processes" if workers.count > 1 else ""
         progress.say(
             f"{config.model} on {len(images)} images of {size} from {config.data}, on {device} in "
@@ -235,25 +260,31 @@ def train(
     return Outcome(done == total, interrupted, done, picture)
 
 
-def _check(config, images, sample_every, keep, log):
+def _check(config: Config, images: Any, sample_every: object, keep: object, log: object) -> None:
     check_run(config, images)
     check_outputs(sample_every, keep, log)
     require("tqdm", "tqdm")
     require("PIL.Image", "pillow")
 
 
-def _what_all_share(config, sample_every):
+def _what_all_share(config: Config, sample_every: int | None) -> dict:
     """What must be the same in all processes, as options that a message can name."""
     settings = {option(name): value for name, value in config.as_dict().items()}
     del settings[option("data")]  # The place, which another machine may have elsewhere.
     return settings | {"--sample-every": sample_every}
 
 
-def _built(config, images, device, workers):
+def _built(
+    config: Config, images: Any, init_from: Beginning | None, device: torch.device, workers: Alone
+) -> tuple[Step, Batches, torch.Tensor | None]:
     """The step, its batches, and the numbers of the images kept aside or None."""
+    if init_from:
+        init_from.check(config)
     check_compiler(config, device)
     torch.manual_seed(config.seed)
     step = build_step(config, device, workers)
+    if init_from:
+        init_from.put_into(step)
     trained_on, kept_aside = split(len(images), config.validate, config.seed)
     batches = Batches(
         images,
@@ -269,7 +300,7 @@ def _built(config, images, device, workers):
     return step, batches, kept_aside
 
 
-def check_outputs(sample_every, keep, log):
+def check_outputs(sample_every: object, keep: object, log: object) -> None:
     """BadInput if `train` does not take these arguments, or an extra is not installed."""
     given = (("--sample-every", SAMPLE_EVERY, sample_every), ("--keep", KEEP, keep))
     for name, rule, value in given:
@@ -288,10 +319,10 @@ class _Pictures:
         total: the number of the last step.
     """
 
-    def __init__(self, folder, every, schedule, total):
+    def __init__(self, folder: Path, every: int | None, schedule: Schedule, total: int) -> None:
         self._folder, self._every, self._schedule, self._total = folder, every, schedule, total
 
-    def due(self, step):
+    def due(self, step: int) -> Path | None:
         """The path of the picture of this step, or None."""
         if self._every is None and self._schedule.ends_epoch(step):
             return self._folder / f"epoch_{self._schedule.epoch(step):03d}.png"
@@ -300,7 +331,9 @@ class _Pictures:
         return None
 
 
-def _beginning(config, path, step, length, workers):
+def _beginning(
+    config: Config, path: Any, step: Step, length: int, workers: Alone
+) -> tuple[int, Schedule]:
     """How many steps a run has behind it, and its `Schedule`; the step is put to where it was.
 
     length: the steps of an epoch.
@@ -337,14 +370,24 @@ def _beginning(config, path, step, length, workers):
     return done, schedule
 
 
-def _processes(count):
+def _processes(count: int) -> str:
     return f"{count} processes" if count > 1 else "one process"
 
 
 class _Checkpoints:
     """The checkpoints of a run: written when one is due, and named when the run ends too early."""
 
-    def __init__(self, out, config, seconds, resume_from, steps, keep, workers, schedule):
+    def __init__(
+        self,
+        out: Path,
+        config: Config,
+        seconds: float,
+        resume_from: Any,
+        steps: int,
+        keep: int,
+        workers: Alone,
+        schedule: Schedule,
+    ) -> None:
         self.path = out / checkpoint.NAME
         self._settings = config.as_dict()
         self._kept = Kept(out, keep, self._settings)
@@ -353,10 +396,10 @@ class _Checkpoints:
         self._saved_at = -math.inf
         self._workers, self._schedule = workers, schedule
 
-    def due(self):
+    def due(self) -> bool:
         return time.monotonic() - self._saved_at >= self._seconds
 
-    def save(self, step, done):
+    def save(self, step: Step, done: int) -> None:
         """Write one, in the first process, with what all have for it."""
         together = None
         if self._workers.count > 1 or self._schedule.ahead:
@@ -375,7 +418,7 @@ class _Checkpoints:
         self._saved_at = time.monotonic()
 
     @contextmanager
-    def named_if_it_ends(self):
+    def named_if_it_ends(self) -> Iterator[None]:
         """Let a `Diverged` or `LostWorker` say where the last good checkpoint is."""
         try:
             yield
@@ -387,19 +430,19 @@ class _Checkpoints:
             more = ", from which --resume goes on" if self._last else ""
             raise lost(f"; {self._words()}{more}") from error
 
-    def _words(self):
+    def _words(self) -> str:
         if not self._last:
             return "there was no checkpoint yet"
         return "the last good checkpoint is {}, of step {}".format(*self._last)
 
 
-def _check_weights(step, done):
+def _check_weights(step: Step, done: int) -> None:
     name = first_not_finite(step.modules)
     if name:
         raise Diverged(f"training diverged: after step {done} {name} holds NaN or infinity")
 
 
-def _warn_of_a_lost_game(epoch):
+def _warn_of_a_lost_game(epoch: int) -> None:
     warnings.warn(
         f"the discriminator has won: its loss was next to 0 in every step of epoch {epoch}, which "
         f"teaches the generator nothing; a lower --lr or more images may help",
@@ -407,7 +450,7 @@ def _warn_of_a_lost_game(epoch):
     )
 
 
-def _write_settings(path, config, step, demo, workers):
+def _write_settings(path: Path, config: Config, step: Step, demo: bool, workers: Alone) -> None:
     settings = config.as_dict() | {
         "demo": demo,
         "processes": workers.count,
@@ -424,7 +467,7 @@ def _write_settings(path, config, step, demo, workers):
 
 
 @contextmanager
-def cudnn_setting(name, value):
+def cudnn_setting(name: str, value: object) -> Iterator[None]:
     """Set one attribute of `torch.backends.cudnn` for a while; its `flags` would set them all."""
     before = getattr(torch.backends.cudnn, name)
     setattr(torch.backends.cudnn, name, value)
@@ -444,11 +487,11 @@ class _StopOnSignal:
     SIGNALS = (signal.SIGINT, signal.SIGTERM)
     HANGUP = getattr(signal, "SIGHUP", None)  # Windows has none.
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.requested = False
-        self._before = {}
+        self._before: dict[int, Any] = {}
 
-    def __enter__(self):
+    def __enter__(self) -> "_StopOnSignal":
         # Python takes signal handlers from the main thread alone.
         if threading.current_thread() is threading.main_thread():
             self._before = {s: signal.signal(s, self._request) for s in self.SIGNALS}
@@ -456,15 +499,15 @@ class _StopOnSignal:
                 self._before[self.HANGUP] = signal.signal(self.HANGUP, self._request)
         return self
 
-    def __exit__(self, *exception):
+    def __exit__(self, *exception: object) -> None:
         self._restore(*self._before)
 
-    def _request(self, number, _):
+    def _request(self, number: int, _: object) -> None:
         self.requested = True
         if number != self.HANGUP:
             self._restore(*self.SIGNALS)
 
-    def _restore(self, *numbers):
+    def _restore(self, *numbers: int) -> None:
         for number in numbers:
             if number in self._before:
                 signal.signal(number, self._before.pop(number))

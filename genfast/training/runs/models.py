@@ -24,8 +24,8 @@ class Model(NamedTuple):
         defaults: its settings besides `image_size`, with their values for images of all kinds.
         on_digits: those that differ for the digits, which are few and simple: more epochs, smaller
             images and latents, narrower networks.
-        convolutional: whether its networks halve the image down to 4 pixels; perceptrons take any
-            size.
+        convolutional: whether its networks halve the image down to a few pixels; perceptrons take
+            any size.
     """
 
     networks: Callable
@@ -36,28 +36,28 @@ class Model(NamedTuple):
 
 
 def _gan(config):
-    gan = GAN(_image_shape(config), config.nz, _classes(config))
+    gan = GAN(config.image_shape, config.nz, _classes(config))
     return gan.generator, gan.discriminator
 
 
 def _dcgan(config):
-    images = dict(nc=config.channels, image_size=config.image_size, classes=_classes(config))
+    images = dict(nc=config.channels, image_size=_size(config), classes=_classes(config))
     generator = DCGANGenerator(config.nz, config.ngf, **images)
     return generator, DCGANDiscriminator(ndf=config.ndf, **images)
 
 
 def _vae(config):
-    c, h, w = _image_shape(config)
+    c, h, w = config.image_shape
     return (VAE(image_dim=c * h * w, latent_dim=config.nz, classes=_classes(config)),)
 
 
 def _conv_vae(config):
-    images = dict(nc=config.channels, image_size=config.image_size, classes=_classes(config))
+    images = dict(nc=config.channels, image_size=_size(config), classes=_classes(config))
     return (ConvVAE(latent_dim=config.nz, width=config.ngf, **images),)
 
 
 def _vae_gan(config):
-    model = VAEGAN(config.channels, config.image_size, config.nz, config.ngf, config.ndf)
+    model = VAEGAN(config.channels, _size(config), config.nz, config.ngf, config.ndf)
     return model.encoder, model.decoder, model.discriminator
 
 
@@ -110,7 +110,7 @@ def _vae_step(config, networks, epoch):
         beta=config.beta,
         beta_warmup=config.beta_warmup and max(1, config.beta_warmup * epoch),
         importance_samples=config.importance_samples,
-        image_shape=_image_shape(config),
+        image_shape=config.image_shape,
     )
 
 
@@ -118,8 +118,8 @@ def _adam(module, config, lr=None):
     return adam(module, lr or config.lr, (config.beta1, 0.999))
 
 
-def _image_shape(config):
-    return config.channels, config.image_size, config.image_size
+def _size(config):
+    return config.image_shape[1:]
 
 
 def _classes(config):

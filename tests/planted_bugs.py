@@ -83,8 +83,8 @@ BUGS = (
     Bug(
         "every process says what is wrong with all of them",
         "genfast/training/runs/workers.py",
-        "if self.rank != failed[0]:",
-        "if not error:",
+        "if error is None or self.rank != failed[0]:",
+        "if error is None:",
         WORKERS,
     ),
     Bug(

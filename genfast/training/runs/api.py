@@ -11,8 +11,8 @@ from genfast.training import progress
 from genfast.training.data import DataSet
 from genfast.training.errors import BadInput
 from genfast.training.runs import checkpoint, folder
-from genfast.training.runs.beginning import read_beginning
-from genfast.training.runs.config import check_settings, prepare, prepare_resumed
+from genfast.training.runs.beginning import Beginning, read_beginning
+from genfast.training.runs.config import Config, check_settings, prepare, prepare_resumed
 from genfast.training.runs.devices import as_device
 from genfast.training.runs.loop import CHECKPOINT_SECONDS, Outcome, check_outputs
 from genfast.training.runs.loop import train as run
@@ -111,7 +111,7 @@ def train(
     data = _data(dataset, dict(image_range=image_range, classes=classes, cache=cache), num_workers)
     beginning = None
 
-    def prepared():
+    def prepared() -> tuple[Config, Any, Beginning | None]:
         if path:
             config, images = prepare_resumed(model, data, given, path, out)
             _check_precision(config.precision, device)
@@ -120,14 +120,13 @@ def train(
         settled = given if beginning is None else beginning.settled(given)
         return *prepare(model, data, settled, out, workers.count), beginning
 
-    with joined(device) as (workers, device), progress.hidden(quiet):
-        device = as_device(device)
+    with joined(device) as (workers, own_device), progress.hidden(quiet):
         config, images, beginning = workers.together(prepared)
         return run(
             config,
             images,
             out,
-            device=device,
+            device=own_device,
             resume_from=path,
             init_from=beginning,
             checkpoint_seconds=checkpoint_seconds,

@@ -219,8 +219,8 @@ def train(
                 drawing = pictures.due(done)
                 if not (saving or ends_epoch or drawing or reporting):
                     continue
-                with workers.first_alone() as is_here:
-                    if is_here:
+                with workers.first_alone():
+                    if loss_log:
                         bar.set_description(f"epoch {epoch}/{epochs}", refresh=False)
                         newest = loss_log.flush()
                         newest |= held_out.newest if held_out else {}

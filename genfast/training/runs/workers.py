@@ -22,7 +22,7 @@ from contextlib import (
     redirect_stdout,
 )
 from datetime import timedelta
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -153,7 +153,8 @@ class Several(Alone):
             dist.broadcast(flag, 0, group=self._group)
 
     def together(self, act: Callable[[], T]) -> T:
-        result = error = None
+        result: Any = None
+        error: Exception | None = None
         try:
             result = act()
         except Exception as raised:
@@ -163,14 +164,14 @@ class Several(Alone):
         failed = [rank for rank, bad in enumerate(self.gathered(error is not None)) if bad]
         if not failed:
             return result
-        if self.rank != failed[0]:
+        if error is None or self.rank != failed[0]:
             raise Elsewhere(f"process {failed[0]} has failed") from error
         if isinstance(error, BadInput) and self.rank:
             raise BadInput(f"{error}; so says {self}") from error
         raise error
 
     def gathered(self, value: T) -> list[T]:
-        everyones = [None] * self.count
+        everyones: list[Any] = [None] * self.count
         with self._reached():
             dist.all_gather_object(everyones, value, group=self._group)
         return everyones

@@ -57,6 +57,11 @@ class Kind(NamedTuple):
         """Whether a constant that is added to a channel before the norm is lost in it."""
         return self.by_batch and self.span == 1
 
+    @property
+    def activates_in_passes(self):
+        """Whether no epilogue of a product knows the activation."""
+        return self.activation == "prelu" or reference.ACTIVATION[self.activation].halves
+
 
 class Link(NamedTuple):
     """A block of a chain: its `Kind`, and its tensors, None where absent.
@@ -535,8 +540,8 @@ def _output(source, link, keep, added):
     else:
         vectors = _vectors(link, source.value.dtype)
         epilogue = Epilogue(link.bias)
-        # Batch norm is an epilogue then: its input is never stored. Epilogues know no PReLU.
-        if not keep and link.slope is None:
+        # Batch norm is an epilogue then: its input is never stored.
+        if not keep and not kind.activates_in_passes:
             epilogue = Epilogue(link.bias, 0, vectors, *act, added=added)
             vectors = None
     z, statistics = _convolve(source, link.weight, kind, epilogue)
@@ -676,7 +681,7 @@ def _backward(tensors, kinds, need_x, needs):
         if i > lowest:
             sums = kinds[i - 1].by_batch is None and needs[i - 1][1]
             epilogue = Epilogue(output=outputs[i - 1], sums=sums)
-            if kinds[i - 1].activation == "prelu" or _sums_apart(
+            if kinds[i - 1].activates_in_passes or _sums_apart(
                 dz, weight, kind, kinds[i - 1], not kind.transposed, True
             ):
                 epilogue = PLAIN  # Then the gradient is that of the output, without sums.

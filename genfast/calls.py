@@ -46,6 +46,7 @@ _MODULE_OF = {
     F.gelu: nn.GELU,
     F.mish: nn.Mish,
     F.hardswish: nn.Hardswish,
+    F.glu: nn.GLU,
     "relu": nn.ReLU,
     "tanh": nn.Tanh,
     "sigmoid": nn.Sigmoid,

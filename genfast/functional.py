@@ -67,7 +67,8 @@ def conv_block(
         activation: one of `reference.ACTIVATIONS`: "identity", "relu", "leaky_relu", "tanh",
             "sigmoid", "relu6", "hardtanh" (between -1 and 1), "elu" (alpha 1), "selu", "softplus"
             (beta 1, threshold 20), "silu", "gelu", "gelu_tanh" (its approximation), "mish",
-            "hardswish" or "prelu".
+            "hardswish", "prelu" or "glu", which multiplies the first half of the channels by a
+            sigmoid of the second and gives half as many.
         negative_slope: of "leaky_relu" a number; of "prelu" a tensor, (1,) or (out_channels,).
         norm_groups: of "group": the equal parts of the channels that share mean and variance.
         statistics_groups: in training, normalise that many equal parts of the batch by statistics
@@ -215,7 +216,7 @@ def normalize(x, block, as_x=False):
     gamma, beta, *statistics = _tensors_of_norm(n)
     y = autograd.normalize(images, plan.kind, gamma, beta, slopes, statistics, plan.look)
     if x.dim() != 4:
-        return layout.contiguous(y).view(x.shape)
+        return layout.contiguous(y).view(x.shape[0], -1, *x.shape[2:])
     keeps = plan.keeps or (as_x and plan.channels_last)
     return layout.channels_last(y) if keeps else layout.contiguous(y)
 
@@ -630,7 +631,8 @@ def _activates_apart(block, x, blocks):
     n = block.batch_norm
     if block.activation not in _DEPENDING:
         return False
-    if block.activation == "prelu" and (n is None or torch.compiler.is_compiling()):
+    in_passes = block.activation == "prelu" or reference.ACTIVATION[block.activation].halves
+    if in_passes and (n is None or torch.compiler.is_compiling()):
         return True
     if _activates_otherwise(block, n, x):
         return True
@@ -944,7 +946,18 @@ def _check_block(block, x, shape):
     output = shape[0], channels, *size
     if block.batch_norm is not None:
         _check_values(block.batch_norm, output)
-    return geometry, output
+    return geometry, (shape[0], _channels_after(block, channels), *size)
+
+
+def _channels_after(block, channels):
+    """How many channels the activation of a `Block` or `Normalization` gives of so many."""
+    if not reference.ACTIVATION[block.activation].halves:
+        return channels
+    if channels % 2:
+        raise ValueError(
+            f"expected an even number of channels for {block.activation!r}, got {channels}"
+        )
+    return channels // 2
 
 
 def _check_tensors(block, x, shape, transposed):
@@ -1063,6 +1076,7 @@ def _check_normalization(x, block):
     _check_vectors(vectors, n, x.shape[1], x.device)
     _check_slopes(block, x.shape[1], x)
     _check_values(n, x.shape)
+    _channels_after(block, x.shape[1])
 
 
 def _check_values(norm, shape):

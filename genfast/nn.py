@@ -35,6 +35,7 @@ _ACTIVATIONS = {
     nn.Mish: "mish",
     nn.Hardswish: "hardswish",
     nn.PReLU: "prelu",
+    nn.GLU: "glu",
 }
 # The settings that the kernels know, of activations that they know with one alone.
 _SETTINGS = {
@@ -42,6 +43,7 @@ _SETTINGS = {
     nn.ReLU6: {"min_val": 0, "max_val": 6},
     nn.ELU: {"alpha": 1},
     nn.Softplus: {"beta": 1, "threshold": 20},
+    nn.GLU: {"dim": 1},
 }
 _APPROXIMATIONS = {"none": "gelu", "tanh": "gelu_tanh"}
 _CONVOLUTIONS = (nn.Conv2d, nn.ConvTranspose2d)
@@ -248,7 +250,7 @@ class FusedBlock(nn.Module):
 
     def __init__(self, conv, norm, activation, negative_slope, inplace, eps, momentum):
         super().__init__()
-        known = tuple(name for name in reference.ACTIVATIONS if name != "prelu")
+        known = tuple(name for name in reference.ACTIVATIONS if name not in ("prelu", "glu"))
         if activation not in known:
             raise ValueError(f"expected an activation among {known}, got {activation!r}")
         # The kernels' own layout, so that no step repacks the weight; shapes and keys stay.
@@ -295,7 +297,7 @@ class GeneratorBlock(FusedBlock):
         in_channels, out_channels, kernel_size, stride, padding, output_padding, bias: as in
             `nn.ConvTranspose2d`. The defaults double height and width (Radford et al., 2016).
         norm: whether to batch-normalise.
-        activation: as in `functional.conv_block`, all but "prelu".
+        activation: as in `functional.conv_block`, all but "prelu" and "glu".
         negative_slope, inplace: of "leaky_relu", as in `nn.LeakyReLU`.
         eps, momentum: as in `nn.BatchNorm2d`.
 
@@ -336,7 +338,7 @@ class DiscriminatorBlock(FusedBlock):
         in_channels, out_channels, kernel_size, stride, padding, bias: as in `nn.Conv2d`. The
             defaults halve height and width (Radford et al., 2016).
         norm: whether to batch-normalise.
-        activation: as in `functional.conv_block`, all but "prelu".
+        activation: as in `functional.conv_block`, all but "prelu" and "glu".
         negative_slope, inplace: of "leaky_relu", as in `nn.LeakyReLU`.
         eps, momentum: as in `nn.BatchNorm2d`.
 
@@ -698,10 +700,12 @@ class FusedSequential(nn.Sequential):
 
         followers: of each layer that may follow, the kinds.
         """
-        end = first + 1
+        end, norms = first + 1, tuple(_DIMENSIONS)
         for kinds in followers:
             if end < len(modules) and isinstance(modules[end], kinds):
                 reason = self._why_not_fused(names[end], modules[end])
+                if type(modules[end]) is nn.GLU and not isinstance(modules[end - 1], norms):
+                    reason = reason or "without a norm before it, PyTorch's pass is as good"
                 if reason:
                     kind = type(modules[end]).__name__
                     return end, f"{kind} {names[end]!r} stays out: {reason}"

@@ -99,7 +99,7 @@ def wgrad(big, small, geometry):
         geometry: a `ConvGeometry`.
     """
     big, small = operand(big), operand(small)
-    c_small, c_big = small.value.shape[1], big.value.shape[1]
+    c_small, c_big = small.channels, big.channels
     if logits.fits(geometry, c_small, PLAIN):
         value, how = big.unnormalized()
         return logits.wgrad(value, small.tensor(), geometry, **how)

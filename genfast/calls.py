@@ -52,7 +52,11 @@ _MODULE_OF = {
     "sigmoid": nn.Sigmoid,
 }
 # What becomes part of a convolution, likewise; only where it does so, a module stands in.
-_RESAMPLING = {F.interpolate: nn.Upsample, F.avg_pool2d: nn.AvgPool2d}
+_RESAMPLING = {
+    F.interpolate: nn.Upsample,
+    F.avg_pool2d: nn.AvgPool2d,
+    F.pixel_shuffle: nn.PixelShuffle,
+}
 _MODULE_OF |= _RESAMPLING
 
 
@@ -337,6 +341,7 @@ def _stand_in(function, arguments, named):
         layer = _MODULE_OF[function](*arguments, **dict(named))
     except (TypeError, ValueError):  # PyTorch's function will say what is wrong.
         return None
-    if function in _RESAMPLING and not (folding.upsampling(layer) or folding.pooling(layer)):
+    may_be_part = folding.upsampling(layer) or folding.pooling(layer) or folding.shuffling(layer)
+    if function in _RESAMPLING and not may_be_part:
         return None
     return layer

@@ -305,6 +305,8 @@ class Block(NamedTuple):
 
     With an `output_padding` it is a `conv_transpose_block`. `batch_norm` is a `reference.Norm`, or
     None for none. `around` is a `folding.Around` of a `conv_block`, then with a pair as padding.
+    With a `shuffle` above 1 it stands for a convolution and `F.pixel_shuffle` by that, and its bias
+    is (shuffle * shuffle, channels): see `folding.shuffled`.
     """
 
     weight: torch.Tensor
@@ -317,6 +319,7 @@ class Block(NamedTuple):
     negative_slope: float | torch.Tensor
     inplace: bool = False
     around: folding.Around | None = None
+    shuffle: int = 1
 
     @property
     def vectors(self):
@@ -428,6 +431,8 @@ def form_of(x, line, block):
     if line:
         transposed, last = line[-1].output_padding is not None, _geometries(x, line)[-1]
         size = last.big if transposed else last.small
+    if block.around.shuffle > 1 and (torch.compiler.is_compiling() or len(x) > _MOST_IMAGES):
+        way = "reference"  # A compiler makes one pass of it and what follows.
     dtype = x.dtype if x.dtype == torch.float64 else autocast_dtype(x.device) or x.dtype
     return way, folding.form(block, way, x, dtype, size)
 
@@ -567,10 +572,11 @@ def _key_of(x, blocks, memory_format, added):
     found = [selected_backend(), memory_format, torch._C._are_functorch_transforms_active()]
     tensors = [x, added]
     for block in blocks:
-        _, _, stride, padding, output_padding, n, activation, negative_slope, inplace, _ = block
+        _, _, stride, padding, output_padding, n, activation, negative_slope, *others = block
+        inplace, _, shuffle = others
         if _slopes(block) is not None:
             negative_slope = None  # It is among the tensors.
-        found += stride, padding, output_padding, activation, negative_slope, inplace
+        found += stride, padding, output_padding, activation, negative_slope, inplace, shuffle
         if activation in _DEPENDING:
             found += _activates_apart(block, x, blocks), autocast_dtype(x.device)
         if n is not None:
@@ -893,6 +899,8 @@ def _pytorchs_format(x, blocks, geometries, seen=None):
         transposed = block.output_padding is not None
         channels = block.weight.shape[1 if transposed else 0]
         size = geometry.big if transposed else geometry.small
+        # PyTorch's shuffle keeps a format on a CPU alone.
+        channels_last &= block.shuffle == 1 or x.device.type == "cpu"
         if block.batch_norm is not None:
             channels_last &= _keeps_channels_last(block.batch_norm, x, channels, size)
     return torch.channels_last if channels_last else torch.contiguous_format
@@ -980,7 +988,10 @@ def _check_tensors(block, x, shape, transposed):
             raise TypeError(f"expected {name} of x's dtype {x.dtype}, got {t.dtype}")
     if weight.device != x.device:
         raise ValueError(f"expected weight on x's device {x.device}, got {weight.device}")
-    _check_vectors(block.vectors, block.batch_norm, weight.shape[out_dim], x.device)
+    vectors = block.vectors
+    if block.shuffle > 1 and block.bias is not None:
+        vectors["bias"] = block.bias[0]  # As `folding.shuffled` makes it.
+    _check_vectors(vectors, block.batch_norm, weight.shape[out_dim], x.device)
     _check_slopes(block, weight.shape[out_dim], x)
 
 

@@ -692,7 +692,7 @@ class FusedSequential(nn.Sequential):
             return False
         if any(folding.upsampling(m) for m in modules[first:main]):
             return False
-        fits = folding.trails(modules[after], modules[main])
+        fits = folding.trails(modules[after], modules[main], modules[first:main])
         return fits and not self._why_not_fused(names[after], modules[after])
 
     def _end_of_run(self, names, modules, first, followers):

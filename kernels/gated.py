@@ -156,11 +156,9 @@ def gated_backward(
 def _tiles(
     tile, group, rows, channels, pixels, c, in_c, BLOCK_R: tl.constexpr, PLANES: tl.constexpr
 ):
-    """A tile of y, and the first of its two tiles of z: start and offsets of either, as `norm._tile`
-    gives them; and which elements exist."""
-    start, offset, _, inside = _tile(
-        tile, group, rows, channels, pixels, c, in_c, BLOCK_R, PLANES
-    )
+    """A tile of y, and the first of its two tiles of z: start and offsets of either, and which
+    elements exist, as `norm._tile` gives them."""
+    start, offset, _, inside = _tile(tile, group, rows, channels, pixels, c, in_c, BLOCK_R, PLANES)
     z_start, z_offset, _, _ = _tile(
         tile, group, rows, 2 * channels, pixels, c, in_c, BLOCK_R, PLANES
     )
@@ -193,9 +191,7 @@ def _opening(gate):
 
 
 @triton.jit
-def _gradients(
-    dy_ptr, z_ptr, vectors_ptr, channels, pixels, c, in_c, offset, z_offset, inside
-):
+def _gradients(dy_ptr, z_ptr, vectors_ptr, channels, pixels, c, in_c, offset, z_offset, inside):
     """g = dy * dy/du and xhat of `_channels` c of y and of those that gate them; and y."""
     u, gate, centred, gate_centred = _halves(
         z_ptr, vectors_ptr, channels, pixels, c, in_c, z_offset, inside

@@ -535,9 +535,7 @@ def norm_backward(
 
 
 @triton.jit
-def _store_total(
-    sums_ptr, total_ptr, groups, parts, channels, c, in_c, BLOCK_P: tl.constexpr
-):
+def _store_total(sums_ptr, total_ptr, groups, parts, channels, c, in_c, BLOCK_P: tl.constexpr):
     """total[2, channels]: the sums of `_channels` c over all groups and their parts."""
     dtype: tl.constexpr = sums_ptr.dtype.element_ty
     total_g = tl.zeros((c.shape[0],), dtype=dtype)

@@ -24,6 +24,7 @@ from genfast.nn import (
     may_begin_on,
     may_lead_to_run,
     runs_undisturbed,
+    why_follower_stays_out,
     why_not_fused,
 )
 
@@ -230,10 +231,11 @@ def planned(links, name_of):
             continue
         layers, link = _stretch(first, flow)
         *runs, last = line_of(layers).plan()
-        reason = ""
         if is_activation(link) or is_norm(link):
             why = why_not_fused(link) or "it was called before"
-            reason = f"{type(link).__name__} {name_of(link)!r} stays out: {why}"
+        else:
+            why = why_follower_stays_out(link, last.modules)
+        reason = f"{type(link).__name__} {name_of(link)!r} stays out: {why}" if why else ""
         yield from runs
         yield last._replace(reason=last.reason or reason)
 

@@ -397,8 +397,9 @@ def _shuffling_gains(
     if before is None or after is None:
         return False
     bandwidth = predict.chip(architecture).bandwidth
-    # A pass and its gradient are saved; the weight's and the bias's order costs some.
-    passes = 4 * images * math.prod(big) * channels * itemsize / bandwidth + 2 * predict.LAUNCH
+    # On a GPU PyTorch's shuffle gives contiguous memory, which what follows copies: two passes and
+    # their gradients are saved. The weight's and the bias's order costs some.
+    passes = 8 * images * math.prod(big) * channels * itemsize / bandwidth + 4 * predict.LAUNCH
     orders = 8 * math.prod(weight_shape) * itemsize / bandwidth
     orders += (6 if has_bias else 4) * predict.LAUNCH
     return before + passes > after + orders

@@ -380,7 +380,9 @@ def _with_what_is_around(x, blocks):
         if after is None:
             line.append(block)
             continue
-        plain = block._replace(batch_norm=None, activation="identity", inplace=False)
+        plain = block._replace(
+            batch_norm=None, activation="identity", negative_slope=0.0, inplace=False
+        )
         x = after(_chain_seen(x, [*line, plain], seen))
         line, seen = [], layout.is_channels_last(x)
         if block.batch_norm is not None:

@@ -60,6 +60,7 @@ _DIMENSIONS = {
 _INSTANCE_NORMS = (nn.InstanceNorm1d, nn.InstanceNorm2d)
 _FUSED = {*_CONVOLUTIONS, *_DIMENSIONS, *_ACTIVATIONS, *folding.LAYERS}
 _TRAILING = tuple(folding.TRAILING)
+_DROPOUT = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout)
 # Forward pre-hooks of PyTorch's own that set a weight and look at nothing else.
 _WEIGHT_SETTERS = {SpectralNorm, WeightNorm}
 
@@ -128,6 +129,19 @@ def why_not_fused(module):
     if kind in _ACTIVATIONS:
         return _why_activation_not_fused(module)
     return None
+
+
+def why_follower_stays_out(layer, modules):
+    """Why a layer of a kind that people would see fused is no part of what it follows; else "".
+
+    modules: what runs together before it.
+    """
+    if type(layer) in _DROPOUT:
+        # Masks of a kernel would be others: a seed must give what it gives on PyTorch's layers.
+        return "its random numbers are PyTorch's own"
+    if type(layer) is nn.PixelShuffle and any(map(is_norm, modules)):
+        return "the norm before it has statistics for each of its channels, here pixels of one"
+    return ""
 
 
 def _why_activation_not_fused(module):
@@ -381,8 +395,8 @@ class Run(NamedTuple):
 
     names, modules: of the children, in order.
     fused: whether they run as one operation.
-    reason: why a convolution or norm does not fuse, or why the norm or activation after it stays
-        out; else empty.
+    reason: why a convolution or norm does not fuse, or why the norm, the activation or another
+        layer after it stays out; else empty.
 
     Nearest upsampling and zeros that become part of a convolution come before it, the average
     pooling that does comes after it: see `genfast.folding`.
@@ -710,6 +724,10 @@ class FusedSequential(nn.Sequential):
                     kind = type(modules[end]).__name__
                     return end, f"{kind} {names[end]!r} stays out: {reason}"
                 end += 1
+        if end < len(modules):
+            reason = why_follower_stays_out(modules[end], modules[first:end])
+            if reason:
+                return end, f"{type(modules[end]).__name__} {names[end]!r} stays out: {reason}"
         return end, ""
 
     def _why_not_fused(self, name, module):

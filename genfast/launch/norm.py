@@ -10,10 +10,9 @@ import torch
 
 from genfast import processes, reference
 from genfast.backend import triton
-from genfast.launch import memory, passes, start, sums, tape, tiles
+from genfast.launch import gated, memory, passes, start, sums, tape, tiles
 
 if triton is not None:
-    from genfast.kernels import gated
     from genfast.kernels import norm as kernels
 
 # Rows of the matrix `vectors` of batch-norm quantities, one column a channel: see kernels/norm.py.
@@ -237,8 +236,7 @@ def normalize_activate(z, vectors, activation, negative_slope, dtype=None, added
     y = _empty_like(z, planes, dtype, halved)
     grid, matrix = _matrix(y if planes else memory.nhwc(y), vectors, planes, halved)
     if halved:
-        given = dict(z_ptr=z, vectors_ptr=vectors, y_ptr=y)
-        tape.start(gated.gated_normalize, grid, **given, **matrix)
+        gated.normalize(grid, dict(z_ptr=z, vectors_ptr=vectors, y_ptr=y) | matrix)
         return y
     if added is not None:
         added = added.contiguous() if planes else memory.nhwc(added)
@@ -360,10 +358,7 @@ def norm_backward(
         partials = sums.in_fewer_parts(partials, max(1, _PARTS_ADDED_BY_ALL >> planes))
     dz = _empty_like(lies, planes)
     y = _empty_like(common["dy_ptr"], planes, dz.dtype) if want_y else None
-    halved = _halves(activation)
-    tape.start(
-        gated.gated_backward if halved else kernels.norm_backward,
-        grid,
+    given = dict(
         sums_ptr=partials,
         total_ptr=total if need_total else vectors,
         dz_ptr=dz,
@@ -375,9 +370,12 @@ def norm_backward(
         WRITES_Y=want_y,
         WRITES_TOTAL=need_total and not alone,
         BLOCK_P=16,
-        **({} if halved else dict(AT_NORM=at_norm)),
         **common,
     )
+    if _halves(activation):
+        gated.backward(grid, given)
+    else:
+        tape.start(kernels.norm_backward, grid, AT_NORM=at_norm, **given)
     return dz, total, y
 
 
@@ -433,7 +431,7 @@ def _backward_sums(grid, common):
     slope_partials = None
     given = dict(partials_ptr=partials, tiles_per_part=tiles_per_part, **common)
     if activation is None:
-        tape.start(gated.gated_backward_reduce, (parts, *grid[1:]), **given)
+        gated.backward_reduce((parts, *grid[1:]), given)
         return partials, None
     if activation == "prelu":
         slope_partials = vectors.new_empty((grid[2] * parts, channels))

@@ -1,4 +1,4 @@
-# Everything runs in the virtual environment .venv; see README.md.
+# Everything runs in the virtual environment .venv; see docs/installing.md.
 #   make demo PYTHON=/path/to/python3.12    makes it with that interpreter
 #   make test ARGS="-k activation"          hands ARGS to the command
 

@@ -226,8 +226,8 @@ def table(rows):
     return "\n".join(lines)
 
 
-def readme_table(rows):
-    """The README's table of a CSV's rows: a list of lines of Markdown."""
+def markdown_table(rows):
+    """The table of a CSV's rows in docs/benchmarks.md: a list of lines."""
     lines = [
         "| network | batch | precision | PyTorch, images/s | `accelerate` | `torch.compile` |",
         "|---|---|---|---|---|---|",
@@ -253,7 +253,7 @@ def main(arguments=None):
     )  # fmt: skip
     parser.add_argument("--only", nargs="+", metavar="NETWORK", help="networks, by their names")
     parser.add_argument("--precision", choices=["fp32", "bf16"], help="one of them alone")
-    parser.add_argument("--readme", action="store_true", help="print the README's table too")
+    parser.add_argument("--markdown", action="store_true", help="print docs/benchmarks.md's table")
     parser.add_argument("--out", help="the CSV (default: one in benchmarks/results)")
     args = parser.parse_args(arguments)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -290,8 +290,8 @@ def main(arguments=None):
         writer.writerows(row | about for row in rows)
     print(path)
     print(plot_dropin.plot(path))
-    if args.readme:
-        print("\n".join(readme_table(rows)))
+    if args.markdown:
+        print("\n".join(markdown_table(rows)))
     return 0
 
 

@@ -1,8 +1,17 @@
-"""The drawings of these pages: `python docs/drawings.py` writes them into docs/pictures."""
+"""The drawings of these pages: `python docs/drawings.py` writes them into docs/pictures.
+
+The README's strip of digits too: some of the digits of the chapter on classes, a column a class.
+"""
 
 import math
 from pathlib import Path
 from xml.etree import ElementTree
+
+import numpy
+import torch
+from PIL import Image
+
+from genfast.training.runs.pictures import MARGIN, SMALLEST_TILE, grid, save_png
 
 FOLDER = Path(__file__).parent / "pictures"
 INK, PALE, BLUE, ORANGE, GREEN = "#333333", "#f2f2f2", "#cfe2f3", "#fce5cd", "#d9ead3"
@@ -186,6 +195,14 @@ def product():
     return d
 
 
+def digits():
+    """Three of the eight images of each class in classes.png: uint8 pixels (1, 200, 662)."""
+    picture = torch.from_numpy(numpy.array(Image.open(FOLDER / "classes.png")))
+    side = SMALLEST_TILE + MARGIN
+    tiles = picture[MARGIN:, MARGIN:].unfold(0, SMALLEST_TILE, side).unfold(1, SMALLEST_TILE, side)
+    return grid(tiles.transpose(0, 1)[[1, 3, 5]].flatten(0, 1)[:, None], columns=10)
+
+
 DRAWINGS = {"gan": gan, "vae": vae, "phases": phases, "passes": passes, "product": product}
 
 
@@ -193,6 +210,7 @@ def main():
     """Write all of them."""
     for name, draw in DRAWINGS.items():
         (FOLDER / f"{name}.svg").write_text(str(draw()), encoding="utf-8")
+    save_png(digits(), FOLDER / "digits.png")
 
 
 if __name__ == "__main__":

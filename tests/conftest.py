@@ -1,7 +1,9 @@
 """Where the tests run: kernels compiled on a CUDA GPU, or interpreted by Triton on the CPU."""
 
+import math
 import os
 import signal
+import zlib
 
 import interpreter
 import pytest
@@ -27,12 +29,47 @@ torch.backends.cudnn.allow_tf32 = False
 torch.set_num_threads(1)
 
 
+def pytest_addoption(parser):
+    parser.addoption(
+        "--exhaustive",
+        action="store_true",
+        help="run every case; without it those marked `exhaustive` are left out, and all but one "
+        "in n of those marked `one_in(n)`, unless a test is named",
+    )
+
+
 def pytest_configure(config):
     config.addinivalue_line("markers", "kernels: runs on the Triton kernels, and on nothing else")
+    config.addinivalue_line("markers", "exhaustive: takes long, and differs little from others")
+    config.addinivalue_line("markers", "one_in(n): of a test's cases so many are exhaustive")
     config.addinivalue_line(
         "markers",
         "large_memory(gibibytes): needs so much free GPU memory that no other test may run beside",
     )
+
+
+def pytest_collection_modifyitems(config, items):
+    named = any("::" in argument for argument in config.args)
+    if not (named or config.getoption("exhaustive")):
+        chosen = chosen_cases(items)
+        config.hook.pytest_deselected(items=[item for item in items if item not in chosen])
+        items[:] = [item for item in items if item in chosen]
+
+
+def chosen_cases(items):
+    """The test items that run when not every case does."""
+    by_test = {}
+    for item in items:
+        by_test.setdefault(item.nodeid.partition("[")[0], []).append(item)
+    chosen = set()
+    for cases in by_test.values():
+        one_in = cases[0].get_closest_marker("one_in")
+        if one_in:
+            # By a checksum of their names, so that no value goes with another alone.
+            cases = sorted(cases, key=lambda item: zlib.crc32(item.nodeid.encode()))
+            cases = cases[: math.ceil(len(cases) / one_in.args[0])]
+        chosen.update(item for item in cases if not item.get_closest_marker("exhaustive"))
+    return chosen
 
 
 def pytest_report_header():

@@ -50,6 +50,20 @@ NORMS = "test_norms.py::test_alone"
 COMPILED = "test_compile.py::test_compiled_networks_are_the_eager_ones"
 BUGS = (
     Bug(
+        "a process's loss counts as much as that of one with more images",
+        "genfast/training/steps/spread.py",
+        "self._part = count / processes.summed(count, self._group)",
+        "self._part = 1 / processes.summed(count.sign(), self._group)",
+        "test_spread.py::test_processes_train_as_one",
+    ),
+    Bug(
+        "the sums of a synchronised batch norm's backward stay in their process",
+        "genfast/launch/norm.py",
+        "partials = _sums_of_all_processes(partials, common[\"rows\"], process_group)",
+        "pass",
+        "test_sync_norm.py::test_parts_give_what_the_whole_gives",
+    ),
+    Bug(
         "the weight that upsamples first is not turned",
         "genfast/folding.py",
         "summed.transpose(0, 1).flip(2, 3)",

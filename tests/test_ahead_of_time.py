@@ -61,20 +61,29 @@ SHARED = {
     "sm_120": 99 * KIB,
     "gfx942": 64 * KIB,
 }
-# All cases, which take three times as long; the others get each kernel and each tile once.
+# All cases, which take three times as long; else each kernel and each tile once.
 IN_FULL = ("sm_90",)
+# One for each way to load and to multiply; the others compile the same code but for their limits.
+OF_EACH_KIND = ("sm_80", "sm_90", "sm_100", "gfx942")
 OLDEST = "3.6"
 OLDEST_TRITON = Path(sys.prefix) / f"triton-{OLDEST}"
-ON_OLDEST = ("sm_80", "sm_90")  # One for each way to load.
+ON_OLDEST = ("sm_90", pytest.param("sm_80", marks=pytest.mark.exhaustive))  # Each way to load.
 
 
-@pytest.mark.parametrize("architecture", SHARED)
-def test_every_kernel_and_configuration_compiles(architecture):
-    in_full = architecture in IN_FULL
-    facts = facts_of(architecture, *(() if in_full else ("--few",)))
+@pytest.mark.parametrize(
+    "architecture",
+    [pytest.param(a, marks=() if a in OF_EACH_KIND else pytest.mark.exhaustive) for a in SHARED],
+)
+def test_every_kernel_compiles(architecture):
+    check(facts_of(architecture, "--few"), architecture)
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("architecture", IN_FULL)
+def test_every_configuration_compiles(architecture):
+    facts = facts_of(architecture)
     check(facts, architecture)
-    if architecture == "sm_90":
-        check_every_loader(facts)
+    check_every_loader(facts)
 
 
 @pytest.mark.parametrize("architecture", ON_OLDEST)

@@ -29,6 +29,7 @@ def no_kernels(monkeypatch):
     monkeypatch.setattr(functional, "why_not_triton", lambda *_, **__: "not in this test")
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("model", TINY)
 def test_variants_train_the_same(model):
     workload = TINY[model]

@@ -38,6 +38,7 @@ CASES = [
 ]
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_block(case, device):
     assert_block(case, device)
@@ -97,6 +98,7 @@ def loader(request, monkeypatch):
         assert used == {request.param} - {"library"}
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize("case", ALIGNED, ids=str)
 def test_ragged_tiles_with_either_loader(case, device, loader):
     assert_block(case, device)
@@ -124,6 +126,7 @@ GROUPED_RAGGED = (
 )
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize("case", GROUPED_ALIGNED, ids=str)
 def test_groups_with_either_loader(case, device, loader):
     assert_block(case, device)
@@ -134,6 +137,7 @@ def test_groups(case, device):
     assert_block(case, device)
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("added_by_all", [1, 64])
 def test_many_tiles_of_many_groups(added_by_all, device, monkeypatch):
     """More tiles than one program combines: two rounds, which keep the groups apart.
@@ -263,6 +267,7 @@ def started(monkeypatch):
     return counts
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("transposed", [False, True])
 @pytest.mark.parametrize("mode", ["training", "evaluation", "plain"])
 @pytest.mark.parametrize(

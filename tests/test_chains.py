@@ -82,6 +82,7 @@ def chains(y):
     return sorted(found)
 
 
+@pytest.mark.one_in(2)
 @EACH
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last], ids=str)
@@ -105,6 +106,7 @@ def test_half_precision(network, shape, dtype, device):
     assert_module(fused(stock), stock, torch.randn(shape, device=device, dtype=dtype))
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("network", [discriminator, mixed])
 def test_second_derivatives(network, device):
     model, shape = fused(network()).to(device, torch.float64), NETWORKS[network]

@@ -153,6 +153,7 @@ CASES = {
 }
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 def test_compiled_networks_are_the_eager_ones(case, device):
     eager = case.make().to(device).train(case.training)
@@ -377,6 +378,7 @@ def calls():
     return found
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("name", OPERATORS)
 def test_operators_pass_pytorchs_own_checks(name, calls):
     assert calls.keys() == set(OPERATORS)

@@ -60,6 +60,7 @@ def loaders(monkeypatch):
     return seen
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize(("config", "dtype", "transposed"), shipped(False), ids=describe)
 def test_shipped_tile(config, dtype, transposed, device, loaders, monkeypatch):
     monkeypatch.setattr(tiles, "gemm_config", lambda *_: config)
@@ -71,6 +72,7 @@ def test_shipped_tile(config, dtype, transposed, device, loaders, monkeypatch):
     assert loaders == {config.descriptors}
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize(("config", "dtype", "transposed"), shipped(True), ids=describe)
 def test_tile_for_unaligned_channels(config, dtype, transposed, device, monkeypatch):
     monkeypatch.setattr(tiles, "gemm_config", lambda *_: config)

@@ -40,6 +40,7 @@ def assert_special_block(case, tensors, device):
     assert_specials(ours, eager, evaluate(case.plain, case, exact, dy, torch.float64))
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 @pytest.mark.parametrize(
     ("transposed", "mode", "value"),
@@ -58,6 +59,7 @@ def test_special_pixel(transposed, mode, value, activation, device):
     assert_special_block(case, tensors, device)
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 @pytest.mark.parametrize("transposed", [False, True])
 @pytest.mark.parametrize("mode", ["training", "evaluation", "plain"])

@@ -549,6 +549,7 @@ def operands(device):
     )
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("operation", ["fprop", "dgrad", "wgrad", "statistics", "gradient"])
 @pytest.mark.parametrize("winner", range(4))
 def test_whatever_is_taken_computes_the_same(operation, winner, clock, device, monkeypatch):

@@ -110,6 +110,7 @@ CASES = [
 ]
 
 
+@pytest.mark.one_in(2)
 @kernels
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_products(case, device):

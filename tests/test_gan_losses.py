@@ -58,6 +58,7 @@ def test_a_step_is_that_of_a_plain_loop(loss, merge):
     assert (step.why_not_merged is None) == (merge is None)
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.kernels
 @pytest.mark.parametrize(("loss", "merge"), [("hinge", True), ("rpgan", True), ("rpgan", False)])
 def test_on_the_kernels(loss, merge, device):

@@ -72,6 +72,7 @@ def collected(*options):
     return [line for line in done.stdout.splitlines() if "::" in line]
 
 
+@pytest.mark.exhaustive
 def test_both_parts_of_the_suite_are_the_suite():
     """Tests that need a GPU's memory for themselves run apart, in one process; none is left out."""
     assert tests.SUITE[-1] == "tests"

@@ -64,11 +64,13 @@ def block_and_inputs(case, device):
     return operation, inputs
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("case", ONCE, ids=str)
 def test_block(case, device):
     assert gradcheck(*block_and_inputs(case, device), fast_mode=True)
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("case", TWICE, ids=str)
 def test_block_twice(case, device):
     # A gradient that nobody gave is looked at above.

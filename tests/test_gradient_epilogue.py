@@ -189,6 +189,7 @@ def ours(case, tensors, monkeypatch):
     return g, sums, started
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize("case", CASES, ids=lambda case: "-".join(map(str, case.values())))
 def test_gradient_of_the_layer_below(case, device, monkeypatch):
     route, below = ROUTES[case["route"]], case["below"]

@@ -229,6 +229,7 @@ def networks(channels=1, seed=0):
     return DCGANGenerator(5, 8, channels, 16), DCGANDiscriminator(channels, 8, 16)
 
 
+@pytest.mark.one_in(2)
 @kernels
 @pytest.mark.parametrize(
     ("batch", "precision", "channels"),

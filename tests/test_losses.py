@@ -82,6 +82,7 @@ WAYS = [
 ]
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.kernels
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("count", COUNTS)

@@ -23,6 +23,10 @@ MOST_REGISTERS = 128
 # that a multiprocessor does in a cycle; longer by what the model assumes for every product.
 CYCLES_OF_A_MULTIPLICATION = 8 * TENSOR_OVERHEAD
 
+# The kernels of each of the others compile as long again.
+OTHERS = ["dcgan-128", "conv-vae"]
+MODELS = ["dcgan", *(pytest.param(model, marks=pytest.mark.exhaustive) for model in OTHERS)]
+
 # What may come before a kernel waits: the stack's place is computed.
 ARITHMETIC = {"VIADD", "IADD3", "MOV", "S2R", "S2UR", "CS2R", "UMOV"}
 
@@ -38,7 +42,7 @@ def products(model, architecture="sm_90"):
             yield launch, codes[launch.compiled]
 
 
-@pytest.mark.parametrize("model", ["dcgan", "dcgan-128", "conv-vae"])
+@pytest.mark.parametrize("model", MODELS)
 def test_products_multiply_from_shared_memory(model):
     found = list(products(model))
     assert {launch.name for launch, _ in found} == {"fprop", "dgrad", "wgrad"}
@@ -55,6 +59,7 @@ def test_products_multiply_from_shared_memory(model):
         assert loop.loads == "asynchronous", launch
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("model", ["dcgan"])
 def test_products_by_pointers_multiply_for_longer_than_they_issue(model):
     found = [
@@ -94,7 +99,7 @@ def test_adam_moves_vectors_and_fits_four_times():
         assert programs_per_multiprocessor(GPUS["h100"], code.registers, compiled.warps, 0) >= 4
 
 
-@pytest.mark.parametrize("model", ["dcgan", "dcgan-128", "conv-vae"])
+@pytest.mark.parametrize("model", MODELS)
 def test_every_kernel_of_a_step_waits_before_it_reaches_memory(model):
     """In PTX and in what the assembler made of it, where only constants are loaded earlier."""
     recording, _ = recorded(model, 128, "sm_90")
@@ -109,6 +114,7 @@ def test_every_kernel_of_a_step_waits_before_it_reaches_memory(model):
         assert "PREEXIT" in names[wait:], compiled.name
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("model", ["dcgan", "conv-vae"])
 def test_no_kernel_of_a_step_waits_on_ampere(model):
     recording, _ = recorded(model, 128, "sm_80")

@@ -78,6 +78,7 @@ def fused_runs(monkeypatch):
     return calls
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 @pytest.mark.parametrize("norm", [True, False])
 @pytest.mark.parametrize("training", [True, False])

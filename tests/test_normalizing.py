@@ -128,6 +128,7 @@ def whatever_the_activation(monkeypatch):
     monkeypatch.setattr(Output, "is_made_reading", made)
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("case", CASES[::2], ids=str)
 def test_bits_are_those_of_the_pass_and_the_product(case, device, started):
     tensors = case.tensors(device)

@@ -266,6 +266,7 @@ CONVOLVED = [
 ]
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("case", CONVOLVED, ids=str)
 def test_after_a_convolution(case, device):
     assert_case(case, device)
@@ -323,6 +324,7 @@ def test_few_programs_share_long_sums(of, convolution, device, monkeypatch):
         assert_case(Case(of, shape, convolution, norm_groups=3, layout=layout), device)
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("apart", [True, False])
 @pytest.mark.parametrize("of", ["instance", "group"])
 def test_sums_with_the_product_or_by_a_pass(apart, of, device, started, monkeypatch):
@@ -437,6 +439,7 @@ def alone(y):
     return found
 
 
+@pytest.mark.one_in(3)
 @EACH
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last], ids=str)
@@ -460,6 +463,7 @@ def test_networks_in_half_precision(network, dtype, device):
     assert_module(fused(stock), stock, torch.randn(SHAPE, device=device, dtype=dtype))
 
 
+@pytest.mark.one_in(3)
 @EACH
 def test_no_gradient_that_nobody_wants(network, device):
     """Whatever is frozen, the gradients that are left are the same, bit for bit."""
@@ -480,11 +484,13 @@ def test_no_gradient_that_nobody_wants(network, device):
             assert gradient is None or torch.equal(gradient, expected[name]), (name, trained)
 
 
+@pytest.mark.one_in(3)
 @EACH
 def test_groups_are_calls(network, device):
     assert_groups_are_calls(network, SHAPE, device)
 
 
+@pytest.mark.one_in(3)
 @EACH
 def test_again_and_again(network, device, monkeypatch):
     """Run, recorded and replayed: the same bits, and those of no tape."""
@@ -519,6 +525,7 @@ TWICE = [
 ]
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.skipif(not INTERPRETING, reason="compiled kernels take no float64")
 @pytest.mark.parametrize("check", [gradcheck, gradgradcheck])
 @pytest.mark.parametrize("case", TWICE, ids=str)

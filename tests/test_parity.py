@@ -61,6 +61,7 @@ def step(optimizer, loss):
     optimizer.step()
 
 
+@pytest.mark.exhaustive
 def test_dcgan(device):
     stock = [model.to(device) for model in dcgan()]
     ours = copy.deepcopy(stock)

@@ -19,9 +19,9 @@ def test_setup_takes_the_same():
     assert {f"3.{n}" for n in range(30) if f"3.{n}.1" in allowed} == set(TAKEN)
 
 
-def test_readme_and_constraints_name_the_same():
+def test_pages_and_constraints_name_the_same():
     first, last = sorted(TAKEN, key=lambda version: int(version[2:]))[:: len(TAKEN) - 1]
-    for name in ("README.md", "constraints.txt"):
+    for name in ("README.md", "docs/installing.md", "constraints.txt"):
         text = " ".join((ROOT / name).read_text(encoding="utf-8").replace("#", "").split())
         assert f"Python {first} to {last}" in text
 

@@ -664,6 +664,7 @@ def test_functional_calls_and_transforms(device):
     torch.testing.assert_close(*results)
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("name", NETWORKS)
 def test_compiled_networks_keep_the_kernels(name, training, device):

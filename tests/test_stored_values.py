@@ -117,6 +117,7 @@ GEOMETRIES = {
 }
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("groups", [1, 2])
 @pytest.mark.parametrize("loader", GEOMETRIES)
 @pytest.mark.parametrize("dtype", HALF)

@@ -58,6 +58,7 @@ CASES = [
 ]
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_a_block_again_and_again(case, device, replays, monkeypatch):
     draws = []
@@ -82,6 +83,7 @@ def test_a_block_again_and_again(case, device, replays, monkeypatch):
             assert mine is None or mine.stride() == their[name].stride(), name
 
 
+@pytest.mark.one_in(2)
 @EACH
 def test_a_chain_again_and_again(network, shape, device, replays, monkeypatch):
     ours = fused(network()).to(device)
@@ -129,6 +131,7 @@ def block(x, weight, **options):
     return functional.conv_block(x, weight, padding=1, **options)
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("folder", [None, OLDEST_TRITON], ids=["newest", "oldest"])
 def test_what_starts_again_reaches_the_driver_as_triton_would_have_it(folder):
     if folder and not folder.exists():

@@ -93,6 +93,7 @@ def geometry_of(case):
     return ConvGeometry.conv_transpose(size, kernel, stride, padding, output_padding)
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.kernels
 @pytest.mark.parametrize("case", CASES, ids=case_id)
 def test_to_image(case, device):
@@ -237,6 +238,7 @@ def test_compiles_well_for_hopper():
     assert facts["generator of z"]["registers"] <= 168  # three programs
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize(("architecture", "shared"), [("sm_80", 99), ("gfx942", 64)])
 def test_compiles_for_other_gpus(architecture, shared):
     facts = compile_for(architecture)

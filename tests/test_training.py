@@ -125,6 +125,7 @@ def test_one_discriminator_pass_gives_the_numbers_of_two():
     assert networks[1].main[3].num_batches_tracked == 15  # Real, generated, and the generator's.
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.kernels
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_a_step_on_the_kernels(precision, device):
@@ -158,6 +159,7 @@ def test_merging_is_refused_where_two_passes_differ():
     assert GANStep(_dcgan()[0], own, precision="fp32", merge=True).why_not_merged is None
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("make", [VAE, lambda: ConvVAE(1, 16, 4, 4)], ids=["vae", "conv-vae"])
 def test_a_compiled_step_of_a_vae(make, precision, monkeypatch):

@@ -31,7 +31,7 @@ def main():
     status = 0
     for part in PARTS:
         command = [
-            sys.executable, "-m", "pytest", "-q", *part, "-p", "no:cacheprovider",
+            sys.executable, "-m", "pytest", "--exhaustive", "-q", *part, "-p", "no:cacheprovider",
             "-p", "benchmarks.gpu.only_missing", "--tb=short", "-rfEs", *SUITE,
         ]  # fmt: skip
         try:

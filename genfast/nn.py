@@ -18,7 +18,7 @@ from torch.nn.utils.weight_norm import WeightNorm
 
 from genfast import cpu, folding, functional, layout, processes, reference
 from genfast.backend import kernels_run_on_cpu, selected_backend
-from genfast.opening import has_hook, in_order, may_open
+from genfast.opening import DROPOUT, has_hook, in_order, may_open
 
 _ACTIVATIONS = {
     nn.ReLU: "relu",
@@ -60,7 +60,6 @@ _DIMENSIONS = {
 _INSTANCE_NORMS = (nn.InstanceNorm1d, nn.InstanceNorm2d)
 _FUSED = {*_CONVOLUTIONS, *_DIMENSIONS, *_ACTIVATIONS, *folding.LAYERS}
 _TRAILING = tuple(folding.TRAILING)
-_DROPOUT = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout)
 # Forward pre-hooks of PyTorch's own that set a weight and look at nothing else.
 _WEIGHT_SETTERS = {SpectralNorm, WeightNorm}
 
@@ -136,7 +135,7 @@ def why_follower_stays_out(layer, modules):
 
     modules: what runs together before it.
     """
-    if type(layer) in _DROPOUT:
+    if type(layer) in DROPOUT:
         # Masks of a kernel would be others: a seed must give what it gives on PyTorch's layers.
         return "its random numbers are PyTorch's own"
     if type(layer) is nn.PixelShuffle and any(map(is_norm, modules)):

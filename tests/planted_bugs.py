@@ -50,6 +50,34 @@ NORMS = "test_norms.py::test_alone"
 COMPILED = "test_compile.py::test_compiled_networks_are_the_eager_ones"
 BUGS = (
     Bug(
+        "a gate's derivative is its opening",
+        "kernels/gated.py",
+        "dy * u * slope",
+        "dy * u * open_",
+        "test_gated.py::test_every_magnitude",
+    ),
+    Bug(
+        "gates get the other half's statistics",
+        "kernels/gated.py",
+        "vectors_ptr, 2 * channels, c + channels, in_c, offset,",
+        "vectors_ptr, 2 * channels, c, in_c, offset,",
+        "test_gated.py::test_alone",
+    ),
+    Bug(
+        "all phases of a shuffled convolution get the first one's bias",
+        "kernels/conv.py",
+        "bias_ptr += phase * bias_step",
+        "bias_ptr += 0 * bias_step",
+        "test_pixel_shuffle.py::test_chain",
+    ),
+    Bug(
+        "a norm takes the bias of a phase away",
+        "genfast/autograd.py",
+        "self.by_batch and self.span == 1 and bias.dim() == 1",
+        "self.by_batch and self.span == 1",
+        "test_pixel_shuffle.py::test_a_norm_takes_no_bias_of_phases_away",
+    ),
+    Bug(
         "a process's loss counts as much as that of one with more images",
         "genfast/training/steps/spread.py",
         "self._part = count / processes.summed(count, self._group)",
@@ -59,7 +87,7 @@ BUGS = (
     Bug(
         "the sums of a synchronised batch norm's backward stay in their process",
         "genfast/launch/norm.py",
-        "partials = _sums_of_all_processes(partials, common[\"rows\"], process_group)",
+        'partials = _sums_of_all_processes(partials, common["rows"], process_group)',
         "pass",
         "test_sync_norm.py::test_parts_give_what_the_whole_gives",
     ),

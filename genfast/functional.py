@@ -901,8 +901,8 @@ def _pytorchs_format(x, blocks, geometries, seen=None):
         transposed = block.output_padding is not None
         channels = block.weight.shape[1 if transposed else 0]
         size = geometry.big if transposed else geometry.small
-        # PyTorch's shuffle keeps a format on a CPU alone.
-        channels_last &= block.shuffle == 1 or x.device.type == "cpu"
+        # PyTorch's shuffle gives contiguous memory on a GPU, on a CPU memory like its input.
+        channels_last &= block.shuffle == 1 or x.device.type != "cuda"
         if block.batch_norm is not None:
             channels_last &= _keeps_channels_last(block.batch_norm, x, channels, size)
     return torch.channels_last if channels_last else torch.contiguous_format

@@ -397,8 +397,8 @@ class Run(NamedTuple):
     reason: why a convolution or norm does not fuse, or why the norm, the activation or another
         layer after it stays out; else empty.
 
-    Nearest upsampling and zeros that become part of a convolution come before it, the average
-    pooling that does comes after it: see `genfast.folding`.
+    Nearest upsampling and zeros that become part of a convolution come before it, average pooling
+    and the shuffle of pixels that do come after it: see `genfast.folding`.
     """
 
     names: tuple[str, ...]
@@ -488,10 +488,10 @@ class FusedSequential(nn.Sequential):
 
     Children, parameters, state_dict keys and results are those of the `nn.Sequential` it stands
     for. Runs of `ConvTranspose2d`/`Conv2d`, then optionally `BatchNorm2d`, `InstanceNorm2d` or
-    `GroupNorm`, then optionally an elementwise activation fuse, and what follows one another of
-    these and of blocks is one chain: see `functional.chain`. Nearest upsampling and `ZeroPad2d`
-    before, and average pooling after a convolution become part of it where that gains: see
-    `genfast.folding`. On the kernels one of these norms, `BatchNorm1d` or `InstanceNorm1d`, after
+    `GroupNorm`, then optionally an elementwise activation fuse, after a norm also `GLU` over the
+    channels, and what follows one another of these and of blocks is one chain: see
+    `functional.chain`. Nearest upsampling and `ZeroPad2d` before, and average pooling and
+    `PixelShuffle` after a convolution become part of it where that gains: see `genfast.folding`. On the kernels one of these norms, `BatchNorm1d` or `InstanceNorm1d`, after
     whatever, fuses with the activation that follows. A child that only calls others in order, such
     as another container, opens: chains go on into it and out of it, see `genfast.opening`. Every
     other child, and one that has a hook, a parametrisation or a setting the kernels do not know,

@@ -491,9 +491,10 @@ class FusedSequential(nn.Sequential):
     `GroupNorm`, then optionally an elementwise activation fuse, after a norm also `GLU` over the
     channels, and what follows one another of these and of blocks is one chain: see
     `functional.chain`. Nearest upsampling and `ZeroPad2d` before, and average pooling and
-    `PixelShuffle` after a convolution become part of it where that gains: see `genfast.folding`. On the kernels one of these norms, `BatchNorm1d` or `InstanceNorm1d`, after
-    whatever, fuses with the activation that follows. A child that only calls others in order, such
-    as another container, opens: chains go on into it and out of it, see `genfast.opening`. Every
+    `PixelShuffle` after a convolution become part of it where that gains: see `genfast.folding`.
+    On the kernels one of these norms, `BatchNorm1d` or `InstanceNorm1d`, after whatever, fuses with
+    the activation that follows. A child that only calls others in order, such as another container,
+    opens: chains go on into it and out of it, see `genfast.opening`. Every
     other child, and one that has a hook, a parametrisation or a setting the kernels do not know,
     runs as PyTorch runs it. That is looked up at each call, so a hook registered later counts too.
     """

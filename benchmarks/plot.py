@@ -41,10 +41,11 @@ def plot(path):
     axes.set_xlim(0, max(float(row["p80"]) for row in rows) * 1.35)
     axes.set_xlabel("images a second, whole training steps (more is better)")
     first = rows[0]
+    size = first["image_size"]
+    height, width = size.split("x") if "x" in size else (size, size)
     axes.set_title(
-        f"{first['model']}, batch {first['batch_size']}, {first['image_size']} x "
-        f"{first['image_size']} pixels\n{first['machine']}, PyTorch {first['torch']}, "
-        f"{first['date']}",
+        f"{first['model']}, batch {first['batch_size']}, {height} x {width} pixels\n"
+        f"{first['machine']}, PyTorch {first['torch']}, {first['date']}",
         fontsize=10,
     )
     axes.spines[["top", "right"]].set_visible(False)

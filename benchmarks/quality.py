@@ -25,7 +25,7 @@ from benchmarks import machine
 from benchmarks.quality_report import check_matplotlib, compare, draw, table, write_csv
 from benchmarks.workloads import stock
 from genfast.models import DCGANDiscriminator, DCGANGenerator
-from genfast.models.dcgan import IMAGE_SIZES
+from genfast.models.sizes import halved
 from genfast.training import GANStep
 from genfast.training.data import Batches, normalize
 from genfast.training.errors import BadInput, Diverged, require
@@ -97,7 +97,7 @@ def run(*, seeds, epochs, image_size, every, device):
     Args:
         seeds: how many.
         epochs: of each run.
-        image_size: of the digits, in pixels: one of `IMAGE_SIZES`.
+        image_size: of the digits, in pixels: as `DCGANGenerator` takes it.
         every: epochs between two measurements.
         device: a `torch.device`.
 
@@ -268,7 +268,7 @@ def _parser():
             help=f"{text} (default: %(default)s)",
         )  # fmt: skip
     parser.add_argument(
-        "--image-size", type=int, choices=IMAGE_SIZES, default=16, help="(default: %(default)s)"
+        "--image-size", type=_image_size, default=16, metavar="N", help="(default: %(default)s)"
     )
     parser.add_argument(
         "--variants",
@@ -280,6 +280,14 @@ def _parser():
         "--out", type=Path, default=RESULTS, help="folder (default: benchmarks/results)"
     )
     return parser
+
+
+def _image_size(text):
+    try:
+        halved(int(text))
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+    return int(text)
 
 
 def _at_least(least):

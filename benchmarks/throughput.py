@@ -21,7 +21,9 @@ from tqdm import tqdm
 from benchmarks import agreement, cold_start, machine, timing
 from benchmarks.variants import VARIANTS, why_not_run
 from benchmarks.workloads import MODELS, Workload
-from genfast.models.dcgan import IMAGE_SIZES
+from genfast.cli.options import of_rule
+from genfast.models.sizes import height_and_width, why_not
+from genfast.training.runs.settings import RULES
 
 _BAR = "{desc}: {percentage:3.0f}%|{bar}|"
 RESULTS = Path(__file__).parent / "results"
@@ -207,8 +209,10 @@ def main(arguments=None):
         chosen = "cuda" if available else "cpu"
     if chosen == "cuda" and not available:
         sys.exit("expected a GPU for --device cuda, PyTorch finds none")
-    if args.model in ("dcgan", "conv-vae") and args.image_size not in (None, *IMAGE_SIZES):
-        sys.exit(f"expected --image-size among {IMAGE_SIZES}, got {args.image_size}")
+    if args.image_size and args.model in ("dcgan", "conv-vae"):
+        reason = why_not(*height_and_width(args.image_size))
+        if reason:
+            sys.exit(f"expected --image-size {reason} for {args.model}, got {args.image_size}")
     device = torch.device(chosen)
     if device.type == "cuda":
         torch.backends.cudnn.benchmark = True  # For every variant, as users of amp have it.
@@ -251,7 +255,11 @@ def _parser():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--model", choices=MODELS, required=True)
     parser.add_argument("--batch-size", type=_whole, help="(default: PyTorch's example's)")
-    parser.add_argument("--image-size", type=_whole, help="(default: PyTorch's example's)")
+    parser.add_argument(
+        "--image-size",
+        type=of_rule(RULES["image_size"]),
+        help="such as 64, or 96x64, height first (default: PyTorch's example's)",
+    )
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     parser.add_argument("--only", nargs="+", choices=VARIANTS, metavar="NAME", help="variants")
     parser.add_argument(

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from genfast.models import GAN, VAE, ConvVAE, DCGANDiscriminator, DCGANGenerator
+from genfast.models.sizes import height_and_width
 from genfast.nn import FusedBlock
 from genfast.training.data import load_images, normalize
 
@@ -40,7 +41,7 @@ def _gan(shape, width):
 
 
 def _dcgan(shape, width):
-    images = dict(nc=shape[0], image_size=shape[1])
+    images = dict(nc=shape[0], image_size=shape[1:])
     return DCGANGenerator(ngf=width, **images), DCGANDiscriminator(ndf=width, **images)
 
 
@@ -49,7 +50,7 @@ def _vae(shape, width):
 
 
 def _conv_vae(shape, width):
-    return (ConvVAE(shape[0], shape[1], width=width // 2),)
+    return (ConvVAE(shape[0], shape[1:], width=width // 2),)
 
 
 # MNIST's images for the perceptrons, 64 x 64 RGB for the convolutions.
@@ -66,13 +67,14 @@ class Workload:
     """A model at a batch size and image size on a device.
 
     model: one of `MODELS`.
+    image_size: an int for squares, or text such as "96x64", height first.
     width: channels next to the image of the networks of convolutions (ngf and ndf).
     shake, shake_seed: change each weight by up to this share of itself, at random.
     """
 
     model: str
     batch_size: int
-    image_size: int
+    image_size: int | str
     device: torch.device
     width: int = 64
     shake: float = 0.0
@@ -96,7 +98,7 @@ class Workload:
     @property
     def image_shape(self):
         """(C, H, W)."""
-        return MODELS[self.model].channels, self.image_size, self.image_size
+        return MODELS[self.model].channels, *height_and_width(self.image_size)
 
     def images(self):
         """The same float batch every time, on the device, in the range the model expects.

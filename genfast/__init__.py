@@ -9,12 +9,13 @@ if TYPE_CHECKING:
     from genfast.convert import accelerate, restore
 
 __version__ = "0.1.0"
-__all__ = ["accelerate", "functional", "load", "models", "nn", "restore", "use_backend"]
+__all__ = ["accelerate", "functional", "load", "models", "nn", "restore", "train", "use_backend"]
 
 _HOMES = {
     "accelerate": "convert",
     "load": "training.runs.trained",
     "restore": "convert",
+    "train": "training.runs.api",
     "use_backend": "backend",
 }
 

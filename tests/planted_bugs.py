@@ -45,6 +45,7 @@ NORMALIZING = "test_normalizing.py::test_bits_are_those_of_the_pass_and_the_prod
 GRADIENT = "test_gradient_epilogue.py::test_gradient_of_the_layer_below"
 OVERLAP = "test_overlap.py"
 REWRITING = "test_rewriting.py::test_what_runs_together"
+DATA_SETS = "test_datasets.py::test_batches_depend_on_seed_and_position_alone"
 NORMS = "test_norms.py::test_alone"
 
 COMPILED = "test_compile.py::test_compiled_networks_are_the_eager_ones"
@@ -1109,6 +1110,27 @@ BUGS = (
         "test_labels.py::test_batches_hold_the_labels_of_their_images",
     ),
     Bug(
+        "transforms of a data set draw the same in every epoch",
+        "genfast/training/data/datasets.py",
+        "_seed_all(seed, epoch, number)",
+        "_seed_all(seed, number)",
+        DATA_SETS,
+    ),
+    Bug(
+        "reading a data set uses up a random number of the training",
+        "genfast/training/data/datasets.py",
+        "generator=torch.Generator(),",
+        "",
+        DATA_SETS,
+    ),
+    Bug(
+        "a GAN's step trains on floats from 0 to 1",
+        "genfast/training/image_range.py",
+        "low < 0 <= found_low < found_high",
+        "low == 0 <= found_low < found_high",
+        "test_loaders_batches.py::test_floats_from_0_to_1_are_no_floats_from_minus_1_on",
+    ),
+    Bug(
         "projection of features that are not summed over pixels",
         "genfast/models/dcgan.py",
         "features.sum((2, 3), dtype=wide)",
@@ -1177,6 +1199,41 @@ BUGS = (
         ", step.pixel_range) for",
         ", (0, 1)) for",
         "test_evaluate.py::test_what_is_measured",
+    ),
+    Bug(
+        "the base of oblong images has height for width",
+        "genfast/models/sizes.py",
+        "(height >> halvings, width >> halvings)",
+        "(width >> halvings, height >> halvings)",
+        "test_sizes.py::test_the_smaller_side_is_halved_to_4_to_7",
+    ),
+    Bug(
+        "pictures of a folder have the shape asked for on its side",
+        "genfast/training/data/decoding.py",
+        "image_ops.fit(opaque, size[::-1],",
+        "image_ops.fit(opaque, size,",
+        "test_sizes.py::test_oblong_images_of_files_and_arrays",
+    ),
+    Bug(
+        "arrays are cropped to the shape asked for on its side",
+        "genfast/training/data/sources.py",
+        "    (height, width), (h, w) = found, size",
+        "    (height, width), (w, h) = found, size",
+        "test_sizes.py::test_oblong_images_of_files_and_arrays",
+    ),
+    Bug(
+        "an average begins with random weights beside a generator that does not",
+        "genfast/training/runs/beginning.py",
+        'if average and "generator" in self.modules:',
+        'if average and "average" in self.modules:',
+        "test_example_weights.py::test_a_run_begins_with_both_networks",
+    ),
+    Bug(
+        "names of the example's weights keep the prefix of parallel training",
+        "genfast/training/runs/example_weights.py",
+        "str(name).removeprefix(_PREFIX)",
+        "str(name)",
+        "test_example_weights.py::test_a_generator_draws_what_the_example_draws",
     ),
 )
 

@@ -25,7 +25,8 @@ def train(step, shape, steps=6, images=None):
             group["lr"] = LEARNING_RATE
     torch.manual_seed(SEED)
     if images is None:
-        images = torch.rand(shape, device=step.device)
+        low, high = step.pixel_range
+        images = torch.rand(shape, device=step.device) * (high - low) + low
     losses = torch.stack([torch.stack(tuple(step(images))) for _ in range(steps)])
     following = torch.randn(3, device=step.device)
     return {"losses": losses, **dict(_entries(step.state_dict(), "")), "random numbers": following}

@@ -607,7 +607,7 @@ def gan(seed, **options):
 
 def run(step, steps):
     torch.manual_seed(7)
-    images = torch.rand(4, 1, 16, 16)
+    images = 2 * torch.rand(4, 1, 16, 16) - 1
     return [[t.item() for t in step(images)] for _ in range(steps)]
 
 

@@ -63,8 +63,8 @@ SHARED = {
 }
 # All cases, which take three times as long; else each kernel and each tile once.
 IN_FULL = ("sm_90",)
-# One for each way to load and to multiply; the others compile the same code but for their limits.
-OF_EACH_KIND = ("sm_80", "sm_90", "sm_100", "gfx942")
+# One for each way to load; the others compile the same code but for limits and multiplications.
+OF_EACH_KIND = ("sm_80", "sm_90", "gfx942")
 OLDEST = "3.6"
 OLDEST_TRITON = Path(sys.prefix) / f"triton-{OLDEST}"
 ON_OLDEST = ("sm_90", pytest.param("sm_80", marks=pytest.mark.exhaustive))  # Each way to load.

@@ -152,7 +152,7 @@ def test_bad_input_ends_in_one_sentence(tmp_path, images, capsys, monkeypatch):
     train = ("train", "dcgan", "--device", "cpu")
     assert "expected --data" in _fails(capsys, *train)
     assert "where there is nothing" in _fails(capsys, *train, "--data", "absent")
-    assert "got 48" in _fails(capsys, *train, "--data", images, "--image-size", 48)
+    assert "got 50" in _fails(capsys, *train, "--data", images, "--image-size", 50)
     assert "got --ngf" in _fails(capsys, "train", "vae", "--data", images, "--ngf", 8)
     assert "got 13" in _fails(capsys, *train, "--data", images, "--batch-size", 13)
     assert "got the file" in _fails(capsys, *train, "--data", images, "--out", images)

@@ -186,9 +186,10 @@ def test_npz_of_several_arrays(tmp_path):
     _fails(tmp_path / "b.npz", "b.npz", "one called images or x_train", "first, second")
 
 
-def test_oblong_arrays_become_squares(tmp_path):
+def test_oblong_arrays_become_squares_where_asked(tmp_path):
     np.save(tmp_path / "a.npy", np.arange(2 * 4 * 8, dtype=np.uint8).reshape(2, 4, 8))
-    images = load_images(tmp_path / "a.npy")
+    assert load_images(tmp_path / "a.npy").shape == (2, 1, 4, 8)
+    images = load_images(tmp_path / "a.npy", 4)
     assert images.shape == (2, 1, 4, 4)
     assert images[0, 0, 0].tolist() == [2, 3, 4, 5]
 

@@ -394,7 +394,7 @@ def test_discriminators_that_cannot_have_it():
     GANStep(generator, discriminator, spectral_norm=True)
     with pytest.raises(ValueError, match="layer main.0 has a parametrisation already"):
         GANStep(generator, discriminator, spectral_norm=True)
-    step, images = GANStep(*networks(), penalty="wgan-gp"), torch.rand(2, 1, 16, 16)
+    step, images = GANStep(*networks(), penalty="wgan-gp"), 2 * torch.rand(2, 1, 16, 16) - 1
     with pytest.warns(UserWarning, match="wgan-gp is not defined for a discriminator with batch"):
         step(images)
     with warnings.catch_warnings():

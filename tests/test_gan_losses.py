@@ -102,7 +102,7 @@ def test_uneven_networks_with_pairs():
     patches = torch.nn.Sequential(torch.nn.Conv2d(1, 4, 4, 2, 1), torch.nn.Conv2d(4, 1, 3))
     step = GANStep(generator, patches, loss="rpgan", precision="fp32")
     before = copy.deepcopy(generator.state_dict())
-    d_loss, g_loss = step(torch.rand(3, 1, 16, 16))
+    d_loss, g_loss = step(2 * torch.rand(3, 1, 16, 16) - 1)
     assert d_loss.isfinite() and g_loss.isfinite()
     assert any(not torch.equal(v, before[k]) for k, v in generator.state_dict().items())
 

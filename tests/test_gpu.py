@@ -240,7 +240,7 @@ def test_a_captured_step_has_few_kernels():
     torch.manual_seed(SEED)
     networks = DCGANGenerator().to(CUDA), DCGANDiscriminator().to(CUDA)
     step = GANStep(*(n.to(memory_format=torch.channels_last) for n in networks))
-    x = torch.rand(128, 3, 64, 64, device=CUDA)
+    x = 2 * torch.rand(128, 3, 64, 64, device=CUDA) - 1
     for _ in range(3):
         step(x)
     torch.cuda.synchronize()

@@ -18,7 +18,10 @@ def problem(operation, images, c_small=256, c_big=128, small=8):
     )  # fmt: skip
 
 
-@pytest.mark.parametrize(("gpu", "descriptors"), [("h100", True), ("a100", False)])
+@pytest.mark.parametrize(
+    ("gpu", "descriptors"),
+    [("h100", True), pytest.param("a100", False, marks=pytest.mark.exhaustive)],
+)
 def test_instructions_are_about_those_of_machine_code(gpu, descriptors):
     pytest.importorskip("triton", reason="compiles Triton kernels")
     from benchmarks.model.prediction import predict as predictions

@@ -136,7 +136,7 @@ def test_a_run_that_diverges(monkeypatch, capsys):
         (["--seeds", "1"], "expected a whole number from 2, got '1'"),
         (["--epochs", "0"], "expected a whole number from 1, got '0'"),
         (["--every", "x"], "expected a whole number from 1, got 'x'"),
-        (["--image-size", "20"], "invalid choice: 20"),
+        (["--image-size", "21"], "in multiples of 4, as its smaller side is from 16 to 31, got 21"),
     ],
 )
 def test_unsuitable_arguments(capsys, arguments, message):

@@ -75,7 +75,7 @@ def test_three_ways_in_share_the_rules(name, text, value, capsys):
         ({"data": 3}, "expected --data to be a name or a path, got 3"),
         ({"lr": 10**400}, "expected --lr to be a number above 0, got 1000"),
         ({"lr": torch.tensor(0.1)}, "expected --lr to be .*, got a value of type Tensor"),
-        ({"image_size": 28}, "expected --image-size to be a power of two .* for dcgan, got 28"),
+        ({"image_size": 27}, "expected --image-size in multiples of 4, .* for dcgan, got 27"),
         ({"model": "gan"}, "expected settings that gan has, got --n[gd]f, which it lacks"),
         ({"epochs": "1" * 100}, r"got '1+\.\.\.1+' in"),
         ({"epochs": 10**5000}, "got (10+|a value of type int)"),
@@ -103,9 +103,9 @@ def test_perceptrons_take_any_image_size(model, size, images, tmp_path):
 
 
 @pytest.mark.parametrize("model", ["dcgan", "conv-vae"])
-def test_convolutions_take_powers_of_two(model):
-    with pytest.raises(BadInput, match=f"power of two from 16 to 256 for {model}, got 28"):
-        check_settings(model, {"image_size": 28})
+def test_convolutions_take_sizes_that_halve(model):
+    with pytest.raises(BadInput, match=f"in multiples of 8, .* for {model}, got 50x40"):
+        check_settings(model, {"image_size": "50x40"})
 
 
 def test_numbers_of_numpy_do_not_spoil_the_checkpoint(images, tmp_path):

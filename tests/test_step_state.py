@@ -25,7 +25,8 @@ STEPS = {
 
 def _run(step, steps):
     torch.manual_seed(7)
-    images = torch.rand(4, 1, 16, 16)
+    low, high = step.pixel_range
+    images = torch.rand(4, 1, 16, 16) * (high - low) + low
     return [t.item() for _ in range(steps) for t in step(images)]
 
 

@@ -23,7 +23,12 @@ from unittest import mock
 
 ROOT = Path(__file__).parents[2]
 # The workload of each, and the size of its images.
-MODELS = {"dcgan": ("dcgan", 64), "dcgan-128": ("dcgan", 128), "conv-vae": ("conv-vae", 64)}
+MODELS = {
+    "dcgan": ("dcgan", 64),
+    "dcgan-128": ("dcgan", 128),
+    "dcgan-96x64": ("dcgan", "96x64"),
+    "conv-vae": ("conv-vae", 64),
+}
 WAYS = ("genfast", "eager")
 _LAUNCHES = "launches.json"
 

@@ -19,7 +19,11 @@ def add(commands):
     """Add the command to a parser's."""
     parser = commands.add_parser("sample", help="draw images with a trained model")
     parser.set_defaults(run=run, memory_options=lambda args: ["--num"])
-    parser.add_argument("checkpoint", help="the file, or the folder of a run")
+    parser.add_argument(
+        "checkpoint",
+        help="the file, the folder of a run, or weights of the generator of PyTorch's "
+        "public DCGAN example",
+    )
     parser.add_argument(
         "--num",
         type=of_rule(whole()),

@@ -14,6 +14,7 @@ from genfast.cli.streams import tell
 from genfast.training import progress
 from genfast.training.errors import BadInput
 from genfast.training.runs import board, folder, kept
+from genfast.training.runs.beginning import read_beginning
 from genfast.training.runs.checkpoint import NAME as CHECKPOINT_NAME
 from genfast.training.runs.checkpoint import file_of
 from genfast.training.runs.config import LENGTHS, prepare, prepare_resumed
@@ -47,6 +48,14 @@ def add(commands):
         metavar="CHECKPOINT",
         help=f"go on from a checkpoint or a run's folder (default: {CHECKPOINT_NAME} in --out, or "
         "a new run if there is none yet); of the settings only --epochs or --steps may change",
+    )
+    parser.add_argument(
+        "--init-from",
+        nargs="+",
+        metavar="WEIGHTS",
+        help="begin with the weights of a checkpoint or a run's folder, or with those of PyTorch's "
+        "public DCGAN example, netG_epoch_24.pth, netD_epoch_24.pth or both; a run that goes on "
+        "keeps to those of its checkpoint (default: random ones)",
     )
     parser.add_argument(
         "--checkpoint-seconds",
@@ -121,10 +130,14 @@ def _run(args):
     board.check(args.log)
     resume_from = _resume_from(args)
     out = _out_folder(args, resume_from)
+    init_from = None
     if resume_from:
         config, images = prepare_resumed(args.model, args.data, given, resume_from, out)
         check_precision(config.precision, device)  # The run may have begun on another machine.
     else:
+        if args.init_from:
+            init_from = read_beginning(args.init_from, args.model)
+            given = init_from.settled(given)
         config, images = prepare(args.model, args.data, given, out)
     outcome = train(
         config,
@@ -132,6 +145,7 @@ def _run(args):
         out,
         device=device,
         resume_from=resume_from,
+        init_from=init_from,
         checkpoint_seconds=args.checkpoint_seconds,
         sample_every=args.sample_every,
         keep=args.keep,

@@ -14,18 +14,8 @@ import torch
 from torch import nn
 
 from genfast.models.classes import check_classes
+from genfast.models.sizes import halved
 from genfast.nn import FusedSequential
-
-IMAGE_SIZES = (16, 32, 64, 128, 256)
-
-
-def check_image_size(image_size):
-    """Raise ValueError unless repeated halving leads from `image_size` to 4."""
-    if image_size not in IMAGE_SIZES:
-        raise ValueError(
-            f"expected image_size to be a power of two from {IMAGE_SIZES[0]} to "
-            f"{IMAGE_SIZES[-1]}, got {image_size}"
-        )
 
 
 def weights_init(module):
@@ -44,26 +34,31 @@ def weights_init(module):
 class DCGANGenerator(nn.Module):
     """Noise to images: 4x4 pixels first, then twice the size and half the channels a block.
 
+    Images whose smaller side is no power of two begin with more, 96x64 with 6x4: see
+    `genfast.models.sizes.halved`.
+
     Args:
         nz: the length of the noise vector.
-        ngf: the channels of the last hidden layer; the first has ngf * image_size / 8.
+        ngf: the channels of the last hidden layer; each further one towards the noise has twice
+            as many.
         nc: the channels of the images.
-        image_size: their height and width: 16, 32, 64, 128 or 256.
+        image_size: their height and width, an int for squares or (height, width): the smaller from
+            16 to 256.
         classes: how many classes there are labels of; None for a generator that takes no labels.
 
     Shape:
-        (N, nz, 1, 1), and int64 labels (N,), to (N, nc, image_size, image_size), in [-1, 1].
+        (N, nz, 1, 1), and int64 labels (N,), to (N, nc, height, width), in [-1, 1].
     """
 
     def __init__(self, nz=100, ngf=64, nc=3, image_size=64, classes=None):
         super().__init__()
-        check_image_size(image_size)
+        size = halved(image_size)
         check_classes(classes)
         self.latent_shape = (nz, 1, 1)
         self.classes = classes
-        width = ngf * image_size // 8
+        width = ngf * size.growth
         layers = [
-            nn.ConvTranspose2d(2 * nz if classes else nz, width, 4, 1, 0, bias=False),
+            nn.ConvTranspose2d(2 * nz if classes else nz, width, size.base, 1, 0, bias=False),
             nn.BatchNorm2d(width),
             nn.ReLU(True),
         ]
@@ -98,30 +93,31 @@ class DCGANDiscriminator(nn.Module):
 
     Args:
         nc: the channels of the images.
-        ndf: the channels of the first hidden layer; the last has ndf * image_size / 8.
-        image_size: height and width of the images: 16, 32, 64, 128 or 256.
+        ndf: the channels of the first hidden layer; each further one has twice as many.
+        image_size: height and width of the images, an int for squares or (height, width): the
+            smaller from 16 to 256.
         classes: how many classes there are labels of; None for a discriminator that takes none.
 
     Shape:
-        (N, nc, image_size, image_size), and int64 labels (N,), to (N,): positive where an image
-        looks real, and of its class.
+        (N, nc, height, width), and int64 labels (N,), to (N,): positive where an image looks real,
+        and of its class.
     """
 
     def __init__(self, nc=3, ndf=64, image_size=64, classes=None):
         super().__init__()
-        check_image_size(image_size)
+        size = halved(image_size)
         check_classes(classes)
         self.classes = classes
         layers = [nn.Conv2d(nc, ndf, 4, 2, 1, bias=False), nn.LeakyReLU(0.2, True)]
         width = ndf
-        while width < ndf * image_size // 8:
+        while width < ndf * size.growth:
             layers += [
                 nn.Conv2d(width, width * 2, 4, 2, 1, bias=False),
                 nn.BatchNorm2d(width * 2),
                 nn.LeakyReLU(0.2, True),
             ]
             width *= 2
-        layers += [nn.Conv2d(width, 1, 4, 1, 0, bias=False)]
+        layers += [nn.Conv2d(width, 1, size.base, 1, 0, bias=False)]
         self.main = FusedSequential(*layers)
         self.apply(weights_init)
         self.to(memory_format=torch.channels_last)

@@ -7,13 +7,15 @@ between 0.996 and 1, and the loss takes the logarithm of one minus the result.
 With `classes` encoder and decoder are given the label too (Sohn, Lee and Yan, 2015).
 """
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 from genfast.functional import reparameterize
 from genfast.models.classes import check_classes
-from genfast.models.dcgan import check_image_size
+from genfast.models.sizes import halved, height_and_width
 from genfast.nn import DiscriminatorBlock, FusedSequential, GeneratorBlock
 
 
@@ -83,11 +85,11 @@ class VAE(nn.Module):
 
 
 class ConvVAE(nn.Module):
-    """A VAE of the blocks DCGANs are made of: down to 4x4 pixels, and up again.
+    """A VAE of the blocks DCGANs are made of: down to 4x4 pixels or a few more, and up again.
 
     Args:
         nc: the channels of the images.
-        image_size: their height and width: 16, 32, 64, 128 or 256.
+        image_size: their height and width, as `DCGANGenerator` takes it.
         latent_dim: the length of the latent vector.
         width: the channels of the layers next to the image; each halving of the size doubles them.
         classes: how many classes there are labels of; None for a model that takes no labels. An
@@ -97,12 +99,13 @@ class ConvVAE(nn.Module):
 
     def __init__(self, nc=1, image_size=32, latent_dim=32, width=32, classes=None):
         super().__init__()
-        check_image_size(image_size)
+        size = halved(image_size)
+        heads = 2 * latent_dim
         check_classes(classes)
         self.latent_dim = latent_dim
         self.classes = classes
-        widest = width * image_size // 8
-        # The widths from the image's side to the 4x4 maps.
+        widest = width * size.growth
+        # The widths from the image's side to the smallest maps.
         widths = [width]
         while widths[-1] < widest:
             widths.append(widths[-1] * 2)
@@ -110,16 +113,16 @@ class ConvVAE(nn.Module):
             DiscriminatorBlock(nc + bool(classes), width, inplace=True),
             *(DiscriminatorBlock(w, w * 2, inplace=True) for w in widths[:-1]),
             DiscriminatorBlock(
-                widest, 2 * latent_dim, 4, 1, 0, bias=True, norm=False, activation="identity"
+                widest, heads, size.base, 1, 0, bias=True, norm=False, activation="identity"
             ),
         )
         self.decoder = FusedSequential(
-            GeneratorBlock(2 * latent_dim if classes else latent_dim, widest, 4, 1, 0),
+            GeneratorBlock(2 * latent_dim if classes else latent_dim, widest, size.base, 1, 0),
             *(GeneratorBlock(w * 2, w) for w in reversed(widths[:-1])),
             GeneratorBlock(width, nc, bias=True, norm=False, activation="identity"),
         )
         if classes:
-            self.label_of_encoder = nn.Embedding(classes, image_size**2)
+            self.label_of_encoder = nn.Embedding(classes, math.prod(height_and_width(image_size)))
             self.label_of_decoder = nn.Embedding(classes, latent_dim)
 
     def encode(self, images, labels=None):

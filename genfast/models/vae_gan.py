@@ -5,24 +5,29 @@ The layers are those of DCGANs, for images in [-1, 1].
 
 from torch import nn
 
-from genfast.models.dcgan import DCGANGenerator, check_image_size, weights_init
+from genfast.models.dcgan import DCGANGenerator, weights_init
+from genfast.models.sizes import halved
 from genfast.nn import DiscriminatorBlock, FusedSequential
 
 
 def _halving(nc, width, image_size):
-    """Blocks from an image to 4x4 maps, each with twice the channels; and the last one's."""
-    check_image_size(image_size)
-    blocks, widest = [DiscriminatorBlock(nc, width, inplace=True)], width * image_size // 8
+    """Blocks from an image to its smallest maps, each with twice the channels.
+
+    Returns:
+        (blocks, the channels of the last one, (height, width) of its maps).
+    """
+    size = halved(image_size)
+    blocks, widest = [DiscriminatorBlock(nc, width, inplace=True)], width * size.growth
     while width < widest:
         blocks.append(DiscriminatorBlock(width, width * 2, inplace=True))
         width *= 2
-    return blocks, widest
+    return blocks, widest, size.base
 
 
-def _from_maps(in_channels, out_channels):
-    """4x4 maps to as many numbers an image."""
+def _from_maps(in_channels, out_channels, base):
+    """Maps of (height, width) `base` to as many numbers an image."""
     return DiscriminatorBlock(
-        in_channels, out_channels, 4, 1, 0, bias=True, norm=False, activation="identity"
+        in_channels, out_channels, base, 1, 0, bias=True, norm=False, activation="identity"
     )
 
 
@@ -31,18 +36,18 @@ class VAEGANEncoder(nn.Module):
 
     Args:
         nc: the channels of the images.
-        image_size: their height and width: 16, 32, 64, 128 or 256.
+        image_size: their height and width, as `DCGANGenerator` takes it.
         nz: the length of the latent vector.
         width: the channels next to the image.
 
     Shape:
-        (N, nc, image_size, image_size) to two of (N, nz).
+        (N, nc, height, width) to two of (N, nz).
     """
 
     def __init__(self, nc=3, image_size=64, nz=100, width=64):
         super().__init__()
-        blocks, widest = _halving(nc, width, image_size)
-        self.main = FusedSequential(*blocks, _from_maps(widest, 2 * nz))
+        blocks, widest, base = _halving(nc, width, image_size)
+        self.main = FusedSequential(*blocks, _from_maps(widest, 2 * nz, base))
         self.apply(weights_init)
 
     def forward(self, images):
@@ -58,14 +63,15 @@ class VAEGANDiscriminator(nn.Module):
         ndf: the channels next to the image.
 
     Shape:
-        (N, nc, image_size, image_size) to (N,); features are (N, ndf * image_size / 8, 4, 4).
+        (N, nc, height, width) to (N,); features are those of the last halving, (N, 8 * ndf, 4, 4)
+        for images of 64 pixels.
     """
 
     def __init__(self, nc=3, image_size=64, ndf=64):
         super().__init__()
-        blocks, widest = _halving(nc, ndf, image_size)
+        blocks, widest, base = _halving(nc, ndf, image_size)
         self.features = FusedSequential(*blocks)
-        self.judge = FusedSequential(_from_maps(widest, 1), nn.Flatten(0))
+        self.judge = FusedSequential(_from_maps(widest, 1, base), nn.Flatten(0))
         self.apply(weights_init)
 
     def forward(self, images):
@@ -78,7 +84,7 @@ class VAEGAN(nn.Module):
 
     Args:
         nc: the channels of the images.
-        image_size: their height and width: 16, 32, 64, 128 or 256.
+        image_size: their height and width, as `DCGANGenerator` takes it.
         nz: the length of the latent vector.
         ngf: the channels next to the image in encoder and decoder.
         ndf: likewise in the discriminator.

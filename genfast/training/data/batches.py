@@ -9,6 +9,7 @@ import numpy as np
 import torch
 
 from genfast.training.data import sources
+from genfast.training.data.datasets import Streamed
 from genfast.training.data.labels import LabelledImages
 from genfast.training.data.prefetch import CudaCopies, NoCopy, Prefetcher, WaitingClock
 from genfast.training.errors import BadInput
@@ -26,13 +27,14 @@ class Batches:
     may lie in a file. From memory a batch is gathered in less than a hundredth of the time of the
     fastest step, and on the same cores: there a thread would gain nothing.
 
-    Labels are gathered in turn wherever the images are, as they are few bytes.
+    Labels are gathered in turn wherever the images are, as they are few bytes. A `Streamed` set
+    reads its batches, and their labels, itself.
 
     Attributes:
         waiting: a `WaitingClock`, whose `share()` says how much the data hold up training.
 
     Args:
-        images: uint8 (N, C, H, W), or `LabelledImages`.
+        images: uint8 (N, C, H, W), `LabelledImages`, or a `Streamed`.
         batch_size: the number of images a batch; BadInput if there are fewer.
         seed: an int from 0.
         device: where batches are wanted.
@@ -50,7 +52,9 @@ class Batches:
         if isinstance(images, LabelledImages):
             images, self.labels = images.images, images.labels
         on_cuda = device.type == "cuda"
-        if on_cuda and images.nbytes <= torch.cuda.mem_get_info(device)[0] // 4:
+        self._streamed = isinstance(images, Streamed)
+        moves = on_cuda and not self._streamed
+        if moves and images.nbytes <= torch.cuda.mem_get_info(device)[0] // 4:
             images = images.to(device)
             self.labels = self.labels if self.labels is None else self.labels.to(device)
         self.images = images
@@ -74,6 +78,9 @@ class Batches:
         """
         self.waiting.restart()
         indices = self._indices(start)
+        if self._streamed:
+            keys = ((n // len(self), chosen) for n, chosen in enumerate(indices, start))
+            return self.images.batches(keys, self.device, self.waiting)
         gather = self._prefetched if self._prefetches else self._gathered
         return gather(indices) if self.labels is None else self._with_labels(gather, indices)
 

@@ -1,10 +1,12 @@
-"""One picture's file, decoded into a square of pixels."""
+"""One picture's file, decoded into pixels of one size."""
 
 import re
 import threading
 from contextlib import contextmanager
+from typing import Any
 
 import numpy as np
+import torch
 
 from genfast.training.data.arrays import to_nchw
 from genfast.training.errors import BadInput, require
@@ -29,12 +31,12 @@ def is_colour(text):
     return bool(re.fullmatch("#[0-9a-fA-F]{6}", BACKGROUNDS.get(text, text)))
 
 
-def decode(path, image_size, background):
-    """Decode one picture: cropped to the square around its centre, resized, on a background.
+def decode(path, size, background):
+    """Decode one picture: cropped around its centre, resized, on a background.
 
     Args:
         path: a regular file.
-        image_size: height and width in pixels.
+        size: (height, width) in pixels.
         background: (red, green, blue) behind what is transparent. None drops the transparency and
             shows the colours that lie under it, whatever they are.
 
@@ -54,21 +56,39 @@ def decode(path, image_size, background):
             if image.mode.startswith(("I", "F")):  # Pillow would cut their values off at 255.
                 return None, None, f"expected 8 bits a channel, got mode {image.mode}"
             # JPEGs decode at a half, a quarter or an eighth of their size for a part of the time.
-            image.draft("RGB", (2 * image_size, 2 * image_size))
+            # Of the longer side, as some are turned afterwards.
+            image.draft("RGB", (2 * max(size), 2 * max(size)))
             with _pixels.lent(image.width * image.height):
                 _mend_transparent_colour(image, path)
                 image_ops.exif_transpose(image, in_place=True)
                 opaque, is_mixed = _on_background(image, background)
-                square = image_ops.fit(
-                    opaque, (image_size, image_size), image_module.Resampling.LANCZOS
-                )
+                fitted = image_ops.fit(opaque, size[::-1], image_module.Resampling.LANCZOS)
     except MemoryError:  # That is not the image's fault, and next time it might be there.
         raise BadInput(f"expected memory enough for the image {path}, got no more") from None
     except Exception as error:  # Damaged bytes make the decoders raise nearly anything.
         return None, None, str(error) or type(error).__name__
     if is_mixed:
         is_grey &= len(set(background)) == 1
-    return to_nchw(np.array(square)[None])[0], is_grey, None
+    return to_nchw(np.array(fitted)[None])[0], is_grey, None
+
+
+def opaque_pixels(image: Any, background: tuple[int, int, int]) -> torch.Tensor:
+    """The pixels of a Pillow image, turned upright, on a background: uint8 (C, H, W).
+
+    C is 1 for grey images, on a grey background, and 3 for others.
+
+    Raises:
+        ValueError: it has more than 8 bits a channel.
+    """
+    if image.mode.startswith(("I", "F")):  # Pillow would cut their values off at 255.
+        raise ValueError(f"expected 8 bits a channel, got an image of mode {image.mode}")
+    grey = image.mode in ("1", "L", "LA")
+    image = require("PIL.ImageOps", "pillow").exif_transpose(image)
+    opaque, is_mixed = _on_background(image, background)
+    pixels = to_nchw(np.array(opaque)[None])[0]
+    if is_mixed:
+        grey &= len(set(background)) == 1
+    return pixels[:1] if grey else pixels
 
 
 def _on_background(image, background):

@@ -3,7 +3,9 @@
 Images stay uint8, (N, C, H, W) with C of 1 or 3, until they are a batch: a quarter of the memory.
 """
 
+import math
 import os
+import re
 import stat
 import warnings
 import zlib
@@ -16,6 +18,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+from genfast.models.sizes import height_and_width
 from genfast.training import progress
 from genfast.training.data.arrays import read_array_file, to_nchw
 from genfast.training.data.decoding import colour, decode
@@ -43,7 +46,7 @@ NAMED = 20  # How many of the files that were left out a warning names.
 
 
 def load_images(source, image_size=None, *, background="white", run_folder=None):
-    """Load images, cropped to squares around their centres and resized.
+    """Load images, each cropped around its centre to the shape asked for, and resized.
 
     In a folder, links to folders are followed, each real folder is entered once, and pictures that
     genfast drew are left out (those of `train` and `sample`).
@@ -53,14 +56,15 @@ def load_images(source, image_size=None, *, background="white", run_folder=None)
             scikit-learn's two photographs), or a path: a folder of png, jpg and webp images of any
             depth, a `.npy` or `.npz` file of uint8 images, or MNIST's IDX file, plain or gzipped,
             or the folder it lies in.
-        image_size: height and width in pixels. None: 32 for digits, 64 for photos and folders, and
-            what arrays and IDX files already have (their smaller side).
+        image_size: height and width in pixels: an int for squares, a (height, width), or text such
+            as "96x64". None: 32 for digits, 64 for photos and folders, and what arrays and IDX
+            files already have.
         background: what lies behind transparent images: "white", "black" or "#rrggbb". None drops
             the transparency and shows the colours that lie under it, whatever they are.
         run_folder: the folder of the run that asks, which is passed over if it lies in `source`.
 
     Returns:
-        A uint8 tensor (N, C, image_size, image_size), C 1 for grey images and 3 for colour. Grey
+        A uint8 tensor (N, C, height, width), C 1 for grey images and 3 for colour. Grey
         images on a coloured background have colour. Not to be written to: images in a `.npy` or
         plain IDX file of a GiB or more that need no cropping and resizing are not read but mapped
         into memory, so that they may take more than there is. Such a file must not change as long
@@ -95,15 +99,21 @@ def load_labelled(source, image_size=None, *, background="white", run_folder=Non
 def _load(source, image_size, background, run_folder, with_labels=False):
     """The images, and the label of each, a number or a name; None where none are asked for."""
     behind = None if background is None else colour(background)
+    size = None if image_size is None else height_and_width(image_size)
     if source == "digits":
         images, values = _digits()
-        return resize(images, image_size or DEFAULT_SIZES["digits"]), values
+        return resize(images, size or DEFAULT_SIZES["digits"]), values
     if source == "photos":
         if with_labels:
             refuse_without(source)
-        return _photos(image_size or DEFAULT_SIZES["photos"]), None
+        return _photos(size or (DEFAULT_SIZES["photos"],) * 2), None
     path = Path(source)
     mode = _mode(path) if source != "" else None  # An empty name would be the current folder.
+    if mode is None and is_name_of_a_data_set(source):
+        raise BadInput(
+            f"expected --data, as the run was given a data set in Python, {source}, to which no "
+            "path leads: genfast.train goes on with it"
+        )
     if mode is None:
         raise BadInput(
             f"expected --data to be digits, photos, or the path of a folder, .npy, .npz or IDX "
@@ -117,14 +127,19 @@ def _load(source, image_size, background, run_folder, with_labels=False):
             raise BadInput(f"expected a readable folder, got {path}, which may not be read")
         idx = _idx_file_in(path)
         if idx is None:
-            size = image_size or DEFAULT_FOLDER_SIZE
+            size = size or (DEFAULT_FOLDER_SIZE, DEFAULT_FOLDER_SIZE)
             return _read_folder(path, size, behind, run_folder, with_labels)
         path = idx
     elif path.suffix.lower() in IMAGE_SUFFIXES:
         raise BadInput(f"expected --data to be a folder of images, got the single image {path}")
     images = read_array_file(path, LARGE)
     values = read_label_file(path, len(images)) if with_labels else None
-    return resize(images, image_size), values
+    return resize(images, size), values
+
+
+def is_name_of_a_data_set(source):
+    """Whether this is what a run that was given a data set in Python notes as its data."""
+    return bool(re.fullmatch(r"<\w+>", str(source)))
 
 
 def _mode(path):
@@ -138,29 +153,42 @@ def _mode(path):
 
 
 def resize(images, image_size):
-    """Crop uint8 images (N, C, H, W) to squares around their centres, then resize the squares.
+    """Crop uint8 images (N, C, H, W) around their centres to a size's shape, then resize them.
 
-    `image_size` is in pixels; None keeps the size of the square. `LabelledImages` keep labels.
+    `image_size` as in `load_images`; None leaves them as they are. `LabelledImages` keep labels.
     """
+    if image_size is None:
+        return images
     if isinstance(images, LabelledImages):
         return replace(images, images=resize(images.images, image_size))
-    height, width = images.shape[2:]
-    side = min(height, width)
-    if height == width and image_size in (None, side):
+    size, found = height_and_width(image_size), tuple(images.shape[2:])
+    if found == size:
         return images
-    size = image_size or side
-    count = images.shape[0] * images.shape[1] * size**2
+    count = math.prod((*images.shape[:2], *size))
     if count >= LARGE:
-        require_memory(count, f"{len(images)} images of {size} x {size} pixels")
-    resized = torch.empty(*images.shape[:2], size, size, dtype=torch.uint8)
-    top, left = (height - side) // 2, (width - side) // 2
+        require_memory(count, _of_pixels(len(images), size))
+    resized = torch.empty(*images.shape[:2], *size, dtype=torch.uint8)
+    height, width = crop = _largest_within(found, size)
+    top, left = (found[0] - height) // 2, (found[1] - width) // 2
     # In parts, as the images may take more memory than there is.
     for images_in, images_out in zip(images.split(1024), resized.split(1024), strict=True):
-        square = images_in[:, :, top : top + side, left : left + side].contiguous()
-        if size != side:
-            square = F.interpolate(square, (size, size), mode="bicubic", antialias=True)
-        images_out.copy_(square)
+        part = images_in[:, :, top : top + height, left : left + width].contiguous()
+        if crop != size:
+            part = F.interpolate(part, size, mode="bicubic", antialias=True)
+        images_out.copy_(part)
     return resized
+
+
+def _largest_within(found, size):
+    """The (height, width) of the largest part of `found` pixels that has the shape of `size`."""
+    (height, width), (h, w) = found, size
+    if height * w > width * h:
+        return max(1, round(width * h / w)), width
+    return height, max(1, round(height * w / h))
+
+
+def _of_pixels(count, size):
+    return f"{count} images of {size[0]} x {size[1]} pixels"
 
 
 def _digits():
@@ -170,8 +198,10 @@ def _digits():
     return torch.from_numpy(np.round(grey * (255 / 16)).astype(np.uint8))[:, None], digits.target
 
 
-def _photos(image_size):
-    """Square crops of a quarter to half of a photograph's height, anywhere in it, half mirrored.
+def _photos(size):
+    """Crops of a photograph, anywhere in it, half of them mirrored.
+
+    Their smaller side is a quarter to half of its height, or less where they would not fit in.
 
     The crops are the same in every run: they are the data set, not a part of the training.
     """
@@ -179,18 +209,20 @@ def _photos(image_size):
     datasets = require("sklearn.datasets", "scikit-learn")
     photos = [to_nchw(image[None]) for image in datasets.load_sample_images().images]
     draw = np.random.default_rng(0)
-    crops = torch.empty(PHOTO_CROPS, 3, image_size, image_size, dtype=torch.uint8)
+    crops = torch.empty(PHOTO_CROPS, 3, *size, dtype=torch.uint8)
     for i in range(PHOTO_CROPS):
         photo = photos[i % len(photos)]
         height, width = photo.shape[2:]
         side = int(draw.integers(height // 4, height // 2 + 1))
-        top, left = draw.integers(height - side + 1), draw.integers(width - side + 1)
-        crop = photo[:, :, top : top + side, left : left + side]
-        crops[i] = resize(crop.flip(3) if draw.random() < 0.5 else crop, image_size)[0]
+        longer = [round(side * pixels / min(size)) for pixels in size]
+        h, w = _largest_within((min(longer[0], height), min(longer[1], width)), size)
+        top, left = draw.integers(height - h + 1), draw.integers(width - w + 1)
+        crop = photo[:, :, top : top + h, left : left + w]
+        crops[i] = resize(crop.flip(3) if draw.random() < 0.5 else crop, size)[0]
     return crops
 
 
-def _read_folder(folder, image_size, background, run_folder, with_labels):
+def _read_folder(folder, size, background, run_folder, with_labels):
     require("PIL.Image", "pillow")
     require("tqdm", "tqdm")
     paths, passed_over = find_images(folder, run_folder)
@@ -203,12 +235,10 @@ def _read_folder(folder, image_size, background, run_folder, with_labels):
     if passed_over:
         warnings.warn(f"passed over in {folder}: {_named(passed_over)}", stacklevel=4)
     names = folders_of(paths, folder) if with_labels else [None] * len(paths)
-    require_memory(
-        len(paths) * 3 * image_size**2, f"{len(paths)} images of {image_size} x {image_size} pixels"
-    )
-    images = torch.empty(len(paths), 3, image_size, image_size, dtype=torch.uint8)
+    require_memory(len(paths) * 3 * math.prod(size), _of_pixels(len(paths), size))
+    images = torch.empty(len(paths), 3, *size, dtype=torch.uint8)
     count, grey, failures, values = 0, True, [], []
-    decoded = _decode_all(paths, image_size, background)
+    decoded = _decode_all(paths, size, background)
     for name, (path, (pixels, is_grey, problem)) in zip(names, decoded, strict=True):
         if problem:
             failures.append(f"{path} ({problem})")
@@ -234,12 +264,12 @@ def _named(things):
     return "; ".join(things[:NAMED]) + more
 
 
-def _decode_all(paths, image_size, background):
+def _decode_all(paths, size, background):
     """Yield (path, what `decode` gives) in order; by threads, as decoders release the GIL."""
     # Closing the results cancels what is left, so that an interrupt need not wait for all of it.
     with (
         ThreadPoolExecutor() as pool,
-        closing(pool.map(lambda path: decode(path, image_size, background), paths)) as decoded,
+        closing(pool.map(lambda path: decode(path, size, background), paths)) as decoded,
     ):
         yield from progress.bar(zip(paths, decoded, strict=True), "images", len(paths), leave=False)
 

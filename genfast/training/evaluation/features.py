@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 
+from genfast.models.sizes import plain
 from genfast.training.errors import BadInput, require
 from genfast.training.evaluation.digits import PoorClassifier, good_classifier
 from genfast.training.memory import missing_memory
@@ -96,13 +97,13 @@ def _described(found):
 
 
 def _digits(image_shape, device):
-    channels, size, _ = image_shape
+    channels, height, width = image_shape
     if channels != 1:
         raise BadInput(f"expected grey images for --features digits, got {channels} channels")
     try:
-        classifier = good_classifier(size)
+        classifier = good_classifier(plain(height, width))
     except PoorClassifier as error:  # Of images so small that digits cannot be told apart.
-        raise BadInput(f"{error}, of {size} x {size} pixels") from None
+        raise BadInput(f"{error}, of {height} x {width} pixels") from None
     return lambda images: torch.from_numpy(classifier.features(images))
 
 

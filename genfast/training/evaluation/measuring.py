@@ -16,14 +16,12 @@ from genfast.training.evaluation.metrics import METRICS
 from genfast.training.evaluation.sets import unwatched
 from genfast.training.files import replacing
 from genfast.training.run_files import settings_of
-from genfast.training.runs import checkpoint
 from genfast.training.runs.classes import in_parts, labels_of_data
-from genfast.training.runs.config import Config
 from genfast.training.runs.devices import as_device
 from genfast.training.runs.pictures import to_uint8
 from genfast.training.runs.rules import shown
 from genfast.training.runs.samples import draw_noise
-from genfast.training.runs.trained import drawing_step
+from genfast.training.runs.trained import drawing_step, opened
 
 MOST = 50_000  # Images of each kind, unless asked for more: as many as the papers take.
 BATCH = 64  # Images whose features are computed at once; Inception enlarges them to 299 x 299.
@@ -66,7 +64,8 @@ def evaluate(
     as there are among the real ones, which therefore need labels.
 
     Args:
-        path: the checkpoint, or the folder of its run.
+        path: the checkpoint, the folder of its run, or weights of the generator of PyTorch's
+            public DCGAN example, which need `data`.
         data: the real images, as `load_images` takes them, which are brought to the model's size.
             None: those of the run.
         metrics: names of `METRICS`.
@@ -87,15 +86,20 @@ def evaluate(
     metrics = _checked_metrics(metrics)
     device = as_device(device)
     watch = _bars if bars else unwatched
-    path = Path(path) / checkpoint.NAME if Path(path).is_dir() else Path(path)
-    content = checkpoint.read_checkpoint(path)
-    config = Config.of_checkpoint(content, path)
+    file = opened(path)
+    file.check_draws()
+    path, config = file.path, file.config
+    if file.alone and data is None:
+        raise BadInput(
+            f"expected --data with the weights in {path}, which do not tell what images they were "
+            "made of, got none"
+        )
     real = _real_images(config, data, path)
     num = _checked_num(num, len(real), metrics)
     data = config.data if data is None else str(data)
     features = features or ("digits" if data == "digits" else "inception")
     run = extractor(features, real.shape[1:], device)
-    step = drawing_step(config, content, path, device)
+    step = drawing_step(file, device)
     if not ema:
         step.average = None
     if num < len(real):
@@ -119,7 +123,7 @@ def evaluate(
         "feature_length": of_real.shape[1],
         "seed": seed,
         "checkpoint": str(path.absolute()),
-        "steps": content["steps"],
+        "steps": file.content["steps"],
         "average": getattr(step, "average", None) is not None,
         "data": data,
         "image_size": config.image_size,

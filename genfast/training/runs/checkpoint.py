@@ -28,6 +28,8 @@ PARTS = {
 }
 # What Adam keeps of each parameter.
 MOMENTS = ("step", "exp_avg", "exp_avg_sq")
+# How files begin that `torch.save` wrote before version 1.6, which were no archives.
+_LEGACY = b"\x80\x02\x8a\x0al\xfc\x9cF\xf9 j\xa8P\x19."
 
 
 def file_of(path):
@@ -65,12 +67,22 @@ def read_checkpoint(path):
     Raises:
         BadInput: there is no such file, it is damaged, or it is something else.
     """
+    return check_content(read_file(path), path)
+
+
+def read_file(path):
+    """What a file of `torch.save` holds, in CPU memory, if it is tensors and plain values.
+
+    Raises:
+        BadInput: there is no such file, it is damaged, or it holds something else.
+    """
     path = Path(path)
     if not path.is_file():
         raise BadInput(f"expected a checkpoint file at {path}, where there is none")
     try:
-        _check_archive(path)
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        if not _is_legacy(path):
+            _check_archive(path)
+        return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # Damaged bytes make the unpickler raise nearly anything.
         # PyTorch's message may advise to load without `weights_only`, which runs a stranger's code.
         advises = isinstance(error, pickle.UnpicklingError) or "weights_only" in str(error)
@@ -78,6 +90,10 @@ def read_checkpoint(path):
         raise BadInput(
             f"expected a genfast checkpoint at {path}, could not read it: {reason}"
         ) from error
+
+
+def check_content(content, path):
+    """What `read_file` gave, if it is a checkpoint; else BadInput."""
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         raise BadInput(f"expected a genfast checkpoint at {path}, got another kind of file")
     for name, kind in PARTS.items():
@@ -94,6 +110,11 @@ def _refuse(path, reason):
     raise BadInput(f"expected a whole genfast checkpoint at {path}, but {reason}")
 
 
+def _is_legacy(path):
+    with open(path, "rb") as file:
+        return file.read(len(_LEGACY)) == _LEGACY
+
+
 def _check_archive(path):
     """ValueError if the file is a TorchScript model, or damaged.
 
@@ -107,11 +128,15 @@ def _check_archive(path):
         raise ValueError(f"{damaged} is damaged")
 
 
-def restore_modules(step, content, path):
-    """Load the networks' weights; BadInput if they are those of another architecture."""
-    _check_modules(step, content, path)
-    for name, module in step.modules.items():
-        module.load_state_dict(content["modules"][name])
+def restore_modules(step, content, path, names=None):
+    """Load the networks' weights; BadInput if they are those of another architecture.
+
+    names: of the networks, where not of all.
+    """
+    names = step.modules.keys() if names is None else names
+    _check_modules(step, content, path, names)
+    for name in names:
+        step.modules[name].load_state_dict(content["modules"][name])
 
 
 def restore(step, content, path):
@@ -133,7 +158,7 @@ def restore(step, content, path):
     if on_cuda:
         _check_rng(torch.Generator(step.device), rng["cuda"], path)
 
-    _check_modules(step, content, path)
+    _check_modules(step, content, path, step.modules.keys())
     own = step.state_dict()["optimizers"]
     optimizers = {name: own[name] | {"state": state} for name, state in moments.items()}
     step.load_state_dict(content | {"optimizers": optimizers})
@@ -142,12 +167,15 @@ def restore(step, content, path):
         torch.cuda.set_rng_state(rng["cuda"], step.device)
 
 
-def _check_modules(step, content, path):
-    for name, module in step.modules.items():
-        mismatch = _mismatch(module.state_dict(), content["modules"].get(name))
-        if mismatch:
+def _check_modules(step, content, path, names):
+    for name in names:
+        if name not in step.modules:
+            _refuse(path, f"it has a module {name}, which such a run has not")
+        module = step.modules[name]
+        wrong = mismatch(module.state_dict(), content["modules"].get(name))
+        if wrong:
             raise BadInput(
-                f"expected the weights of a {type(module).__name__} in {path}, but {mismatch}"
+                f"expected the weights of a {type(module).__name__} in {path}, but {wrong}"
             )
 
 
@@ -165,9 +193,9 @@ def _moments(step, content, name, path):
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     count = torch.zeros((), dtype=torch.float32)
     for i, p in enumerate(parameters):
-        mismatch = _mismatch(dict(zip(MOMENTS, (count, p, p), strict=True)), state.get(i))
-        if mismatch:
-            _refuse(path, f"in the state of the {name}'s optimizer, of parameter {i}, {mismatch}")
+        wrong = mismatch(dict(zip(MOMENTS, (count, p, p), strict=True)), state.get(i))
+        if wrong:
+            _refuse(path, f"in the state of the {name}'s optimizer, of parameter {i}, {wrong}")
     return {i: state[i] for i in range(len(parameters))}
 
 
@@ -190,7 +218,7 @@ def _check_rng(generator, saved, path):
         _refuse(path, f"its state of the {generator.device.type}'s random numbers is not one")
 
 
-def _mismatch(expected, saved):
+def mismatch(expected, saved):
     """How a dict of tensors differs from those expected, in a few words; None if it does not.
 
     Names, shapes and dtypes must be the same, and the saved tensors dense and in CPU memory.

@@ -9,21 +9,23 @@ import numpy as np
 import torch
 
 from genfast.losses import GAN_LOSSES
-from genfast.models.dcgan import IMAGE_SIZES
+from genfast.models.sizes import SMALLEST, height_and_width, nearest, plain, why_not
 from genfast.training.data import (
+    DataSet,
     LabelledImages,
+    Streamed,
     checksum,
     colour,
     load_images,
     load_labelled,
     resize,
 )
-from genfast.training.data.sources import DEFAULT_SIZES
+from genfast.training.data.sources import DEFAULT_SIZES, is_name_of_a_data_set
 from genfast.training.errors import BadInput
 from genfast.training.runs.checkpoint import file_of, read_checkpoint
 from genfast.training.runs.held_out import num_training
 from genfast.training.runs.models import MODELS
-from genfast.training.runs.rules import shown
+from genfast.training.runs.rules import plain_size, shown
 from genfast.training.runs.settings import NOTED, RULES, SETTINGS, option
 
 # How long a run is to be: by one of the two.
@@ -44,13 +46,19 @@ class _Settled:
             lacks = value is None and (setting.optional or name not in known)
             if not lacks:
                 given[name] = value
-        check_settings(self.model, given)
+        size = check_settings(self.model, given)["image_size"]
+        object.__setattr__(self, "image_size", size)
         if not given.keys() & LENGTHS:
             raise BadInput("expected --epochs or --steps, got neither")
         if self.conditional:
             _check_setting("classes", self.classes)
         elif self.classes is not None:
             raise BadInput("expected classes of a conditional run alone, got some of another run")
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """(C, H, W) of the images."""
+        return self.channels, *height_and_width(self.image_size)
 
     def as_dict(self):
         """The settings as a dict of numbers, strings and None, and a tuple of `classes`."""
@@ -85,6 +93,8 @@ Config = make_dataclass(
 Config.__module__ = __name__
 Config.__doc__ = """The settings of a run: those of settings.py, each an attribute.
 
+`image_size` is an int for squares, else text such as "96x64"; `image_shape` is (C, H, W).
+
 A setting is None where the model has none of that name, and where it is optional and not asked for.
 Of `epochs` and `steps` one is None.
 One that began after the run is what it then was.
@@ -113,16 +123,16 @@ def check_settings(model, given):
                 f"expected settings that {model} has, got {option(name)}, which it lacks"
             )
         _check_setting(name, value)
+    if "image_size" in given:
+        given["image_size"] = plain_size(given["image_size"])
     if given.keys() >= LENGTHS:
         raise BadInput(
             f"expected --epochs or --steps, got both, {given['epochs']} and {given['steps']}"
         )
-    size = given.get("image_size", IMAGE_SIZES[0])
-    if MODELS[model].convolutional and size not in IMAGE_SIZES:
-        raise BadInput(
-            f"expected --image-size to be a power of two from {IMAGE_SIZES[0]} to "
-            f"{IMAGE_SIZES[-1]} for {model}, got {size}"
-        )
+    size = given.get("image_size", SMALLEST)
+    reason = why_not(*height_and_width(size)) if MODELS[model].convolutional else None
+    if reason:
+        raise BadInput(f"expected --image-size {reason} for {model}, got {size}")
     for name in ("penalty_weight", "penalty_every"):
         if given.get(name) is not None and given.get("penalty") is None:
             raise BadInput(f"expected {option(name)} with --penalty, got it alone")
@@ -160,12 +170,12 @@ def prepare(model, data, given, out=None):
 
     Args:
         model: one of `MODELS`.
-        data: as `load_images` takes it.
+        data: as `load_images` takes it, or a `DataSet`.
         given: a dict of the settings that are not to be the defaults.
         out: the folder the run will have, from which no images are taken if it lies in `data`.
 
     Returns:
-        (Config, uint8 images, or `LabelledImages` for a conditional run).
+        (Config, uint8 images, or `LabelledImages` for a conditional run, or a `Streamed`).
 
     Raises:
         BadInput: a setting or the data cannot be used.
@@ -177,30 +187,57 @@ def prepare(model, data, given, out=None):
     if "steps" in given:
         settings["epochs"] = None
     chosen = settings | given
-    load = load_labelled if chosen.get("conditional") else load_images
-    images = load(data, chosen.get("image_size"), background=chosen["background"], run_folder=out)
-    if kind.convolutional and images.shape[-1] not in IMAGE_SIZES:
-        wanted = (size for size in IMAGE_SIZES if size >= images.shape[-1])
-        images = resize(images, next(wanted, IMAGE_SIZES[-1]))
+    images, crc = _images(data, chosen, out, lambda *size: _network_size(kind, *size))
     left = num_training(len(images), given.get("validate"))
     settings["batch_size"] = min(settings["batch_size"], left)
     config = Config(
         model=model,
         data=_lasting(data),
         num_images=len(images),
-        checksum=checksum(images),
+        checksum=crc,
         classes=_classes_of(images),
-        **(settings | given | dict(channels=images.shape[1], image_size=images.shape[2])),
+        **(settings | given | dict(channels=images.shape[1], image_size=plain(*images.shape[2:]))),
     )
     return config, images
 
 
+def _images(data, settings, run_folder, fitting):
+    """The images of a run, and their checksum.
+
+    Args:
+        data: as `prepare` takes it.
+        settings: a dict of the run's settings.
+        run_folder: the run's folder, or None.
+        fitting: a function of the images' own height and width that gives the size they are to
+            have.
+    """
+    size, conditional = settings.get("image_size"), bool(settings.get("conditional"))
+    background = settings["background"]
+    if isinstance(data, DataSet):
+        return data.load(
+            size,
+            background=background,
+            conditional=conditional,
+            seed=settings["seed"],
+            fitting=fitting,
+        )
+    load = load_labelled if conditional else load_images
+    images = load(data, size, background=background, run_folder=run_folder)
+    images = resize(images, fitting(*images.shape[2:]))
+    return images, checksum(images)
+
+
+def _network_size(kind, height, width):
+    """The size of images for networks of this kind that is nearest to theirs: see `nearest`."""
+    return nearest(height, width) if kind.convolutional else (height, width)
+
+
 def _classes_of(images):
-    return images.classes if isinstance(images, LabelledImages) else None
+    return images.classes if isinstance(images, LabelledImages | Streamed) else None
 
 
 def _check_data(data):
-    if not isinstance(data, str | os.PathLike):
+    if not isinstance(data, str | os.PathLike | DataSet):
         raise BadInput(f"expected --data to be digits, photos or a path, got {shown(data)}")
 
 
@@ -230,7 +267,7 @@ def prepare_resumed(model, data, given, path, out=None):
                 f"expected no --background, as the run in {path} began when the transparency of "
                 f"images was dropped, got {value}"
             )
-        if start is None or start is False:
+        if (start is None or start is False) and value is not start:
             raise BadInput(
                 f"expected no {option(name)}, without which the run in {path} began, got {value}"
             )
@@ -242,14 +279,13 @@ def prepare_resumed(model, data, given, path, out=None):
     if length:
         length = dict.fromkeys(LENGTHS) | length
     config = replace(began, data=_lasting(data or began.data), **length)
-    load = load_labelled if config.conditional else load_images
-    images = load(
-        config.data,
-        config.image_size,
-        background=config.background,
-        run_folder=Path(path).parent if out is None else out,
+    images, crc = _images(
+        data if isinstance(data, DataSet) else config.data,
+        config.as_dict(),
+        Path(path).parent if out is None else out,
+        lambda *size: config.image_size,
     )
-    if checksum(images) != began.checksum:
+    if crc != began.checksum:
         raise BadInput(
             f"expected the {began.num_images} images with which the run in {path} began, got "
             f"{len(images)} images from {config.data} that are not the same"
@@ -264,22 +300,27 @@ def prepare_resumed(model, data, given, path, out=None):
 
 def _lasting(data):
     """`data` as it holds in any folder: a path is made absolute."""
-    return data if data in DEFAULT_SIZES else str(Path(data).absolute())
+    if isinstance(data, DataSet):
+        return data.name
+    lasts = data in DEFAULT_SIZES or is_name_of_a_data_set(data)
+    return data if lasts else str(Path(data).absolute())
 
 
 def check_run(config, images):
     """BadInput unless these are a `Config` and the images it was made for."""
     if not isinstance(config, Config):
         raise BadInput(f"expected a Config, as prepare gives it, got {shown(config)}")
-    shape = (config.num_images, config.channels, config.image_size, config.image_size)
+    shape = (config.num_images, *config.image_shape)
     came = shown(images)
     if config.conditional:
-        if not isinstance(images, LabelledImages) or images.classes != config.classes:
+        if _classes_of(images) != config.classes:
             raise BadInput(
                 "expected the LabelledImages that prepare gives with the settings of a conditional "
                 f"run, got {came}"
             )
-        images = images.images
+        images = images.images if isinstance(images, LabelledImages) else images
+    if isinstance(images, Streamed) and (images.shape, images.classes) == (shape, config.classes):
+        return
     if isinstance(images, torch.Tensor):
         if images.dtype == torch.uint8 and images.shape == shape:
             return

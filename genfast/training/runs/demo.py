@@ -114,8 +114,9 @@ def build_stock_step(config, device):
 
     The layers are the stock ones of genfast's own models, in a plain `nn.Sequential`.
     """
-    generator = DCGANGenerator(config.nz, config.ngf, config.channels, config.image_size).main
-    discriminator = DCGANDiscriminator(config.channels, config.ndf, config.image_size).main
+    channels, *size = config.image_shape
+    generator = DCGANGenerator(config.nz, config.ngf, channels, size).main
+    discriminator = DCGANDiscriminator(channels, config.ndf, size).main
     generator = nn.Sequential(*generator)
     discriminator = nn.Sequential(*discriminator, nn.Sigmoid())
     for network in (generator, discriminator):

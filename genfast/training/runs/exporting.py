@@ -19,9 +19,7 @@ import genfast
 from genfast.backend import use_backend
 from genfast.training.errors import BadInput, require
 from genfast.training.files import replacing
-from genfast.training.runs import checkpoint
-from genfast.training.runs.config import Config
-from genfast.training.runs.trained import drawing_step
+from genfast.training.runs.trained import drawing_step, opened
 
 # What is exported of a model; the first one unless another is asked for.
 GAN_PARTS = ("generator", "discriminator")
@@ -97,7 +95,8 @@ def load_part(path, part=None, *, ema=True):
     """One network of a checkpoint, a `Part`.
 
     Args:
-        path: the checkpoint, or the folder of its run.
+        path: the checkpoint, the folder of its run, or weights of one network of PyTorch's public
+            DCGAN example.
         part: one of `PARTS` that the model has. None: the generator or the decoder.
         ema: whether the average generator is taken where the run kept one.
 
@@ -105,19 +104,20 @@ def load_part(path, part=None, *, ema=True):
         BadInput: the checkpoint cannot be read, holds weights that are not finite, or its model has
             no such part.
     """
-    path = checkpoint.file_of(path)
-    content = checkpoint.read_checkpoint(path)
-    config = replace(Config.of_checkpoint(content, path), precision="fp32")
-    step = drawing_step(config, content, path, torch.device("cpu"))
+    file = opened(path)
+    config = replace(file.config, precision="fp32")
+    step = drawing_step(file._replace(config=config), torch.device("cpu"))
     for module in step.modules.values():
         module.eval().requires_grad_(False)
     has = VAE_PARTS if "model" in step.modules else GAN_PARTS
     if "encoder" in step.modules:  # A VAE/GAN.
         has = (*VAE_PARTS, "discriminator")
+    if file.alone:
+        has = (file.alone,)
     part = part or has[0]
     if part not in has:
         raise BadInput(f"expected --part {' or '.join(has)} of {config.model}, got {part}")
-    shape = (config.channels, config.image_size, config.image_size)
+    shape = config.image_shape
     low, high = step.pixel_range
     notes = {"genfast": genfast.__version__, "model": config.model, "part": part}
     latent, images = torch.zeros(1, *step.latent_shape), torch.zeros(1, *shape)

@@ -6,7 +6,7 @@ import math
 import numpy as np
 import torch
 
-from genfast.training.data import LabelledImages
+from genfast.training.data import LabelledImages, Streamed
 from genfast.training.errors import BadInput
 from genfast.training.files import replacing
 
@@ -58,7 +58,8 @@ class HeldOut:
     Args:
         path: the file. Its rows of steps up to `keep` stay.
         step: a `VAEStep`.
-        images: all uint8 images of the run, in CPU memory or mapped; or `LabelledImages`.
+        images: all uint8 images of the run, in CPU memory or mapped; or `LabelledImages`; or a
+            `Streamed`, of which those kept aside are read once.
         chosen: the numbers of those kept aside.
         batch_size, seed: of the run.
         keep: the number of steps that a resumed run has behind it.
@@ -69,6 +70,8 @@ class HeldOut:
 
     def __init__(self, path, step, images, chosen, batch_size, seed, keep=0):
         self.path, self.newest = path, {}
+        if isinstance(images, Streamed):
+            images, chosen = images.read(chosen), torch.arange(len(chosen))
         self._step, self._chosen = step, chosen
         labelled = isinstance(images, LabelledImages)
         self._tensors = (images.images, images.labels) if labelled else (images,)

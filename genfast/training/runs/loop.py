@@ -64,6 +64,7 @@ def train(
     *,
     device,
     resume_from=None,
+    init_from=None,
     checkpoint_seconds=CHECKPOINT_SECONDS,
     sample_every=None,
     keep=0,
@@ -88,6 +89,8 @@ def train(
         out: the folder; made if need be.
         device: a `torch.device`, or its name as `as_device` takes it.
         resume_from: the path of a checkpoint to go on from, or of the folder of its run.
+        init_from: a `Beginning`, as `read_beginning` gives it: the weights that a new run begins
+            with. Its optimizers are fresh.
         checkpoint_seconds: 0 writes a checkpoint after each step.
         sample_every: the steps from one sample picture to the next, samples/step_NNNNNNN.png. None:
             one an epoch. In any case there is one of the last step.
@@ -111,6 +114,10 @@ def train(
     """
     check_run(config, images)
     check_outputs(sample_every, keep, log)
+    if init_from:
+        if resume_from:
+            raise BadInput("expected resume_from or init_from, got both")
+        init_from.check(config)
     device = as_device(device)
     tqdm = require("tqdm", "tqdm").tqdm
     require("PIL.Image", "pillow")
@@ -118,6 +125,8 @@ def train(
     check_compiler(config, device)
     torch.manual_seed(config.seed)
     step = build_step(config, device)
+    if init_from:
+        init_from.put_into(step)
     trained_on, kept_aside = split(len(images), config.validate, config.seed)
     batches = Batches(images, config.batch_size, config.seed, device, trained_on)
     labels = labels_of_samples(config)
@@ -148,7 +157,7 @@ def train(
                 config.seed,
                 keep=done,
             )
-        size = f"{config.channels} x {config.image_size} x {config.image_size}"
+        size = " x ".join(map(str, config.image_shape))
         progress.say(
             f"{config.model} on {len(images)} images of {size} from {config.data}, on {device} in "
             f"{step.precision}, into {out}"

@@ -22,8 +22,8 @@ class Model(NamedTuple):
         defaults: its settings besides `image_size`, with their values for images of all kinds.
         on_digits: those that differ for the digits, which are few and simple: more epochs, smaller
             images and latents, narrower networks.
-        convolutional: whether its networks halve the image down to 4 pixels; perceptrons take any
-            size.
+        convolutional: whether its networks halve the image down to a few pixels; perceptrons take
+            any size.
     """
 
     build: Callable
@@ -33,31 +33,31 @@ class Model(NamedTuple):
 
 
 def _gan(config, device):
-    gan = GAN(_image_shape(config), config.nz, _classes(config))
+    gan = GAN(config.image_shape, config.nz, _classes(config))
     return _gan_step(config, device, gan.generator, gan.discriminator)
 
 
 def _dcgan(config, device):
-    images = dict(nc=config.channels, image_size=config.image_size, classes=_classes(config))
+    images = dict(nc=config.channels, image_size=_size(config), classes=_classes(config))
     generator = DCGANGenerator(config.nz, config.ngf, **images)
     discriminator = DCGANDiscriminator(ndf=config.ndf, **images)
     return _gan_step(config, device, generator, discriminator)
 
 
 def _vae(config, device):
-    c, h, w = _image_shape(config)
+    c, h, w = config.image_shape
     model = VAE(image_dim=c * h * w, latent_dim=config.nz, classes=_classes(config))
     return _vae_step(config, device, model)
 
 
 def _conv_vae(config, device):
-    images = dict(nc=config.channels, image_size=config.image_size, classes=_classes(config))
+    images = dict(nc=config.channels, image_size=_size(config), classes=_classes(config))
     model = ConvVAE(latent_dim=config.nz, width=config.ngf, **images)
     return _vae_step(config, device, model)
 
 
 def _vae_gan(config, device):
-    model = VAEGAN(config.channels, config.image_size, config.nz, config.ngf, config.ndf).to(device)
+    model = VAEGAN(config.channels, _size(config), config.nz, config.ngf, config.ndf).to(device)
     networks = model.encoder, model.decoder, model.discriminator
     return VAEGANStep(
         *networks,
@@ -109,7 +109,7 @@ def _vae_step(config, device, model):
         beta=config.beta,
         beta_warmup=config.beta_warmup and max(1, config.beta_warmup * epoch),
         importance_samples=config.importance_samples,
-        image_shape=_image_shape(config),
+        image_shape=config.image_shape,
     )
 
 
@@ -117,8 +117,8 @@ def _adam(module, config, lr=None):
     return adam(module, lr or config.lr, (config.beta1, 0.999))
 
 
-def _image_shape(config):
-    return config.channels, config.image_size, config.image_size
+def _size(config):
+    return config.image_shape[1:]
 
 
 def _classes(config):

@@ -5,6 +5,8 @@ from collections.abc import Callable
 from contextlib import suppress
 from typing import NamedTuple
 
+from genfast.models.sizes import height_and_width, plain
+
 # Counts end here: products of two of them still fit into 64 bits.
 LARGEST = 10**9
 
@@ -62,6 +64,43 @@ def one_of(*choices):
     """The rule for one of a few strings or numbers."""
     words = f"{', '.join(map(str, choices[:-1]))} or {choices[-1]}"
     return Rule(type(choices[0]), words, lambda v: v in choices, choices)
+
+
+class _Sizes(Rule):
+    """The rule for sizes, of which there is a form for people and one that is kept: `plain_size`.
+
+    An int stands for a square, text such as "96x64" and a (height, width) for any.
+    """
+
+    def allows(self, value: object) -> bool:
+        return plain_size(value) is not None
+
+    def read(self, text: str) -> int | str:
+        value = plain_size(int(text) if text.isdecimal() and text.isascii() else text)
+        if value is None:
+            raise ValueError(f"expected {self.expected}, got {shown(text)}")
+        return value
+
+
+def sizes() -> Rule:
+    """The rule for heights and widths in pixels."""
+    expected = f"a whole number from 1 to {LARGEST:,}, or HEIGHTxWIDTH such as 96x64"
+    return _Sizes(int, expected, lambda value: plain_size(value) is not None)
+
+
+def plain_size(value: object) -> int | str | None:
+    """A size as settings keep it: an int for squares, else text; None if it is none.
+
+    Ints are plain ones, as in `Rule`.
+    """
+    ints = (value,) if type(value) is int else tuple(value) if type(value) in (tuple, list) else ()
+    if not (type(value) is str or (ints and all(type(v) is int for v in ints))):
+        return None
+    try:
+        height, width = height_and_width(value)
+    except ValueError:
+        return None
+    return plain(height, width) if max(height, width) <= LARGEST else None
 
 
 def names(low):

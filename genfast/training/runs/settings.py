@@ -7,7 +7,7 @@ line, checkpoints and Python's checks follow from that.
 from typing import NamedTuple
 
 from genfast.losses import GAN_LOSSES, LIKELIHOODS
-from genfast.models.dcgan import IMAGE_SIZES
+from genfast.models.sizes import LARGEST, SMALLEST
 from genfast.training.data.decoding import COLOURS, is_colour
 from genfast.training.runs.rules import (
     ABOVE_0,
@@ -18,6 +18,7 @@ from genfast.training.runs.rules import (
     Rule,
     names,
     one_of,
+    sizes,
     whole,
 )
 from genfast.training.steps.augment import EXPECTED, are_names
@@ -54,9 +55,10 @@ SETTINGS = {
         metavar="COLOUR",
     ),
     "image_size": Setting(
-        whole(),
-        f"height and width; networks of convolutions take {', '.join(map(str, IMAGE_SIZES))}, the "
-        "others any",
+        sizes(),
+        "height and width: 64 for squares, else as 96x64; networks of convolutions take "
+        f"{SMALLEST} to {LARGEST} for the smaller, where both can be halved until 4 to 7 of it are "
+        "left, the others any",
         metavar="PIXELS",
         default="16 for digits, 32 with dcgan; 64 for photos and folders; that of the images for "
         "arrays",

@@ -3,6 +3,7 @@
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 
@@ -11,6 +12,7 @@ from genfast.training.runs import checkpoint, latents
 from genfast.training.runs.classes import in_parts, labels_given, labels_of_samples
 from genfast.training.runs.config import Config
 from genfast.training.runs.devices import as_device
+from genfast.training.runs.example_weights import are_example_weights, example_weights
 from genfast.training.runs.finite import refuse_not_finite
 from genfast.training.runs.models import build_step
 from genfast.training.runs.rules import shown, whole
@@ -27,7 +29,8 @@ def load(path, device="auto", *, ema=True):
         images = model.sample(64)
 
     Args:
-        path: a checkpoint, or the folder of a run.
+        path: a checkpoint, the folder of a run, or weights of the generator of PyTorch's public
+            DCGAN example (netG_epoch_24.pth).
         device: a `torch.device`, or "auto" (a GPU if there is one), "cpu", "cuda" or "cuda:N".
         ema: whether images are drawn by the average of a generator where the run kept one.
 
@@ -39,34 +42,75 @@ def load(path, device="auto", *, ema=True):
             has no such device.
     """
     device = as_device(device)
-    path = checkpoint.file_of(path)
-    content = checkpoint.read_checkpoint(path)
-    config = Config.of_checkpoint(content, path)
-    step = drawing_step(config, content, path, device)
+    file = opened(path)
+    file.check_draws()
+    step = drawing_step(file, device)
     if not ema:
         step.average = None
     for module in step.modules.values():
         module.eval()
-    return Trained(config, step, path, content["steps"])
+    return Trained(file.config, step, file.path, file.content["steps"])
 
 
-def drawing_step(config, content, path, device):
-    """A step with the networks of a checkpoint, to draw from and not to go on training.
+class Opened(NamedTuple):
+    """A file of trained weights.
+
+    path: its path.
+    config: the `Config` of its run; of PyTorch's public example, one that gives such networks.
+    content: what `read_checkpoint` gives; of the example, steps and modules alone.
+    alone: the name of the only network whose weights there are; None in a checkpoint.
+    shapes: then the names of the settings that are known; else none.
+    """
+
+    path: Path
+    config: Config
+    content: dict[str, Any]
+    alone: str | None = None
+    shapes: tuple[str, ...] = ()
+
+    def check_draws(self) -> None:
+        """BadInput if no images can be drawn."""
+        if self.alone == "discriminator":
+            raise BadInput(
+                f"expected weights that draw images, got those of a discriminator alone in "
+                f"{self.path}"
+            )
+
+
+def opened(path: Any) -> Opened:
+    """What a checkpoint holds, given by itself or by its run's folder, or a file of the example.
+
+    Raises:
+        BadInput: it cannot be read, or is something else.
+    """
+    path = checkpoint.file_of(path)
+    content = checkpoint.read_file(path)
+    if are_example_weights(content):
+        found = example_weights(content, path)
+        content = {"steps": 0, "modules": {found.network: found.state}}
+        return Opened(path, found.config(), content, found.network, tuple(found.settings))
+    content = checkpoint.check_content(content, path)
+    return Opened(path, Config.of_checkpoint(content, path), content)
+
+
+def drawing_step(file: Opened, device: torch.device) -> Any:
+    """A step with the networks of a file, to draw from and not to go on training.
+
+    What a file of one network lacks has fresh weights.
 
     In float32 where the device has not the precision that trained them.
 
     Args:
-        config: the `Config` in the checkpoint, or with another precision.
-        content: what `read_checkpoint` gave.
-        path: of the checkpoint, for messages.
+        file: what `opened` gave, or with another precision.
         device: a `torch.device`.
 
     Raises:
         BadInput: the weights are not finite, or those of another architecture.
     """
-    step = build_step(_drawn_here(config, device), device)
-    checkpoint.restore_modules(step, content, path)
-    refuse_not_finite(step.modules, path)
+    step = build_step(_drawn_here(file.config, device), device)
+    names = [file.alone] if file.alone else None
+    checkpoint.restore_modules(step, file.content, file.path, names)
+    refuse_not_finite(step.modules, file.path)
     return step
 
 
@@ -76,7 +120,8 @@ class Trained:
     Attributes:
         config: the `Config` of the run.
         path: the checkpoint's `Path`.
-        steps: after how many training steps that was written.
+        steps: after how many training steps that was written; 0 of the public example's weights,
+            which do not tell.
         generator: a GAN's generator as images are drawn by it, in evaluation mode; None of a VAE.
         model: the VAE, in evaluation mode; None of a GAN.
         device: where the networks are.
@@ -92,7 +137,7 @@ class Trained:
         self.config, self.path, self.steps = config, Path(path), steps
         self.classes = config.classes
         self.device, self.latent_shape = step.device, tuple(step.latent_shape)
-        self.image_shape = config.channels, config.image_size, config.image_size
+        self.image_shape = config.image_shape
         self.model = step.modules.get("model")
         average = getattr(step, "average", None)
         self.generator = average.module if average else step.modules.get("generator")

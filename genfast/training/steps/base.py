@@ -7,7 +7,9 @@ from types import MappingProxyType
 
 import torch
 
+from genfast.training import image_range as ranges
 from genfast.training import pixels
+from genfast.training.parts import FORMS, images_and_labels
 from genfast.training.steps.capture import (
     CapturedStep,
     CapturedTurns,
@@ -59,8 +61,10 @@ class Step:
         clip_grad=None,
         skip_nonfinite=False,
         spread=None,
+        image_range=None,
     ):
         self._spread = spread
+        self._image_range = ranges.checked(image_range)
         # Followers are networks that a step changes and no optimizer trains.
         self.modules, self.optimizers = modules | (followers or {}), optimizers
         _check_optimizers(modules, optimizers)
@@ -132,21 +136,34 @@ class Step:
         return self._precision.why_not_adam_kernel
 
     def __call__(self, batch):
-        """Make one step: of images, or of a list or tuple that begins with them.
+        """Make one step: of images, of a list or tuple that begins with them, or of a dict of them.
 
-        Where the networks take labels, these come second: int64 (N,). Of uint8 images, level p is
-        low + p * (high - low) / 255 in `pixel_range` = (low, high).
+        Where the networks take labels, these come second, or in the dict: int64 (N,). See
+        `training.parts`. Of uint8 images, level p is low + p * (high - low) / 255 in `pixel_range`
+        = (low, high). What is in CPU memory is copied to the networks' device.
         """
-        images = self._checked(batch)
-        with self._precision.products(), self._labels.of_batch(batch, images):
+        images, labels = self._checked(batch)
+        with self._precision.products(), self._labels.of_batch(labels, images):
             self._look_once(images)
             result = self._result(*self._run(images))
         self.calls += 1
         return result
 
     def _checked(self, batch):
-        """The images of a batch, in the memory format of the kernels; an error if it has none."""
-        return _checked_images(_images_of(batch), self.device, self._dtype)
+        """The images of a batch as the networks take them, or uint8, and its labels or None."""
+        images, labels = _parts_of(batch)
+        images = _checked_images(images, self.device, self._dtype)
+        # A range from 0 on is checked by the step that has it.
+        suspected = self._image_range or self.pixel_range[0] < 0
+        if suspected and not self._looked and images.is_floating_point():
+            ranges.check_first(images, self._image_range, self.pixel_range)
+        return self._brought(images), labels
+
+    def _brought(self, images):
+        """Images as they were given, floats in `pixel_range`."""
+        if images.dtype == torch.uint8:
+            return images
+        return ranges.brought(images, self._image_range, self.pixel_range)
 
     def _look_once(self, images):
         """Learn from the first images there are; of uint8 or as the networks take them."""
@@ -278,14 +295,19 @@ def _ids(module):
     return {id(p) for p in module.parameters()}
 
 
-def _images_of(batch):
-    images = batch[0] if isinstance(batch, tuple | list) and batch else batch
+def _may_be_images(value):
+    return isinstance(value, torch.Tensor) and value.dim() == 4
+
+
+def _parts_of(batch):
+    """The images and labels of a batch: see `images_and_labels`."""
+    images, labels = images_and_labels(batch, _may_be_images)
     if not isinstance(images, torch.Tensor):
-        raise TypeError(
-            "expected a tensor of images, or a list or tuple that begins with one, got a "
-            f"{type(batch).__name__}"
-        )
-    return images
+        came = f"a {type(batch).__name__}"
+        if images is not batch and images is not None:
+            came += f" that begins with a {type(images).__name__}"
+        raise TypeError(f"expected a tensor of images, {FORMS}, got {came}")
+    return images, labels
 
 
 def _checked_images(images, device, dtype):
@@ -299,7 +321,12 @@ def _checked_images(images, device, dtype):
     if images.dtype == torch.float64 != dtype:
         raise TypeError(f"expected images of the networks' dtype {dtype}, got {images.dtype}")
     if images.device != device:
-        raise ValueError(f"expected images on the networks' device {device}, got {images.device}")
+        if not images.is_cpu:
+            raise ValueError(
+                f"expected images on the networks' device {device}, got {images.device}"
+            )
+        # The host waits only where the memory is not pinned.
+        images = images.to(device, non_blocking=True)
     return images.contiguous(memory_format=torch.channels_last)
 
 

@@ -103,10 +103,13 @@ class GANStep(Step):
             count them in `skipped`. What is not finite then leaves no trace in buffers either.
         output: a function that picks the logits out of what the discriminator returns, or "logits":
             what it returns are logits, whatever it looks like. None: that is checked.
+        image_range: (low, high) of the float images that it is called with, such as (0, 1), which
+            are brought to [-1, 1]. None: they are in [-1, 1], and a first batch without any value
+            below 0, which then looks like one in [0, 1], is refused.
 
-    Calling it with images (N, C, H, W), floats in [-1, 1] or uint8 from 0 to 255, or with what a
-    loader gives, a list or tuple that begins with them, and goes on with the labels where the
-    networks take any, makes one step and returns a `GANResult`.
+    Calling it with images (N, C, H, W), floats in `image_range` or uint8 from 0 to 255, or with
+    what a loader gives, a list or tuple that begins with them, and goes on with the labels where
+    the networks take any, or a dict, makes one step and returns a `GANResult`.
     Level p of uint8 images is taken for p * 2 / 255 - 1. The first call also runs the networks to
     learn how they are to be run, and puts back what that moved.
 
@@ -156,6 +159,7 @@ class GANStep(Step):
         flip=False,
         clip_grad=None,
         skip_nonfinite=False,
+        image_range=None,
     ):
         networks = {"generator": generator, "discriminator": discriminator}
         networks, group = unwrapped(networks)
@@ -202,6 +206,7 @@ class GANStep(Step):
             clip_grad=clip_grad,
             skip_nonfinite=skip_nonfinite,
             spread=spread,
+            image_range=image_range,
         )
 
     @property

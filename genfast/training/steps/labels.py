@@ -69,18 +69,17 @@ class Labels:
         return (self._current.repeat_interleave(times) if each else self._current.repeat(times),)
 
     @contextmanager
-    def of_batch(self, batch, images):
-        """Within, they are those in a batch [images, labels], where the networks take any."""
+    def of_batch(self, labels, images):
+        """Within, they are those of a batch, None if it has none, where the networks take any."""
         if self.classes is None:
             yield
             return
-        if not isinstance(batch, tuple | list) or len(batch) < 2:
+        if labels is None:
             raise ValueError(
                 f"expected [images, labels], as the networks take labels of {self.classes} "
                 "classes, got images alone"
             )
-        labels = self._checked(batch[1], images)
-        with self._current_ones(self._placed(labels)):
+        with self._current_ones(self._placed(self._checked(labels, images))):
             yield
 
     @contextmanager
@@ -122,7 +121,7 @@ class Labels:
                 f"expected labels of shape ({len(images)},), one an image, got "
                 f"{tuple(labels.shape)}"
             )
-        if labels.device != images.device:
+        if labels.device != images.device and not labels.is_cpu:
             raise ValueError(f"expected labels on {images.device}, got them on {labels.device}")
         # On a GPU that waits for the device: the first time only.
         if labels.is_cpu or not self._seen:
@@ -134,4 +133,4 @@ class Labels:
                     f"{wrong}"
                 )
             self._seen = True
-        return labels.to(torch.int64)
+        return labels.to(images.device, torch.int64, non_blocking=True)

@@ -69,10 +69,12 @@ class VAEStep(Step):
         adapter: a function (model, images) -> (reconstruction, mu, logvar), for a model whose
             parts are called otherwise. It draws the latent itself.
         image_shape: (C, H, W), to which `sample` brings rows of pixels. None: as in the first step.
+        image_range: (low, high) of the float images that it is called with, such as (0, 1), which
+            are brought to [0, 1]. None: they are in [0, 1].
 
-    Calling it with images (N, C, H, W), floats in [0, 1] or uint8, of which level p is taken for
-    p / 255, or with a list or tuple of them and of labels where the model takes any, makes one step
-    and returns a `VAEResult`.
+    Calling it with images (N, C, H, W), floats in `image_range` or uint8, of which level p is taken
+    for p / 255, or with a list, tuple or dict of them and of labels where the model takes any,
+    makes one step and returns a `VAEResult`.
 
     Attributes:
         why_not_captured: why not, in words; None where it is.
@@ -104,6 +106,7 @@ class VAEStep(Step):
         importance_samples=None,
         adapter=None,
         image_shape=None,
+        image_range=None,
     ):
         if likelihood not in (None, *losses.LIKELIHOODS):
             raise ValueError(
@@ -152,6 +155,7 @@ class VAEStep(Step):
             clip_grad=clip_grad,
             skip_nonfinite=skip_nonfinite,
             spread=Spread(group, sums=True) if group else None,
+            image_range=image_range,
         )
         self._warmup = warmup.get("kl_weight")
         self._compiled_terms = None
@@ -235,7 +239,10 @@ class VAEStep(Step):
             raise ValueError(f"expected images of shape {self.image_shape}, got {shape}")
         low, high = (v.item() for v in images.aminmax())
         if not (low >= -_SLACK and high <= 1 + _SLACK):
-            raise ValueError(f"expected images in [0, 1], got values from {low:g} to {high:g}")
+            hint = ": give image_range=(-1, 1) to have them scaled" if -1.1 <= low < 0 else ""
+            raise ValueError(
+                f"expected images in [0, 1], got values from {low:g} to {high:g}{hint}"
+            )
 
     @property
     def _takes_logits(self):
@@ -312,8 +319,8 @@ class VAEStep(Step):
         """
         if importance_samples is not None:
             _check_samples(importance_samples, self._adapter)
-        images = self._checked(batch)
-        with self._precision.products(), self._labels.of_batch(batch, images):
+        images, labels = self._checked(batch)
+        with self._precision.products(), self._labels.of_batch(labels, images):
             self._look_once(images)
             with evaluating(self.model), vae_form.skipped(self._skipped):
                 sample = _sampler(importance_samples)
@@ -385,7 +392,7 @@ class VAEStep(Step):
         By the running statistics of batch norms, as `sample` draws. `images` are what a step takes,
         and so are `labels`, int64 (N,), for a model that takes them.
         """
-        images = self._floats(images)
+        images = self._floats(self._brought(images))
         with self._precision.products(), self._labels.given(labels, images):
             self._look_once(images)
             images = 2 * images - 1 if self._signed else images

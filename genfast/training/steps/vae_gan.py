@@ -53,10 +53,10 @@ class VAEGANStep(Step):
         loss: the name of a loss in `genfast.losses.GAN_LOSSES` that judges images alone.
         optimizers: of the encoder, the decoder and the discriminator, in this order. By default
             Adam(lr=2e-4, betas=(0.5, 0.999)) for each.
-        precision, capture: as in `GANStep`.
+        precision, capture, image_range: as in `GANStep`.
 
-    Calling it with images (N, C, H, W), floats in [-1, 1] or uint8, makes one step and returns a
-    `VAEGANResult`.
+    Calling it with images (N, C, H, W), floats in `image_range` or uint8, or with a list, tuple or
+    dict of them, makes one step and returns a `VAEGANResult`.
 
     Attributes:
         why_not_merged: why the discriminator does not see its three batches in one pass, in words;
@@ -85,6 +85,7 @@ class VAEGANStep(Step):
         optimizers=None,
         precision="auto",
         capture=None,
+        image_range=None,
     ):
         self.encoder, self.decoder, self.discriminator = encoder, decoder, discriminator
         if not all(callable(getattr(discriminator, n, None)) for n in ("features", "judge")):
@@ -112,7 +113,13 @@ class VAEGANStep(Step):
                 f"order, got {len(optimizers)}"
             )
         self.why_not_merged = why_two_passes(discriminator) or why_unknown(discriminator)
-        super().__init__(networks, dict(zip(networks, optimizers, strict=True)), precision, capture)
+        super().__init__(
+            networks,
+            dict(zip(networks, optimizers, strict=True)),
+            precision,
+            capture,
+            image_range=image_range,
+        )
 
     def encode(self, images, labels=None):
         """The mean and the log-variance of images' latents, (N, *latent_shape) each, in float32.
@@ -120,7 +127,7 @@ class VAEGANStep(Step):
         By the running statistics of batch norms, as `sample` draws. `images` are what a step takes;
         labels are taken by none of these networks.
         """
-        images = self._floats(images)
+        images = self._floats(self._brought(images))
         shape = len(images), *self.latent_shape
         with (
             torch.no_grad(),

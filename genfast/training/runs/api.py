@@ -1,0 +1,162 @@
+"""`genfast.train`: a run from Python, with images from wherever Python has them."""
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from genfast.training import progress
+from genfast.training.data import DataSet
+from genfast.training.errors import BadInput
+from genfast.training.runs import checkpoint, folder
+from genfast.training.runs.beginning import read_beginning
+from genfast.training.runs.config import check_settings, prepare, prepare_resumed
+from genfast.training.runs.devices import as_device
+from genfast.training.runs.loop import CHECKPOINT_SECONDS, Outcome, check_outputs
+from genfast.training.runs.loop import train as run
+from genfast.training.runs.models import MODELS
+from genfast.training.runs.rules import shown
+from genfast.training.steps.precision import resolve_precision
+
+
+def train(
+    model: str,
+    dataset: Any = None,
+    *,
+    out: str | os.PathLike,
+    device: str | torch.device = "auto",
+    resume: bool | str | os.PathLike = False,
+    init_from: str | os.PathLike | Sequence[str | os.PathLike] | None = None,
+    image_range: tuple[float, float] | None = None,
+    classes: Sequence[str] | int | None = None,
+    num_workers: int = 0,
+    cache: bool | None = None,
+    checkpoint_seconds: float = CHECKPOINT_SECONDS,
+    sample_every: int | None = None,
+    keep: int = 0,
+    log: str | None = None,
+    quiet: bool = False,
+    **settings: Any,
+) -> Outcome:
+    """Train a model on a data set, as `genfast train` does, and write it into a folder.
+
+        outcome = genfast.train("dcgan", dataset, out="runs/mine", epochs=20)
+        images = genfast.load("runs/mine").sample(64)
+
+    Images of a data set are cropped around their centres and resized, if need be, and rounded to
+    256 levels. Where reading its items draws no random numbers and they fit into memory,
+    they are read once; else they are read anew for each batch, so that a transform may draw others
+    each time. Before an item is read, the global random numbers of Python, NumPy and PyTorch are
+    seeded from the run's seed, the epoch and the item's number, in whichever process: a resumed run
+    goes on with the batches and the losses of one that was never stopped, whatever `num_workers`
+    is. A generator of the data set's own is not reached by that, and a warning says so.
+
+    Args:
+        model: "gan", "dcgan", "vae", "conv-vae" or "vae-gan".
+        dataset: what has `len()` and items by number: a `torch.utils.data.Dataset`, a data set of
+            torchvision or of Hugging Face, a list. An item is an image, a list or tuple that begins
+            with one and goes on with its label, or a dict with an `image` (or `img`, `images`,
+            `pixel_values`) and perhaps a `label`. An image is a Pillow image, or a tensor or array
+            of uint8 or floats: see `image_range`. Or a uint8 tensor or array of images; or what
+            --data takes, "digits", "photos" or a path. None: what a resumed run had, if that was a
+            name or a path.
+        out: the folder of the run.
+        device: a `torch.device`, "auto", "cpu", "cuda" or "cuda:N".
+        resume: True goes on from the checkpoint in `out`, or begins where there is none; the path
+            of a checkpoint, or of a run's folder, goes on from there. Of the settings only `epochs`
+            or `steps` may change, and the data set must be the same: its length and 16 of its items
+            are compared.
+        init_from: a path, or several, of weights that a new run begins with, as `read_beginning`
+            takes them: of a checkpoint, or of PyTorch's public DCGAN example.
+        image_range: (low, high) of images that are floats. None: (0, 1), as ToTensor makes them.
+        classes: of a conditional run, the names of the classes in the order of the labels' numbers,
+            or how many there are. None: as the data set tells by its `classes` or `features`.
+        num_workers: how many processes read items; 0 for none beside this one.
+        cache: whether items are read once, with what their transforms drew then. None: see above.
+        checkpoint_seconds, sample_every, keep, log: as in `training.runs.loop.train`.
+        quiet: whether to show no progress.
+        settings: those of the command line, with `_` for `-`: epochs=20, batch_size=64, lr=2e-4,
+            conditional=True and so on.
+
+    Returns:
+        An `Outcome`: whether the run was `finished`, the `steps` it made and its last `picture`. A
+        run that Ctrl-C stopped returns too, with `interrupted`.
+
+    Raises:
+        BadInput, a ValueError: an argument, the data set or the checkpoint does not fit.
+        Diverged: a loss or a weight is no longer finite.
+    """
+    if not isinstance(model, str):
+        raise BadInput(
+            f"expected the name of a model, {', '.join(MODELS)}, got a {type(model).__name__}: "
+            "networks of your own train by GANStep or VAEStep in a loop of yours"
+        )
+    path = _checkpoint_of(out, resume)
+    given = check_settings(model, {k: v for k, v in settings.items() if v is not None})
+    device = as_device(device)
+    _check_precision(given.get("precision", "auto"), device)
+    check_outputs(sample_every, keep, log)
+    folder.check(_folder(out), path)
+    data = _data(dataset, dict(image_range=image_range, classes=classes, cache=cache), num_workers)
+    beginning = None
+    with progress.hidden(quiet):
+        if path:
+            config, images = prepare_resumed(model, data, given, path, out)
+            _check_precision(config.precision, device)
+        else:
+            if init_from is not None:
+                beginning = read_beginning(init_from, model)
+                given = beginning.settled(given)
+            config, images = prepare(model, data, given, out)
+        return run(
+            config,
+            images,
+            out,
+            device=device,
+            resume_from=path,
+            init_from=beginning,
+            checkpoint_seconds=checkpoint_seconds,
+            sample_every=sample_every,
+            keep=keep,
+            log=log,
+        )
+
+
+def _folder(out):
+    if not isinstance(out, str | os.PathLike):
+        raise BadInput(f"expected out to be the path of a folder, got {shown(out)}")
+    return Path(out)
+
+
+def _checkpoint_of(out, resume):
+    """The path of the checkpoint to go on from, or None where a run is to begin."""
+    if resume is False or resume is None:
+        return None
+    if resume is not True:
+        if not isinstance(resume, str | os.PathLike):
+            raise BadInput(f"expected resume to be True, False or a path, got {shown(resume)}")
+        return checkpoint.file_of(resume)
+    path = _folder(out) / checkpoint.NAME
+    return path if os.path.lexists(path) else None
+
+
+def _data(dataset, about, num_workers):
+    """What `prepare` takes."""
+    if dataset is None or isinstance(dataset, str | os.PathLike):
+        told = [name for name, value in about.items() if value is not None]
+        if told or num_workers:
+            raise BadInput(
+                f"expected {(told or ['num_workers'])[0]} for a data set in Python alone, got it "
+                f"with {'none' if dataset is None else shown(str(dataset))}"
+            )
+        return dataset
+    return DataSet(dataset, num_workers=num_workers, **about)
+
+
+def _check_precision(precision, device):
+    try:
+        resolve_precision(precision, device)
+    except ValueError as error:
+        raise BadInput(str(error)) from None

@@ -17,7 +17,7 @@ help:
 	@echo "make test          run the tests (no GPU needed)"
 	@echo "make benchmark     time training steps beside everything PyTorch offers, and plot them"
 	@echo "make planted-bugs  show that the tests notice bugs planted in the code"
-	@echo "make lint          check style and formatting"
+	@echo "make lint          check style, formatting and types"
 	@echo "make clean         remove .venv and caches (trained models stay)"
 
 demo: $(VENV)/.installed-train
@@ -38,9 +38,10 @@ planted-bugs: $(VENV)/.installed-test
 lint: $(VENV)/.installed-test
 	$(VENV)/bin/python -m ruff check
 	$(VENV)/bin/python -m ruff format --check
+	$(VENV)/bin/python -m mypy
 
 clean:
-	rm -rf $(VENV) build *.egg-info .pytest_cache .ruff_cache
+	rm -rf $(VENV) build *.egg-info .mypy_cache .pytest_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # Beside the newest, which is what `import triton` finds; without the rest of an older PyTorch.

@@ -17,7 +17,7 @@ evaluate = ["onnxruntime", "torch-fidelity"]
 export = ["onnx", "onnxscript", "safetensors"]
 # pytest-benchmark 5.2.3, the newest, fails with pytest 9.2: it reads an attribute that is gone.
 benchmark = [*train, "matplotlib", "pytest<9.2", "pytest-benchmark"]
-test = [*benchmark, *export, "onnxruntime", "pytest-xdist", "ruff", "setuptools>=77"]
+test = [*benchmark, *export, "mypy", "onnxruntime", "pytest-xdist", "ruff", "setuptools>=77"]
 
 setup(
     name="genfast",

@@ -9,7 +9,7 @@ taken through PyTorch instead, which can differentiate its own.
 import itertools
 import threading
 from contextlib import contextmanager
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch.autograd import Function
@@ -170,7 +170,7 @@ def one(loss):
     return _ones[kind]
 
 
-_ones = {}
+_ones: dict[Any, torch.Tensor] = {}
 
 
 def _is_one(dloss):

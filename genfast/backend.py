@@ -3,6 +3,7 @@
 import functools
 import os
 from contextlib import AbstractContextManager
+from typing import Literal, get_args
 
 import torch
 
@@ -11,7 +12,8 @@ try:
 except ImportError:  # The package works through PyTorch where Triton is absent.
     triton = None
 
-BACKENDS = ("auto", "triton", "reference")
+BackendName = Literal["auto", "triton", "reference"]
+BACKENDS: tuple[BackendName, ...] = get_args(BackendName)
 
 # NVIDIA GPUs before Ampere (V100, T4, GTX) are not among those that Triton compiles for.
 _LEAST_CAPABILITY = (8, 0)
@@ -20,7 +22,7 @@ _LEAST_CAPABILITY = (8, 0)
 INTERPRETING = triton is not None and triton.knobs.runtime.interpret
 
 
-def _checked(name, source):
+def _checked(name: str, source: str) -> BackendName:
     if name not in BACKENDS:
         raise ValueError(f"expected {source} to be one of {BACKENDS}, got {name!r}")
     return name
@@ -29,7 +31,7 @@ def _checked(name, source):
 _selected = os.environ.get("GENFAST_BACKEND", "auto")
 
 
-def selected_backend():
+def selected_backend() -> BackendName:
     """The backend asked for: "auto", "triton" or "reference".
 
     Raises:
@@ -48,24 +50,29 @@ class use_backend(AbstractContextManager):
     restores the backend chosen before.
 
     The choice is a process-wide setting, like `torch.backends`.
+
+    Example:
+        >>> with use_backend("reference"):
+        ...     selected_backend()
+        'reference'
     """
 
-    def __init__(self, name):
+    def __init__(self, name: BackendName) -> None:
         global _selected
         checked = _checked(name, "the backend")
         self._previous, _selected = _selected, checked
 
-    def __exit__(self, *exception):
+    def __exit__(self, *exception: object) -> None:
         global _selected
         _selected = self._previous
 
 
-def kernels_run_on_cpu():
+def kernels_run_on_cpu() -> bool:
     """Whether a kernel can start on CPU tensors, interpreted."""
     return INTERPRETING and triton is not None
 
 
-def why_device_cannot_run_triton(device):
+def why_device_cannot_run_triton(device: torch.device) -> str | None:
     """A sentence saying why no kernel can start on this device; None if one can."""
     if triton is None:
         return "Triton is not installed"
@@ -83,7 +90,7 @@ def why_device_cannot_run_triton(device):
 
 
 @functools.cache
-def _why_too_old(index):
+def _why_too_old(index: int) -> str | None:
     if torch.version.hip:  # Its capabilities are other numbers.
         return None
     capability = torch.cuda.get_device_capability(index)

@@ -3,6 +3,7 @@
 import functools
 import operator
 from types import BuiltinFunctionType, FunctionType
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -29,7 +30,7 @@ from genfast.nn import (
 )
 
 # The activations as functions; those as modules take the same further arguments.
-_MODULE_OF = {
+_MODULE_OF: dict[Any, type[nn.Module]] = {
     F.relu: nn.ReLU,
     torch.relu: nn.ReLU,
     F.leaky_relu: nn.LeakyReLU,

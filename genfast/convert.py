@@ -2,8 +2,10 @@
 
 import functools
 from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from typing import Any, SupportsIndex
 
 import torch
 from torch import nn
@@ -11,7 +13,7 @@ from torch import nn
 from genfast import calls, functional, networks, opening
 from genfast.backend import selected_backend
 from genfast.launch import start
-from genfast.nn import FusedBlock, FusedSequential, begins_run
+from genfast.nn import FusedBlock, FusedSequential, Run, begins_run
 
 
 @dataclass(frozen=True)
@@ -36,11 +38,11 @@ class ReportEntry:
     multiply_adds: float = 0.0
     is_norm: bool = False
 
-    def __str__(self):
+    def __str__(self) -> str:
         return f"{self.name}: {self.layers}: {self.how}"
 
     @property
-    def how(self):
+    def how(self) -> str:
         """How the layers run, in words."""
         if not self.fused:
             return f"PyTorch: {self.reason}"
@@ -48,7 +50,7 @@ class ReportEntry:
         return f"{fused}; {self.reason}" if self.reason else fused
 
 
-class Report(list):
+class Report(list[ReportEntry]):
     """The `ReportEntry` of each convolution, in the model's order; prints as a table.
 
     norms: a list with the entry of each norm that runs with no convolution.
@@ -58,7 +60,13 @@ class Report(list):
     notes: a list of sentences on what costs time where they run, and what to do about it.
     """
 
-    def __init__(self, entries, device_reason, notes=(), norms_total=0):
+    def __init__(
+        self,
+        entries: Iterable[ReportEntry],
+        device_reason: str,
+        notes: Iterable[str] = (),
+        norms_total: int = 0,
+    ) -> None:
         self._rows = list(entries)
         super().__init__(entry for entry in self._rows if not entry.is_norm)
         self.norms = [entry for entry in self._rows if entry.is_norm]
@@ -68,7 +76,7 @@ class Report(list):
         self.notes = list(notes)
 
     @property
-    def fused_share(self):
+    def fused_share(self) -> float:
         """The part of the convolutions' multiply-adds that runs fused, from 0 to 1.
 
         Counted are those that one output pixel of each convolution takes: how many pixels there
@@ -77,7 +85,7 @@ class Report(list):
         total = sum(entry.multiply_adds for entry in self)
         return sum(e.multiply_adds for e in self if e.fused) / total if total else 0.0
 
-    def __str__(self):
+    def __str__(self) -> str:
         title = "genfast: the model has no 2-d convolution"
         if self:
             title = f"genfast: {sum(e.fused for e in self)} of {len(self)} convolutions fuse"
@@ -85,7 +93,10 @@ class Report(list):
             return title
         if self.device_reason:
             title += f"; for now all run through PyTorch: {self.device_reason}"
-        rows = [("layer", "runs with", "how"), *((e.name, e.layers, e.how) for e in self._rows)]
+        rows: list[tuple[str, ...]] = [
+            ("layer", "runs with", "how"),
+            *((e.name, e.layers, e.how) for e in self._rows),
+        ]
         widths = [max(len(row[i]) for row in rows) for i in range(3)]
         rows.insert(1, tuple("-" * min(width, 40) for width in widths))
         lines = [f"  {n:<{widths[0]}}  {layers:<{widths[1]}}  {how}" for n, layers, how in rows]
@@ -96,7 +107,7 @@ class Report(list):
             )
         return "\n".join([title, *lines, *self.notes, self._shares()])
 
-    def _shares(self):
+    def _shares(self) -> str:
         found = []
         if self:
             found.append(
@@ -109,7 +120,7 @@ class Report(list):
         return " and ".join(found)
 
 
-def accelerate(model, *, channels_last=False):
+def accelerate(model: nn.Module, *, channels_last: bool = False) -> Report:
     """Make the convolutions and norms of a model, the root included, run fused. Works in place.
 
     Parameters, state_dict keys, hooks, optimizers and results stay what they were: the class of
@@ -129,6 +140,14 @@ def accelerate(model, *, channels_last=False):
 
     Raises:
         TypeError: `model` is no `nn.Module`.
+
+    Example:
+        >>> block = nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU()
+        >>> model = nn.Sequential(*block, nn.Conv2d(8, 8, 3, groups=2))
+        >>> for entry in accelerate(model):
+        ...     print(entry)
+        0: Conv2d + BatchNorm2d + ReLU: fused
+        3: Conv2d: PyTorch: it has 2 groups
     """
     _check_module(model)
     if channels_last:
@@ -136,14 +155,16 @@ def accelerate(model, *, channels_last=False):
         model._apply(lambda t: t.to(memory_format=torch.channels_last) if t.dim() == 4 else t)
     paths = _paths(model)
     # From the inside: what a module calls may open then.
-    for module in reversed(list(model.modules())):
+    modules: list[Any] = list(model.modules())
+    for module in reversed(modules):
+        kind: type = type(module)
         if _can_swap(module):
-            module._genfast_original = type(module)
-            module.__class__ = _fused_class(type(module))
+            module._genfast_original = kind
+            module.__class__ = _fused_class(kind)
         elif _calls_what_fuses(module, is_called=module is not model):
             # Not for a class whose instances are laid out otherwise, in C or by __slots__.
             with suppress(TypeError):
-                module.__class__ = networks.network_of(type(module)).rewritten
+                module.__class__ = networks.network_of(kind).rewritten
         if isinstance(module, FusedSequential):
             module.unfusable = {
                 name: f"it also appears as {_other(paths[id(child)])}"
@@ -153,15 +174,24 @@ def accelerate(model, *, channels_last=False):
     entries, norms_total = _entries(model)
     reason = _why_nothing_runs(model)
     fused = [e.name for e in entries if e.fused and not e.is_norm]
-    weights = {name: model.get_submodule(name)._parameters for name in fused}
+    weights: dict[str, Any] = {name: model.get_submodule(name)._parameters for name in fused}
     weights = {name: p["weight"] for name, p in weights.items() if p.get("weight") is not None}
     return Report(entries, reason, [] if reason else _notes(weights), norms_total)
 
 
-def restore(model):
-    """Undo `accelerate`: every module gets its own class back. Works in place."""
+def restore(model: nn.Module) -> None:
+    """Undo `accelerate`: every module gets its own class back. Works in place.
+
+    Example:
+        >>> model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU())
+        >>> report = accelerate(model)
+        >>> restore(model)
+        >>> type(model) is nn.Sequential
+        True
+    """
     _check_module(model)
-    for module in list(model.modules()):
+    modules: list[Any] = list(model.modules())
+    for module in modules:
         if isinstance(module, FusedSequential):
             vars(module).pop("unfusable", None)
         if "_genfast_original" in vars(module):
@@ -170,25 +200,26 @@ def restore(model):
             module.__class__ = networks.original_of(type(module))
 
 
-def _check_module(model):
+def _check_module(model: object) -> None:
     if not isinstance(model, nn.Module):
         raise TypeError(f"expected a torch.nn.Module, got {type(model).__name__}")
 
 
-def _can_swap(module):
+def _can_swap(module: object) -> bool:
     if not isinstance(module, nn.Sequential) or isinstance(module, FusedSequential):
         return False
     return type(module).forward is nn.Sequential.forward and "forward" not in vars(module)
 
 
-def _calls_what_fuses(module, is_called):
+def _calls_what_fuses(module: Any, is_called: bool) -> bool:
     """Whether a module, not rewritten yet, is seen to call such layers in a method of its own.
 
     is_called: by another one, which what it calls may run together with.
     """
-    if isinstance(module, torch.jit.ScriptModule) or networks.original_of(type(module)):
+    kind: type = type(module)
+    if isinstance(module, torch.jit.ScriptModule) or networks.original_of(kind):
         return False
-    network = networks.network_of(type(module))
+    network = networks.network_of(kind)
     if network.rewritten is None:
         return False
     for links in _calls(module):
@@ -200,22 +231,22 @@ def _calls_what_fuses(module, is_called):
     return False
 
 
-def _is_summed(link, following):
+def _is_summed(link: object, following: object) -> bool:
     """Whether these are a container that fuses and what adds to its output."""
     fuses = isinstance(link, FusedSequential) or _can_swap(link)
     return fuses and isinstance(following, calls.Sum)
 
 
-def _calls(module):
+def _calls(module: Any) -> Iterator[list[Any]]:
     """Lists of what a module calls one after another in methods of its own, as far as seen."""
     if not isinstance(module, torch.jit.ScriptModule):
-        cls = networks.original_of(type(module)) or type(module)
+        cls: type = networks.original_of(type(module)) or type(module)
         for method in networks.network_of(cls).methods.values():
             yield from method.links(module)
 
 
 @functools.cache
-def _fused_class(cls):
+def _fused_class(cls: type[nn.Sequential]) -> type[FusedSequential]:
     """FusedSequential; for a subclass of nn.Sequential, the subclass with its forward and name."""
     if cls is nn.Sequential:
         return FusedSequential
@@ -224,18 +255,19 @@ def _fused_class(cls):
     return type(cls.__name__, (FusedSequential, cls), members)
 
 
-def _reduce(module, protocol):
+def _reduce(module: nn.Module, protocol: SupportsIndex) -> tuple[Any, ...]:
     cls = type(module)
-    _, (_, *arguments), *state = super(cls, module).__reduce_ex__(protocol)
+    reduced: Any = super(cls, module).__reduce_ex__(protocol)
+    _, (_, *arguments), *state = reduced
     return _new, (cls.__bases__[1], *arguments), *state
 
 
-def _new(original, *arguments):
+def _new(original: Any, *arguments: Any) -> FusedSequential:
     cls = _fused_class(original)
     return cls.__new__(cls, *arguments)
 
 
-def _paths(model):
+def _paths(model: nn.Module) -> dict[int, list[str]]:
     """Every dotted path at which a module of the model appears, by the module's id."""
     paths = defaultdict(list)
     for path, module in model.named_modules(remove_duplicate=False):
@@ -243,18 +275,19 @@ def _paths(model):
     return paths
 
 
-def _other(paths):
+def _other(paths: Sequence[str]) -> str:
     return " and ".join(repr(path) for path in paths[1:])
 
 
-def _entries(model):
+def _entries(model: nn.Module) -> tuple[list[ReportEntry], int]:
     """The `ReportEntry`s in the model's order, and how many norms there are."""
     paths = {id(module): path for path, module in model.named_modules()}
     planned, callers = _seen_calls(model, paths)
     held = _held_by_containers(model, paths)
-    found, with_others = {}, set()
+    found: dict[str, ReportEntry] = {}
+    with_others: set[int] = set()
 
-    def note(path, module, **about):
+    def note(path: str, module: nn.Module, **about: Any) -> None:
         parent_path, _, name = path.rpartition(".")
         parent = model.get_submodule(parent_path) if path else None
         seen, container = planned.get(id(module)), ""
@@ -287,7 +320,9 @@ def _entries(model):
 _NORMS = (nn.modules.batchnorm._NormBase, nn.GroupNorm, nn.LayerNorm)
 
 
-def _held_by_containers(model, names):
+def _held_by_containers(
+    model: nn.Module, names: Mapping[int, str]
+) -> dict[int, list[tuple[str, Run]]]:
     """Of each convolution and norm in `FusedSequential`s, what `_seen_calls` gives first."""
     held = defaultdict(list)
     for path, module in model.named_modules():
@@ -302,12 +337,15 @@ def _held_by_containers(model, names):
     return held
 
 
-def _seen_calls(model, names):
+def _seen_calls(
+    model: nn.Module, names: Mapping[int, str]
+) -> tuple[dict[int, list[tuple[str, Run]]], dict[int, str]]:
     """Of each convolution the pairs of a rewritten module's path and a `Run`; who calls what.
 
     Both by the id of the module that is called; the second gives the path of the caller.
     """
-    planned, callers = defaultdict(list), {}
+    planned: dict[int, list[tuple[str, Run]]] = defaultdict(list)
+    callers: dict[int, str] = {}
     for path, module in model.named_modules():
         for links in _calls(module):
             for link in links:
@@ -319,12 +357,12 @@ def _seen_calls(model, names):
     return planned, callers
 
 
-def _why_not_seen(model, path, name):
+def _why_not_seen(model: nn.Module, path: str, name: str) -> str:
     """Why a convolution that no `nn.Sequential` holds does not fuse."""
     while path:
         path = path.rpartition(".")[0]
-        owner = model.get_submodule(path) if path else model
-        cls = networks.original_of(type(owner)) or type(owner)
+        owner: Any = model.get_submodule(path) if path else model
+        cls: type = networks.original_of(type(owner)) or type(owner)
         if isinstance(owner, torch.jit.ScriptModule):
             return "TorchScript runs it"
         if not cls.__module__.startswith("torch."):
@@ -335,14 +373,14 @@ def _why_not_seen(model, path, name):
     return "it is not a child of an nn.Sequential that runs its children in order"
 
 
-def _multiply_adds(conv):
+def _multiply_adds(conv: nn.Conv2d | nn.ConvTranspose2d) -> float:
     """What an output pixel takes, on average: a transposed convolution's meet some taps each."""
     kh, kw = conv.kernel_size
     taps = kh * kw * conv.in_channels * conv.out_channels / conv.groups
     return taps / (conv.stride[0] * conv.stride[1]) if conv.transposed else taps
 
 
-def _called_by_others(model, path, callers):
+def _called_by_others(model: nn.Module, path: str, callers: Mapping[int, str]) -> str:
     """The outermost of the modules down to `path` that nobody is seen to call; empty if none."""
     while path:
         caller = callers.get(id(model.get_submodule(path)))
@@ -356,14 +394,14 @@ def _called_by_others(model, path, callers):
     return ""
 
 
-def _why_nothing_runs(model):
+def _why_nothing_runs(model: nn.Module) -> str:
     if selected_backend() == "reference":
         return "the backend 'reference' is selected"
     parameter = next(model.parameters(), None)
     return "" if parameter is None else functional.why_not_triton(parameter) or ""
 
 
-def _notes(weights):
+def _notes(weights: Mapping[str, torch.Tensor]) -> Iterator[str]:
     """What `Report` notes about the weights of the convolutions that fuse, by their names."""
     # Sizes of 1 aside, this is the memory that the kernels read and write.
     copied = [
@@ -385,7 +423,7 @@ def _notes(weights):
         )
 
 
-def _is_left_to_pytorch(weight):
+def _is_left_to_pytorch(weight: torch.Tensor) -> bool:
     """Whether products with it, where channels are aligned, find no unit that multiplies so."""
     if weight.dtype != torch.float32 or start.precision(weight) != "ieee":
         return False

@@ -26,7 +26,7 @@ so that everything that differentiates or replaces a weight goes on working.
 import functools
 import math
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -80,9 +80,9 @@ class Form(NamedTuple):
     after: a function of the convolution's output, before norm and activation; or None.
     """
 
-    before: object
-    block: object
-    after: object
+    before: Any
+    block: Any
+    after: Any
 
 
 def upsampling(layer):
@@ -112,7 +112,7 @@ def pooling(layer):
     return side if _one_of(layer.stride, (side,), int) else 0
 
 
-def shuffling(layer):
+def shuffling(layer: nn.Module) -> int:
     """By what a layer shuffles channels into pixels as part of a convolution; 0 if not so."""
     if type(layer) is not nn.PixelShuffle:
         return 0
@@ -233,7 +233,9 @@ def averaged(weight, side):
     return layout.like(_over_squares(weight, side), weight)
 
 
-def shuffled(weight, bias, by):
+def shuffled(
+    weight: torch.Tensor, bias: torch.Tensor | None, by: int
+) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Weight and bias of the transposed convolution whose output is shuffled already.
 
     Args:
@@ -332,7 +334,7 @@ def form(block, way, x, dtype, size):
     return Form(before, block, None)
 
 
-def _precision(x, dtype):
+def _precision(x: torch.Tensor, dtype: torch.dtype) -> str:
     """How products of this dtype round on x's device, in the words of `tiles.Problem`."""
     return "half" if dtype.itemsize == 2 else start.precision(x.new_empty(0, dtype=dtype))
 
@@ -375,22 +377,27 @@ def may_gain_on_cpu(layer, x):
 
 @functools.cache
 def _shuffling_gains(
-    by, weight_shape, padding, size, images, has_bias, itemsize, precision, architecture
-):
+    by: int,
+    weight_shape: tuple[int, ...],
+    padding: tuple[int, int],
+    size: tuple[int, int],
+    images: int,
+    has_bias: bool,
+    itemsize: int,
+    precision: str,
+    architecture: str,
+) -> bool:
     """Whether a convolution gains by being shuffled as it is computed, by the model.
 
     The products multiply as much, but in tiles of a phase's channels, which may be few.
     """
-    out_channels, in_channels, *kernel_size = weight_shape
-    plain = ConvGeometry.conv(size, tuple(kernel_size), (1, 1), padding)
+    out_channels, in_channels, kh, kw = weight_shape
+    plain = ConvGeometry.conv(size, (kh, kw), (1, 1), padding)
     channels = out_channels // (by * by)
     if channels < _LEAST_SHUFFLED or size == (1, 1) or min(plain.small) < 1:
         return False
-    rest = [k - 1 - p for k, p in zip(kernel_size, padding, strict=True)]
-    big, kernel_size, stride, padding = (
-        tuple([by * n for n in pair]) for pair in (plain.small, kernel_size, (1, 1), rest)
-    )
-    large = ConvGeometry(big, size, kernel_size, stride, padding)
+    rest = by * (kh - 1 - padding[0]), by * (kw - 1 - padding[1])
+    large = ConvGeometry.conv_transpose(size, (by * kh, by * kw), (by, by), rest, (0, 0))
     given = architecture, precision, images
     before = conv.predicted(*given, plain, out_channels, in_channels)
     after = conv.predicted(*given, large, in_channels, channels)
@@ -399,7 +406,8 @@ def _shuffling_gains(
     bandwidth = predict.chip(architecture).bandwidth
     # On a GPU PyTorch's shuffle gives contiguous memory, which what follows copies: two passes and
     # their gradients are saved. The weight's and the bias's order costs some.
-    passes = 8 * images * math.prod(big) * channels * itemsize / bandwidth + 4 * predict.LAUNCH
+    values = images * math.prod(large.big) * channels
+    passes = 8 * values * itemsize / bandwidth + 4 * predict.LAUNCH
     orders = 8 * math.prod(weight_shape) * itemsize / bandwidth
     orders += (6 if has_bias else 4) * predict.LAUNCH
     return before + passes > after + orders

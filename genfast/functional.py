@@ -6,8 +6,8 @@ memory and copy what is not; tensors and weights kept so cost no copy.
 
 import functools
 import math
-from collections.abc import Callable
-from typing import NamedTuple
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, Literal, NamedTuple
 
 import torch
 
@@ -15,6 +15,17 @@ from genfast import autograd, cpu, folding, layout, operators, reference
 from genfast.backend import INTERPRETING, selected_backend, why_device_cannot_run_triton
 from genfast.geometry import ConvGeometry, pair
 from genfast.launch import from_image, tape
+from genfast.reference import NormName
+
+__all__ = [
+    "conv_block",
+    "conv_transpose_block",
+    "importance_samples",
+    "norm_block",
+    "reparameterize",
+    "reparameterize_with_kl",
+    "why_not_triton",
+]
 
 # Half precision needs fp32 accumulation and float64 an fp64 matrix product, which GPUs' tensor
 # cores offer too unevenly for one kernel; the interpreter does not care.
@@ -23,28 +34,28 @@ _INTERPRETED_DTYPES = (*_COMPILED_DTYPES, torch.float64)
 
 
 def conv_block(
-    x,
-    weight,
-    bias=None,
-    stride=1,
-    padding=0,
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    stride: int | tuple[int, int] = 1,
+    padding: int | tuple[int, int] = 0,
     *,
-    norm=False,
-    norm_weight=None,
-    norm_bias=None,
-    running_mean=None,
-    running_var=None,
-    num_batches_tracked=None,
-    training=True,
-    momentum=0.1,
-    eps=1e-5,
-    activation="identity",
-    negative_slope=0.2,
-    norm_groups=1,
-    statistics_groups=1,
-    inplace=False,
-    memory_format=None,
-):
+    norm: bool | NormName = False,
+    norm_weight: torch.Tensor | None = None,
+    norm_bias: torch.Tensor | None = None,
+    running_mean: torch.Tensor | None = None,
+    running_var: torch.Tensor | None = None,
+    num_batches_tracked: torch.Tensor | None = None,
+    training: bool = True,
+    momentum: float | torch.Tensor = 0.1,
+    eps: float = 1e-5,
+    activation: str = "identity",
+    negative_slope: float | torch.Tensor = 0.2,
+    norm_groups: int = 1,
+    statistics_groups: int = 1,
+    inplace: bool = False,
+    memory_format: torch.memory_format | None = None,
+) -> torch.Tensor:
     """`conv2d`, then a norm (if `norm`), then an activation: a discriminator block.
 
     Args:
@@ -90,6 +101,12 @@ def conv_block(
             one value a channel in training.
         TypeError: a tensor that is not floating point, or dtypes that differ.
         RuntimeError: the backend "triton" was asked for and cannot run.
+
+    Example:
+        >>> x, weight = torch.randn(2, 3, 8, 8), torch.randn(4, 3, 4, 4)
+        >>> y = conv_block(x, weight, stride=2, padding=1, norm=True, activation="leaky_relu")
+        >>> y.shape
+        torch.Size([2, 4, 4, 4])
     """
     batch_norm = _norm_of(
         norm, norm_weight, norm_bias, running_mean, running_var, num_batches_tracked, training,
@@ -102,29 +119,29 @@ def conv_block(
 
 
 def conv_transpose_block(
-    x,
-    weight,
-    bias=None,
-    stride=1,
-    padding=0,
-    output_padding=0,
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    stride: int | tuple[int, int] = 1,
+    padding: int | tuple[int, int] = 0,
+    output_padding: int | tuple[int, int] = 0,
     *,
-    norm=False,
-    norm_weight=None,
-    norm_bias=None,
-    running_mean=None,
-    running_var=None,
-    num_batches_tracked=None,
-    training=True,
-    momentum=0.1,
-    eps=1e-5,
-    activation="identity",
-    negative_slope=0.2,
-    norm_groups=1,
-    statistics_groups=1,
-    inplace=False,
-    memory_format=None,
-):
+    norm: bool | NormName = False,
+    norm_weight: torch.Tensor | None = None,
+    norm_bias: torch.Tensor | None = None,
+    running_mean: torch.Tensor | None = None,
+    running_var: torch.Tensor | None = None,
+    num_batches_tracked: torch.Tensor | None = None,
+    training: bool = True,
+    momentum: float | torch.Tensor = 0.1,
+    eps: float = 1e-5,
+    activation: str = "identity",
+    negative_slope: float | torch.Tensor = 0.2,
+    norm_groups: int = 1,
+    statistics_groups: int = 1,
+    inplace: bool = False,
+    memory_format: torch.memory_format | None = None,
+) -> torch.Tensor:
     """`conv_transpose2d`, then a norm (if `norm`), then an activation: a generator block.
 
     As `conv_block`, but for these:
@@ -135,6 +152,11 @@ def conv_transpose_block(
 
     Returns:
         (N, out_channels, Ho, Wo) with Ho = (H - 1) stride - 2 padding + kh + output_padding.
+
+    Example:
+        >>> x, weight = torch.randn(2, 4, 4, 4), torch.randn(4, 3, 4, 4)
+        >>> conv_transpose_block(x, weight, stride=2, padding=1, activation="tanh").shape
+        torch.Size([2, 3, 8, 8])
     """
     batch_norm = _norm_of(
         norm, norm_weight, norm_bias, running_mean, running_var, num_batches_tracked, training,
@@ -148,22 +170,22 @@ def conv_transpose_block(
 
 
 def norm_block(
-    x,
+    x: torch.Tensor,
     *,
-    norm="batch",
-    norm_weight=None,
-    norm_bias=None,
-    running_mean=None,
-    running_var=None,
-    num_batches_tracked=None,
-    training=True,
-    momentum=0.1,
-    eps=1e-5,
-    activation="identity",
-    negative_slope=0.2,
-    norm_groups=1,
-    statistics_groups=1,
-):
+    norm: NormName = "batch",
+    norm_weight: torch.Tensor | None = None,
+    norm_bias: torch.Tensor | None = None,
+    running_mean: torch.Tensor | None = None,
+    running_var: torch.Tensor | None = None,
+    num_batches_tracked: torch.Tensor | None = None,
+    training: bool = True,
+    momentum: float | torch.Tensor = 0.1,
+    eps: float = 1e-5,
+    activation: str = "identity",
+    negative_slope: float | torch.Tensor = 0.2,
+    norm_groups: int = 1,
+    statistics_groups: int = 1,
+) -> torch.Tensor:
     """A norm, then an activation, of whatever comes: what follows no convolution.
 
     As `conv_block`, but for these:
@@ -176,16 +198,19 @@ def norm_block(
     Returns:
         A tensor of x's shape, in the memory format that PyTorch's layer gives it. The gradient of x
         has the format of x.
+
+    Example:
+        >>> y = norm_block(torch.randn(2, 4, 8, 8), norm="group", norm_groups=2, activation="silu")
+        >>> y.shape
+        torch.Size([2, 4, 8, 8])
     """
-    block = Normalization(
-        _norm_of(
-            norm, norm_weight, norm_bias, running_mean, running_var, num_batches_tracked, training,
-            momentum, eps, norm_groups, statistics_groups,
-        ),
-        activation,
-        negative_slope,
+    n = _norm_of(
+        norm, norm_weight, norm_bias, running_mean, running_var, num_batches_tracked, training,
+        momentum, eps, norm_groups, statistics_groups,
     )  # fmt: skip
-    return normalize(x, block)
+    if n is None:
+        raise ValueError(f"expected a norm among {reference.NORMS}, got {norm!r}")
+    return normalize(x, Normalization(n, activation, negative_slope))
 
 
 class Normalization(NamedTuple):
@@ -196,7 +221,7 @@ class Normalization(NamedTuple):
     negative_slope: float | torch.Tensor
 
 
-def normalize(x, block, as_x=False):
+def normalize(x: torch.Tensor, block: Normalization, as_x: bool = False) -> torch.Tensor:
     """As `norm_block`, by a `Normalization`.
 
     as_x: the output may be channels_last where x is, also where that of PyTorch's layer is not.
@@ -238,7 +263,7 @@ class _NormalizationPlan(NamedTuple):
     look: object = None
 
 
-def _normalization_plan_of(x, block):
+def _normalization_plan_of(x: torch.Tensor, block: Normalization) -> _NormalizationPlan | None:
     """The `_NormalizationPlan` of a norm, made or known; None where PyTorch runs it.
 
     Raises:
@@ -263,7 +288,7 @@ def _normalization_plan_of(x, block):
     return plan
 
 
-def _normalization_plan(x, block):
+def _normalization_plan(x: torch.Tensor, block: Normalization) -> _NormalizationPlan | None:
     n = block.norm
     _check_normalization(x, block)
     vectors = n.weight, n.bias, n.running_mean, n.running_var, _slopes(block)
@@ -277,16 +302,25 @@ def _normalization_plan(x, block):
     enters = None
     if not (layout.is_fresh_channels_last(images) or images.is_contiguous()):
         enters = layout.channels_last if last else layout.contiguous
-    slope = 0.0 if _slopes(block) is not None else block.negative_slope
+    slope = 0.0 if isinstance(block.negative_slope, torch.Tensor) else block.negative_slope
     kind = _kind_of_norm(n, None, False, block.activation, slope, x.shape, x)
     keeps = last and x.dim() == 4 and _keeps_channels_last(n, x, x.shape[1], x.shape[2:])
     return _NormalizationPlan(kind, enters, last, keeps)
 
 
 def _norm_of(
-    norm, weight, bias, running_mean, running_var, counter, training, momentum, eps,
-    channel_groups, groups,
-):  # fmt: skip
+    norm: bool | NormName,
+    weight: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    running_mean: torch.Tensor | None,
+    running_var: torch.Tensor | None,
+    counter: torch.Tensor | None,
+    training: bool,
+    momentum: float | torch.Tensor,
+    eps: float,
+    channel_groups: int,
+    groups: int,
+) -> reference.Norm | None:
     """The `reference.Norm` of the arguments of a block; None for none."""
     if not norm:
         return None
@@ -322,7 +356,7 @@ class Block(NamedTuple):
     shuffle: int = 1
 
     @property
-    def vectors(self):
+    def vectors(self) -> dict[str, torch.Tensor | None]:
         """Its tensors of one value a channel, by name; None where absent."""
         found, n = {"bias": self.bias}, self.batch_norm
         if n is not None:
@@ -335,7 +369,9 @@ class Block(NamedTuple):
         return found
 
 
-def chain(x, blocks, memory_format=None):
+def chain(
+    x: torch.Tensor, blocks: Sequence[Block], memory_format: torch.memory_format | None = None
+) -> torch.Tensor:
     """Blocks, each of what the one before puts out, as one operation.
 
     Nobody sees what lies between two blocks. On the kernels it stays channels_last there, and what
@@ -358,7 +394,7 @@ def chain(x, blocks, memory_format=None):
     return _with_what_is_around(x, blocks)
 
 
-def _with_what_is_around(x, blocks):
+def _with_what_is_around(x: torch.Tensor, blocks: Sequence[Block]) -> torch.Tensor:
     """As `chain`: what cannot be part of a convolution, or gains nothing so, parts the chain.
 
     Within, memory stays channels_last on the kernels, whatever PyTorch's layers would make of it.
@@ -396,14 +432,14 @@ def _with_what_is_around(x, blocks):
     return _chain_seen(x, line, seen) if line else x
 
 
-def _chain_seen(x, blocks, seen):
+def _chain_seen(x: torch.Tensor, blocks: Sequence[Block], seen: bool) -> torch.Tensor:
     """`_chain` of what PyTorch's layers would see as channels_last, or not, in its stead."""
     if seen == layout.is_channels_last(x):
         return _chain(x, blocks)
     return _chain(x, blocks, _pytorchs_format(x, blocks, _geometries(x, blocks), seen))
 
 
-def _geometries(x, blocks):
+def _geometries(x: torch.Tensor, blocks: Sequence[Block]) -> list[ConvGeometry]:
     """The `ConvGeometry` of each block, one after the other."""
     size, found = tuple(x.shape[2:]), []
     for block in blocks:
@@ -412,7 +448,7 @@ def _geometries(x, blocks):
     return found
 
 
-def _geometry_of(block, size):
+def _geometry_of(block: Block, size: Sequence[int]) -> tuple[ConvGeometry, tuple[int, int]]:
     """The `ConvGeometry` of a block that takes images of this size, and the size that it gives."""
     stride, padding = pair(block.stride, "stride"), pair(block.padding, "padding")
     given = tuple(size), tuple(block.weight.shape[2:]), stride, padding
@@ -423,7 +459,7 @@ def _geometry_of(block, size):
     return geometry, geometry.big
 
 
-def form_of(x, line, block):
+def form_of(x: torch.Tensor, line: Sequence[Block], block: Block) -> tuple[str, folding.Form]:
     """What runs a block that follows those of a line, which takes x; and its `folding.Form`."""
     way = implementation(
         x, block.weight, *block.vectors.values(), activation=block.activation,
@@ -433,19 +469,24 @@ def form_of(x, line, block):
     if line:
         transposed, last = line[-1].output_padding is not None, _geometries(x, line)[-1]
         size = last.big if transposed else last.small
-    if block.around.shuffle > 1 and (torch.compiler.is_compiling() or len(x) > _MOST_IMAGES):
+    shuffles = block.around is not None and block.around.shuffle > 1
+    if shuffles and (torch.compiler.is_compiling() or len(x) > _MOST_IMAGES):
         way = "reference"  # A compiler makes one pass of it and what follows.
     dtype = x.dtype if x.dtype == torch.float64 else autocast_dtype(x.device) or x.dtype
     return way, folding.form(block, way, x, dtype, size)
 
 
-def _chain(x, blocks, memory_format=None):
+def _chain(
+    x: torch.Tensor, blocks: Sequence[Block], memory_format: torch.memory_format | None = None
+) -> torch.Tensor:
     """`chain` of blocks with nothing around."""
     x, blocks = _autocast(x, blocks)
     return _run(x, blocks, _plan_of(x, blocks, memory_format))
 
 
-def chain_and_sum(x, blocks, added, leads):
+def chain_and_sum(
+    x: torch.Tensor, blocks: Sequence[Block], added: Any, leads: bool
+) -> torch.Tensor | None:
     """As `chain`, with a tensor added before the last activation, where kernels do that as they go.
 
     Args:
@@ -469,7 +510,7 @@ def chain_and_sum(x, blocks, added, leads):
     return _run(x, blocks, plan, added) if plan.adds else None
 
 
-def sums_may_go_into(activation, inplace):
+def sums_may_go_into(activation: str, inplace: bool) -> bool:
     """Whether an activation after a sum may be the last block's in `chain_and_sum`.
 
     Backward then reads the result, and nothing that PyTorch's own would read instead. `inplace`:
@@ -479,7 +520,9 @@ def sums_may_go_into(activation, inplace):
     return not row.from_input and (inplace or not row.keeps_input)
 
 
-def _run(x, blocks, plan, added=None):
+def _run(
+    x: torch.Tensor, blocks: Sequence[Block], plan: "_Plan", added: torch.Tensor | None = None
+) -> torch.Tensor:
     """A chain by its `_Plan`; `added`: see `chain_and_sum`."""
     if len(plan.ways) > 1:
         for block in blocks:
@@ -542,13 +585,18 @@ class _Plan(NamedTuple):
 
 # Of what runs on the kernels, by all that was checked and decided by: on a GPU the checks could
 # take longer than the kernels. So many; the oldest is forgotten.
-_plans = {}
+_plans: dict[Any, Any] = {}
 _MOST_PLANS = 1024
 # CUDA's limit of a grid's second and third axes.
 _MOST_IMAGES = 65535
 
 
-def _plan_of(x, blocks, memory_format, added=None):
+def _plan_of(
+    x: torch.Tensor,
+    blocks: Sequence[Block],
+    memory_format: torch.memory_format | None,
+    added: torch.Tensor | None = None,
+) -> _Plan:
     """The `_Plan` of a chain, made or known.
 
     Raises:
@@ -569,9 +617,18 @@ def _plan_of(x, blocks, memory_format, added=None):
     return plan
 
 
-def _key_of(x, blocks, memory_format, added):
+def _key_of(
+    x: torch.Tensor,
+    blocks: Sequence[Block],
+    memory_format: torch.memory_format | None,
+    added: torch.Tensor | None,
+) -> tuple[Any, ...]:
     """All that `_plan` looks at."""
-    found = [selected_backend(), memory_format, torch._C._are_functorch_transforms_active()]
+    found: list[Any] = [
+        selected_backend(),
+        memory_format,
+        torch._C._are_functorch_transforms_active(),
+    ]
     tensors = [x, added]
     for block in blocks:
         _, _, stride, padding, output_padding, n, activation, negative_slope, *others = block
@@ -587,7 +644,7 @@ def _key_of(x, blocks, memory_format, added):
     return *found, *_looks(tensors)
 
 
-def _settings_of(n, x):
+def _settings_of(n: reference.Norm, x: torch.Tensor) -> tuple[Any, ...]:
     """All of a norm but its tensors."""
     momentum = None if isinstance(n.momentum, torch.Tensor) else n.momentum
     return (
@@ -596,13 +653,13 @@ def _settings_of(n, x):
     )  # fmt: skip
 
 
-def _looks(tensors):
+def _looks(tensors: Iterable[torch.Tensor | None]) -> list[tuple[Any, ...] | None]:
     return [
         None if t is None else (type(t), t.shape, t.stride(), t.dtype, t.device) for t in tensors
     ]
 
 
-def _tensors_of(block):
+def _tensors_of(block: Block) -> tuple[torch.Tensor | None, ...]:
     """Those of an `autograd.Link`, in its order."""
     n, slopes = block.batch_norm, _slopes(block)
     if n is None:
@@ -611,7 +668,7 @@ def _tensors_of(block):
     return block.weight, block.bias, gamma, beta, slopes, *statistics
 
 
-def _tensors_of_norm(n):
+def _tensors_of_norm(n: reference.Norm) -> tuple[torch.Tensor | None, ...]:
     """Those of an `autograd.Link` that belong to a norm, in its order."""
     momentum = n.momentum if isinstance(n.momentum, torch.Tensor) else None
     return (
@@ -619,7 +676,7 @@ def _tensors_of_norm(n):
     )  # fmt: skip
 
 
-def _slopes(block):
+def _slopes(block: Block | Normalization) -> torch.Tensor | None:
     """The tensor that is the slope of "prelu"; None for other activations."""
     return block.negative_slope if isinstance(block.negative_slope, torch.Tensor) else None
 
@@ -628,7 +685,7 @@ def _slopes(block):
 _DEPENDING = {name for name, row in reference.ACTIVATION.items() if row.from_input} | {"softplus"}
 
 
-def _activates_apart(block, x, blocks):
+def _activates_apart(block: Block, x: torch.Tensor, blocks: Sequence[Block]) -> bool:
     """Whether PyTorch applies the activation of a block in a chain of x, not the kernels.
 
     So where no norm comes before, and a gradient by the activation's input is wanted: backward
@@ -651,7 +708,9 @@ def _activates_apart(block, x, blocks):
     )
 
 
-def _activates_otherwise(block, norm, x):
+def _activates_otherwise(
+    block: Block | Normalization, norm: reference.Norm | None, x: torch.Tensor
+) -> bool:
     """Whether autocast gives the activation of a norm of x, or without one of x, another dtype."""
     dtype = autocast_dtype(x.device)
     if dtype is None or x.dtype == torch.float64:
@@ -662,7 +721,12 @@ def _activates_otherwise(block, norm, x):
     return block.activation == "softplus" and x.device.type == "cuda" and x.dtype != torch.float32
 
 
-def _plan(x, blocks, memory_format, added):
+def _plan(
+    x: torch.Tensor,
+    blocks: Sequence[Block],
+    memory_format: torch.memory_format | None,
+    added: torch.Tensor | None,
+) -> _Plan:
     geometries, shape = [], x.shape
     for block in blocks:
         geometry, shape = _check_block(block, x, shape)
@@ -704,18 +768,27 @@ def _plan(x, blocks, memory_format, added):
     )
 
 
-def _kind(block, geometry, x):
+def _kind(block: Block, geometry: ConvGeometry, x: torch.Tensor) -> autograd.Kind:
     """The `autograd.Kind` of a block of a chain whose input is x."""
     transposed = block.output_padding is not None
     n = block.batch_norm
-    act = block.activation, 0.0 if _slopes(block) is not None else block.negative_slope
+    slope = 0.0 if isinstance(block.negative_slope, torch.Tensor) else block.negative_slope
+    act = block.activation, slope
     if n is None:
         return autograd.Kind(geometry, transposed, None, 0.0, *act)
     channels = block.weight.shape[1 if transposed else 0]
     return _kind_of_norm(n, geometry, transposed, *act, (x.shape[0], channels), x)
 
 
-def _kind_of_norm(norm, geometry, transposed, activation, negative_slope, shape, x):
+def _kind_of_norm(
+    norm: reference.Norm,
+    geometry: ConvGeometry | None,
+    transposed: bool,
+    activation: str,
+    negative_slope: float,
+    shape: Sequence[int],
+    x: torch.Tensor,
+) -> autograd.Kind:
     """The `autograd.Kind` of what ends in a norm and an activation.
 
     shape: (N, C, ...), of what is normalised; x: any tensor on its device.
@@ -737,17 +810,19 @@ def _kind_of_norm(norm, geometry, transposed, activation, negative_slope, shape,
     )
 
 
-def _widens(norm, x):
+def _widens(norm: reference.Norm, x: torch.Tensor) -> bool:
     """Whether PyTorch's norm now gives float32 of any dtype: CUDA's autocast has it so."""
     return norm.kind == "group" and x.device.type == "cuda" and autocast_dtype(x.device) is not None
 
 
-def _too_many_images(norm, images):
+def _too_many_images(norm: reference.Norm, images: int) -> bool:
     """Whether there are more than a grid has programs in an axis, each with an image."""
     return norm.kind != "batch" and images > _MOST_IMAGES
 
 
-def reparameterize(mu, logvar, *, generator=None):
+def reparameterize(
+    mu: torch.Tensor, logvar: torch.Tensor, *, generator: torch.Generator | None = None
+) -> torch.Tensor:
     """Sample z = mu + exp(logvar / 2) * eps with eps ~ N(0, 1) (Kingma and Welling, 2014).
 
     Args:
@@ -760,6 +835,12 @@ def reparameterize(mu, logvar, *, generator=None):
 
     Raises:
         ValueError, TypeError: `mu` and `logvar` do not match or are not floating point.
+
+    Example:
+        >>> mu, logvar = torch.zeros(2, 3), torch.zeros(2, 3)
+        >>> z = reparameterize(mu, logvar, generator=torch.Generator().manual_seed(0))
+        >>> torch.equal(z, reparameterize(mu, logvar, generator=torch.Generator().manual_seed(0)))
+        True
     """
     _check_latent(mu, logvar)
     if implementation(mu, logvar) == "triton":
@@ -770,12 +851,19 @@ def reparameterize(mu, logvar, *, generator=None):
     return reference.reparameterize(mu, logvar, _draw_noise(mu, generator))
 
 
-def reparameterize_with_kl(mu, logvar, *, generator=None):
+def reparameterize_with_kl(
+    mu: torch.Tensor, logvar: torch.Tensor, *, generator: torch.Generator | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
     """As `reparameterize`, with the KL divergence from N(0, 1) in the same pass.
 
     Returns:
         (z, kl): kl has shape (N,), summed over the latent (every dimension but the first), and
         dtype float32 (float64 for float64 inputs): a sum in half precision would not be worth much.
+
+    Example:
+        >>> z, kl = reparameterize_with_kl(torch.ones(2, 4), torch.zeros(2, 4))
+        >>> kl  # Of each latent mu^2 / 2, where the variance is 1.
+        tensor([2., 2.])
     """
     _check_latent(mu, logvar)
     if mu.dim() == 0:
@@ -791,7 +879,13 @@ def reparameterize_with_kl(mu, logvar, *, generator=None):
     return z, reference.kl_divergence(mu.to(wide), logvar.to(wide))
 
 
-def importance_samples(mu, logvar, samples, *, generator=None):
+def importance_samples(
+    mu: torch.Tensor,
+    logvar: torch.Tensor,
+    samples: int,
+    *,
+    generator: torch.Generator | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Several samples of the latent an image, and how likely each is (Burda et al., 2016).
 
     mu and logvar are not copied for the samples.
@@ -806,6 +900,11 @@ def importance_samples(mu, logvar, samples, *, generator=None):
         (float64 for float64 inputs). p is N(0, 1). The mean of kl over draws is the KL divergence;
         with `rec` = -log p(image | z) of shape (N, samples), `losses.iwae_loss(rec, kl)` is the
         importance-weighted bound.
+
+    Example:
+        >>> z, kl = importance_samples(torch.zeros(2, 4), torch.zeros(2, 4), samples=5)
+        >>> z.shape, kl.shape
+        (torch.Size([2, 5, 4]), torch.Size([2, 5]))
     """
     _check_latent(mu, logvar)
     if mu.dim() == 0:
@@ -822,8 +921,17 @@ def importance_samples(mu, logvar, samples, *, generator=None):
     return reference.importance_samples(mu, logvar, eps)
 
 
-def why_not_triton(*tensors, activation="identity", negative_slope=0.2):
-    """Say why an operation on these tensors would run through PyTorch; None if kernels run it."""
+def why_not_triton(
+    *tensors: Any,
+    activation: str = "identity",
+    negative_slope: float | torch.Tensor = 0.2,
+) -> str | None:
+    """Say why an operation on these tensors would run through PyTorch; None if kernels run it.
+
+    Example:
+        >>> why_not_triton(torch.zeros(1, device="meta"))
+        'Triton has no meta target (TRITON_INTERPRET=1 interprets kernels on the CPU)'
+    """
     first = tensors[0]
     if torch.compiler.is_exporting():
         return "torch.export traces PyTorch's own operations"
@@ -840,7 +948,7 @@ def why_not_triton(*tensors, activation="identity", negative_slope=0.2):
     return _why_not_plain(tensors)
 
 
-def _why_not_plain(tensors):
+def _why_not_plain(tensors: Iterable[torch.Tensor | None]) -> str | None:
     for t in tensors:
         if t is not None:
             if type(t) not in (torch.Tensor, torch.nn.Parameter):
@@ -852,13 +960,13 @@ def _why_not_plain(tensors):
     return None
 
 
-def _is_transformed(t):
+def _is_transformed(t: torch.Tensor) -> bool:
     if torch.compiler.is_compiling():  # A trace can be asked for the transforms around it alone.
         return torch._C._functorch.get_dynamic_layer_stack_depth() > 0
     return torch._C._functorch.is_functorch_wrapped_tensor(t)
 
 
-def implementation(*tensors, **settings):
+def implementation(*tensors: Any, **settings: Any) -> Literal["triton", "cpu", "reference"]:
     """What runs an operation on these tensors: "triton", "cpu" or "reference".
 
     "reference" is PyTorch's own layers, "cpu" mostly too: see `genfast.cpu`.
@@ -879,7 +987,7 @@ def implementation(*tensors, **settings):
     return "cpu" if on_cpu and _why_not_plain(tensors) is None else "reference"
 
 
-def autocast_dtype(device):
+def autocast_dtype(device: torch.device) -> torch.dtype | None:
     """The dtype that autocast converts to on a device now; None where it does not."""
     kind = device.type
     if _has_autocast(kind) and torch.is_autocast_enabled(kind):
@@ -890,7 +998,12 @@ def autocast_dtype(device):
 _has_autocast = functools.cache(torch.amp.is_autocast_available)
 
 
-def _pytorchs_format(x, blocks, geometries, seen=None):
+def _pytorchs_format(
+    x: torch.Tensor,
+    blocks: Sequence[Block],
+    geometries: Sequence[ConvGeometry],
+    seen: bool | None = None,
+) -> torch.memory_format:
     """The memory format that PyTorch's layers would give the output of the last block.
 
     seen: whether they see x as channels_last, where that is not how it lies.
@@ -908,7 +1021,9 @@ def _pytorchs_format(x, blocks, geometries, seen=None):
     return torch.channels_last if channels_last else torch.contiguous_format
 
 
-def _keeps_channels_last(norm, x, channels, size):
+def _keeps_channels_last(
+    norm: reference.Norm, x: torch.Tensor, channels: int, size: Sequence[int]
+) -> bool:
     """Whether PyTorch's norm of so many channels, and (H, W), gives channels_last for such memory.
 
     x: any tensor on its device.
@@ -919,7 +1034,7 @@ def _keeps_channels_last(norm, x, channels, size):
     return norm.kind == "batch" or (norm.kind == "group" and x.device.type == "cpu")
 
 
-def _autocast(x, blocks):
+def _autocast(x: torch.Tensor, blocks: Sequence[Block]) -> tuple[torch.Tensor, Sequence[Block]]:
     """Cast as autocast casts the arguments of convolutions (float64 stays as it is)."""
     for block in blocks:
         if x.dtype != block.weight.dtype and torch.float64 in (x.dtype, block.weight.dtype):
@@ -928,7 +1043,7 @@ def _autocast(x, blocks):
     if dtype is None:
         return x, blocks
 
-    def cast(t):
+    def cast(t: Any) -> Any:
         if t is None or not t.is_floating_point() or t.dtype == torch.float64:
             return t
         return t.to(dtype)
@@ -937,7 +1052,9 @@ def _autocast(x, blocks):
     return cast(x), blocks
 
 
-def _check_block(block, x, shape):
+def _check_block(
+    block: Block, x: torch.Tensor, shape: Sequence[int]
+) -> tuple[ConvGeometry, tuple[int, ...]]:
     """The `ConvGeometry` of a block, and the shape of its output.
 
     Args:
@@ -959,7 +1076,7 @@ def _check_block(block, x, shape):
     return geometry, (shape[0], _channels_after(block, channels), *size)
 
 
-def _channels_after(block, channels):
+def _channels_after(block: "Block | Normalization", channels: int) -> int:
     """How many channels the activation of a `Block` or `Normalization` gives of so many."""
     if not reference.ACTIVATION[block.activation].halves:
         return channels
@@ -970,7 +1087,7 @@ def _channels_after(block, channels):
     return channels // 2
 
 
-def _check_tensors(block, x, shape, transposed):
+def _check_tensors(block: Block, x: torch.Tensor, shape: Sequence[int], transposed: bool) -> None:
     weight = block.weight
     in_dim, out_dim = (0, 1) if transposed else (1, 0)
     _check_activation(block)
@@ -997,7 +1114,7 @@ def _check_tensors(block, x, shape, transposed):
     _check_slopes(block, weight.shape[out_dim], x)
 
 
-def _check_activation(block):
+def _check_activation(block: Block | Normalization) -> None:
     activation = block.activation
     if activation not in reference.ACTIVATIONS:
         raise ValueError(
@@ -1010,7 +1127,7 @@ def _check_activation(block):
         raise TypeError(f"expected the negative_slope of {activation!r} to be {wanted}, got {got}")
 
 
-def _check_slopes(block, channels, x):
+def _check_slopes(block: Block | Normalization, channels: int, x: torch.Tensor) -> None:
     slopes = _slopes(block)
     if slopes is None:
         return
@@ -1024,7 +1141,12 @@ def _check_slopes(block, channels, x):
         raise TypeError(f"expected negative_slope of x's dtype {x.dtype}, got {slopes.dtype}")
 
 
-def _check_vectors(vectors, norm, channels, device):
+def _check_vectors(
+    vectors: Mapping[str, torch.Tensor | None],
+    norm: reference.Norm | None,
+    channels: int,
+    device: torch.device,
+) -> None:
     """Tensors of one value a channel, by name, and what else a `reference.Norm` or None holds."""
     if norm is not None:
         if (norm.running_mean is None) != (norm.running_var is None):
@@ -1043,7 +1165,7 @@ def _check_vectors(vectors, norm, channels, device):
             raise ValueError(f"expected {name} on x's device {device}, got {t.device}")
 
 
-def _check_counter(counter, device):
+def _check_counter(counter: torch.Tensor | None, device: torch.device) -> None:
     if counter is None:
         return
     if counter.dtype != torch.int64 or counter.dim() != 0:
@@ -1057,7 +1179,7 @@ def _check_counter(counter, device):
         )
 
 
-def _check_output_padding(output_padding, stride):
+def _check_output_padding(output_padding: tuple[int, int], stride: tuple[int, int]) -> None:
     if any(o < 0 or o >= s for o, s in zip(output_padding, stride, strict=True)):
         raise ValueError(
             f"expected output_padding to be at least 0 and smaller than the stride {stride}, "
@@ -1065,7 +1187,7 @@ def _check_output_padding(output_padding, stride):
         )
 
 
-def _check_output(shape, size):
+def _check_output(shape: Sequence[int], size: Sequence[int]) -> None:
     if min(size) < 1:
         raise ValueError(
             f"expected an input large enough for one output pixel, got {tuple(shape[2:])}, "
@@ -1073,7 +1195,7 @@ def _check_output(shape, size):
         )
 
 
-def _check_normalization(x, block):
+def _check_normalization(x: torch.Tensor, block: Normalization) -> None:
     _check_activation(block)
     if not 2 <= x.dim() <= 4:
         raise ValueError(
@@ -1092,7 +1214,7 @@ def _check_normalization(x, block):
     _channels_after(block, x.shape[1])
 
 
-def _check_values(norm, shape):
+def _check_values(norm: reference.Norm, shape: Sequence[int]) -> None:
     """Refuse what PyTorch refuses to normalise, (N, C, ...): a single value's variance is 0."""
     if not norm.by_batch:
         return
@@ -1125,11 +1247,11 @@ def _check_values(norm, shape):
         )
 
 
-def _times(size):
+def _times(size: Sequence[int]) -> str:
     return " x ".join(map(str, size or (1,)))
 
 
-def _check_latent(mu, logvar):
+def _check_latent(mu: torch.Tensor, logvar: torch.Tensor) -> None:
     if mu.shape != logvar.shape:
         raise ValueError(
             f"expected mu and logvar of one shape, got {tuple(mu.shape)} and {tuple(logvar.shape)}"
@@ -1144,7 +1266,9 @@ def _check_latent(mu, logvar):
         )
 
 
-def _in_order(mu, logvar):
+def _in_order(
+    mu: torch.Tensor, logvar: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, Callable[[torch.Tensor], torch.Tensor]]:
     """Both in the order of their shape, in which noise is numbered, and what puts z as mu was."""
     if mu.dim() != 4 or not layout.is_channels_last(mu):
         return mu, logvar, lambda z: z
@@ -1152,10 +1276,10 @@ def _in_order(mu, logvar):
     return mu, logvar, layout.channels_last
 
 
-def _draw_seed(mu, generator):
+def _draw_seed(mu: torch.Tensor, generator: torch.Generator | None) -> torch.Tensor:
     # Drawn on the device: nothing waits for the host, and a replayed graph draws a new one.
     return torch.randint(2**63 - 1, (1,), device=mu.device, generator=generator)
 
 
-def _draw_noise(mu, generator):
+def _draw_noise(mu: torch.Tensor, generator: torch.Generator | None) -> torch.Tensor:
     return torch.randn(mu.shape, dtype=mu.dtype, device=mu.device, generator=generator)

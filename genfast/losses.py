@@ -4,7 +4,7 @@ Those of logits are binary cross entropy, summed: one kernel each way on a GPU.
 """
 
 import math
-from typing import NamedTuple
+from typing import Literal, NamedTuple, get_args
 
 import torch
 import torch.nn.functional as F
@@ -12,8 +12,24 @@ import torch.nn.functional as F
 from genfast import autograd, operators, reference
 from genfast.functional import implementation
 
+__all__ = [
+    "GAN_LOSSES",
+    "LIKELIHOODS",
+    "GANLoss",
+    "discriminator_loss",
+    "each_reconstruction_loss",
+    "elbo_loss",
+    "fake_loss",
+    "gan_loss",
+    "gaussian_reconstruction_loss",
+    "iwae_loss",
+    "kl_divergence",
+    "real_loss",
+    "reconstruction_loss",
+]
 
-def widen(t):
+
+def widen(t: torch.Tensor) -> torch.Tensor:
     """The tensor in float32, or as it is if wider: a loss in half precision loses its digits."""
     return t.to(torch.promote_types(t.dtype, torch.float32))
 
@@ -28,6 +44,13 @@ class GANLoss(NamedTuple):
     maximises: whether the generator instead maximises the discriminator's loss.
     paired: whether real and generated images are judged in pairs, by the difference of their
         logits: a real image wants to be more real than a generated one.
+
+    Example:
+        >>> hinge = GAN_LOSSES["hinge"]
+        >>> hinge.discriminator(torch.tensor([0.5, -2.0])).item()  # Of a real, a generated image.
+        0.5
+        >>> hinge.generator(torch.tensor([-2.0])).item()
+        2.0
     """
 
     kind: str
@@ -35,17 +58,17 @@ class GANLoss(NamedTuple):
     maximises: bool = False
     paired: bool = False
 
-    def real(self, logits):
+    def real(self, logits: torch.Tensor) -> torch.Tensor:
         """The discriminator's loss of real images' logits, of any shape: their mean, a scalar."""
         self._check_alone()
         return _loss(logits, logits.numel(), logits.numel(), self.kind)
 
-    def fake(self, logits):
+    def fake(self, logits: torch.Tensor) -> torch.Tensor:
         """The discriminator's loss of generated images' logits: as `real`."""
         self._check_alone()
         return _loss(logits, 0, logits.numel(), self.kind)
 
-    def discriminator(self, logits):
+    def discriminator(self, logits: torch.Tensor) -> torch.Tensor:
         """The discriminator's loss of logits (2 N, ...), of N real and then N generated images.
 
         The sum of `real` of the first half and `fake` of the second; of pairs, their mean.
@@ -57,7 +80,7 @@ class GANLoss(NamedTuple):
         half = logits.numel() // 2
         return _loss(logits, half, half, self.kind, self.paired)
 
-    def generator(self, logits):
+    def generator(self, logits: torch.Tensor) -> torch.Tensor:
         """The generator's loss of its images' logits: a scalar.
 
         Where images are judged in pairs, of logits as `discriminator` takes them.
@@ -69,7 +92,7 @@ class GANLoss(NamedTuple):
             return _loss(logits, 0, -logits.numel(), self.generator_kind)
         return _loss(logits, logits.numel(), logits.numel(), self.generator_kind)
 
-    def _check_alone(self):
+    def _check_alone(self) -> None:
         if self.paired:
             raise ValueError(
                 "expected real and generated images together, as this loss judges them in pairs, "
@@ -94,30 +117,43 @@ GAN_LOSSES = {
 }
 
 
-def gan_loss(name):
-    """The `GANLoss` of that name; ValueError if there is none."""
+def gan_loss(name: str) -> GANLoss:
+    """The `GANLoss` of that name; ValueError if there is none.
+
+    Example:
+        >>> gan_loss("wgan").generator(torch.tensor([1.0, 3.0])).item()
+        -2.0
+    """
     if name not in GAN_LOSSES:
         raise ValueError(f"expected a loss among {tuple(GAN_LOSSES)}, got {name!r}")
     return GAN_LOSSES[name]
 
 
-def real_loss(logits):
+def real_loss(logits: torch.Tensor) -> torch.Tensor:
     """Binary cross entropy of the discriminator's logits against the label 1: a scalar.
 
     The mean of -log(sigmoid(logits)), which is softplus(-logits) and exact for logits of any size.
+
+    Example:
+        >>> real_loss(torch.tensor([0.0, 100.0])).item()  # Half of log 2.
+        0.3465735912322998
     """
     return GAN_LOSSES["non-saturating"].real(logits)
 
 
-def fake_loss(logits):
+def fake_loss(logits: torch.Tensor) -> torch.Tensor:
     """Binary cross entropy of the discriminator's logits against the label 0: a scalar.
 
     The mean of -log(1 - sigmoid(logits)), which is softplus(logits).
+
+    Example:
+        >>> fake_loss(torch.tensor([-100.0, 100.0])).item()
+        50.0
     """
     return GAN_LOSSES["non-saturating"].fake(logits)
 
 
-def discriminator_loss(logits):
+def discriminator_loss(logits: torch.Tensor) -> torch.Tensor:
     """`real_loss` of the first half of the logits plus `fake_loss` of the second: a scalar.
 
     Args:
@@ -125,11 +161,15 @@ def discriminator_loss(logits):
 
     Raises:
         ValueError: there are no two halves.
+
+    Example:
+        >>> discriminator_loss(torch.tensor([-100.0, 100.0])).item()  # Both are judged wrongly.
+        200.0
     """
     return GAN_LOSSES["non-saturating"].discriminator(logits)
 
 
-def _check_halves(logits):
+def _check_halves(logits: torch.Tensor) -> None:
     if logits.dim() == 0 or len(logits) % 2:
         raise ValueError(
             f"expected logits of as many generated as real images, got shape {tuple(logits.shape)}"
@@ -137,10 +177,13 @@ def _check_halves(logits):
 
 
 # What the pixels of an image are, given its latent: white with a probability, or normal.
-LIKELIHOODS = ("bernoulli", "gaussian")
+LikelihoodName = Literal["bernoulli", "gaussian"]
+LIKELIHOODS: tuple[LikelihoodName, ...] = get_args(LikelihoodName)
 
 
-def reconstruction_loss(reconstruction, images, *, logits=False):
+def reconstruction_loss(
+    reconstruction: torch.Tensor, images: torch.Tensor, *, logits: bool = False
+) -> torch.Tensor:
     """Binary cross entropy between images in [0, 1], summed over pixels and batch: a scalar.
 
     The images may have any shapes of (N, values) in all. A value between 0 and 1 is taken as the
@@ -150,6 +193,13 @@ def reconstruction_loss(reconstruction, images, *, logits=False):
 
     Raises:
         ValueError: the two differ in the number of images or of values, or in the device.
+
+    Example:
+        >>> images = torch.tensor([[0.0, 1.0]])
+        >>> reconstruction_loss(torch.tensor([[0.0, 1.0]]), images).item()
+        0.0
+        >>> reconstruction_loss(torch.tensor([[-100.0, -100.0]]), images, logits=True).item()
+        100.0
     """
     _check_alike(reconstruction, images)
     if logits:
@@ -158,7 +208,9 @@ def reconstruction_loss(reconstruction, images, *, logits=False):
     return F.binary_cross_entropy(reconstruction, images, reduction="sum")
 
 
-def gaussian_reconstruction_loss(reconstruction, images):
+def gaussian_reconstruction_loss(
+    reconstruction: torch.Tensor, images: torch.Tensor
+) -> torch.Tensor:
     """Half the squared error between images and what a decoder made, summed: a scalar.
 
     That is -log N(images; reconstruction, 1), summed over pixels and batch, but for a constant of
@@ -167,6 +219,10 @@ def gaussian_reconstruction_loss(reconstruction, images):
 
     Raises:
         ValueError: as `reconstruction_loss`.
+
+    Example:
+        >>> gaussian_reconstruction_loss(torch.zeros(2, 3), torch.ones(2, 3)).item()
+        3.0
     """
     _check_alike(reconstruction, images)
     if reconstruction.shape != images.shape:
@@ -174,7 +230,7 @@ def gaussian_reconstruction_loss(reconstruction, images):
     return 0.5 * F.mse_loss(widen(reconstruction), widen(images), reduction="sum")
 
 
-def _check_alike(reconstruction, images):
+def _check_alike(reconstruction: torch.Tensor, images: torch.Tensor) -> None:
     if reconstruction.shape[:1] != images.shape[:1] or reconstruction.numel() != images.numel():
         raise ValueError(
             "expected a reconstruction of as many values as its images, got shapes "
@@ -187,23 +243,40 @@ def _check_alike(reconstruction, images):
         )
 
 
-def kl_divergence(mu, logvar):
+def kl_divergence(mu: torch.Tensor, logvar: torch.Tensor) -> torch.Tensor:
     """KL(N(mu, exp(logvar)) || N(0, 1)), summed over latent and batch: a scalar.
 
     The formula and its source: `genfast.reference.kl_divergence`.
+
+    Example:
+        >>> kl_divergence(torch.ones(2, 4), torch.zeros(2, 4)).item()
+        4.0
     """
     return reference.kl_divergence(widen(mu), widen(logvar)).sum()
 
 
-def elbo_loss(reconstruction, images, mu, logvar):
+def elbo_loss(
+    reconstruction: torch.Tensor, images: torch.Tensor, mu: torch.Tensor, logvar: torch.Tensor
+) -> torch.Tensor:
     """The negative evidence lower bound, summed over the batch, in nats: a scalar.
 
     Takes what a VAE's forward returns, with the images it was given.
+
+    Example:
+        >>> images, mu = torch.tensor([[0.0, 1.0]]), torch.ones(1, 4)
+        >>> elbo_loss(images, images, mu, torch.zeros(1, 4)).item()
+        2.0
     """
     return reconstruction_loss(reconstruction, images) + kl_divergence(mu, logvar)
 
 
-def each_reconstruction_loss(reconstruction, images, likelihood, *, logits=False):
+def each_reconstruction_loss(
+    reconstruction: torch.Tensor,
+    images: torch.Tensor,
+    likelihood: LikelihoodName,
+    *,
+    logits: bool = False,
+) -> torch.Tensor:
     """-log p(image | latent) of each of several reconstructions an image: (N, samples).
 
     Args:
@@ -212,6 +285,11 @@ def each_reconstruction_loss(reconstruction, images, likelihood, *, logits=False
         likelihood: a name in `LIKELIHOODS`: the terms of `reconstruction_loss` or
             `gaussian_reconstruction_loss`, not summed over images.
         logits: as `reconstruction_loss` takes it.
+
+    Example:
+        >>> reconstruction = torch.zeros(2, 5, 3)
+        >>> each_reconstruction_loss(reconstruction, torch.ones(2, 3), "gaussian").shape
+        torch.Size([2, 5])
     """
     _check_alike(reconstruction[:, 0], images)
     x, images = widen(reconstruction).flatten(2), widen(images).flatten(1).unsqueeze(1)
@@ -222,7 +300,7 @@ def each_reconstruction_loss(reconstruction, images, likelihood, *, logits=False
     return loss(x, images, reduction="none").sum(2)
 
 
-def iwae_loss(reconstruction, kl):
+def iwae_loss(reconstruction: torch.Tensor, kl: torch.Tensor) -> torch.Tensor:
     """The negative importance-weighted bound, summed over the batch, in nats: a scalar.
 
     -log of the mean over samples of w = p(image | z) p(z) / q(z | image) (Burda et al., 2016,
@@ -232,6 +310,10 @@ def iwae_loss(reconstruction, kl):
     Args:
         reconstruction: -log p(image | z), (N, samples): `each_reconstruction_loss`.
         kl: log q(z | image) - log p(z), (N, samples): `functional.importance_samples`.
+
+    Example:
+        >>> iwae_loss(torch.ones(2, 5), torch.ones(2, 5)).item()  # All samples say the same.
+        4.0
     """
     if reconstruction.shape != kl.shape or kl.dim() != 2:
         raise ValueError(
@@ -242,7 +324,13 @@ def iwae_loss(reconstruction, kl):
     return (math.log(kl.shape[1]) - log_weights.logsumexp(1)).sum()
 
 
-def _loss(logits, targets, count, kind="logistic", paired=False):
+def _loss(
+    logits: torch.Tensor,
+    targets: torch.Tensor | int,
+    count: int,
+    kind: str = "logistic",
+    paired: bool = False,
+) -> torch.Tensor:
     """sum(f(logits, targets)) / count: a scalar, float32 or wider.
 
     Args:
@@ -267,7 +355,7 @@ def _loss(logits, targets, count, kind="logistic", paired=False):
     return logit_loss(logits, targets, 1 / count if count else math.nan, kind, paired)
 
 
-def _side_by_side(logits, targets):
+def _side_by_side(logits: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Both as vectors, in the order that `logits` has in memory: then only `targets` is copied."""
     if logits.dim() == 4 and logits.shape == targets.shape and not logits.is_contiguous():
         logits, targets = (t.permute(0, 2, 3, 1) for t in (logits, targets))

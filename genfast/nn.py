@@ -5,9 +5,10 @@ optimizers are what they were; only the execution changes. No class name holds "
 "BatchNorm", because the customary `weights_init` of DCGANs looks for those and a `.weight`.
 """
 
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import takewhile
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -19,6 +20,14 @@ from torch.nn.utils.weight_norm import WeightNorm
 from genfast import cpu, folding, functional, layout, processes, reference
 from genfast.backend import kernels_run_on_cpu, selected_backend
 from genfast.opening import DROPOUT, has_hook, in_order, may_open
+
+__all__ = [
+    "DiscriminatorBlock",
+    "FusedSequential",
+    "GaussianSampler",
+    "GeneratorBlock",
+    "statistics_groups",
+]
 
 _ACTIVATIONS = {
     nn.ReLU: "relu",
@@ -64,7 +73,15 @@ _TRAILING = tuple(folding.TRAILING)
 _WEIGHT_SETTERS = {SpectralNorm, WeightNorm}
 
 
-def block_of(conv, norm, activation, negative_slope, inplace=False, leading=(), trailing=()):
+def block_of(
+    conv: Any,
+    norm: nn.Module | None,
+    activation: str,
+    negative_slope: float | torch.Tensor,
+    inplace: bool = False,
+    leading: Sequence[nn.Module] = (),
+    trailing: Sequence[nn.Module] = (),
+) -> functional.Block:
     """A stock convolution, an optional stock norm and an activation: a `functional.Block`.
 
     A weight that is made anew for each forward, as spectral norm does, is made here, once.
@@ -94,7 +111,7 @@ def block_of(conv, norm, activation, negative_slope, inplace=False, leading=(), 
     )
 
 
-def why_not_fused(module):
+def why_not_fused(module: nn.Module) -> str | None:
     """Say why a layer or a block cannot execute together with others; None if it can.
 
     A layer is a convolution, a norm or an activation, a block a `FusedBlock`.
@@ -130,7 +147,7 @@ def why_not_fused(module):
     return None
 
 
-def why_follower_stays_out(layer, modules):
+def why_follower_stays_out(layer: object, modules: Iterable[nn.Module]) -> str:
     """Why a layer of a kind that people would see fused is no part of what it follows; else "".
 
     modules: what runs together before it.
@@ -143,7 +160,7 @@ def why_follower_stays_out(layer, modules):
     return ""
 
 
-def _why_activation_not_fused(module):
+def _why_activation_not_fused(module: nn.Module) -> str | None:
     for name, known in _SETTINGS.get(type(module), {}).items():
         if getattr(module, name) != known:
             return f"its {name} is {getattr(module, name)}, not {known}"
@@ -152,19 +169,19 @@ def _why_activation_not_fused(module):
     return None
 
 
-def _is_image(x):
+def _is_image(x: object) -> bool:
     # Complex numbers are for PyTorch's layers, which take them.
     return isinstance(x, torch.Tensor) and x.dim() == 4 and not x.is_complex()
 
 
-def _fits_norm(module, x):
+def _fits_norm(module: object, x: object) -> bool:
     """Whether a module is a norm for such a tensor, and run by itself where it follows whatever."""
     if type(module) not in _DIMENSIONS or torch.compiler.is_compiling():
         return False  # A compiler makes one pass of PyTorch's own norm and activation too.
     return isinstance(x, torch.Tensor) and x.dim() in _DIMENSIONS[type(module)]
 
 
-def _only_sets_its_weight(module):
+def _only_sets_its_weight(module: nn.Module) -> bool:
     """Whether a convolution's hooks are the older spectral norm and weight norm of PyTorch."""
     others = module._forward_hooks or module._backward_hooks or module._backward_pre_hooks
     if others or not isinstance(module, _CONVOLUTIONS):
@@ -172,7 +189,7 @@ def _only_sets_its_weight(module):
     return all(type(hook) in _WEIGHT_SETTERS for hook in module._forward_pre_hooks.values())
 
 
-def _why_conv_not_fused(conv):
+def _why_conv_not_fused(conv: nn.Conv2d | nn.ConvTranspose2d) -> str | None:
     if conv.groups != 1:
         return f"it has {conv.groups} groups"
     if conv.dilation != (1, 1):
@@ -187,15 +204,19 @@ def _why_conv_not_fused(conv):
 
 
 @contextmanager
-def statistics_groups(module, groups):
+def statistics_groups(module: nn.Module, groups: int) -> Iterator[None]:
     """Within, the batch norms of `module` see the batch as that many equal parts.
 
     In training each part is normalised by statistics of its own, and running statistics and
     counters move once for each part, in order: one call of the module then stands for as many, one
     a part, as long as its other layers treat images one by one.
 
-        with statistics_groups(discriminator, 2):
-            logits = discriminator(torch.cat([reals, fakes]))
+        >>> discriminator = nn.Sequential(nn.BatchNorm2d(3), nn.Flatten())
+        >>> reals, fakes = torch.zeros(2, 3, 4, 4), torch.ones(2, 3, 4, 4)
+        >>> with statistics_groups(discriminator, 2):
+        ...     logits = discriminator(torch.cat([reals, fakes]))
+        >>> logits.abs().max().item()  # Each part alone is the same everywhere.
+        0.0
 
     It holds for PyTorch's own batch norms, fused or not, wherever in the module they are, and not
     for one whose forward somebody has replaced.
@@ -215,10 +236,10 @@ def statistics_groups(module, groups):
 class _ForwardByGroups:
     """Stands in for a batch norm's forward."""
 
-    def __init__(self, norm, groups):
+    def __init__(self, norm: Any, groups: int) -> None:
         self.norm, self.groups = norm, groups
 
-    def __call__(self, x):
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
         norm = self.norm
         norm._check_input_dim(x)
         if (norm.training or norm.running_mean is None) and len(x) % self.groups:
@@ -229,12 +250,12 @@ class _ForwardByGroups:
         return reference.batch_norm_by_groups(x, _norm_of(norm, self.groups))
 
 
-def _groups_of(norm):
+def _groups_of(norm: nn.Module) -> int:
     forward = vars(norm).get("forward")
     return forward.groups if forward else 1
 
 
-def _norm_of(norm, groups):
+def _norm_of(norm: Any, groups: int) -> reference.Norm:
     """A stock norm's arguments, as its own forward decides on them: a `reference.Norm`."""
     if isinstance(norm, _INSTANCE_NORMS):
         return reference.Norm.by_image("instance", norm.weight, norm.bias, norm.eps)
@@ -261,20 +282,29 @@ def _norm_of(norm, groups):
 class FusedBlock(nn.Module):
     """What the two blocks share: a convolution, a batch norm and an activation."""
 
-    def __init__(self, conv, norm, activation, negative_slope, inplace, eps, momentum):
+    def __init__(
+        self,
+        conv: nn.Conv2d | nn.ConvTranspose2d,
+        norm: bool,
+        activation: str,
+        negative_slope: float,
+        inplace: bool,
+        eps: float,
+        momentum: float | None,
+    ) -> None:
         super().__init__()
         known = tuple(name for name in reference.ACTIVATIONS if name not in ("prelu", "glu"))
         if activation not in known:
             raise ValueError(f"expected an activation among {known}, got {activation!r}")
         # The kernels' own layout, so that no step repacks the weight; shapes and keys stay.
-        self.conv = conv.to(memory_format=torch.channels_last)
+        self.conv = conv.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         channels = conv.out_channels
         self.norm = nn.BatchNorm2d(channels, eps=eps, momentum=momentum) if norm else None
         self.activation = activation
         self.negative_slope = negative_slope
         self.inplace = inplace
 
-    def forward(self, x):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Run the block: (N, in_channels, H, W) to (N, out_channels, Ho, Wo)."""
         if self.why_not_fused():
             for child in self.children():
@@ -282,21 +312,21 @@ class FusedBlock(nn.Module):
             return reference.activate(x, self.activation, self.negative_slope)
         return functional.chain(x, [self.block()])
 
-    def block(self):
+    def block(self) -> functional.Block:
         """What it runs as: a `functional.Block`."""
         return block_of(self.conv, self.norm, self.activation, self.negative_slope, self.inplace)
 
-    def why_not_fused(self):
+    def why_not_fused(self) -> str | None:
         """Say why a child keeps the block from running as one operation; None if none does."""
         reasons = (why_not_fused(child) for child in self.children())
         return next((reason for reason in reasons if reason), None)
 
     @property
-    def layers(self):
+    def layers(self) -> str:
         """What the block is made of: "Conv2d + BatchNorm2d + relu"."""
         return " + ".join([*(type(child).__name__ for child in self.children()), self.activation])
 
-    def extra_repr(self):
+    def extra_repr(self) -> str:
         slope = f", {self.negative_slope}" if self.activation == "leaky_relu" else ""
         return f"activation={self.activation}{slope}"
 
@@ -317,25 +347,29 @@ class GeneratorBlock(FusedBlock):
     Shape:
         (N, in_channels, H, W) to (N, out_channels, Ho, Wo), Ho = (H - 1) stride - 2 padding +
         kernel_size + output_padding, likewise Wo.
+
+    Example:
+        >>> GeneratorBlock(8, 4)(torch.randn(2, 8, 4, 4)).shape
+        torch.Size([2, 4, 8, 8])
     """
 
     def __init__(
         self,
-        in_channels,
-        out_channels,
-        kernel_size=4,
-        stride=2,
-        padding=1,
-        output_padding=0,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int | tuple[int, int] = 4,
+        stride: int | tuple[int, int] = 2,
+        padding: int | tuple[int, int] = 1,
+        output_padding: int | tuple[int, int] = 0,
         *,
-        bias=False,
-        norm=True,
-        activation="relu",
-        negative_slope=0.2,
-        inplace=False,
-        eps=1e-5,
-        momentum=0.1,
-    ):
+        bias: bool = False,
+        norm: bool = True,
+        activation: str = "relu",
+        negative_slope: float = 0.2,
+        inplace: bool = False,
+        eps: float = 1e-5,
+        momentum: float | None = 0.1,
+    ) -> None:
         conv = nn.ConvTranspose2d(
             in_channels, out_channels, kernel_size, stride, padding, output_padding, bias=bias
         )
@@ -358,24 +392,28 @@ class DiscriminatorBlock(FusedBlock):
     Shape:
         (N, in_channels, H, W) to (N, out_channels, Ho, Wo), Ho = (H + 2 padding - kernel_size)
         // stride + 1, likewise Wo.
+
+    Example:
+        >>> DiscriminatorBlock(4, 8, norm=False)(torch.randn(2, 4, 8, 8)).shape
+        torch.Size([2, 8, 4, 4])
     """
 
     def __init__(
         self,
-        in_channels,
-        out_channels,
-        kernel_size=4,
-        stride=2,
-        padding=1,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int | tuple[int, int] = 4,
+        stride: int | tuple[int, int] = 2,
+        padding: int | tuple[int, int] = 1,
         *,
-        bias=False,
-        norm=True,
-        activation="leaky_relu",
-        negative_slope=0.2,
-        inplace=False,
-        eps=1e-5,
-        momentum=0.1,
-    ):
+        bias: bool = False,
+        norm: bool = True,
+        activation: str = "leaky_relu",
+        negative_slope: float = 0.2,
+        inplace: bool = False,
+        eps: float = 1e-5,
+        momentum: float | None = 0.1,
+    ) -> None:
         conv = nn.Conv2d(in_channels, out_channels, kernel_size, stride, padding, bias=bias)
         super().__init__(conv, norm, activation, negative_slope, inplace, eps, momentum)
 
@@ -384,7 +422,7 @@ _FIRST_OF_A_BLOCK = (*_CONVOLUTIONS, FusedBlock)
 _BEGINNING = (*_FIRST_OF_A_BLOCK, *_DIMENSIONS)
 
 
-def _convolution_of(module):
+def _convolution_of(module: Any) -> Any:
     """That of a block's first layer, or of a block."""
     return module.conv if isinstance(module, FusedBlock) else module
 
@@ -407,26 +445,26 @@ class Run(NamedTuple):
     reason: str = ""
 
     @property
-    def layers(self):
+    def layers(self) -> str:
         """The class names of the children: "Conv2d + BatchNorm2d + ReLU"."""
         return " + ".join(type(module).__name__ for module in self.modules)
 
     @property
-    def norm(self):
+    def norm(self) -> nn.Module | None:
         """Its norm, or None."""
         return next((m for m in self.modules if isinstance(m, tuple(_DIMENSIONS))), None)
 
     @property
-    def main(self):
+    def main(self) -> Any:
         """Its convolution or block, else its norm, else its only module."""
         return self.modules[self._lead]
 
     @property
-    def is_block(self):
+    def is_block(self) -> bool:
         """Whether it is that of a convolution; else, if it is fused, it begins with a norm."""
         return isinstance(self.main, _FIRST_OF_A_BLOCK)
 
-    def block(self, inplace=False):
+    def block(self, inplace: bool = False) -> functional.Block:
         """What it runs as, a `functional.Block`. `inplace`: nobody but what runs next sees it."""
         lead, last = self._lead, self.modules[-1]
         conv, leading, following = self.modules[lead], self.modules[:lead], self.modules[lead + 1 :]
@@ -437,7 +475,7 @@ class Run(NamedTuple):
         trailing = tuple(m for m in following if isinstance(m, _TRAILING))
         return block_of(conv, self.norm, *self._activation, inplace, leading, trailing)
 
-    def gains_on_cpu(self, x):
+    def gains_on_cpu(self, x: torch.Tensor) -> bool:
         """Whether it gains on a CPU where no kernel runs, of a convolution that takes x."""
         conv, leading = self.main, self.modules[: self._lead]
         trailing = tuple(m for m in self.modules if isinstance(m, _TRAILING))
@@ -448,24 +486,24 @@ class Run(NamedTuple):
         found = folding.around(conv, leading, trailing)
         return folding.gains_on_cpu(conv, found, folding.padding_of(conv, leading), x)
 
-    def normalization(self):
+    def normalization(self) -> functional.Normalization:
         """What it runs as where it begins with a norm: a `functional.Normalization`."""
         norm = self.modules[0]
         return functional.Normalization(_norm_of(norm, _groups_of(norm)), *self._activation)
 
     @property
-    def _lead(self):
+    def _lead(self) -> int:
         """How many layers before its convolution are a part of it."""
         if len(self.modules) == 1:
             return 0
         return sum(type(module) in folding.LEADING for module in self.modules)
 
     @property
-    def _activation(self):
+    def _activation(self) -> tuple[str, float | torch.Tensor]:
         return _activation_of(self.modules[-1])
 
 
-def _activation_of(layer):
+def _activation_of(layer: Any) -> tuple[str, float | torch.Tensor]:
     """Its name and slope, as in `functional.conv_block`; of other layers "identity"."""
     name = _ACTIVATIONS.get(type(layer), "identity")
     if name == "gelu":
@@ -473,7 +511,7 @@ def _activation_of(layer):
     return name, layer.weight if name == "prelu" else getattr(layer, "negative_slope", 0.0)
 
 
-def _activated(blocks, layer):
+def _activated(blocks: list[functional.Block], layer: nn.Module | None) -> list[functional.Block]:
     """The blocks, an activation being the last one's; None for none."""
     if layer is None:
         return blocks
@@ -497,16 +535,26 @@ class FusedSequential(nn.Sequential):
     opens: chains go on into it and out of it, see `genfast.opening`. Every
     other child, and one that has a hook, a parametrisation or a setting the kernels do not know,
     runs as PyTorch runs it. That is looked up at each call, so a hook registered later counts too.
+
+    Example:
+        >>> block = nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU()
+        >>> network = FusedSequential(*block, nn.Flatten())
+        >>> [(run.layers, run.fused) for run in network.plan()]
+        [('Conv2d + BatchNorm2d + ReLU', True), ('Flatten', False)]
+        >>> network(torch.randn(2, 3, 4, 4)).shape
+        torch.Size([2, 32])
     """
 
     # Children that must not fuse, by name, and why; `genfast.accelerate` sets it.
-    unfusable = {}
+    unfusable: dict[str, str] = {}
 
-    def forward(self, x):
+    def forward(self, x: torch.Tensor) -> Any:
         """Run the children in order, fused where they can be."""
         return self.forward_adding(x)[0]
 
-    def forward_adding(self, x, added=None, then=None, leads=False):
+    def forward_adding(
+        self, x: Any, added: Any = None, then: nn.Module | None = None, leads: bool = False
+    ) -> tuple[Any, bool]:
         """As `forward`, and what is added and activated afterwards, if it can be a part of that.
 
         Args:
@@ -535,14 +583,22 @@ class FusedSequential(nn.Sequential):
             x, is_whole = line._run(x, plain, *sums)
         return x, is_whole
 
-    def _run(self, x, plain, added=None, then=None, leads=False):
+    def _run(
+        self,
+        x: Any,
+        plain: bool,
+        added: Any = None,
+        then: nn.Module | None = None,
+        leads: bool = False,
+    ) -> tuple[Any, bool]:
         """As `forward_adding`, of children that do not open."""
         modules = tuple(self._modules.values())
-        known, first = {}, 0
+        known: dict[Any, str] = {}
+        first = 0
         if plain and isinstance(x, torch.Tensor) and x.is_cpu:
             x, first = self._on_cpu(x, first)
 
-        def way_of(x):
+        def way_of(x: torch.Tensor) -> str:
             kind = x.device, x.dtype  # What runs these is looked up once.
             return known.get(kind) or known.setdefault(kind, functional.implementation(x))
 
@@ -579,12 +635,12 @@ class FusedSequential(nn.Sequential):
             x = functional.chain(x, blocks)
         return x, False
 
-    def _genfast_calls(self):
+    def _genfast_calls(self) -> Iterable[Any] | None:
         """See `opening.may_open`."""
         opens = type(self).forward is FusedSequential.forward and not self.unfusable
         return self._modules.values() if opens else None
 
-    def _lines(self):
+    def _lines(self) -> "Iterator[FusedSequential]":
         """Lines of layers that are together what the children do, those that open opened.
 
         Each is looked up when the one before has run. It ends where code of other people runs, in
@@ -593,7 +649,7 @@ class FusedSequential(nn.Sequential):
         if self.unfusable or not any(may_open(child) for child in self._modules.values()):
             yield self
             return
-        layers = {}
+        layers: dict[str, nn.Module] = {}
         for layer in in_order(self._modules.values()):
             # The second time, a batch norm that averages cumulatively has counted the first.
             if not has_no_state(layer) and any(layer is other for other in layers.values()):
@@ -606,7 +662,7 @@ class FusedSequential(nn.Sequential):
         if layers:
             yield line_of(layers)
 
-    def _on_cpu(self, x, first):
+    def _on_cpu(self, x: Any, first: int) -> tuple[Any, int]:
         """Run the children from this number on, as long as x is on a CPU where no kernel runs.
 
         All are called themselves but for blocks whose convolution may gain: each such block runs as
@@ -632,7 +688,9 @@ class FusedSequential(nn.Sequential):
             first += 1
         return x, first
 
-    def _gaining_run(self, names, modules, first, x):
+    def _gaining_run(
+        self, names: tuple[str, ...], modules: tuple[nn.Module, ...], first: int, x: torch.Tensor
+    ) -> Run | None:
         """The run that begins with this child if it gains as one operation; else None."""
         if x.dim() != 4 or x.is_complex():
             return None
@@ -648,14 +706,14 @@ class FusedSequential(nn.Sequential):
             return None
         return run if run.gains_on_cpu(x) else None
 
-    def _goes_on_channels_last(self, first):
+    def _goes_on_channels_last(self, first: int) -> bool:
         """Whether the child of this number begins a run that is channels_last, whatever x is."""
         run = next(self._runs(first), None)
         if run is None or not (run.fused and run.is_block):
             return False
         return layout.is_channels_last(_convolution_of(run.main).weight)
 
-    def _runs(self, first=0):
+    def _runs(self, first: int = 0) -> Iterator[Run]:
         """`plan` from the child of this number on, each `Run` looked up as it is asked for."""
         names, modules = tuple(self._modules), tuple(self._modules.values())
         while first < len(modules):
@@ -663,18 +721,18 @@ class FusedSequential(nn.Sequential):
             yield run
             first += len(run.modules)
 
-    def plan(self):
+    def plan(self) -> list[Run]:
         """The children as a list of `Run`s: what fuses, what does not, and why."""
         return list(self._runs())
 
-    def _run_at(self, names, modules, first):
+    def _run_at(self, names: tuple[str, ...], modules: tuple[nn.Module, ...], first: int) -> Run:
         """The run that begins with this child."""
         main = self._main_of(names, modules, first)
         end, reason = main + 1, ""
         alone = isinstance(modules[main], tuple(_DIMENSIONS))
         begins = alone or isinstance(modules[main], _FIRST_OF_A_BLOCK)
         if begins:
-            reason = self._why_not_fused(names[main], modules[main])
+            reason = self._why_not_fused(names[main], modules[main]) or ""
         fused = begins and not reason
         if fused and not isinstance(modules[main], FusedBlock):
             followers = (tuple(_ACTIVATIONS),) if alone else (_NORMS, tuple(_ACTIVATIONS))
@@ -684,7 +742,7 @@ class FusedSequential(nn.Sequential):
             end, reason = self._end_of_run(names, modules, last, followers)
         return Run(names[first:end], modules[first:end], fused, reason)
 
-    def _main_of(self, names, modules, first):
+    def _main_of(self, names: tuple[str, ...], modules: tuple[nn.Module, ...], first: int) -> int:
         """The number of the child that the run of this one is named after, mostly itself.
 
         It is the convolution to which layers lead that become part of it.
@@ -699,7 +757,9 @@ class FusedSequential(nn.Sequential):
             return first
         return main if folding.leads(modules[first:main], modules[main]) else first
 
-    def _is_trailed(self, names, modules, first, main):
+    def _is_trailed(
+        self, names: tuple[str, ...], modules: tuple[nn.Module, ...], first: int, main: int
+    ) -> bool:
         """Whether the child after a convolution that fuses becomes part of it."""
         after = main + 1
         if after == len(modules) or not isinstance(modules[after], _TRAILING):
@@ -709,7 +769,13 @@ class FusedSequential(nn.Sequential):
         fits = folding.trails(modules[after], modules[main], modules[first:main])
         return fits and not self._why_not_fused(names[after], modules[after])
 
-    def _end_of_run(self, names, modules, first, followers):
+    def _end_of_run(
+        self,
+        names: tuple[str, ...],
+        modules: tuple[nn.Module, ...],
+        first: int,
+        followers: Sequence[tuple[type, ...]],
+    ) -> tuple[int, str]:
         """Where what runs with this child ends; why a norm or activation stays out.
 
         followers: of each layer that may follow, the kinds.
@@ -730,11 +796,11 @@ class FusedSequential(nn.Sequential):
                 return end, f"{type(modules[end]).__name__} {names[end]!r} stays out: {reason}"
         return end, ""
 
-    def _why_not_fused(self, name, module):
+    def _why_not_fused(self, name: str, module: nn.Module) -> str | None:
         return self.unfusable.get(name) or why_not_fused(module)
 
 
-def _called(module, x):
+def _called(module: nn.Module, x: Any) -> Any:
     """module(x); PyTorch's own `SyncBatchNorm` refuses to train on a CPU."""
     if type(module) is nn.SyncBatchNorm and isinstance(x, torch.Tensor) and x.is_cpu:
         with statistics_groups(module, _groups_of(module)):
@@ -742,22 +808,22 @@ def _called(module, x):
     return module(x)
 
 
-def _may_begin_block(layer):
+def _may_begin_block(layer: object) -> bool:
     """Whether a run of a convolution may begin with this layer, by its kind."""
     return isinstance(layer, _FIRST_OF_A_BLOCK) or may_lead_to_run(layer)
 
 
-def may_lead_to_run(layer):
+def may_lead_to_run(layer: object) -> bool:
     """Whether it may become part of the convolution after it, by its kind."""
     return type(layer) in folding.LEADING
 
 
-def begins_run(layer):
+def begins_run(layer: object) -> bool:
     """Whether a run of layers that execute together may begin with this one, by its kind."""
     return isinstance(layer, _BEGINNING)
 
 
-def may_begin_on(layer, x):
+def may_begin_on(layer: Any, x: torch.Tensor) -> bool:
     """Whether a run that begins with this layer may run as one operation on this input."""
     # What has a type of its own is left to PyTorch; isinstance would take longer.
     if type(x) not in (torch.Tensor, nn.Parameter):
@@ -773,12 +839,12 @@ def may_begin_on(layer, x):
     return True
 
 
-def is_norm(layer):
+def is_norm(layer: object) -> bool:
     """Whether it is a norm that fuses, by its kind."""
     return isinstance(layer, tuple(_DIMENSIONS))
 
 
-def runs_undisturbed(layer):
+def runs_undisturbed(layer: nn.Module) -> bool:
     """Whether a layer runs no code but PyTorch's and genfast's, but for global hooks."""
     held = vars(layer)
     if type(layer) in _FUSED and not (
@@ -792,7 +858,7 @@ def runs_undisturbed(layer):
     return not why_not_fused(layer)
 
 
-def _runs_pytorchs_code(layer):
+def _runs_pytorchs_code(layer: object) -> bool:
     """As `runs_undisturbed`, of layers that do not fuse too."""
     if not isinstance(layer, nn.Module):
         return False
@@ -801,7 +867,7 @@ def _runs_pytorchs_code(layer):
     return runs_undisturbed(layer)
 
 
-def line_of(layers):
+def line_of(layers: dict[str, nn.Module]) -> FusedSequential:
     """A `FusedSequential` of layers, by name, that belong to other modules: for one call.
 
     Args:
@@ -813,17 +879,17 @@ def line_of(layers):
     return line
 
 
-def has_no_state(layer):
+def has_no_state(layer: object) -> bool:
     """Whether it is one of PyTorch's layers that fuse and hold nothing that a call changes."""
     return type(layer) in _ACTIVATIONS or type(layer) in folding.LAYERS
 
 
-def is_activation(layer):
+def is_activation(layer: object) -> bool:
     """Whether it is one of PyTorch's activations that fuse; several places may share one."""
     return type(layer) in _ACTIVATIONS
 
 
-def activates_sums(layer):
+def activates_sums(layer: Any) -> bool:
     """Whether it is an activation that may run with a block and a sum before it."""
     if not is_activation(layer) or why_not_fused(layer):
         return False
@@ -831,14 +897,19 @@ def activates_sums(layer):
     return functional.sums_may_go_into(_activation_of(layer)[0], inplace)
 
 
-def first_run(container):
+def first_run(container: FusedSequential) -> Run:
     """The `Run` that a `FusedSequential`, not an empty one, begins with."""
     return next(container._runs())
 
 
 class GaussianSampler(nn.Module):
-    """Reparameterised sampling as a layer: `sampler(mu, logvar)` gives mu + exp(logvar/2) * eps."""
+    """Reparameterised sampling as a layer: `sampler(mu, logvar)` gives mu + exp(logvar/2) * eps.
 
-    def forward(self, mu, logvar):
+    Example:
+        >>> GaussianSampler()(torch.zeros(2, 3), torch.zeros(2, 3)).shape
+        torch.Size([2, 3])
+    """
+
+    def forward(self, mu: torch.Tensor, logvar: torch.Tensor) -> torch.Tensor:
         """Sample: (N, ...) and (N, ...) to (N, ...). See `functional.reparameterize`."""
         return functional.reparameterize(mu, logvar)

@@ -7,7 +7,7 @@ wherever the kernels do not.
 
 from collections.abc import Callable
 from functools import partial
-from typing import NamedTuple
+from typing import Literal, NamedTuple, get_args
 
 import torch
 import torch.nn.functional as F
@@ -80,7 +80,8 @@ ACTIVATION = {
 ACTIVATIONS = tuple(ACTIVATION)
 
 
-NORMS = ("batch", "instance", "group")
+NormName = Literal["batch", "instance", "group"]
+NORMS: tuple[NormName, ...] = get_args(NormName)
 
 
 class Norm(NamedTuple):

@@ -71,7 +71,7 @@ def _compiled(function, node, imported, given):
     given: further names from around it.
     """
     code = function.__code__
-    *_, owner, _ = ("_", *function.__qualname__.split("."))
+    owner = f"_.{function.__qualname__}".split(".")[-2]
     owner = owner if owner.isidentifier() else "_"
     free = {*code.co_freevars, *given} - {"__class__"}
     arguments = ast.arguments([], [ast.arg(name) for name in sorted(free)], None, [], [], None, [])

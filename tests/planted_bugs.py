@@ -79,6 +79,20 @@ BUGS = (
         "test_pixel_shuffle.py::test_a_norm_takes_no_bias_of_phases_away",
     ),
     Bug(
+        "a public function does not say what it takes",
+        "genfast/losses.py",
+        "def gan_loss(name: str) -> GANLoss:",
+        "def gan_loss(name) -> GANLoss:",
+        "test_types.py::test_public_names_have_types",
+    ),
+    Bug(
+        "a public name's example is no example",
+        "genfast/losses.py",
+        '>>> gan_loss("wgan").generator',
+        'gan_loss("wgan").generator',
+        "test_docstrings.py::test_all_have_an_example",
+    ),
+    Bug(
         "a process's loss counts as much as that of one with more images",
         "genfast/training/steps/spread.py",
         "self._part = count / processes.summed(count, self._group)",

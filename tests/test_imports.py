@@ -59,8 +59,15 @@ def _level(module):
 
 
 def _imports(source, package, modules):
-    """The modules that Python source imports, at its top or inside a function."""
-    for node in ast.walk(ast.parse(source)):
+    """The modules that Python source imports, at its top or inside a function.
+
+    What a type checker alone reads is never imported.
+    """
+    tree = ast.parse(source)
+    for node in ast.walk(tree):
+        if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING":
+            node.body = []
+    for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
@@ -88,6 +95,7 @@ def _imports_of(path):
         ("from .nn import FusedSequential", "genfast", "genfast.nn"),
         ("from ..nn import FusedSequential", "genfast.models", "genfast.nn"),
         ("def late():\n    from genfast import nn", "genfast", "genfast.nn"),
+        ("if TYPE_CHECKING:\n    import genfast\nelse:\n    import torch", "genfast", "torch"),
     ],
 )
 def test_every_way_to_write_an_import_is_seen(source, package, imported):

@@ -688,6 +688,7 @@ ERRORS = {
     "running_mean alone": (dict(running_mean=torch.ones(4)), X, ValueError, "only one of them"),
     "counter": (dict(num_batches_tracked=torch.tensor(0.0)), X, TypeError, "int64 scalar"),
     "one value": ({}, X[:1, :, :1, :1], ValueError, "more than 1 value per channel.*1 x 1 x 1"),
+    "no norm": (dict(norm=False), X, ValueError, "expected a norm among .*, got False"),
     "one row": ({}, torch.ones(1, 4), ValueError, "more than 1 value per channel.*1 x 1 pixels"),
     "groups": (dict(statistics_groups=3), X, ValueError, "2 images and 3 groups"),
     "channels": (dict(norm="group", norm_groups=3), X, ValueError, "4 channels and 3 groups"),

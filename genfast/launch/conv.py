@@ -167,7 +167,14 @@ def sums_apart(operation, source, weight, geometry, output_is_read):
     return predict.cycles(config, plain, chip) + of_pass < predict.cycles(config, grown, chip)
 
 
-def predicted(architecture, precision, images, geometry, c_small, c_big):
+def predicted(
+    architecture: str,
+    precision: str,
+    images: int,
+    geometry: ConvGeometry,
+    c_small: int,
+    c_big: int,
+) -> float | None:
     """The cycles of fprop, dgrad and wgrad together, by the model in `predict`.
 
     Args:

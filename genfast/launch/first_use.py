@@ -14,6 +14,7 @@ import statistics
 import threading
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -36,7 +37,7 @@ _NEAR = 2.0
 # One product is timed at a time; autograd runs backward in threads of its own.
 _lock = threading.RLock()
 # {(GPU, versions): {(epilogue, a problem's key): {images: GemmConfig}}}
-_found = {}
+_found: dict[Any, Any] = {}
 _switched_off = False
 
 

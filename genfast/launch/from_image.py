@@ -12,6 +12,7 @@ image = from_image.found(x, geometry)                          its `Padded`, wit
 import math
 import weakref
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -32,8 +33,8 @@ _PAD_BLOCK = 512
 # it has read last, the `_signature` of the generated images there, and a `_Copy` of them.
 # PyTorch keeps a storage's Python object as long as the storage, whatever views come and go: here
 # what autograd saved is recognised, and the next owner of the same addresses is not.
-_written = weakref.WeakKeyDictionary()
-_copied = weakref.WeakKeyDictionary()
+_written: Any = weakref.WeakKeyDictionary()
+_copied: Any = weakref.WeakKeyDictionary()
 
 
 @dataclass(frozen=True)

@@ -206,7 +206,7 @@ def _statistics_block(channels):
     return min(32, tiles.power_of_two(channels))
 
 
-def _halves(activation):
+def _halves(activation: str) -> bool:
     """Whether it gives half of the channels. Passes of such have kernels of their own."""
     return reference.ACTIVATION[activation].halves
 

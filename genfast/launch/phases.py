@@ -3,8 +3,10 @@
 The kernel of a dgrad computes phase by phase and adds it there; these are passes of their own.
 """
 
+from torch import Tensor
 
-def add_bias(z, bias, stride):
+
+def add_bias(z: Tensor, bias: Tensor, stride: tuple[int, int]) -> None:
     """Add it in place.
 
     Args:
@@ -17,7 +19,7 @@ def add_bias(z, bias, stride):
     z += bias.view(sh, 1, sw, -1).permute(3, 1, 0, 2).unsqueeze(3)
 
 
-def bias_gradient(dz, stride):
+def bias_gradient(dz: Tensor, stride: tuple[int, int]) -> Tensor:
     """The sums of dz (N, C, H, W) over the pixels of each phase: (phases, C)."""
     sh, sw = stride
     phases = dz.unflatten(3, (-1, sw)).unflatten(2, (-1, sh)).sum((0, 2, 4))

@@ -14,7 +14,7 @@ anything else that may change, such as what tensor an address belongs to.
 import functools
 import threading
 from contextlib import contextmanager
-from typing import NamedTuple
+from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
 import torch
@@ -29,7 +29,7 @@ if triton is not None:
 # Of so many shapes; the oldest is forgotten.
 _LIMIT = 1024
 _SEEN = object()
-_tapes = {}
+_tapes: dict[Any, Any] = {}
 _thread = threading.local()
 _EMPTY = {
     torch.ops.aten.empty.memory_format,

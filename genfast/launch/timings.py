@@ -21,14 +21,14 @@ from genfast.launch import tiles
 try:
     import fcntl
 except ImportError:  # Windows
-    fcntl = None
+    fcntl = None  # type: ignore[assignment]
 
 # Other columns are another format and take another number.
 NAME = "first_use_1.csv"
 # For another process's writing, which takes milliseconds.
 _LOCK_SECONDS = 5.0
 # Of which troubles a process has warned: each once.
-_warned = set()
+_warned: set[str] = set()
 
 
 @dataclass(frozen=True)

@@ -14,15 +14,20 @@ import torch
 from torch import nn
 
 from genfast.models.classes import check_classes
-from genfast.models.sizes import halved
+from genfast.models.sizes import ImageSize, halved
 from genfast.nn import FusedSequential
 
 
-def weights_init(module):
+def weights_init(module: nn.Module) -> None:
     """Initialise one layer as DCGANs are: `model.apply(weights_init)`.
 
     Weights of convolutions are drawn from N(0, 0.02), those of batch norms from N(1, 0.02) with
     biases of 0; the second number is the standard deviation.
+
+    Example:
+        >>> layer = nn.BatchNorm2d(4).apply(weights_init)
+        >>> layer.bias.tolist()
+        [0.0, 0.0, 0.0, 0.0]
     """
     if isinstance(module, nn.Conv2d | nn.ConvTranspose2d):
         nn.init.normal_(module.weight, 0.0, 0.02)
@@ -48,9 +53,21 @@ class DCGANGenerator(nn.Module):
 
     Shape:
         (N, nz, 1, 1), and int64 labels (N,), to (N, nc, height, width), in [-1, 1].
+
+    Example:
+        >>> generator = DCGANGenerator(nz=8, ngf=4, image_size=16)
+        >>> generator(torch.randn(2, 8, 1, 1)).shape
+        torch.Size([2, 3, 16, 16])
     """
 
-    def __init__(self, nz=100, ngf=64, nc=3, image_size=64, classes=None):
+    def __init__(
+        self,
+        nz: int = 100,
+        ngf: int = 64,
+        nc: int = 3,
+        image_size: ImageSize = 64,
+        classes: int | None = None,
+    ) -> None:
         super().__init__()
         size = halved(image_size)
         check_classes(classes)
@@ -73,7 +90,7 @@ class DCGANGenerator(nn.Module):
         self.main = FusedSequential(*layers)
         self.apply(weights_init)
         # The layout the kernels read, so that no step repacks a weight.
-        self.to(memory_format=torch.channels_last)
+        self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         if classes:
             self.embedding = nn.Embedding(classes, nz)
             # Of a length of 1, as a one-hot label would have. Where it begins as strong as the
@@ -81,7 +98,7 @@ class DCGANGenerator(nn.Module):
             # deviation within a class fell to 0.02, this way it stays at 0.19, of 0.29 in the data.
             nn.init.normal_(self.embedding.weight, 0.0, nz**-0.5)
 
-    def forward(self, z, labels=None):
+    def forward(self, z: torch.Tensor, labels: torch.Tensor | None = None) -> torch.Tensor:
         """Draw the images that these noise vectors, and labels, stand for."""
         if self.classes:
             z = torch.cat([z, self.embedding(labels)[:, :, None, None]], 1)
@@ -101,9 +118,16 @@ class DCGANDiscriminator(nn.Module):
     Shape:
         (N, nc, height, width), and int64 labels (N,), to (N,): positive where an image looks real,
         and of its class.
+
+    Example:
+        >>> discriminator = DCGANDiscriminator(ndf=4, image_size=(16, 24))
+        >>> discriminator(torch.rand(2, 3, 16, 24) * 2 - 1).shape
+        torch.Size([2])
     """
 
-    def __init__(self, nc=3, ndf=64, image_size=64, classes=None):
+    def __init__(
+        self, nc: int = 3, ndf: int = 64, image_size: ImageSize = 64, classes: int | None = None
+    ) -> None:
         super().__init__()
         size = halved(image_size)
         check_classes(classes)
@@ -120,12 +144,12 @@ class DCGANDiscriminator(nn.Module):
         layers += [nn.Conv2d(width, 1, size.base, 1, 0, bias=False)]
         self.main = FusedSequential(*layers)
         self.apply(weights_init)
-        self.to(memory_format=torch.channels_last)
+        self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         if classes:
             self.embedding = nn.Embedding(classes, width)
             nn.init.normal_(self.embedding.weight, 0.0, 0.02)  # As the weights of the last layer.
 
-    def forward(self, images, labels=None):
+    def forward(self, images: torch.Tensor, labels: torch.Tensor | None = None) -> torch.Tensor:
         """Judge the images, and whether they are of these classes."""
         if not self.classes:
             return self.main(images).flatten()

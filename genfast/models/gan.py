@@ -12,6 +12,7 @@ vector.
 """
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import nn
@@ -26,12 +27,12 @@ class Maxout(nn.Module):
         (N, in_features) to (N, out_features).
     """
 
-    def __init__(self, in_features, out_features, pieces):
+    def __init__(self, in_features: int, out_features: int, pieces: int) -> None:
         super().__init__()
         self.linear = nn.Linear(in_features, out_features * pieces)
         self.pieces = pieces
 
-    def forward(self, x):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Evaluate every piece and keep the largest."""
         return self.linear(x).unflatten(1, (-1, self.pieces)).amax(2)
 
@@ -47,9 +48,20 @@ class GANGenerator(nn.Module):
 
     Shape:
         (N, nz), and int64 labels (N,), to (N, C, H, W), in [-1, 1].
+
+    Example:
+        >>> generator = GANGenerator((1, 8, 8), nz=4, hidden=16, classes=10)
+        >>> generator(torch.randn(2, 4), torch.tensor([3, 7])).shape
+        torch.Size([2, 1, 8, 8])
     """
 
-    def __init__(self, image_shape=(1, 28, 28), nz=100, hidden=1200, classes=None):
+    def __init__(
+        self,
+        image_shape: Sequence[int] = (1, 28, 28),
+        nz: int = 100,
+        hidden: int = 1200,
+        classes: int | None = None,
+    ) -> None:
         super().__init__()
         check_classes(classes)
         self.image_shape = tuple(image_shape)
@@ -69,7 +81,7 @@ class GANGenerator(nn.Module):
             self.embedding = nn.Embedding(classes, hidden - of_noise)
             nn.init.normal_(self.embedding.weight, 0.0, nz**-0.5)  # Not to drown the noise.
 
-    def forward(self, z, labels=None):
+    def forward(self, z: torch.Tensor, labels: torch.Tensor | None = None) -> torch.Tensor:
         """Draw the images that these noise vectors, and labels, stand for."""
         if not self.classes:
             return self.main(z).view(-1, *self.image_shape)
@@ -88,9 +100,19 @@ class GANDiscriminator(nn.Module):
 
     Shape:
         (N, C, H, W), and int64 labels (N,), to (N,).
+
+    Example:
+        >>> GANDiscriminator((1, 8, 8), units=8)(torch.zeros(2, 1, 8, 8)).shape
+        torch.Size([2])
     """
 
-    def __init__(self, image_shape=(1, 28, 28), units=240, pieces=5, classes=None):
+    def __init__(
+        self,
+        image_shape: Sequence[int] = (1, 28, 28),
+        units: int = 240,
+        pieces: int = 5,
+        classes: int | None = None,
+    ) -> None:
         super().__init__()
         check_classes(classes)
         self.classes = classes
@@ -108,7 +130,7 @@ class GANDiscriminator(nn.Module):
             # From N(0, 1): begun smaller, the label of digits was passed over for long.
             self.embedding = nn.Embedding(classes, of_label)
 
-    def forward(self, images, labels=None):
+    def forward(self, images: torch.Tensor, labels: torch.Tensor | None = None) -> torch.Tensor:
         """Judge the images, and whether they are of these classes."""
         if not self.classes:
             return self.main(images).squeeze(1)
@@ -124,9 +146,16 @@ class GAN(nn.Module):
         image_shape: (C, H, W) of the images.
         nz: the length of the noise vector.
         classes: how many classes there are labels of; None for networks that take no labels.
+
+    Example:
+        >>> gan = GAN((1, 8, 8), nz=4)
+        >>> gan.discriminator(gan.generator(torch.randn(2, 4))).shape
+        torch.Size([2])
     """
 
-    def __init__(self, image_shape=(1, 28, 28), nz=100, classes=None):
+    def __init__(
+        self, image_shape: Sequence[int] = (1, 28, 28), nz: int = 100, classes: int | None = None
+    ) -> None:
         super().__init__()
         self.generator = GANGenerator(image_shape, nz, classes=classes)
         self.discriminator = GANDiscriminator(image_shape, classes=classes)

@@ -10,6 +10,8 @@ from genfast.geometry import pair
 
 SMALLEST, LARGEST = 16, 256  # Pixels of the smaller side that networks of convolutions take.
 _FEWEST = 4  # Pixels of that side that are left of it.
+# A size in pixels as users write it.
+ImageSize = int | str | tuple[int, int]
 _TEXT = re.compile("([1-9][0-9]{0,9})x([1-9][0-9]{0,9})")
 
 
@@ -29,7 +31,7 @@ class Halved(NamedTuple):
         return 2 ** (self.halvings - 1)
 
 
-def height_and_width(image_size: object) -> tuple[int, int]:
+def height_and_width(image_size: ImageSize) -> tuple[int, int]:
     """A size as (height, width); ValueError if it is none."""
     match = _TEXT.fullmatch(image_size) if isinstance(image_size, str) else None
     try:
@@ -49,7 +51,7 @@ def plain(height: int, width: int) -> int | str:
     return height if height == width else f"{height}x{width}"
 
 
-def halved(image_size: object) -> Halved:
+def halved(image_size: ImageSize) -> Halved:
     """How often images of this size are halved, and to what; ValueError unless they can be.
 
     The smaller side decides, and the other one goes with it: both are halved until 4 to 7 pixels
@@ -91,5 +93,5 @@ def nearest(height: int, width: int) -> tuple[int, int]:
     return height, width
 
 
-def _halvings(height, width):
+def _halvings(height: int, width: int) -> int:
     return (min(height, width) // _FEWEST).bit_length() - 1

@@ -15,11 +15,11 @@ from torch import nn
 
 from genfast.functional import reparameterize
 from genfast.models.classes import check_classes
-from genfast.models.sizes import halved, height_and_width
+from genfast.models.sizes import ImageSize, halved, height_and_width
 from genfast.nn import DiscriminatorBlock, FusedSequential, GeneratorBlock
 
 
-def _sigmoid(logits):
+def _sigmoid(logits: torch.Tensor) -> torch.Tensor:
     return torch.sigmoid(logits.to(torch.promote_types(logits.dtype, torch.float32)))
 
 
@@ -33,9 +33,20 @@ class VAE(nn.Module):
         classes: how many classes there are labels of; None for a model that takes no labels. Both
             hidden layers are then given a one-hot label beside what they take: that adds a row of
             an embedding to each.
+
+    Example:
+        >>> reconstruction, mu, logvar = VAE(64, 16, latent_dim=4)(torch.rand(2, 1, 8, 8))
+        >>> reconstruction.shape, mu.shape
+        (torch.Size([2, 64]), torch.Size([2, 4]))
     """
 
-    def __init__(self, image_dim=784, hidden_dim=400, latent_dim=20, classes=None):
+    def __init__(
+        self,
+        image_dim: int = 784,
+        hidden_dim: int = 400,
+        latent_dim: int = 20,
+        classes: int | None = None,
+    ) -> None:
         super().__init__()
         check_classes(classes)
         self.latent_dim = latent_dim
@@ -49,7 +60,9 @@ class VAE(nn.Module):
             self.label_of_encoder = nn.Embedding(classes, hidden_dim)
             self.label_of_decoder = nn.Embedding(classes, hidden_dim)
 
-    def encode(self, images, labels=None):
+    def encode(
+        self, images: torch.Tensor, labels: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """(N, ...) in [0, 1] to the mean and log-variance of the latent, (N, latent_dim) each.
 
         labels: int64 (N,), for a conditional model.
@@ -61,24 +74,27 @@ class VAE(nn.Module):
         # Both heads in one matrix product: each alone is too narrow to be worth its start.
         heads = self.fc21, self.fc22
         weight, bias = (torch.cat([getattr(h, name) for h in heads]) for name in ("weight", "bias"))
-        return F.linear(hidden, weight, bias).chunk(2, dim=1)
+        mu, logvar = F.linear(hidden, weight, bias).chunk(2, dim=1)
+        return mu, logvar
 
-    def reparameterize(self, mu, logvar):
+    def reparameterize(self, mu: torch.Tensor, logvar: torch.Tensor) -> torch.Tensor:
         """Sample the latent: see `genfast.functional.reparameterize`."""
         return reparameterize(mu, logvar)
 
-    def decode_logits(self, z, labels=None):
+    def decode_logits(self, z: torch.Tensor, labels: torch.Tensor | None = None) -> torch.Tensor:
         """(N, latent_dim) to flat images before the sigmoid, (N, image_dim)."""
         hidden = self.fc3(z)
         if self.classes:
             hidden = hidden + self.label_of_decoder(labels)
         return self.fc4(F.relu(hidden))
 
-    def decode(self, z, labels=None):
+    def decode(self, z: torch.Tensor, labels: torch.Tensor | None = None) -> torch.Tensor:
         """(N, latent_dim) to flat images, (N, image_dim) in [0, 1]."""
         return _sigmoid(self.decode_logits(z, labels))
 
-    def forward(self, images, labels=None):
+    def forward(
+        self, images: torch.Tensor, labels: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Images, and labels, to (their reconstructions, mu, logvar)."""
         mu, logvar = self.encode(images, labels)
         return self.decode(self.reparameterize(mu, logvar), labels), mu, logvar
@@ -95,9 +111,22 @@ class ConvVAE(nn.Module):
         classes: how many classes there are labels of; None for a model that takes no labels. An
             embedding of the label is then one more channel of the image, and another one lies
             beside the latent.
+
+    Example:
+        >>> model = ConvVAE(image_size=16, latent_dim=4, width=4)
+        >>> reconstruction, mu, logvar = model(torch.rand(2, 1, 16, 16))
+        >>> reconstruction.shape, mu.shape
+        (torch.Size([2, 1, 16, 16]), torch.Size([2, 4]))
     """
 
-    def __init__(self, nc=1, image_size=32, latent_dim=32, width=32, classes=None):
+    def __init__(
+        self,
+        nc: int = 1,
+        image_size: ImageSize = 32,
+        latent_dim: int = 32,
+        width: int = 32,
+        classes: int | None = None,
+    ) -> None:
         super().__init__()
         size = halved(image_size)
         heads = 2 * latent_dim
@@ -125,7 +154,9 @@ class ConvVAE(nn.Module):
             self.label_of_encoder = nn.Embedding(classes, math.prod(height_and_width(image_size)))
             self.label_of_decoder = nn.Embedding(classes, latent_dim)
 
-    def encode(self, images, labels=None):
+    def encode(
+        self, images: torch.Tensor, labels: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """(N, nc, H, W) in [0, 1] to the mean and log-variance, (N, latent_dim) each.
 
         labels: int64 (N,), for a conditional model.
@@ -135,21 +166,23 @@ class ConvVAE(nn.Module):
             images = torch.cat([images, channel.to(images.dtype)], 1)
         return self.encoder(images).flatten(1).chunk(2, dim=1)
 
-    def reparameterize(self, mu, logvar):
+    def reparameterize(self, mu: torch.Tensor, logvar: torch.Tensor) -> torch.Tensor:
         """Sample the latent: see `genfast.functional.reparameterize`."""
         return reparameterize(mu, logvar)
 
-    def decode_logits(self, z, labels=None):
+    def decode_logits(self, z: torch.Tensor, labels: torch.Tensor | None = None) -> torch.Tensor:
         """(N, latent_dim) to images before the sigmoid, (N, nc, H, W)."""
         if self.classes:
             z = torch.cat([z, self.label_of_decoder(labels)], 1)
         return self.decoder(z[:, :, None, None])
 
-    def decode(self, z, labels=None):
+    def decode(self, z: torch.Tensor, labels: torch.Tensor | None = None) -> torch.Tensor:
         """(N, latent_dim) to images, (N, nc, H, W) in [0, 1]."""
         return _sigmoid(self.decode_logits(z, labels))
 
-    def forward(self, images, labels=None):
+    def forward(
+        self, images: torch.Tensor, labels: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Images, and labels, to (their reconstructions, mu, logvar)."""
         mu, logvar = self.encode(images, labels)
         return self.decode(self.reparameterize(mu, logvar), labels), mu, logvar

@@ -1,6 +1,9 @@
 """What a person at the command line is told in one sentence, instead of a traceback."""
 
 import importlib
+from typing import Any
+
+__all__ = ["BadInput", "Diverged"]
 
 # The extras of setup.py, by the names that pip knows, and what they are for.
 EXTRAS = {
@@ -12,14 +15,26 @@ EXTRAS = {
 
 
 class BadInput(ValueError):
-    """Something given from outside cannot be used: the message says what was expected and came."""
+    """Something given from outside cannot be used: the message says what was expected and came.
+
+    Example:
+        >>> raise BadInput("expected --num from 1 on, got 0")
+        Traceback (most recent call last):
+        genfast.training.errors.BadInput: expected --num from 1 on, got 0
+    """
 
 
 class Diverged(RuntimeError):
-    """The losses are no longer finite."""
+    """The losses are no longer finite.
+
+    Example:
+        >>> raise Diverged("training diverged: d_loss of step 7 is nan")
+        Traceback (most recent call last):
+        genfast.training.errors.Diverged: training diverged: d_loss of step 7 is nan
+    """
 
 
-def require(module, package, extra="train"):
+def require(module: str, package: str, extra: str = "train") -> Any:
     """Import a module of an optional package; BadInput says how to install it if it is absent.
 
     Args:

@@ -11,7 +11,7 @@ from genfast.training.errors import BadInput
 try:
     import resource
 except ImportError:  # Windows has no such limits.
-    resource = None
+    resource = None  # type: ignore[assignment]
 
 CGROUPS = Path("/sys/fs/cgroup")
 # Of the first and second version: the limit, what is used, and what of that could be given back.

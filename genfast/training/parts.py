@@ -25,7 +25,7 @@ def images_and_labels(thing: Any, are_images: Callable[[Any], bool]) -> tuple[An
         TypeError: a dict has no images, or could mean several of its values.
     """
     if isinstance(thing, tuple | list):
-        images, labels, *_ = (*thing, None, None)
+        images, labels = [*list(thing), None, None][:2]
         return images, labels
     if not isinstance(thing, Mapping):
         return thing, None

@@ -2,8 +2,10 @@
 
 import time
 from collections import deque
+from collections.abc import Callable, Generator, Iterator
 from contextlib import closing
 from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
@@ -39,25 +41,38 @@ class Batches:
         seed: an int from 0.
         device: where batches are wanted.
         chosen: the numbers of the images that take part, an int64 tensor; None for all.
+
+    Example:
+        >>> images = torch.zeros(10, 1, 8, 8, dtype=torch.uint8)
+        >>> batches = Batches(images, batch_size=4, seed=0, device=torch.device("cpu"))
+        >>> len(batches), next(batches.stream()).shape
+        (2, torch.Size([4, 1, 8, 8]))
     """
 
-    def __init__(self, images, batch_size, seed, device, chosen=None):
+    def __init__(
+        self,
+        images: torch.Tensor | LabelledImages,
+        batch_size: int,
+        seed: int,
+        device: torch.device,
+        chosen: torch.Tensor | None = None,
+    ) -> None:
         self._chosen = chosen
         self._count = len(images) if chosen is None else len(chosen)
         if self._count < batch_size:
             raise BadInput(
                 f"expected --batch-size of at most the {self._count} images, got {batch_size}"
             )
-        self.labels = None
+        self.labels: Any = None
         if isinstance(images, LabelledImages):
-            images, self.labels = images.images, images.labels
+            self.labels, images = images.labels, images.images
         on_cuda = device.type == "cuda"
         self._streamed = isinstance(images, Streamed)
         moves = on_cuda and not self._streamed
         if moves and images.nbytes <= torch.cuda.mem_get_info(device)[0] // 4:
             images = images.to(device)
             self.labels = self.labels if self.labels is None else self.labels.to(device)
-        self.images = images
+        self.images: Any = images
         self.batch_size = batch_size
         self.seed = seed
         self.device = device
@@ -66,11 +81,11 @@ class Batches:
             on_cuda or images.nbytes >= sources.LARGE
         )
 
-    def __len__(self):
+    def __len__(self) -> int:
         """The number of batches in an epoch."""
         return self._count // self.batch_size
 
-    def stream(self, start=0):
+    def stream(self, start: int = 0) -> Generator[Any, None, None]:
         """Yield uint8 batches for ever, epoch after epoch, from batch number `start` on.
 
         Of labelled images a batch is (images, labels), int64 (batch_size,). Closing the generator
@@ -84,11 +99,15 @@ class Batches:
         gather = self._prefetched if self._prefetches else self._gathered
         return gather(indices) if self.labels is None else self._with_labels(gather, indices)
 
-    def _with_labels(self, gather, indices):
+    def _with_labels(
+        self,
+        gather: Callable[[Iterator[torch.Tensor]], Generator[torch.Tensor, None, None]],
+        indices: Iterator[torch.Tensor],
+    ) -> Generator[tuple[torch.Tensor, torch.Tensor], None, None]:
         # Batches that are gathered ahead ask for indices ahead.
-        ahead = deque()
+        ahead: deque[torch.Tensor] = deque()
 
-        def noted():
+        def noted() -> Iterator[torch.Tensor]:
             for chosen in indices:
                 ahead.append(chosen)
                 yield chosen
@@ -100,7 +119,7 @@ class Batches:
                     labels = labels.pin_memory().to(batch.device, non_blocking=True)
                 yield batch, labels
 
-    def _gathered(self, indices):
+    def _gathered(self, indices: Iterator[torch.Tensor]) -> Generator[torch.Tensor, None, None]:
         on_cpu = self.images.device.type == "cpu"
         for chosen in indices:
             started = time.perf_counter()
@@ -109,7 +128,7 @@ class Batches:
                 self.waiting.add(time.perf_counter() - started)
             yield batch
 
-    def _prefetched(self, indices):
+    def _prefetched(self, indices: Iterator[torch.Tensor]) -> Generator[torch.Tensor, None, None]:
         # Rows are read as they lie in memory or in the file: with channels last, or not.
         channels_last = not self.images.is_contiguous()
         images = self.images.permute(0, 2, 3, 1) if channels_last else self.images
@@ -124,7 +143,7 @@ class Batches:
             for batch in batches:
                 yield batch.permute(0, 3, 1, 2) if channels_last else batch
 
-    def _indices(self, start):
+    def _indices(self, start: int) -> Iterator[torch.Tensor]:
         epoch, skipped = divmod(start, len(self))
         while True:
             order = self._order(epoch)
@@ -134,13 +153,13 @@ class Batches:
             yield from order.split(self.batch_size)[skipped : len(self)]
             epoch, skipped = epoch + 1, 0
 
-    def _order(self, epoch):
+    def _order(self, epoch: int) -> torch.Tensor:
         seed = np.random.SeedSequence([self.seed, epoch]).generate_state(1, np.uint32)
         generator = torch.Generator().manual_seed(int(seed[0]))
         order = torch.randperm(self._count, generator=generator)
         return order if self._chosen is None else self._chosen[order]
 
 
-def _take(rows, indices, out):
+def _take(rows: np.ndarray, indices: np.ndarray, out: np.ndarray) -> None:
     # By default `take` would gather into a second array first, to leave `out` alone after an error.
     np.take(rows, indices, axis=0, out=out, mode="clip")

@@ -20,6 +20,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, IterableDataset
 
+from genfast.models.sizes import ImageSize
 from genfast.training import progress
 from genfast.training.data import sources
 from genfast.training.data.decoding import colour
@@ -59,6 +60,13 @@ class DataSet:
 
     Raises:
         BadInput: an argument is something else.
+
+    Example:
+        >>> items = [(torch.rand(3, 20, 30), i % 2) for i in range(4)]
+        >>> data = DataSet(items, classes=["cat", "dog"])
+        >>> images, crc = data.load(16, background="white", conditional=True, seed=0)
+        >>> images.shape, images.classes
+        (torch.Size([4, 3, 16, 16]), ('cat', 'dog'))
     """
 
     def __init__(
@@ -69,7 +77,7 @@ class DataSet:
         classes: Sequence[str] | int | None = None,
         num_workers: int = 0,
         cache: bool | None = None,
-    ):
+    ) -> None:
         _check_items(items)
         self._items = items
         self.name = f"<{type(items).__name__}>"
@@ -85,7 +93,7 @@ class DataSet:
 
     def load(
         self,
-        image_size: int | str | tuple[int, int] | None,
+        image_size: ImageSize | None,
         *,
         background: str,
         conditional: bool,
@@ -137,17 +145,23 @@ class Streamed:
         nbytes: how many bytes they would take.
         classes: the names of a conditional run's classes, whose batches have labels; else None.
         device: of the batches as they are read: the CPU.
+
+    Example:
+        >>> data = DataSet([torch.rand(1, 8, 8)] * 4, cache=False)
+        >>> images, crc = data.load(8, background="white", conditional=False, seed=0)
+        >>> type(images).__name__, images.shape
+        ('Streamed', (4, 1, 8, 8))
     """
 
     device = torch.device("cpu")
 
-    def __init__(self, reader, num_workers):
+    def __init__(self, reader: Any, num_workers: int) -> None:
         self._reader, self._num_workers = reader, num_workers
         self.shape = (len(reader.items), *reader.shape)
         self.nbytes = math.prod(self.shape)
         self.classes = reader.classes
 
-    def __len__(self):
+    def __len__(self) -> int:
         return self.shape[0]
 
     def batches(
@@ -229,7 +243,8 @@ class _Reader:
 
     # Of images as batches have them, known after some have been looked at: what `resize` takes, and
     # (C, H, W).
-    size = shape = None
+    size: Any = None
+    shape: Any = None
 
     def __init__(self, items, seed, image_range, background, classes):
         self.items, self.classes = items, classes
@@ -322,7 +337,7 @@ def class_names(items: Any, given: Sequence[str] | int | None = None) -> tuple[s
     Raises:
         BadInput: it does not tell, or they are no two different names.
     """
-    names = given
+    names: Any = given
     if names is None:
         features = getattr(items, "features", None)  # Of Hugging Face: a dict of kinds by column.
         kinds = [features.get(name) for name in LABELS] if isinstance(features, Mapping) else []
@@ -412,7 +427,8 @@ def _seed_all(*numbers):
 
 
 def _state():
-    _, keys, *rest = np.random.get_state()
+    numpys: Any = np.random.get_state()
+    _, keys, *rest = numpys
     return random.getstate(), keys.tobytes(), rest, torch.get_rng_state().numpy().tobytes()
 
 

@@ -3,6 +3,7 @@
 import re
 import threading
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,22 +17,31 @@ COLOURS = "white, black or a colour such as #ff8800"
 # Pixels that all threads together decode at a time: at 8 to 12 bytes each, 1.5 GiB at most.
 PIXELS = 2**27
 ROWS = 256
+Colour = tuple[int, int, int]
+# (3, H, W) uint8, whether it is grey, None; or None, None, and what is wrong with the picture.
+Decoded = tuple[Any, Any, str | None]
 DRAWN_BY = ("Software", "genfast")  # A text in each PNG that genfast draws, by which to know it.
 
 
-def colour(background):
-    """(red, green, blue), 0 to 255, of "white", "black" or "#rrggbb"; BadInput for another text."""
+def colour(background: str) -> Colour:
+    """(red, green, blue), 0 to 255, of "white", "black" or "#rrggbb"; BadInput for another text.
+
+    Example:
+        >>> colour("#ff8800")
+        (255, 136, 0)
+    """
     if not (isinstance(background, str) and is_colour(background)):
         raise BadInput(f"expected --background to be {COLOURS}, got {background!r}")
-    return tuple(bytes.fromhex(BACKGROUNDS.get(background, background)[1:]))
+    red, green, blue = bytes.fromhex(BACKGROUNDS.get(background, background)[1:])
+    return red, green, blue
 
 
-def is_colour(text):
+def is_colour(text: str) -> bool:
     """Whether `colour` takes a text."""
     return bool(re.fullmatch("#[0-9a-fA-F]{6}", BACKGROUNDS.get(text, text)))
 
 
-def decode(path, size, background):
+def decode(path: Path, size: tuple[int, int], background: Colour | None) -> Decoded:
     """Decode one picture: cropped around its centre, resized, on a background.
 
     Args:
@@ -68,7 +78,7 @@ def decode(path, size, background):
     except Exception as error:  # Damaged bytes make the decoders raise nearly anything.
         return None, None, str(error) or type(error).__name__
     if is_mixed:
-        is_grey &= len(set(background)) == 1
+        is_grey &= len(set(background or ())) == 1
     return to_nchw(np.array(fitted)[None])[0], is_grey, None
 
 

@@ -59,7 +59,7 @@ def label_of(label: Any, classes: Sequence[str]) -> int:
         label = label.item()
     if isinstance(label, bool) or not isinstance(label, Integral):
         raise TypeError(f"expected a whole number or a name as label, got {reprlib.repr(label)}")
-    if not 0 <= label < len(classes):
+    if not 0 <= int(label) < len(classes):
         raise ValueError(f"expected labels from 0 to {len(classes) - 1}, got {int(label)}")
     return int(label)
 

@@ -5,7 +5,10 @@ import os
 import re
 import struct
 import zipfile
+from collections.abc import Iterable
 from dataclasses import dataclass
+from pathlib import Path
+from typing import NoReturn
 
 import numpy as np
 import torch
@@ -26,6 +29,12 @@ class LabelledImages:
         labels: int64 (N,), in CPU memory: numbers into `classes`.
         classes: the names of the classes, two or more: in the order of the labels' numbers, or of
             the folders' names.
+
+    Example:
+        >>> images = torch.zeros(3, 1, 8, 8, dtype=torch.uint8)
+        >>> cats_and_dogs = LabelledImages(images, torch.tensor([0, 1, 1]), ("cat", "dog"))
+        >>> len(cats_and_dogs[1:])
+        2
     """
 
     images: torch.Tensor
@@ -33,19 +42,21 @@ class LabelledImages:
     classes: tuple[str, ...]
 
     @property
-    def shape(self):
+    def shape(self) -> torch.Size:
         """(N, C, H, W)."""
         return self.images.shape
 
-    def __len__(self):
+    def __len__(self) -> int:
         return len(self.labels)
 
-    def __getitem__(self, chosen):
+    def __getitem__(self, chosen: slice | torch.Tensor) -> "LabelledImages":
         """Those that a slice or a tensor of numbers chooses."""
         return LabelledImages(self.images[chosen], self.labels[chosen], self.classes)
 
 
-def labelled(images, values, source):
+def labelled(
+    images: torch.Tensor, values: np.typing.ArrayLike, source: str | os.PathLike
+) -> LabelledImages:
     """`LabelledImages` of images and as many whole numbers or names.
 
     Numbers that no image has are no classes: the labels 3 and 7 are two classes of these names.
@@ -64,7 +75,7 @@ def labelled(images, values, source):
     return LabelledImages(images, torch.from_numpy(numbers.reshape(-1).astype(np.int64)), classes)
 
 
-def refuse_without(source):
+def refuse_without(source: str | os.PathLike) -> NoReturn:
     """Raise the BadInput for data that have no labels."""
     raise BadInput(
         "expected images with labels for --conditional (a folder with a folder for each class, a "
@@ -73,7 +84,7 @@ def refuse_without(source):
     )
 
 
-def folders_of(paths, folder):
+def folders_of(paths: Iterable[Path], folder: Path) -> list[str]:
     """The name of the folder in which each of the images lies, right below `folder`.
 
     Raises:
@@ -88,7 +99,7 @@ def folders_of(paths, folder):
     return [path.parent.name for path in paths]
 
 
-def read_label_file(path, count):
+def read_label_file(path: Path, count: int) -> np.ndarray:
     """The labels of the images in a .npz or IDX file, from that file or from the one beside it.
 
     Args:
@@ -111,7 +122,7 @@ def read_label_file(path, count):
     return found
 
 
-def _of_npz(path, count):
+def _of_npz(path: Path, count: int) -> tuple[np.ndarray, Path]:
     with zipfile.ZipFile(path) as archive:
         members = arrays.members(archive)
         name = next((theirs for ours, theirs in BESIDE.items() if ours in members), None)
@@ -134,7 +145,7 @@ def _of_npz(path, count):
     return content.view(dtype), path
 
 
-def _beside_idx(path, count):
+def _beside_idx(path: Path, count: int) -> tuple[np.ndarray, Path]:
     """Of MNIST's format: 0, 0, 8 for uint8, the rank 1, the length as a big-endian int32, data."""
     home = _label_file_beside(path)
     with arrays.reading(home, "labels"):
@@ -161,7 +172,7 @@ def _beside_idx(path, count):
     return content, home
 
 
-def _label_file_beside(path):
+def _label_file_beside(path: Path) -> Path:
     """train-labels-idx1-ubyte for train-images-idx3-ubyte, plain or gzipped."""
     name = re.sub(r"\.gz$", "", path.name)
     if "images" not in name:

@@ -9,19 +9,21 @@ import re
 import stat
 import warnings
 import zlib
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 
-from genfast.models.sizes import height_and_width
+from genfast.models.sizes import ImageSize, height_and_width
 from genfast.training import progress
 from genfast.training.data.arrays import read_array_file, to_nchw
-from genfast.training.data.decoding import colour, decode
+from genfast.training.data.decoding import Colour, Decoded, colour, decode
 from genfast.training.data.folders import IMAGE_SUFFIXES, find_images, special_kind
 from genfast.training.data.labels import (
     LabelledImages,
@@ -32,6 +34,8 @@ from genfast.training.data.labels import (
 )
 from genfast.training.errors import BadInput, require
 from genfast.training.memory import require_memory
+
+Images = TypeVar("Images", torch.Tensor, LabelledImages)
 
 IDX_NAMES = ("train-images-idx3-ubyte", "train-images.idx3-ubyte")
 DEFAULT_SIZES = {"digits": 32, "photos": 64}
@@ -45,7 +49,13 @@ SAMPLED = 1024  # How many images the checksum of a large set is made of.
 NAMED = 20  # How many of the files that were left out a warning names.
 
 
-def load_images(source, image_size=None, *, background="white", run_folder=None):
+def load_images(
+    source: str | os.PathLike,
+    image_size: ImageSize | None = None,
+    *,
+    background: str | None = "white",
+    run_folder: str | os.PathLike | None = None,
+) -> torch.Tensor:
     """Load images, each cropped around its centre to the shape asked for, and resized.
 
     In a folder, links to folders are followed, each real folder is entered once, and pictures that
@@ -77,11 +87,21 @@ def load_images(source, image_size=None, *, background="white", run_folder=None)
     Warns:
         UserWarning: what was passed over in a folder, and images that were skipped, by name and
             with the reason.
+
+    Example:
+        >>> load_images("digits", 16).shape
+        torch.Size([1797, 1, 16, 16])
     """
     return _load(source, image_size, background, run_folder)[0]
 
 
-def load_labelled(source, image_size=None, *, background="white", run_folder=None):
+def load_labelled(
+    source: str | os.PathLike,
+    image_size: ImageSize | None = None,
+    *,
+    background: str | None = "white",
+    run_folder: str | os.PathLike | None = None,
+) -> LabelledImages:
     """As `load_images`, with the class of each image: `LabelledImages`.
 
     The digits have labels, and so have folders with a folder of images for each class, right below
@@ -91,12 +111,22 @@ def load_labelled(source, image_size=None, *, background="white", run_folder=Non
     Raises:
         BadInput: as `load_images`; or there are no labels, they are not whole numbers from 0, not
             as many as the images, or all the same.
+
+    Example:
+        >>> load_labelled("digits", 16).classes
+        ('0', '1', '2', '3', '4', '5', '6', '7', '8', '9')
     """
     images, values = _load(source, image_size, background, run_folder, with_labels=True)
     return labelled(images, values, source)
 
 
-def _load(source, image_size, background, run_folder, with_labels=False):
+def _load(
+    source: str | os.PathLike,
+    image_size: ImageSize | None,
+    background: str | None,
+    run_folder: str | os.PathLike | None,
+    with_labels: bool = False,
+) -> tuple[torch.Tensor, Any]:
     """The images, and the label of each, a number or a name; None where none are asked for."""
     behind = None if background is None else colour(background)
     size = None if image_size is None else height_and_width(image_size)
@@ -137,12 +167,12 @@ def _load(source, image_size, background, run_folder, with_labels=False):
     return resize(images, size), values
 
 
-def is_name_of_a_data_set(source):
+def is_name_of_a_data_set(source: object) -> bool:
     """Whether this is what a run that was given a data set in Python notes as its data."""
     return bool(re.fullmatch(r"<\w+>", str(source)))
 
 
-def _mode(path):
+def _mode(path: Path) -> int | None:
     """The `st_mode` of a path; None if there is nothing."""
     try:
         return path.stat().st_mode
@@ -152,16 +182,21 @@ def _mode(path):
         raise BadInput(f"expected --data to be a path that can be read, but {error}") from None
 
 
-def resize(images, image_size):
+def resize(images: Images, image_size: ImageSize | None) -> Images:
     """Crop uint8 images (N, C, H, W) around their centres to a size's shape, then resize them.
 
     `image_size` as in `load_images`; None leaves them as they are. `LabelledImages` keep labels.
+
+    Example:
+        >>> resize(torch.zeros(2, 3, 20, 30, dtype=torch.uint8), (16, 24)).shape
+        torch.Size([2, 3, 16, 24])
     """
     if image_size is None:
         return images
     if isinstance(images, LabelledImages):
         return replace(images, images=resize(images.images, image_size))
-    size, found = height_and_width(image_size), tuple(images.shape[2:])
+    size: tuple[int, int] = height_and_width(image_size)
+    found: tuple[int, int] = (images.shape[2], images.shape[3])
     if found == size:
         return images
     count = math.prod((*images.shape[:2], *size))
@@ -179,7 +214,7 @@ def resize(images, image_size):
     return resized
 
 
-def _largest_within(found, size):
+def _largest_within(found: tuple[int, int], size: tuple[int, int]) -> tuple[int, int]:
     """The (height, width) of the largest part of `found` pixels that has the shape of `size`."""
     (height, width), (h, w) = found, size
     if height * w > width * h:
@@ -187,18 +222,18 @@ def _largest_within(found, size):
     return height, max(1, round(height * w / h))
 
 
-def _of_pixels(count, size):
+def _of_pixels(count: int, size: tuple[int, int]) -> str:
     return f"{count} images of {size[0]} x {size[1]} pixels"
 
 
-def _digits():
+def _digits() -> tuple[torch.Tensor, np.ndarray]:
     datasets = require("sklearn.datasets", "scikit-learn")
     digits = datasets.load_digits()
     grey = digits.images  # (1797, 8, 8), 0 to 16
     return torch.from_numpy(np.round(grey * (255 / 16)).astype(np.uint8))[:, None], digits.target
 
 
-def _photos(size):
+def _photos(size: tuple[int, int]) -> torch.Tensor:
     """Crops of a photograph, anywhere in it, half of them mirrored.
 
     Their smaller side is a quarter to half of its height, or less where they would not fit in.
@@ -222,7 +257,13 @@ def _photos(size):
     return crops
 
 
-def _read_folder(folder, size, background, run_folder, with_labels):
+def _read_folder(
+    folder: Path,
+    size: tuple[int, int],
+    background: Colour | None,
+    run_folder: str | os.PathLike | None,
+    with_labels: bool,
+) -> tuple[torch.Tensor, list[str | None]]:
     require("PIL.Image", "pillow")
     require("tqdm", "tqdm")
     paths, passed_over = find_images(folder, run_folder)
@@ -259,41 +300,50 @@ def _read_folder(folder, size, background, run_folder, with_labels):
     return images[:, :1].contiguous() if grey else images, values
 
 
-def _named(things):
+def _named(things: Sequence[str]) -> str:
     more = f"; and {len(things) - NAMED} more" if len(things) > NAMED else ""
     return "; ".join(things[:NAMED]) + more
 
 
-def _decode_all(paths, size, background):
+def _decode_all(
+    paths: Sequence[Path], size: tuple[int, int], background: Colour | None
+) -> Iterator[tuple[Path, Decoded]]:
     """Yield (path, what `decode` gives) in order; by threads, as decoders release the GIL."""
     # Closing the results cancels what is left, so that an interrupt need not wait for all of it.
     with (
         ThreadPoolExecutor() as pool,
-        closing(pool.map(lambda path: decode(path, size, background), paths)) as decoded,
+        closing(  # type: ignore[type-var]
+            pool.map(lambda path: decode(path, size, background), paths)
+        ) as decoded,
     ):
         yield from progress.bar(zip(paths, decoded, strict=True), "images", len(paths), leave=False)
 
 
-def _idx_file_in(folder):
+def _idx_file_in(folder: Path) -> Path | None:
     candidates = (folder / f"{name}{suffix}" for name in IDX_NAMES for suffix in ("", ".gz"))
     return next((path for path in candidates if path.is_file()), None)
 
 
-def checksum(images):
+def checksum(images: torch.Tensor | LabelledImages) -> int:
     """A number made of the images, by which a resumed run knows that its data are the same.
 
     Of a set of a GiB or more it takes the shape and 1,024 images, evenly spread. Other images, or
     the same ones in another order, are noticed then too; a change to one image in a hundred goes
     unnoticed about once in 30,000 times, a change to a few images nearly always. Of
     `LabelledImages` all labels count too.
+
+    Example:
+        >>> black = torch.zeros(2, 1, 8, 8, dtype=torch.uint8)
+        >>> checksum(black) == checksum(black + 1)
+        False
     """
     if isinstance(images, LabelledImages):
-        return zlib.crc32(images.labels.numpy(), checksum(images.images))
+        return zlib.crc32(images.labels.numpy().data, checksum(images.images))
     if images.nbytes < LARGE:
-        return zlib.crc32(images.contiguous().numpy())
+        return zlib.crc32(images.contiguous().numpy().data)
     crc = zlib.crc32(str(tuple(images.shape)).encode())
     count = min(SAMPLED, len(images))
     for i in range(count):
         image = images[i * (len(images) - 1) // max(count - 1, 1)]
-        crc = zlib.crc32(image.contiguous().numpy(), crc)
+        crc = zlib.crc32(image.contiguous().numpy().data, crc)
     return crc

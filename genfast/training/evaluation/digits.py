@@ -4,14 +4,17 @@ They are to digits what those of Inception are to photographs. Nothing is downlo
 here, in seconds, on scikit-learn's digits.
 """
 
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from typing import NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 from genfast.launch import timings
+from genfast.models.sizes import ImageSize
 from genfast.training.data import load_images, normalize
 from genfast.training.errors import require
 from genfast.training.files import replacing
@@ -38,7 +41,7 @@ class Digits(NamedTuple):
     labels: torch.Tensor
 
 
-def load_digits(image_size):
+def load_digits(image_size: ImageSize) -> Digits:
     """scikit-learn's 1,797 digits, resized as `genfast train` resizes them, in its order.
 
     Raises:
@@ -52,7 +55,7 @@ def load_digits(image_size):
 class Classifier(nn.Module):
     """Digits (N, 1, H, W), as float images in [-1, 1], to 10 logits (N, 10)."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         super().__init__()
         # SiLU, since some of a ReLU's features would be 0 for all digits.
         self.body = nn.Sequential(
@@ -68,24 +71,26 @@ class Classifier(nn.Module):
         )
         self.head = nn.Linear(FEATURES, 10)
 
-    def forward(self, images):
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
         """The logits."""
         return self.head(self.body(images))
 
     @torch.no_grad()
-    def features(self, images):
+    def features(self, images: torch.Tensor) -> np.ndarray:
         """What the last layer sees of uint8 images (N, 1, H, W): a float64 array (N, FEATURES)."""
         parts = [self.body(normalize(part, PIXEL_RANGE)) for part in images.cpu().split(512)]
         return torch.cat(parts).double().numpy()
 
     @torch.no_grad()
-    def accuracy(self, digits):
+    def accuracy(self, digits: Digits) -> float:
         """The share of digits that are recognised."""
         logits = self(normalize(digits.images, PIXEL_RANGE))
         return (logits.argmax(1) == digits.labels).double().mean().item()
 
 
-def train_classifier(digits, seed=0, epochs=EPOCHS):
+def train_classifier(
+    digits: Digits, seed: int = 0, epochs: int = EPOCHS
+) -> tuple[Classifier, float]:
     """Train a classifier on three quarters of the digits, on the CPU.
 
     Which quarter is held out, the first weights and the order of training depend on `seed` alone.
@@ -102,7 +107,7 @@ def train_classifier(digits, seed=0, epochs=EPOCHS):
     return classifier.requires_grad_(False), classifier.accuracy(unseen)
 
 
-def good_classifier(image_size):
+def good_classifier(image_size: ImageSize) -> Classifier:
     """The trained classifier for digits of this size, from the folder of caches if it is there.
 
     That is genfast's own, where the file of first uses lies; see `genfast.launch.timings.path`.
@@ -128,7 +133,7 @@ def good_classifier(image_size):
     return classifier
 
 
-def check_accuracy(accuracy):
+def check_accuracy(accuracy: float) -> None:
     """PoorClassifier unless a classifier recognises enough of the digits held out."""
     if accuracy < LEAST_ACCURACY:
         raise PoorClassifier(
@@ -138,7 +143,7 @@ def check_accuracy(accuracy):
 
 
 @contextmanager
-def _one_thread():
+def _one_thread() -> Iterator[None]:
     """Then no sum depends on how many there are; and so small a network is fastest on one."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -148,7 +153,7 @@ def _one_thread():
         torch.set_num_threads(threads)
 
 
-def _fit(classifier, digits, trained, epochs):
+def _fit(classifier: Classifier, digits: Digits, trained: torch.Tensor, epochs: int) -> None:
     optimizer = torch.optim.Adam(classifier.parameters())
     steps = epochs * (len(trained) // BATCH_SIZE)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, LEARNING_RATE, total_steps=steps)

@@ -5,7 +5,9 @@ name, add a row to `EXTRACTORS`.
 """
 
 import warnings
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -15,8 +17,11 @@ from genfast.training.evaluation.digits import PoorClassifier, good_classifier
 from genfast.training.memory import missing_memory
 from genfast.training.pixels import normalize
 
+# uint8 images (N, C, H, W) to features (N, D).
+Extractor = Callable[[torch.Tensor], torch.Tensor]
 
-def extractor(name, image_shape, device):
+
+def extractor(name: str, image_shape: Sequence[int], device: torch.device) -> Extractor:
     """An extractor for images of one shape.
 
     Args:
@@ -43,7 +48,7 @@ def extractor(name, image_shape, device):
     return (_onnx if path.suffix.lower() == ".onnx" else _torchscript)(path, device)
 
 
-def extract(extractor, name, batches):
+def extract(extractor: Extractor, name: str, batches: Iterable[torch.Tensor]) -> torch.Tensor:
     """The features (N, D) of batches of images, float32 in CPU memory.
 
     Args:
@@ -54,7 +59,7 @@ def extract(extractor, name, batches):
     Raises:
         BadInput: it fails, or gives something else than finite features.
     """
-    parts = []
+    parts: list[torch.Tensor] = []
     for images in batches:
         try:
             found = extractor(images)
@@ -76,7 +81,7 @@ def extract(extractor, name, batches):
     return torch.cat(parts)
 
 
-def _are_features(found, count, width):
+def _are_features(found: object, count: int, width: object) -> bool:
     return (
         isinstance(found, torch.Tensor)
         and found.is_floating_point()
@@ -88,7 +93,7 @@ def _are_features(found, count, width):
     )
 
 
-def _described(found):
+def _described(found: object) -> str:
     if not isinstance(found, torch.Tensor):
         return f"a {type(found).__name__}"
     infinite = found.is_floating_point() and not found.isfinite().all()
@@ -96,7 +101,7 @@ def _described(found):
     return f"{kind} {tuple(found.shape)}" + (" with NaN or infinity" if infinite else "")
 
 
-def _digits(image_shape, device):
+def _digits(image_shape: Sequence[int], device: torch.device) -> Extractor:
     channels, height, width = image_shape
     if channels != 1:
         raise BadInput(f"expected grey images for --features digits, got {channels} channels")
@@ -107,7 +112,7 @@ def _digits(image_shape, device):
     return lambda images: torch.from_numpy(classifier.features(images))
 
 
-def _inception(image_shape, device):
+def _inception(image_shape: Sequence[int], device: torch.device) -> Extractor:
     fidelity = require("torch_fidelity", "torch-fidelity", "evaluate")
     try:
         network = fidelity.FeatureExtractorInceptionV3("inception", ["2048"]).to(device)
@@ -121,13 +126,13 @@ def _inception(image_shape, device):
         ) from error
 
     @torch.no_grad()
-    def run(images):
+    def run(images: torch.Tensor) -> torch.Tensor:
         return network(_rgb(images).to(device))[0]
 
     return run
 
 
-def _torchscript(path, device):
+def _torchscript(path: Path, device: torch.device) -> Extractor:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # PyTorch would rather have other formats.
@@ -141,15 +146,15 @@ def _torchscript(path, device):
         ) from error
 
     @torch.no_grad()
-    def run(images):
+    def run(images: torch.Tensor) -> torch.Tensor:
         return _first(network(_floats(images).to(device)))
 
     return run
 
 
-def _onnx(path, device):
+def _onnx(path: Path, device: torch.device) -> Extractor:
     runtime = require("onnxruntime", "onnxruntime", "evaluate")
-    providers = ["CPUExecutionProvider"]
+    providers: list[Any] = ["CPUExecutionProvider"]
     if device.type == "cuda" and "CUDAExecutionProvider" in runtime.get_available_providers():
         providers.insert(0, ("CUDAExecutionProvider", {"device_id": device.index or 0}))
     try:
@@ -168,22 +173,22 @@ def _onnx(path, device):
             f"{inputs[0].shape[0]}: export it with a dynamic first axis"
         )
 
-    def run(images):
+    def run(images: torch.Tensor) -> torch.Tensor:
         found = session.run(None, {inputs[0].name: _floats(images).cpu().numpy()})
         return torch.from_numpy(found[0])
 
     return run
 
 
-def _first(found):
+def _first(found: Any) -> Any:
     return found[0] if isinstance(found, tuple | list) and found else found
 
 
-def _rgb(images):
+def _rgb(images: torch.Tensor) -> torch.Tensor:
     return images.expand(-1, 3, -1, -1) if images.shape[1] == 1 else images
 
 
-def _floats(images):
+def _floats(images: torch.Tensor) -> torch.Tensor:
     return normalize(_rgb(images), (0.0, 1.0))
 
 

@@ -6,11 +6,12 @@ same ones, and nothing else.
 """
 
 import numpy as np
+import torch
 
-from genfast.training.evaluation.sets import BLOCK, checked_sets, mean_of
+from genfast.training.evaluation.sets import BLOCK, Features, checked_sets, mean_of
 
 
-def frechet_distance(features, others):
+def frechet_distance(features: Features, others: Features) -> float:
     """The Fréchet distance between two sets of features.
 
     Each set stands for the Gaussian of its mean and covariance.
@@ -26,17 +27,19 @@ def frechet_distance(features, others):
     return gaussian_distance(mean, covariance, other_mean, other_covariance)
 
 
-def _moments(features):
+def _moments(features: torch.Tensor) -> tuple[np.ndarray, np.ndarray]:
     """Mean (D,) and unbiased covariance (D, D), float64 arrays."""
     mean = mean_of(features)
-    covariance = 0
+    covariance = torch.zeros((), dtype=torch.float64, device=features.device)
     for part in features.split(BLOCK):
         deviations = part.double() - mean
         covariance = covariance + deviations.T @ deviations
     return mean.cpu().numpy(), (covariance / (len(features) - 1)).cpu().numpy()
 
 
-def gaussian_distance(mean, covariance, other_mean, other_covariance):
+def gaussian_distance(
+    mean: np.ndarray, covariance: np.ndarray, other_mean: np.ndarray, other_covariance: np.ndarray
+) -> float:
     """The Fréchet distance between two Gaussians, in float64.
 
     |m1 - m2|^2 + tr(S1 + S2 - 2 (S1 S2)^(1/2)), by Dowson and Landau (1982), "The Fréchet distance
@@ -56,6 +59,6 @@ def gaussian_distance(mean, covariance, other_mean, other_covariance):
     return max(0.0, float(distance))
 
 
-def _root(covariance):
+def _root(covariance: np.ndarray) -> np.ndarray:
     values, vectors = np.linalg.eigh(covariance)
     return (vectors * np.sqrt(np.maximum(values, 0))) @ vectors.T

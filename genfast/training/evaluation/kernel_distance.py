@@ -4,15 +4,21 @@ import statistics
 
 import torch
 
-from genfast.training.evaluation.sets import checked_sets, unwatched
+from genfast.training.evaluation.sets import Features, Watch, checked_sets, unwatched
 
 SUBSETS = 100
 SUBSET_SIZE = 1000
 
 
 def kernel_distance(
-    features, others, *, seed=0, subsets=SUBSETS, size=SUBSET_SIZE, watch=unwatched
-):
+    features: Features,
+    others: Features,
+    *,
+    seed: int = 0,
+    subsets: int = SUBSETS,
+    size: int = SUBSET_SIZE,
+    watch: Watch = unwatched,
+) -> tuple[float, float]:
     """Mean and standard deviation over subsets of the squared maximum mean discrepancy.
 
     As for the kernel inception distance: the unbiased estimator, under the kernel
@@ -44,12 +50,12 @@ def kernel_distance(
     return statistics.fmean(found), statistics.pstdev(found)
 
 
-def _discrepancy(x, y):
+def _discrepancy(x: torch.Tensor, y: torch.Tensor) -> float:
     """The unbiased estimate of Gretton et al. (2012), lemma 6, for two sets of m rows."""
     m = len(x)
     within = sum(k.sum() - k.diagonal().sum() for k in (_kernel(x, x), _kernel(y, y)))
     return (within / (m * (m - 1)) - 2 * _kernel(x, y).mean()).item()
 
 
-def _kernel(x, y):
+def _kernel(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
     return (x @ y.T / x.shape[1] + 1) ** 3

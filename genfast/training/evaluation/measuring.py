@@ -3,8 +3,9 @@
 import json
 import os
 import warnings
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -13,10 +14,11 @@ from genfast.training.data import LabelledImages, load_images, load_labelled
 from genfast.training.errors import BadInput, require
 from genfast.training.evaluation.features import extract, extractor
 from genfast.training.evaluation.metrics import METRICS
-from genfast.training.evaluation.sets import unwatched
+from genfast.training.evaluation.sets import T, Watch, unwatched
 from genfast.training.files import replacing
 from genfast.training.run_files import settings_of
 from genfast.training.runs.classes import in_parts, labels_of_data
+from genfast.training.runs.config import Config
 from genfast.training.runs.devices import as_device
 from genfast.training.runs.pictures import to_uint8
 from genfast.training.runs.rules import shown
@@ -35,28 +37,32 @@ class Evaluation(NamedTuple):
         about: a dict of what they depend on: num (images of each kind), features, feature_length,
             seed, checkpoint, steps, average (whether an average of the generator drew), data,
             image_size, precision, and versions.
+
+    Example:
+        >>> Evaluation({"fid": 12.5}, {"num": 50_000}).as_dict()
+        {'metrics': {'fid': 12.5}, 'num': 50000}
     """
 
     metrics: dict
     about: dict
 
-    def as_dict(self):
+    def as_dict(self) -> dict[str, Any]:
         """For a JSON file."""
         return {"metrics": self.metrics, **self.about}
 
 
 def evaluate(
-    path,
-    data=None,
+    path: str | os.PathLike,
+    data: str | os.PathLike | None = None,
     *,
-    metrics=tuple(METRICS),
-    features=None,
-    num=None,
-    seed=0,
-    ema=True,
-    device="auto",
-    bars=False,
-):
+    metrics: Sequence[str] = tuple(METRICS),
+    features: str | None = None,
+    num: int | None = None,
+    seed: int = 0,
+    ema: bool = True,
+    device: str | torch.device = "auto",
+    bars: bool = False,
+) -> Evaluation:
     """Measure the model of a checkpoint.
 
     The images it draws are rounded to 256 levels, as pictures of them are. They and as many real
@@ -82,6 +88,11 @@ def evaluate(
 
     Raises:
         BadInput: an argument does not fit, or something cannot be read or had.
+
+    Example:
+        >>> found = evaluate("runs/gan-digits", metrics=["kid"], features="features.pt", num=8)
+        >>> list(found.metrics)
+        ['kid', 'kid_sd']
     """
     metrics = _checked_metrics(metrics)
     device = as_device(device)
@@ -114,7 +125,7 @@ def evaluate(
     of_drawn = extract(run, features, watch(drawn, "generated images", len(given)))
     _warn_of_rank("fid" in metrics, num, of_real.shape[1])
     of_real, of_drawn = of_real.to(device), of_drawn.to(device)
-    measured = {}
+    measured: dict[str, float] = {}
     for name in metrics:
         measured |= METRICS[name].measure(of_real, of_drawn, seed, watch)
     about = {
@@ -133,13 +144,15 @@ def evaluate(
     return Evaluation(measured, about)
 
 
-def _checked_metrics(metrics):
+def _checked_metrics(metrics: Sequence[str]) -> tuple[str, ...]:
     if isinstance(metrics, str) or not metrics or any(name not in METRICS for name in metrics):
         raise BadInput(f"expected metrics among {', '.join(METRICS)}, got {shown(metrics)}")
     return tuple(dict.fromkeys(metrics))
 
 
-def _real_images(config, data, path):
+def _real_images(
+    config: Config, data: str | os.PathLike | None, path: Path
+) -> torch.Tensor | LabelledImages:
     load = load_labelled if config.conditional else load_images
     images = load(
         config.data if data is None else data,
@@ -155,7 +168,7 @@ def _real_images(config, data, path):
     return images
 
 
-def _checked_num(num, available, metrics):
+def _checked_num(num: int | None, available: int, metrics: Sequence[str]) -> int:
     least, name = max((METRICS[name].least, name) for name in metrics)
     wanted = min(available, MOST) if num is None else num
     if wanted < least:
@@ -167,7 +180,7 @@ def _checked_num(num, available, metrics):
     return wanted
 
 
-def _warn_of_rank(measures_fid, num, length):
+def _warn_of_rank(measures_fid: bool, num: int, length: int) -> None:
     if measures_fid and num <= length:
         warnings.warn(
             f"fid of {num} images in {length} features is far too large, as so few have no whole "
@@ -176,16 +189,16 @@ def _warn_of_rank(measures_fid, num, length):
         )
 
 
-def _watched(parts, text, watch):
+def _watched(parts: Sequence[torch.Tensor], text: str, watch: Watch) -> Iterable[torch.Tensor]:
     return watch(parts, text, len(parts))
 
 
-def _bars(blocks, text, total):
+def _bars(blocks: Iterable[T], text: str, total: int) -> Iterable[T]:
     tqdm = require("tqdm", "tqdm").tqdm
     return tqdm(blocks, text, total, leave=False, dynamic_ncols=True)
 
 
-def report_file(out):
+def report_file(out: str | os.PathLike) -> Path:
     """Where a report named `out` goes; BadInput if it must not be written there.
 
     It may be new, or take the place of an older report.
@@ -203,13 +216,13 @@ def report_file(out):
     return target
 
 
-def write_report(evaluation, target):
+def write_report(evaluation: Evaluation, target: Path) -> None:
     """Write an `Evaluation` as JSON."""
     with replacing(target) as file:
         file.write((json.dumps(evaluation.as_dict(), indent=2) + "\n").encode())
 
 
-def table(evaluation):
+def table(evaluation: Evaluation) -> str:
     """An `Evaluation` as lines of text for people."""
     about = evaluation.about
     rows = [("metric", "value", "images", "features", "seed")]

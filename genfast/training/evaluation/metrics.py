@@ -6,6 +6,8 @@ To add one, add a row to `METRICS`. The command line follows from that.
 from collections.abc import Callable
 from typing import NamedTuple
 
+import torch
+
 from genfast.training.evaluation.frechet import frechet_distance
 from genfast.training.evaluation.kernel_distance import kernel_distance
 from genfast.training.evaluation.neighbours import (
@@ -14,6 +16,7 @@ from genfast.training.evaluation.neighbours import (
     density_coverage,
     precision_recall,
 )
+from genfast.training.evaluation.sets import Watch
 
 
 class Metric(NamedTuple):
@@ -27,26 +30,30 @@ class Metric(NamedTuple):
         text: what it says, for the command line's help.
     """
 
-    measure: Callable
+    measure: Callable[[torch.Tensor, torch.Tensor, int, Watch], dict[str, float]]
     least: int
     text: str
 
 
-def _fid(real, generated, seed, watch):
+def _fid(real: torch.Tensor, generated: torch.Tensor, seed: int, watch: Watch) -> dict[str, float]:
     return {"fid": frechet_distance(real, generated)}
 
 
-def _kid(real, generated, seed, watch):
+def _kid(real: torch.Tensor, generated: torch.Tensor, seed: int, watch: Watch) -> dict[str, float]:
     mean, deviation = kernel_distance(real, generated, seed=seed, watch=watch)
     return {"kid": mean, "kid_sd": deviation}
 
 
-def _precision_recall(real, generated, seed, watch):
+def _precision_recall(
+    real: torch.Tensor, generated: torch.Tensor, seed: int, watch: Watch
+) -> dict[str, float]:
     precision, recall = precision_recall(real, generated, watch=watch)
     return {"precision": precision, "recall": recall}
 
 
-def _density_coverage(real, generated, seed, watch):
+def _density_coverage(
+    real: torch.Tensor, generated: torch.Tensor, seed: int, watch: Watch
+) -> dict[str, float]:
     density, coverage = density_coverage(real, generated, watch=watch)
     return {"density": density, "coverage": coverage}
 

@@ -6,14 +6,26 @@ neighbours.
 
 import torch
 
-from genfast.training.evaluation.sets import checked_sets, squared_distances, unwatched
+from genfast.training.evaluation.sets import (
+    Features,
+    Watch,
+    checked_sets,
+    squared_distances,
+    unwatched,
+)
 
 # Of the papers.
 NEIGHBOURS_OF_PRECISION = 3
 NEIGHBOURS_OF_DENSITY = 5
 
 
-def precision_recall(real, generated, *, k=NEIGHBOURS_OF_PRECISION, watch=unwatched):
+def precision_recall(
+    real: Features,
+    generated: Features,
+    *,
+    k: int = NEIGHBOURS_OF_PRECISION,
+    watch: Watch = unwatched,
+) -> tuple[float, float]:
     """Improved precision and recall (Kynkäänniemi et al., 2019, arXiv:1904.06991).
 
     Precision is the share of generated images that lie in the manifold of the real ones, recall
@@ -40,7 +52,9 @@ def precision_recall(real, generated, *, k=NEIGHBOURS_OF_PRECISION, watch=unwatc
     return _share(precise), _share(recalled)
 
 
-def density_coverage(real, generated, *, k=NEIGHBOURS_OF_DENSITY, watch=unwatched):
+def density_coverage(
+    real: Features, generated: Features, *, k: int = NEIGHBOURS_OF_DENSITY, watch: Watch = unwatched
+) -> tuple[float, float]:
     """Density and coverage (Naeem et al., 2020, arXiv:2002.09797).
 
     Density counts in how many balls of real images a generated one lies, by k: 1 on average where
@@ -64,7 +78,7 @@ def density_coverage(real, generated, *, k=NEIGHBOURS_OF_DENSITY, watch=unwatche
     return balls.double().mean().item() / k, _share(covered)
 
 
-def _radii(features, k, watch):
+def _radii(features: torch.Tensor, k: int, watch: Watch) -> torch.Tensor:
     """The squared distance of each row to its k-th nearest neighbour in the same set: (N,)."""
     nearest = torch.full((len(features), k), torch.inf, dtype=torch.float64, device=features.device)
     for rows, _, block in squared_distances(features, features, "neighbours", watch):
@@ -73,5 +87,5 @@ def _radii(features, k, watch):
     return nearest[:, -1]
 
 
-def _share(flags):
+def _share(flags: torch.Tensor) -> float:
     return flags.double().mean().item()

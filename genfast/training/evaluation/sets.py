@@ -1,13 +1,21 @@
 """Two sets of features: what is checked of them, and distances between them in blocks."""
 
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, TypeVar
+
 import numpy as np
 import torch
 
 # Rows of a block: its distances take 32 MiB in float64, whatever the number of images.
 BLOCK = 2048
 
+T = TypeVar("T")
+Features = torch.Tensor | np.ndarray
+# (items, what is done, how many items) -> the items.
+Watch = Callable[[Iterable[Any], str, int], Iterable[Any]]
 
-def checked_sets(features, others, least=2):
+
+def checked_sets(features: Features, others: Features, least: int = 2) -> list[torch.Tensor]:
     """Both as tensors (N, D) and (M, D) of floating point, where they are.
 
     Args:
@@ -31,17 +39,22 @@ def checked_sets(features, others, least=2):
     return [f if f.is_floating_point() else f.double() for f in sets]
 
 
-def mean_of(features):
+def mean_of(features: torch.Tensor) -> torch.Tensor:
     """The mean row (D,) in float64, without a copy of the whole set in it."""
-    return sum(part.double().sum(0) for part in features.split(BLOCK)) / len(features)
+    total = torch.zeros((), dtype=torch.float64, device=features.device)
+    for part in features.split(BLOCK):
+        total = total + part.double().sum(0)
+    return total / len(features)
 
 
-def unwatched(blocks, text, total):
+def unwatched(blocks: Iterable[T], text: str, total: int) -> Iterable[T]:
     """In place of a progress bar."""
     return blocks
 
 
-def squared_distances(features, others, text="distances", watch=unwatched):
+def squared_distances(
+    features: torch.Tensor, others: torch.Tensor, text: str = "distances", watch: Watch = unwatched
+) -> Iterator[tuple[slice, slice, torch.Tensor]]:
     """Squared Euclidean distances between the rows of two sets, in blocks.
 
     In float64: |a - b|^2 is taken from |a|^2, |b|^2 and a b, as a matrix product is the only way

@@ -87,6 +87,11 @@ def train(
     Raises:
         BadInput, a ValueError: an argument, the data set or the checkpoint does not fit.
         Diverged: a loss or a weight is no longer finite.
+
+    Example:
+        >>> images = torch.randint(0, 256, (16, 1, 8, 8), dtype=torch.uint8)  # Or a data set.
+        >>> train("gan", images, out="runs/noise", steps=2, batch_size=4, quiet=True).steps
+        2
     """
     if not isinstance(model, str):
         raise BadInput(
@@ -124,13 +129,13 @@ def train(
         )
 
 
-def _folder(out):
+def _folder(out: object) -> Path:
     if not isinstance(out, str | os.PathLike):
         raise BadInput(f"expected out to be the path of a folder, got {shown(out)}")
     return Path(out)
 
 
-def _checkpoint_of(out, resume):
+def _checkpoint_of(out: object, resume: object) -> Path | None:
     """The path of the checkpoint to go on from, or None where a run is to begin."""
     if resume is False or resume is None:
         return None
@@ -142,7 +147,7 @@ def _checkpoint_of(out, resume):
     return path if os.path.lexists(path) else None
 
 
-def _data(dataset, about, num_workers):
+def _data(dataset: Any, about: dict[str, Any], num_workers: int) -> Any:
     """What `prepare` takes."""
     if dataset is None or isinstance(dataset, str | os.PathLike):
         told = [name for name, value in about.items() if value is not None]
@@ -155,7 +160,7 @@ def _data(dataset, about, num_workers):
     return DataSet(dataset, num_workers=num_workers, **about)
 
 
-def _check_precision(precision, device):
+def _check_precision(precision: Any, device: torch.device) -> None:
     try:
         resolve_precision(precision, device)
     except ValueError as error:

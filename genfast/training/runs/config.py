@@ -4,6 +4,7 @@ import os
 from collections.abc import Mapping
 from dataclasses import asdict, field, make_dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 import torch
@@ -33,6 +34,13 @@ LENGTHS = {"epochs", "steps"}
 
 
 class _Settled:
+    if TYPE_CHECKING:  # What tables make of it, which no type checker reads: see `Config`.
+        __dataclass_fields__: ClassVar[dict[str, Any]]
+
+        def __init__(self, **settings: Any) -> None: ...
+
+        def __getattr__(self, name: str) -> Any: ...
+
     def __post_init__(self):
         known = _settings_of(self.model)
         for name in ("data", *NOTED):
@@ -60,7 +68,7 @@ class _Settled:
         """(C, H, W) of the images."""
         return self.channels, *height_and_width(self.image_size)
 
-    def as_dict(self):
+    def as_dict(self) -> dict[str, Any]:
         """The settings as a dict of numbers, strings and None, and a tuple of `classes`."""
         return asdict(self)
 
@@ -78,7 +86,13 @@ class _Settled:
             raise BadInput(f"{error} in the checkpoint {path}") from None
 
 
-Config = make_dataclass(
+if TYPE_CHECKING:
+
+    class Config(_Settled):
+        pass
+
+
+Config = make_dataclass(  # type: ignore[assignment,misc]
     "Config",
     [
         ("model", str),

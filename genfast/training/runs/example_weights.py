@@ -56,7 +56,8 @@ def example_weights(content: dict[str, Any], path: object) -> ExampleWeights:
     network = "generator" if "main.1.weight" in state else "discriminator"
     first, last = kernels[0], kernels[-1]
     base = (first if network == "generator" else last)[2:]
-    size = tuple(side << (len(kernels) - 1) for side in base)
+    height, width = (side << (len(kernels) - 1) for side in base)
+    size = height, width
     try:
         with torch.device("meta"):  # Nothing but names and shapes.
             if network == "generator":

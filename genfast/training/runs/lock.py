@@ -14,7 +14,7 @@ from genfast.training.errors import BadInput
 try:
     import fcntl
 except ImportError:  # Windows.
-    fcntl = None
+    fcntl = None  # type: ignore[assignment]
 
 NAME = "genfast.lock"
 TRIES, PAUSE = 10, 0.03  # One that only looks holds the lock for a moment.

@@ -2,28 +2,32 @@
 
 import json
 import math
+import os
 import platform
 import signal
 import sys
 import threading
 import time
 import warnings
+from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import torch
 
 import genfast
 from genfast.training import progress
-from genfast.training.data import Batches
+from genfast.training.data import Batches, LabelledImages
 from genfast.training.errors import BadInput, Diverged, require
 from genfast.training.files import replacing
 from genfast.training.run_files import CURVE, PICTURES, SETTINGS
 from genfast.training.runs import board, checkpoint, folder
+from genfast.training.runs.beginning import Beginning
 from genfast.training.runs.classes import labels_of_samples
-from genfast.training.runs.config import check_run
+from genfast.training.runs.config import Config, check_run
 from genfast.training.runs.curve import draw_curve
 from genfast.training.runs.devices import as_device
 from genfast.training.runs.finite import first_not_finite, refuse_not_finite
@@ -33,6 +37,9 @@ from genfast.training.runs.loss_log import LossLog
 from genfast.training.runs.models import build_step, check_compiler
 from genfast.training.runs.rules import shown, whole
 from genfast.training.runs.samples import draw_noise, write_samples
+from genfast.training.steps.base import Step
+
+__all__ = ["Outcome", "train"]
 
 SAMPLES = 64
 REPORT_SECONDS = 0.5
@@ -49,6 +56,10 @@ class Outcome:
         interrupted: whether a signal stopped it.
         steps: how many steps have been made, those before a resume included.
         picture: the last picture written, or None.
+
+    Example:
+        >>> Outcome(finished=False, interrupted=True, steps=100, picture=None).finished
+        False
     """
 
     finished: bool
@@ -58,20 +69,20 @@ class Outcome:
 
 
 def train(
-    config,
-    images,
-    out,
+    config: Config,
+    images: torch.Tensor | LabelledImages,
+    out: str | os.PathLike,
     *,
-    device,
-    resume_from=None,
-    init_from=None,
-    checkpoint_seconds=CHECKPOINT_SECONDS,
-    sample_every=None,
-    keep=0,
-    log=None,
-    max_seconds=math.inf,
-    demo=False,
-):
+    device: str | torch.device,
+    resume_from: str | os.PathLike | None = None,
+    init_from: Beginning | None = None,
+    checkpoint_seconds: float = CHECKPOINT_SECONDS,
+    sample_every: int | None = None,
+    keep: int = 0,
+    log: str | None = None,
+    max_seconds: float = math.inf,
+    demo: bool = False,
+) -> Outcome:
     """Train a model and write what comes of it into a folder.
 
     The folder gets config.json, metrics.csv (one row a step), samples/epoch_NNN.png (of the same
@@ -111,6 +122,13 @@ def train(
 
     Warns:
         UserWarning: the discriminator has won, or the folder cannot be locked.
+
+    Example:
+        >>> from genfast.training.runs.config import prepare
+        >>> settings = {"steps": 1, "image_size": 8, "batch_size": 4}
+        >>> config, images = prepare("gan", "digits", settings)
+        >>> train(config, images, "runs/gan-small", device="cpu").steps
+        1
     """
     check_run(config, images)
     check_outputs(sample_every, keep, log)
@@ -224,7 +242,7 @@ def train(
     return Outcome(done == total, stop.requested and done < total, done, picture)
 
 
-def check_outputs(sample_every, keep, log):
+def check_outputs(sample_every: object, keep: object, log: object) -> None:
     """BadInput if `train` does not take these arguments, or an extra is not installed."""
     given = (("--sample-every", SAMPLE_EVERY, sample_every), ("--keep", KEEP, keep))
     for name, rule, value in given:
@@ -243,10 +261,10 @@ class _Pictures:
         total: the number of the last step.
     """
 
-    def __init__(self, folder, every, epoch, total):
+    def __init__(self, folder: Path, every: int | None, epoch: int, total: int) -> None:
         self._folder, self._every, self._epoch, self._total = folder, every, epoch, total
 
-    def due(self, step):
+    def due(self, step: int) -> Path | None:
         """The path of the picture of this step, or None."""
         if self._every is None and step % self._epoch == 0:
             return self._folder / f"epoch_{step // self._epoch:03d}.png"
@@ -255,7 +273,7 @@ class _Pictures:
         return None
 
 
-def _go_on_from(path, step):
+def _go_on_from(path: Any, step: Step) -> int:
     """Put the step where the checkpoint left it; the number of steps made until then."""
     content = checkpoint.read_checkpoint(path)
     checkpoint.restore(step, content, path)
@@ -266,7 +284,15 @@ def _go_on_from(path, step):
 class _Checkpoints:
     """The checkpoints of a run: written when one is due, and named when the run diverges."""
 
-    def __init__(self, out, config, seconds, resume_from, steps, keep):
+    def __init__(
+        self,
+        out: Path,
+        config: Config,
+        seconds: float,
+        resume_from: Any,
+        steps: int,
+        keep: int,
+    ) -> None:
         self.path = out / checkpoint.NAME
         self._settings = config.as_dict()
         self._kept = Kept(out, keep, self._settings)
@@ -274,17 +300,17 @@ class _Checkpoints:
         self._last = (resume_from, steps) if resume_from else None
         self._saved_at = -math.inf
 
-    def due(self):
+    def due(self) -> bool:
         return time.monotonic() - self._saved_at >= self._seconds
 
-    def save(self, step, done):
+    def save(self, step: Step, done: int) -> None:
         checkpoint.save_checkpoint(self.path, step, self._settings, done)
         self._last = self.path, done
         self._kept.add(self.path, done)
         self._saved_at = time.monotonic()
 
     @contextmanager
-    def named_if_diverged(self):
+    def named_if_diverged(self) -> Iterator[None]:
         """Let a `Diverged` say where the last good checkpoint is."""
         try:
             yield
@@ -295,13 +321,13 @@ class _Checkpoints:
             raise Diverged(f"{error}; {last}") from None
 
 
-def _check_weights(step, done):
+def _check_weights(step: Step, done: int) -> None:
     name = first_not_finite(step.modules)
     if name:
         raise Diverged(f"training diverged: after step {done} {name} holds NaN or infinity")
 
 
-def _warn_of_a_lost_game(epoch):
+def _warn_of_a_lost_game(epoch: int) -> None:
     warnings.warn(
         f"the discriminator has won: its loss was next to 0 in every step of epoch {epoch}, which "
         f"teaches the generator nothing; a lower --lr or more images may help",
@@ -309,7 +335,7 @@ def _warn_of_a_lost_game(epoch):
     )
 
 
-def _write_settings(path, config, step, demo):
+def _write_settings(path: Path, config: Config, step: Step, demo: bool) -> None:
     settings = config.as_dict() | {
         "demo": demo,
         "device": str(step.device),
@@ -325,7 +351,7 @@ def _write_settings(path, config, step, demo):
 
 
 @contextmanager
-def cudnn_setting(name, value):
+def cudnn_setting(name: str, value: object) -> Iterator[None]:
     """Set one attribute of `torch.backends.cudnn` for a while; its `flags` would set them all."""
     before = getattr(torch.backends.cudnn, name)
     setattr(torch.backends.cudnn, name, value)
@@ -345,11 +371,11 @@ class _StopOnSignal:
     SIGNALS = (signal.SIGINT, signal.SIGTERM)
     HANGUP = getattr(signal, "SIGHUP", None)  # Windows has none.
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.requested = False
-        self._before = {}
+        self._before: dict[int, Any] = {}
 
-    def __enter__(self):
+    def __enter__(self) -> "_StopOnSignal":
         # Python takes signal handlers from the main thread alone.
         if threading.current_thread() is threading.main_thread():
             self._before = {s: signal.signal(s, self._request) for s in self.SIGNALS}
@@ -357,15 +383,15 @@ class _StopOnSignal:
                 self._before[self.HANGUP] = signal.signal(self.HANGUP, self._request)
         return self
 
-    def __exit__(self, *exception):
+    def __exit__(self, *exception: object) -> None:
         self._restore(*self._before)
 
-    def _request(self, number, _):
+    def _request(self, number: int, _: object) -> None:
         self.requested = True
         if number != self.HANGUP:
             self._restore(*self.SIGNALS)
 
-    def _restore(self, *numbers):
+    def _restore(self, *numbers: int) -> None:
         for number in numbers:
             if number in self._before:
                 signal.signal(number, self._before.pop(number))

@@ -93,11 +93,11 @@ def plain_size(value: object) -> int | str | None:
 
     Ints are plain ones, as in `Rule`.
     """
-    ints = (value,) if type(value) is int else tuple(value) if type(value) in (tuple, list) else ()
+    ints = (value,) if type(value) is int else value if isinstance(value, tuple | list) else ()
     if not (type(value) is str or (ints and all(type(v) is int for v in ints))):
         return None
     try:
-        height, width = height_and_width(value)
+        height, width = height_and_width(value)  # type: ignore[arg-type]
     except ValueError:
         return None
     return plain(height, width) if max(height, width) <= LARGEST else None

@@ -1,5 +1,7 @@
 """Trained models, from a checkpoint to images."""
 
+import os
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
@@ -15,18 +17,26 @@ from genfast.training.runs.devices import as_device
 from genfast.training.runs.example_weights import are_example_weights, example_weights
 from genfast.training.runs.finite import refuse_not_finite
 from genfast.training.runs.models import build_step
-from genfast.training.runs.rules import shown, whole
+from genfast.training.runs.rules import Rule, shown, whole
 from genfast.training.runs.settings import RULES
 from genfast.training.steps.precision import resolve_precision
 
+__all__ = ["Trained", "load"]
+
+# See `Trained`.
+Labels = str | int | Sequence[str | int] | torch.Tensor | None
 AT_ONCE = 256  # Images that run through a network together: as many as a GPU is busy with.
 
 
-def load(path, device="auto", *, ema=True):
+def load(
+    path: str | os.PathLike, device: str | torch.device = "auto", *, ema: bool = True
+) -> "Trained":
     """A trained model, ready to draw.
 
-        model = genfast.load("runs/dcgan-digits")
-        images = model.sample(64)
+        >>> model = load("runs/gan-digits", "cpu")
+        >>> images = model.sample(64)
+        >>> images.shape
+        torch.Size([64, 1, 8, 8])
 
     Args:
         path: a checkpoint, the folder of a run, or weights of the generator of PyTorch's public
@@ -131,9 +141,16 @@ class Trained:
 
     A conditional model takes `labels` beside images and latents: a name or number of a class for
     all of them, or one for each: a list of these, or a tensor of whole numbers into `classes`.
+
+    Example:
+        >>> model = load("runs/gan-digits", "cpu")
+        >>> model
+        <gan of 1 x 8 x 8 after 1 steps: runs/gan-digits/checkpoint.pt>
+        >>> model.interpolate(start=0, end=1, num=3).shape
+        torch.Size([3, 1, 8, 8])
     """
 
-    def __init__(self, config, step, path, steps):
+    def __init__(self, config: Config, step: Any, path: str | os.PathLike, steps: int) -> None:
         self.config, self.path, self.steps = config, Path(path), steps
         self.classes = config.classes
         self.device, self.latent_shape = step.device, tuple(step.latent_shape)
@@ -143,11 +160,11 @@ class Trained:
         self.generator = average.module if average else step.modules.get("generator")
         self._step = step
 
-    def __repr__(self):
+    def __repr__(self) -> str:
         c, h, w = self.image_shape
         return f"<{self.config.model} of {c} x {h} x {w} after {self.steps} steps: {self.path}>"
 
-    def sample(self, num, seed=0, labels=None):
+    def sample(self, num: int, seed: int = 0, labels: Labels = None) -> torch.Tensor:
         """Draw `num` new images: the same for a seed on every device, up to rounding.
 
         labels: see above. None: as many of each class, class by class.
@@ -158,16 +175,16 @@ class Trained:
         z = self.noise(num, seed)
         return self.decode(z, labels_of_samples(self.config, num) if labels is None else labels)
 
-    def noise(self, num, seed=0):
+    def noise(self, num: int, seed: int = 0) -> torch.Tensor:
         """The latents of `sample`, (num, *latent_shape) on the CPU."""
         return next(self._draws(num, seed))
 
-    def _draws(self, num, seed):
+    def _draws(self, num: int, seed: int) -> Iterator[torch.Tensor]:
         _check("num", whole(), num)
         _check("seed", RULES["seed"], seed)
         return latents.draws(num, self.latent_shape, seed)
 
-    def decode(self, z, labels=None):
+    def decode(self, z: torch.Tensor, labels: Labels = None) -> torch.Tensor:
         """The images that latents stand for, (N, *latent_shape) to (N, C, H, W).
 
         z: of any device and dtype of floats. labels: see above.
@@ -179,12 +196,16 @@ class Trained:
         images = torch.cat([self._step.sample(*part) for part in parts])
         return ((images - low) / (high - low)).clamp(0, 1)
 
-    def _parts(self, tensor, labels):
+    def _parts(
+        self, tensor: torch.Tensor, labels: Labels
+    ) -> list[tuple[torch.Tensor, torch.Tensor | None]]:
         """(part, its labels or None) of as many as run together."""
         labels = labels_given(self.config, len(tensor), labels)
         return in_parts(tensor, labels, AT_ONCE)
 
-    def encode(self, images, labels=None):
+    def encode(
+        self, images: torch.Tensor, labels: Labels = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """The mean and log-variance of images' latents, (N, *latent_shape) each, by a VAE.
 
         images: (N, C, H, W) of the model's size, floats in [0, 1] or uint8, of any device. labels:
@@ -199,12 +220,12 @@ class Trained:
         mu, logvar = (torch.cat(parts) for parts in zip(*found, strict=True))
         return mu, logvar
 
-    def reconstruct(self, images, labels=None):
+    def reconstruct(self, images: torch.Tensor, labels: Labels = None) -> torch.Tensor:
         """What a VAE makes of images, by the means of their latents: as `encode` takes them."""
         self.check_encodes("reconstruct images")
         return self.decode(self.encode(images, labels)[0], labels)
 
-    def interpolate(self, start, end, num, labels=None):
+    def interpolate(self, start: int, end: int, num: int, labels: Labels = None) -> torch.Tensor:
         """`num` images on the way from `sample(1, start)` to `sample(1, end)`, spherically.
 
         See `latents.between`. labels: see above.
@@ -213,7 +234,7 @@ class Trained:
         a, b = (self.noise(1, seed)[0] for seed in (start, end))
         return self.decode(latents.between(a, b, num), labels)
 
-    def walk(self, num, frames, seed=0, labels=None):
+    def walk(self, num: int, frames: int, seed: int = 0, labels: Labels = None) -> torch.Tensor:
         """`num` closed walks through the latent space, of as many frames each.
 
         labels: of the walks, as `sample` takes them.
@@ -230,7 +251,7 @@ class Trained:
         every = None if labels is None else labels.repeat(frames)
         return self.decode(z.flatten(0, 1), every).unflatten(0, (frames, num))
 
-    def manifold(self, side, labels=None):
+    def manifold(self, side: int, labels: Labels = None) -> torch.Tensor:
         """side x side images over the latent plane of a VAE: see `latents.quantiles`.
 
         labels: see above.
@@ -246,11 +267,11 @@ class Trained:
             )
         return self.decode(latents.quantiles(side), labels)
 
-    def check_encodes(self, purpose):
+    def check_encodes(self, purpose: str) -> None:
         if not hasattr(self._step, "encode"):
             raise BadInput(f"expected a VAE to {purpose}, got a {self.config.model} in {self.path}")
 
-    def _checked_images(self, images):
+    def _checked_images(self, images: object) -> torch.Tensor:
         if isinstance(images, torch.Tensor) and images.shape[1:] == self.image_shape:
             if images.dtype == torch.uint8:
                 return images
@@ -261,22 +282,22 @@ class Trained:
         )
 
 
-def _listed(shape):
+def _listed(shape: Iterable[int]) -> str:
     return ", ".join(map(str, shape))
 
 
-def _came(value):
+def _came(value: object) -> str:
     if isinstance(value, torch.Tensor):
         return f"{value.dtype} {tuple(value.shape)}"
     return shown(value)
 
 
-def _check(name, rule, value):
+def _check(name: str, rule: Rule, value: object) -> None:
     if not rule.allows(value):
         raise BadInput(f"expected {name} to be {rule.expected}, got {shown(value)}")
 
 
-def _drawn_here(config, device):
+def _drawn_here(config: Config, device: torch.device) -> Config:
     """The settings, in float32 where the device has not the precision that trained the model."""
     try:
         resolve_precision(config.precision, device)

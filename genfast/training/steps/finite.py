@@ -12,6 +12,8 @@ from torch import nn
 class Skipped(nn.Module):
     """Counts the updates that were passed over: `count`, a whole number on the device."""
 
+    count: torch.Tensor
+
     def __init__(self, device):
         super().__init__()
         self.register_buffer("count", torch.zeros((), dtype=torch.int64, device=device))

@@ -1,11 +1,13 @@
 """One optimisation step of a GAN."""
 
 import warnings
-from contextlib import nullcontext
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from numbers import Integral
-from typing import NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
+from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from genfast import autograd, losses
@@ -24,6 +26,7 @@ from genfast.training.steps.merging import (
     why_unknown,
 )
 from genfast.training.steps.penalties import penalty as penalty_named
+from genfast.training.steps.precision import PrecisionName
 from genfast.training.steps.spectral import SpectralNorm
 from genfast.training.steps.spread import Spread, unwrapped
 from genfast.training.steps.trial import undone
@@ -47,13 +50,16 @@ class GANResult(NamedTuple):
 
     Where a step leaves the generator as it is, `g_loss` is what the discriminator's update made of
     the same logits.
+
+    Example:
+        >>> d_loss, g_loss = GANResult(torch.tensor(1.4), torch.tensor(0.7))
     """
 
     d_loss: torch.Tensor
     g_loss: torch.Tensor
 
 
-class GANStep(Step):
+class GANStep(Step[GANResult]):
     """Update the discriminator on real and generated images, then the generator: one GAN step.
 
     The order and the losses are those of Goodfellow et al. (2014), algorithm 1 with k = 1, as
@@ -129,38 +135,51 @@ class GANStep(Step):
 
     Warns:
         UserWarning: the penalty is not defined for a discriminator with batch norm.
+
+    Example:
+        >>> from genfast.models import GAN
+        >>> gan = GAN((1, 8, 8), nz=4)
+        >>> step = GANStep(gan.generator, gan.discriminator, precision="fp32")
+        >>> for images in torch.rand(3, 2, 1, 8, 8):  # Three batches of two.
+        ...     result = step(images * 2 - 1)
+        >>> bool(result.d_loss.isfinite())
+        True
+        >>> step.sample(torch.randn(5, 4)).shape
+        torch.Size([5, 1, 8, 8])
     """
 
     pixel_range = (-1.0, 1.0)
     weights_reused = True
     result_fields = GANResult._fields
+    _penalty: Any
+    _clip: Any
     _result = GANResult
 
     def __init__(
         self,
-        generator,
-        discriminator,
+        generator: nn.Module,
+        discriminator: nn.Module,
         *,
-        latent_shape=None,
-        loss="non-saturating",
-        optimizers=None,
-        precision="auto",
-        merge=None,
-        capture=None,
-        output=None,
-        ema=None,
-        penalty=None,
-        penalty_weight=None,
-        penalty_every=1,
-        n_critic=1,
-        clip_critic=None,
-        spectral_norm=False,
-        augment=None,
-        flip=False,
-        clip_grad=None,
-        skip_nonfinite=False,
-        image_range=None,
-    ):
+        latent_shape: int | Sequence[int] | None = None,
+        loss: str = "non-saturating",
+        optimizers: Sequence[torch.optim.Optimizer] | None = None,
+        precision: PrecisionName = "auto",
+        merge: bool | None = None,
+        capture: bool | None = None,
+        output: Callable[[Any], torch.Tensor] | Literal["logits"] | None = None,
+        ema: float | None = None,
+        penalty: str | None = None,
+        penalty_weight: float | None = None,
+        penalty_every: int = 1,
+        n_critic: int = 1,
+        clip_critic: float | None = None,
+        spectral_norm: bool = False,
+        augment: str | None = None,
+        flip: bool = False,
+        clip_grad: float | None = None,
+        skip_nonfinite: bool = False,
+        image_range: Sequence[float] | None = None,
+    ) -> None:
         networks = {"generator": generator, "discriminator": discriminator}
         networks, group = unwrapped(networks)
         generator, discriminator = networks.values()
@@ -188,12 +207,12 @@ class GANStep(Step):
                 f"{describe(optimizers)}"
             )
         g_optimizer, d_optimizer = optimizers
-        steady = self._spectral_norm.layers if spectral_norm else ()
+        steady = self._spectral_norm.layers if self._spectral_norm else ()
         never, unknown = why_two_passes(discriminator, steady), why_unknown(discriminator)
         self._known = not (never or unknown)
         self._converts = self._known and converts_its_input(discriminator)
         self._merge_if_equal = merge is None and not never and unknown is not None
-        self.why_not_merged = never or unknown
+        self.why_not_merged: str | None = never or unknown
         if merge is not None:
             self.why_not_merged = None if merge else "it was switched off"
         self.average = self._average = None if ema is None else Average(generator, ema)
@@ -202,7 +221,7 @@ class GANStep(Step):
             {"generator": g_optimizer, "discriminator": d_optimizer},
             precision,
             capture,
-            {} if ema is None else {"average": self.average.module},
+            {} if self.average is None else {"average": self.average.module},
             clip_grad=clip_grad,
             skip_nonfinite=skip_nonfinite,
             spread=spread,
@@ -210,11 +229,11 @@ class GANStep(Step):
         )
 
     @property
-    def final_sigmoid(self):
+    def final_sigmoid(self) -> str | None:
         """The name of the Sigmoid whose input is taken for the logits; None if there is none."""
         return self._judge.sigmoid
 
-    def _look(self, images):
+    def _look(self, images: torch.Tensor) -> None:
         with (
             torch.no_grad(),
             undone(self.generator, self.device),
@@ -244,7 +263,7 @@ class GANStep(Step):
             self.why_not_merged = why and f"{self.why_not_merged}, and {why}"
             self._merge_if_equal = False
 
-    def _set_penalty(self, name, weight, every):
+    def _set_penalty(self, name: str | None, weight: float | None, every: int) -> None:
         self._penalty_every = _whole("penalty_every", every)
         if name is None:
             if weight is not None or every != 1:
@@ -255,14 +274,14 @@ class GANStep(Step):
         weight = self._penalty.weight if weight is None else weight
         self._penalty_weight = above_0("penalty_weight", weight) * self._penalty_every
 
-    def _turn(self):
+    def _turn(self) -> _Turn:
         """What the next call does: a `_Turn`."""
         return _Turn(
             self._penalty is not None and self.calls % self._penalty_every == 0,
             (self.calls + 1) % self._n_critic == 0,
         )
 
-    def _warn_of_batch_norm(self):
+    def _warn_of_batch_norm(self) -> None:
         if not (self._penalty and self._penalty.of_each_image):
             return
         if any(isinstance(m, _BatchNorm) for m in self.discriminator.modules()):
@@ -273,14 +292,14 @@ class GANStep(Step):
                 stacklevel=5,
             )
 
-    def _step_in_precision(self, images):
+    def _step_in_precision(self, images: torch.Tensor) -> tuple[torch.Tensor, ...]:
         losses = super()._step_in_precision(images)
         # By now the generator holds its own weights again.
         if self._average and self._turn().generator_trains:
             self._average.update()
         return losses
 
-    def _step(self, images):
+    def _step(self, images: torch.Tensor) -> tuple[torch.Tensor, ...]:
         for optimizer in self.optimizers.values():
             optimizer.zero_grad(set_to_none=True)
         turn = self._turn()
@@ -294,14 +313,14 @@ class GANStep(Step):
             return d_loss, self._update_generator(images, fakes)
         return d_loss, self.loss.generator(logits)
 
-    def _generate(self, images):
+    def _generate(self, images: torch.Tensor) -> torch.Tensor:
         """As many images as these are, by the generator."""
         dtype = images.dtype if images.is_floating_point() else self._dtype
         z = torch.randn(len(images), *self.latent_shape, device=images.device, dtype=dtype)
         with self._precision.autocast():
             return self.generator(z, *self._labels(len(z)))
 
-    def _check_fakes(self, fakes, images):
+    def _check_fakes(self, fakes: torch.Tensor, images: torch.Tensor) -> None:
         if not isinstance(fakes, torch.Tensor):
             raise TypeError(f"expected a generator that returns images, got {describe(fakes)}")
         if fakes.shape != images.shape:
@@ -310,7 +329,9 @@ class GANStep(Step):
                 f"{tuple(images.shape)}"
             )
 
-    def _update_discriminator(self, reals, fakes, penalised):
+    def _update_discriminator(
+        self, reals: torch.Tensor, fakes: torch.Tensor, penalised: bool
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """Its loss, and the logits it had, as `loss.generator` takes them."""
         if self._spectral_norm:
             self._spectral_norm.iterate()
@@ -340,7 +361,7 @@ class GANStep(Step):
         self.optimizers["discriminator"].zero_grad(set_to_none=True)
         return loss, logits.detach()
 
-    def _penalise(self, reals, fakes):
+    def _penalise(self, reals: torch.Tensor, fakes: torch.Tensor) -> None:
         """Add the penalty's gradient to those of the discriminator's parameters."""
         reals, fakes = losses.widen(reals), losses.widen(fakes)
         groups = [points(reals, fakes) for points in self._penalty.points]
@@ -359,20 +380,20 @@ class GANStep(Step):
             self._precision.backward(penalty, "discriminator")
 
     @torch.no_grad()
-    def _clip_parameters(self):
+    def _clip_parameters(self) -> None:
         groups = self.optimizers["discriminator"].param_groups
         parameters = [p for group in groups for p in group["params"]]
         torch._foreach_clamp_min_(parameters, -self._clip)
         torch._foreach_clamp_max_(parameters, self._clip)
         self._precision.refresh("discriminator")
 
-    def _one_pass(self):
+    def _one_pass(self) -> AbstractContextManager[None]:
         return self._spectral_norm.one_pass() if self._spectral_norm else nullcontext()
 
-    def _steady(self):
+    def _steady(self) -> AbstractContextManager[None]:
         return self._spectral_norm.steady() if self._spectral_norm else nullcontext()
 
-    def _both(self, reals, fakes):
+    def _both(self, reals: torch.Tensor, fakes: torch.Tensor) -> torch.Tensor:
         """Real images, then generated ones: a batch of the discriminator, augmented."""
         if self._augment:
             reals, fakes = losses.widen(self._floats(reals)), losses.widen(fakes)
@@ -387,7 +408,7 @@ class GANStep(Step):
             reals = reals.to(fakes.dtype)  # Less to concatenate than what `cat` would make.
         return torch.cat([reals, fakes])
 
-    def _update_generator(self, reals, fakes):
+    def _update_generator(self, reals: torch.Tensor, fakes: torch.Tensor) -> torch.Tensor:
         with frozen(self.discriminator):
             if self.loss.paired:
                 with torch.no_grad():
@@ -399,25 +420,27 @@ class GANStep(Step):
         self._precision.update("generator")
         return loss
 
-    def _logits(self, images, augmented=False):
+    def _logits(self, images: torch.Tensor, augmented: bool = False) -> torch.Tensor:
         """The discriminator's, of images as it is to see them or before they are augmented."""
         if self._augment and not augmented:
             images = self._augment(images).to(self._dtype)
         with self._one_pass(), self._precision.autocast():
             return self._judge(images)
 
-    def _backward(self, logits, loss_of, optimizer):
+    def _backward(
+        self, logits: torch.Tensor, loss_of: Callable[[torch.Tensor], torch.Tensor], optimizer: str
+    ) -> torch.Tensor:
         loss = loss_of(logits)
         self._precision.backward(loss, optimizer)
         return loss.detach()
 
-    def _draw(self, z):
+    def _draw(self, z: torch.Tensor) -> torch.Tensor:
         generator = self.average.module if self.average else self.generator
         with evaluating(generator):
             return generator(z, *self._labels(len(z)))
 
 
-def _latent_shape(given, generator):
+def _latent_shape(given: Any, generator: nn.Module) -> tuple[int, ...]:
     """The shape of one image's noise, a tuple: as given, or else as the generator has it."""
     if given is None:
         given = getattr(generator, "latent_shape", None)
@@ -429,11 +452,11 @@ def _latent_shape(given, generator):
     return given
 
 
-def _whole(name, number):
-    if isinstance(number, Integral) and not isinstance(number, bool) and number > 0:
+def _whole(name: str, number: Any) -> int:
+    if isinstance(number, Integral) and not isinstance(number, bool) and int(number) > 0:
         return int(number)
     raise ValueError(f"expected {name} to be a whole number from 1 on, got {number!r}")
 
 
-def _are_lengths(shape):
-    return all(isinstance(n, Integral) and n > 0 for n in shape)
+def _are_lengths(shape: Iterable[Any]) -> bool:
+    return all(isinstance(n, Integral) and int(n) > 0 for n in shape)

@@ -1,6 +1,7 @@
 """What the networks compute in. Weights, optimizers and losses stay in float32."""
 
 from contextlib import ExitStack
+from typing import Literal, get_args
 
 import torch
 
@@ -9,7 +10,8 @@ from genfast.training.steps import half_weights
 from genfast.training.steps.product_settings import products_in
 from genfast.training.steps.updates import Update
 
-PRECISIONS = ("auto", "fp32", "tf32", "bf16", "fp16")
+PrecisionName = Literal["auto", "fp32", "tf32", "bf16", "fp16"]
+PRECISIONS: tuple[PrecisionName, ...] = get_args(PrecisionName)
 _AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 

@@ -4,18 +4,26 @@ import math
 import os
 import shutil
 import warnings
+from collections.abc import Callable, Sequence
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
+from torch import nn
 
 from genfast import functional, losses, reference
+from genfast.losses import LikelihoodName
 from genfast.training.steps import kl_weight, vae_form
-from genfast.training.steps.base import Step, adam, evaluating
+from genfast.training.steps.base import Batch, Step, adam, evaluating
 from genfast.training.steps.labels import Labels, classes_of
+from genfast.training.steps.precision import PrecisionName
 from genfast.training.steps.spread import Spread, unwrapped
 from genfast.training.steps.trial import undone
 
+# (model, images) -> (reconstruction, mu, logvar).
+Adapter = Callable[[Any, torch.Tensor], Sequence[torch.Tensor]]
+# (mu, logvar) -> (z, kl).
+_Sampler = Callable[[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
 # How far images may lie outside [0, 1]: roundings.
 _SLACK = 1e-3
 
@@ -25,6 +33,11 @@ class VAEResult(NamedTuple):
 
     The parts are not weighted: with a beta the loss is reconstruction + beta * kl. Of several
     samples an image they are means over these, and their sum is at least the loss.
+
+    Example:
+        >>> result = VAEResult(torch.tensor(90.0), torch.tensor(80.0), torch.tensor(10.0))
+        >>> float(result.loss - result.kl)
+        80.0
     """
 
     loss: torch.Tensor
@@ -32,7 +45,7 @@ class VAEResult(NamedTuple):
     kl: torch.Tensor
 
 
-class VAEStep(Step):
+class VAEStep(Step[VAEResult]):
     """Minimise the negative evidence lower bound of one batch (Kingma and Welling, 2014).
 
     As in PyTorch's public VAE example, what is minimised is the sum over the batch; the result
@@ -83,31 +96,45 @@ class VAEStep(Step):
     Raises:
         ValueError, TypeError: there is no such precision, likelihood, beta or number of samples,
             the model is no VAE of this form, or capture=True or compile=True and it cannot be.
+
+    Example:
+        >>> from genfast.models import VAE
+        >>> step = VAEStep(VAE(64, 16, latent_dim=4), precision="fp32")
+        >>> result = step(torch.rand(2, 1, 8, 8))
+        >>> bool(result.loss == result.reconstruction + result.kl)
+        True
+        >>> step.sample(torch.randn(5, 4)).shape
+        torch.Size([5, 1, 8, 8])
     """
 
     pixel_range = (0.0, 1.0)
     weights_reused = False
     result_fields = VAEResult._fields
+    model: Any
+    _present: Any
+    _decoder: Any
+    _drawing: Any
+    _latent_shape: tuple[int, ...] | None
     _result = VAEResult
 
     def __init__(
         self,
-        model,
+        model: nn.Module,
         *,
-        optimizer=None,
-        precision="auto",
-        clip_grad=None,
-        skip_nonfinite=False,
-        capture=None,
-        compile=False,
-        likelihood=None,
-        beta=1.0,
-        beta_warmup=None,
-        importance_samples=None,
-        adapter=None,
-        image_shape=None,
-        image_range=None,
-    ):
+        optimizer: torch.optim.Optimizer | None = None,
+        precision: PrecisionName = "auto",
+        clip_grad: float | None = None,
+        skip_nonfinite: bool = False,
+        capture: bool | None = None,
+        compile: bool = False,
+        likelihood: LikelihoodName | None = None,
+        beta: float = 1.0,
+        beta_warmup: int | None = None,
+        importance_samples: int | None = None,
+        adapter: Adapter | None = None,
+        image_shape: Sequence[int] | None = None,
+        image_range: Sequence[float] | None = None,
+    ) -> None:
         if likelihood not in (None, *losses.LIKELIHOODS):
             raise ValueError(
                 f"expected a likelihood among {losses.LIKELIHOODS} or None, got {likelihood!r}"
@@ -142,7 +169,7 @@ class VAEStep(Step):
         self._beta, self._samples = float(beta), importance_samples
         self._has_logits = adapter is None and hasattr(model, "decode_logits")
         self._present = self._decoder = self._drawing = self._latent_shape = None
-        warmup = {}
+        warmup: dict[str, nn.Module] = {}
         if beta_warmup:
             device = next(model.parameters()).device
             warmup["kl_weight"] = kl_weight.KLWeight(beta, beta_warmup, device)
@@ -168,15 +195,17 @@ class VAEStep(Step):
             self._compiled_terms = torch.compile(self._terms_given_noise)
 
     @property
-    def likelihood(self):
+    def likelihood(self) -> LikelihoodName | None:
         """The name of the images' likelihood; None as long as it is to be found out."""
         if self._likelihood:
             return self._likelihood
         end = self._end
-        return end and ("bernoulli" if end == "unit" else "gaussian")
+        if end is None:
+            return None
+        return "bernoulli" if end == "unit" else "gaussian"
 
     @property
-    def latent_shape(self):
+    def latent_shape(self) -> tuple[int, ...]:
         """The shape of one image's latent: until the first step what `model.latent_dim` says."""
         if self._latent_shape is not None:
             return self._latent_shape
@@ -188,13 +217,13 @@ class VAEStep(Step):
             )
         return (said,)
 
-    def _encode(self, images):
+    def _encode(self, images: torch.Tensor) -> Any:
         return getattr(self.model, self._coders[0])(images, *self._labels(len(images)))
 
-    def _decode(self, z):
+    def _decode(self, z: torch.Tensor) -> Any:
         return getattr(self.model, self._coders[1])(z, *self._labels(len(z), each=True))
 
-    def _look(self, images):
+    def _look(self, images: torch.Tensor) -> None:
         """Find out what the model takes and gives, by running it on these images once."""
         self._check_first(images)
         autocast = self._precision.autocast
@@ -231,7 +260,7 @@ class VAEStep(Step):
                 "are 1: have a decode_logits, an nn.Sigmoid at the end, or precision='fp32'"
             )
 
-    def _check_first(self, images):
+    def _check_first(self, images: torch.Tensor) -> None:
         shape = tuple(images.shape[1:])
         if len(images) == 0:
             raise ValueError("expected at least one image, got none")
@@ -245,16 +274,16 @@ class VAEStep(Step):
             )
 
     @property
-    def _takes_logits(self):
+    def _takes_logits(self) -> bool:
         """Whether what runs is `decode_logits`."""
         return self._has_logits and self._likelihood != "gaussian"
 
     @property
-    def _end(self):
+    def _end(self) -> str | None:
         """How the decoder ends; None as long as it is to be found out."""
         return "unit" if self._takes_logits else self._decoder and self._decoder.end
 
-    def _check_likelihood(self, end):
+    def _check_likelihood(self, end: str | None) -> None:
         if self._likelihood == "bernoulli" and end in ("tanh", "positive"):
             values = "from -1 on" if end == "tanh" else "from 0 on"
             raise ValueError(
@@ -263,25 +292,25 @@ class VAEStep(Step):
             )
 
     @property
-    def _gives_logits(self):
+    def _gives_logits(self) -> bool:
         """Whether what the loss is given are the logits of probabilities."""
         if self.likelihood == "gaussian":
             return False
         return self._takes_logits or self._skipped is not None or self._end == "open"
 
     @property
-    def _skipped(self):
+    def _skipped(self) -> Any:
         """The sigmoid at the decoder's end, which the loss takes itself; or None."""
         if self._takes_logits or self.likelihood == "gaussian":
             return None
         return self._decoder.sigmoid
 
     @property
-    def _signed(self):
+    def _signed(self) -> bool:
         """Whether the network's images are those of [0, 1] scaled to [-1, 1]."""
         return self.likelihood == "gaussian" and self._end in ("tanh", "open")
 
-    def _step(self, images):
+    def _step(self, images: torch.Tensor) -> tuple[torch.Tensor, ...]:
         images = self._floats(images)
         self.optimizers["model"].zero_grad(set_to_none=True)
         beta = self._warmup() if self._warmup else self._beta
@@ -304,7 +333,7 @@ class VAEStep(Step):
         return tuple(terms)
 
     @torch.no_grad()
-    def evaluate(self, batch, importance_samples=None):
+    def evaluate(self, batch: Batch, importance_samples: int | None = None) -> VAEResult:
         """The bound of images that are not trained on: a `VAEResult`, of which nothing moves.
 
         By the running statistics of batch norms. Its `loss` is minus the evidence lower bound, of
@@ -327,7 +356,9 @@ class VAEStep(Step):
                 _, *terms = self._terms(self._floats(images), sample, 1.0)
         return VAEResult(*terms)
 
-    def _terms(self, images, sample, beta):
+    def _terms(
+        self, images: torch.Tensor, sample: _Sampler, beta: float | torch.Tensor
+    ) -> tuple[torch.Tensor, ...]:
         """What is minimised, and the terms of a `VAEResult`.
 
         sample: (mu, logvar) in float32 to latents and the KL divergence of each image, (N,); or to
@@ -345,7 +376,7 @@ class VAEStep(Step):
             reconstruction = losses.each_reconstruction_loss(
                 reconstruction.unflatten(0, kl.shape),
                 images,
-                self.likelihood,
+                "gaussian" if self.likelihood == "gaussian" else "bernoulli",
                 logits=self._gives_logits,
             )
             minimised = losses.iwae_loss(reconstruction, kl)
@@ -354,8 +385,10 @@ class VAEStep(Step):
         terms = (t.detach() / len(images) for t in (minimised, reconstruction, kl))
         return minimised, *terms
 
-    def _terms_given_noise(self, images, noise, beta):
-        def sample(mu, logvar):
+    def _terms_given_noise(
+        self, images: torch.Tensor, noise: torch.Tensor, beta: float | torch.Tensor
+    ) -> tuple[torch.Tensor, ...]:
+        def sample(mu: torch.Tensor, logvar: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
             if self._samples is not None:
                 return reference.importance_samples(mu, logvar, noise.to(mu.dtype))
             kl = reference.kl_divergence(mu, logvar)
@@ -363,7 +396,9 @@ class VAEStep(Step):
 
         return self._terms(images, sample, beta)
 
-    def _reconstructed(self, images, sample):
+    def _reconstructed(
+        self, images: torch.Tensor, sample: _Sampler
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """What the decoder makes of these images' latents, a batch, and their KL divergences."""
         if self._adapter:
             with self._precision.autocast():
@@ -380,13 +415,17 @@ class VAEStep(Step):
                 return self.model.decode_logits(z, *self._labels(len(z), each=True)), kl
             return vae_form.decoded(self._decode(z)), kl
 
-    def _reconstruction_loss(self, reconstruction, images):
+    def _reconstruction_loss(
+        self, reconstruction: torch.Tensor, images: torch.Tensor
+    ) -> torch.Tensor:
         if self.likelihood == "gaussian":
             return losses.gaussian_reconstruction_loss(reconstruction, images)
         return losses.reconstruction_loss(reconstruction, images, logits=self._gives_logits)
 
     @torch.no_grad()
-    def encode(self, images, labels=None):
+    def encode(
+        self, images: torch.Tensor, labels: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """The mean and the log-variance of images' latents, (N, *latent_shape) each, in float32.
 
         By the running statistics of batch norms, as `sample` draws. `images` are what a step takes,
@@ -404,7 +443,7 @@ class VAEStep(Step):
                     mu, logvar = vae_form.posterior(self._encode(self._present(images)))
         return losses.widen(mu), losses.widen(logvar)
 
-    def _draw(self, z):
+    def _draw(self, z: torch.Tensor) -> torch.Tensor:
         if self._coders is None:
             raise ValueError(
                 "expected a model with decode(z) to sample from, got "
@@ -427,7 +466,7 @@ class VAEStep(Step):
                 self._decoder = self._decoder or decoder
         return self._as_images(decoded, end)
 
-    def _as_images(self, decoded, end):
+    def _as_images(self, decoded: torch.Tensor, end: str | None) -> torch.Tensor:
         """What `decode` gave, which ends so, as images (N, C, H, W) in `pixel_range`."""
         if end == "open" and self.likelihood == "bernoulli":
             decoded = losses.widen(decoded).sigmoid()
@@ -447,14 +486,14 @@ class VAEStep(Step):
         return decoded.reshape(len(decoded), *shape)
 
 
-def _sampler(samples):
+def _sampler(samples: int | None) -> _Sampler:
     """What draws latents and their KL divergences: see `VAEStep._terms`."""
     if samples is None:
         return functional.reparameterize_with_kl
     return partial(functional.importance_samples, samples=samples)
 
 
-def _check_samples(samples, adapter):
+def _check_samples(samples: object, adapter: Adapter | None) -> None:
     if type(samples) is not int or samples < 1:
         raise ValueError(
             f"expected importance_samples to be a whole number from 1, or None, got {samples!r}"
@@ -466,11 +505,11 @@ def _check_samples(samples, adapter):
         )
 
 
-def _warn(message):
+def _warn(message: str) -> None:
     warnings.warn(f"genfast: {message}", stacklevel=5)
 
 
-def missing_compiler(device):
+def missing_compiler(device: torch.device) -> str | None:
     """The name of the C++ compiler that `torch.compile` needs for the device and that is missing.
 
     None if it has what it needs.

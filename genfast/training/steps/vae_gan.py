@@ -1,15 +1,18 @@
 """One optimisation step of a VAE/GAN (Larsen et al., 2016, arXiv:1512.09300)."""
 
+from collections.abc import Sequence
 from numbers import Real
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
+from torch import nn
 
 from genfast import functional, losses
 from genfast.nn import statistics_groups
 from genfast.training.steps import vae_form
 from genfast.training.steps.base import Step, adam, evaluating, frozen
 from genfast.training.steps.merging import why_two_passes, why_unknown
+from genfast.training.steps.precision import PrecisionName
 from genfast.training.steps.spread import unwrapped
 
 
@@ -18,6 +21,10 @@ class VAEGANResult(NamedTuple):
 
     d_loss: the discriminator's. g_loss: the decoder's as a generator, of reconstructions and of
     samples. reconstruction and kl: in nats an image; the first is that of the features.
+
+    Example:
+        >>> VAEGANResult._fields
+        ('d_loss', 'g_loss', 'reconstruction', 'kl')
     """
 
     d_loss: torch.Tensor
@@ -26,7 +33,7 @@ class VAEGANResult(NamedTuple):
     kl: torch.Tensor
 
 
-class VAEGANStep(Step):
+class VAEGANStep(Step[VAEGANResult]):
     """Update the discriminator, then encoder and decoder: one step of a VAE/GAN.
 
     An image is encoded and decoded again, and another is decoded from noise. To the discriminator
@@ -66,27 +73,36 @@ class VAEGANStep(Step):
         ValueError: there is no such loss, precision or gamma, capture=True and it cannot be, or an
             optimizer does not hold its network's parameters.
         TypeError: the discriminator has not both parts.
+
+    Example:
+        >>> from genfast.models import VAEGAN
+        >>> model = VAEGAN(image_size=16, nz=8, ngf=4, ndf=4)
+        >>> step = VAEGANStep(model.encoder, model.decoder, model.discriminator, precision="fp32")
+        >>> result = step(torch.rand(2, 3, 16, 16) * 2 - 1)
+        >>> step.sample(torch.randn(5, 8, 1, 1)).shape
+        torch.Size([5, 3, 16, 16])
     """
 
     pixel_range = (-1.0, 1.0)
     weights_reused = True
     result_fields = VAEGANResult._fields
+    discriminator: Any
     _result = VAEGANResult
 
     def __init__(
         self,
-        encoder,
-        decoder,
-        discriminator,
+        encoder: nn.Module,
+        decoder: nn.Module,
+        discriminator: nn.Module,
         *,
-        latent_shape=None,
-        gamma=1e-2,
-        loss="non-saturating",
-        optimizers=None,
-        precision="auto",
-        capture=None,
-        image_range=None,
-    ):
+        latent_shape: Sequence[int] | None = None,
+        gamma: float = 1e-2,
+        loss: str = "non-saturating",
+        optimizers: Sequence[torch.optim.Optimizer] | None = None,
+        precision: PrecisionName = "auto",
+        capture: bool | None = None,
+        image_range: Sequence[float] | None = None,
+    ) -> None:
         self.encoder, self.decoder, self.discriminator = encoder, decoder, discriminator
         if not all(callable(getattr(discriminator, n, None)) for n in ("features", "judge")):
             raise TypeError(
@@ -97,7 +113,7 @@ class VAEGANStep(Step):
         if not isinstance(shape, tuple | list):
             raise ValueError(f"expected latent_shape, or a decoder that has one, got {shape!r}")
         self.latent_shape = tuple(shape)
-        if not (isinstance(gamma, Real) and 0 <= gamma < float("inf")):
+        if not (isinstance(gamma, Real | float) and 0 <= gamma < float("inf")):
             raise ValueError(f"expected gamma to be a number from 0, got {gamma!r}")
         self.gamma = float(gamma)
         self.loss = losses.gan_loss(loss)
@@ -121,7 +137,9 @@ class VAEGANStep(Step):
             image_range=image_range,
         )
 
-    def encode(self, images, labels=None):
+    def encode(
+        self, images: torch.Tensor, labels: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """The mean and the log-variance of images' latents, (N, *latent_shape) each, in float32.
 
         By the running statistics of batch norms, as `sample` draws. `images` are what a step takes;
@@ -137,9 +155,10 @@ class VAEGANStep(Step):
             evaluating(self.encoder),
         ):
             found = vae_form.posterior(self.encoder(images))
-        return tuple(losses.widen(t).reshape(shape) for t in found)
+        mu, logvar = (losses.widen(t).reshape(shape) for t in found)
+        return mu, logvar
 
-    def _step(self, images):
+    def _step(self, images: torch.Tensor) -> tuple[torch.Tensor, ...]:
         images = self._floats(images)
         for optimizer in self.optimizers.values():
             optimizer.zero_grad(set_to_none=True)
@@ -150,7 +169,7 @@ class VAEGANStep(Step):
         d_loss = self._update_discriminator(images, made.detach(), drawn.detach())
         return d_loss, *self._update_coders(images, made, drawn, kl)
 
-    def _reconstructed(self, images):
+    def _reconstructed(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """What the decoder makes of the images' latents, and the KL divergence in nats an image."""
         with self._precision.autocast():
             mu, logvar = vae_form.posterior(self.encoder(images))
@@ -164,7 +183,7 @@ class VAEGANStep(Step):
             )
         return made, kl.sum() / len(images)
 
-    def _update_discriminator(self, *batches):
+    def _update_discriminator(self, *batches: torch.Tensor) -> torch.Tensor:
         """On real images, reconstructions and samples."""
         with self._precision.autocast():
             if self.why_not_merged:
@@ -179,7 +198,9 @@ class VAEGANStep(Step):
         self.optimizers["discriminator"].zero_grad(set_to_none=True)
         return loss.detach()
 
-    def _update_coders(self, images, made, drawn, kl):
+    def _update_coders(
+        self, images: torch.Tensor, made: torch.Tensor, drawn: torch.Tensor, kl: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         with frozen(self.discriminator):
             with self._precision.autocast():
                 with torch.no_grad():
@@ -199,15 +220,15 @@ class VAEGANStep(Step):
         self._precision.update("decoder")
         return g_loss.detach(), reconstruction.detach(), kl.detach()
 
-    def _trained(self, name):
+    def _trained(self, name: str) -> list[nn.Parameter]:
         return [p for p in self.modules[name].parameters() if p.requires_grad]
 
-    def _features(self, images):
+    def _features(self, images: torch.Tensor) -> torch.Tensor:
         return self.discriminator.features(images)
 
-    def _judged(self, features):
+    def _judged(self, features: torch.Tensor) -> torch.Tensor:
         return self.discriminator.judge(features)
 
-    def _draw(self, z):
+    def _draw(self, z: torch.Tensor) -> torch.Tensor:
         with evaluating(self.decoder):
             return self.decoder(z)

@@ -16,7 +16,7 @@ from torch.autograd import Function
 
 from genfast import layout, reference
 from genfast.geometry import ConvGeometry
-from genfast.launch import conv, from_image, losses, norm, sampling, start, tape
+from genfast.launch import conv, from_image, losses, norm, phases, sampling, start, tape
 from genfast.launch.epilogue import PLAIN, Epilogue
 from genfast.launch.operand import Operand, Output
 
@@ -52,16 +52,21 @@ class Kind(NamedTuple):
     dtype: torch.dtype | None = None
     process_group: object = None
 
+    def takes_away(self, bias):
+        """Whether what is added before the norm is lost in it: a constant of each channel is."""
+        return self.by_batch and self.span == 1 and bias.dim() == 1
+
     @property
-    def takes_bias_away(self):
-        """Whether a constant that is added to a channel before the norm is lost in it."""
-        return self.by_batch and self.span == 1
+    def activates_in_passes(self):
+        """Whether no epilogue of a product knows the activation."""
+        return self.activation == "prelu" or reference.ACTIVATION[self.activation].halves
 
 
 class Link(NamedTuple):
     """A block of a chain: its `Kind`, and its tensors, None where absent.
 
-    weight, bias: of the convolution; None where there is none.
+    weight, bias: of the convolution; None where there is none. The bias is (channels,), or of a
+        transposed convolution (phases, channels).
     gamma, beta, running_mean, running_var, counter: of the batch norm, counter being
         `num_batches_tracked`.
     slope: of "prelu", (1,) or (channels,).
@@ -369,6 +374,7 @@ class _Known(Function):
         y = known.detach()
         ctx.save_for_backward(x, weight, y)
         ctx.kind, ctx.activation, ctx.wanted = kind, activation, wanted
+        ctx.bias_dim = 0 if bias is None else bias.dim()
         return y
 
     @staticmethod
@@ -381,7 +387,7 @@ class _Known(Function):
             du = _ActivationGradient.apply(dy, y, ctx.activation, kind.negative_slope)
         geometry, transposed = kind.geometry, kind.transposed
         dx, dw = _convolution_backward(du, x, weight, geometry, transposed, needs)
-        dbias = du.sum((0, 2, 3)) if needs[2] else None
+        dbias = _bias_gradient(du, ctx.bias_dim, geometry) if needs[2] else None
         return dx, dw, dbias, None, None, None, None
 
 
@@ -535,8 +541,8 @@ def _output(source, link, keep, added):
     else:
         vectors = _vectors(link, source.value.dtype)
         epilogue = Epilogue(link.bias)
-        # Batch norm is an epilogue then: its input is never stored. Epilogues know no PReLU.
-        if not keep and link.slope is None:
+        # Batch norm is an epilogue then: its input is never stored.
+        if not keep and not kind.activates_in_passes:
             epilogue = Epilogue(link.bias, 0, vectors, *act, added=added)
             vectors = None
     z, statistics = _convolve(source, link.weight, kind, epilogue)
@@ -643,10 +649,13 @@ def _backward(tensors, kinds, need_x, needs):
             if i == len(kinds) - 1 and kind.activation != "identity":
                 dz = Operand(gradient, output.value, kind.activation, kind.negative_slope)
             if need_bias:
-                total = dz.tensor().sum((0, 2, 3)) if partials is None else partials.sum((0, 1))
+                if partials is None:
+                    total = _bias_gradient(dz.tensor(), bias.dim(), kind.geometry)
+                else:
+                    total = partials.sum((0, 1))
                 found[i][1] = total.to(bias.dtype)
         else:
-            need_dz = passes_on or need_weight or (need_bias and not kind.takes_bias_away)
+            need_dz = passes_on or need_weight or (need_bias and not kind.takes_away(bias))
             made = waiting is not None and _wgrad_makes(output, kinds[i + 1], parameters[i + 1][0])
             dz, sums, y = norm.norm_backward(
                 gradient,
@@ -665,8 +674,10 @@ def _backward(tensors, kinds, need_x, needs):
             output.remember(y)
             if need_bias:
                 # A channel's own mean takes any constant away again: then the sum is exactly 0.
-                zero = kind.takes_bias_away
-                found[i][1] = torch.zeros_like(bias) if zero else dz.sum((0, 2, 3))
+                if kind.takes_away(bias):
+                    found[i][1] = torch.zeros_like(bias)
+                else:
+                    found[i][1] = _bias_gradient(dz, bias.dim(), kind.geometry)
             found[i][2:] = _of_sums(sums, of_norm, need_of_norm)
             dz = Operand(dz)
         if waiting is not None:
@@ -674,9 +685,11 @@ def _backward(tensors, kinds, need_x, needs):
             output.release()
         waiting = dz if need_weight else None
         if i > lowest:
+            # A tile here has pixels of all phases there.
             sums = kinds[i - 1].by_batch is None and needs[i - 1][1]
+            sums = sums and parameters[i - 1][1].dim() == 1
             epilogue = Epilogue(output=outputs[i - 1], sums=sums)
-            if kinds[i - 1].activation == "prelu" or _sums_apart(
+            if kinds[i - 1].activates_in_passes or _sums_apart(
                 dz, weight, kind, kinds[i - 1], not kind.transposed, True
             ):
                 epilogue = PLAIN  # Then the gradient is that of the output, without sums.
@@ -773,6 +786,11 @@ def _sums_apart(source, weight, kind, summed, is_dgrad, output_is_read):
         return False
     operation = "dgrad" if is_dgrad else "fprop"
     return conv.sums_apart(operation, source.value, weight, kind.geometry, output_is_read)
+
+
+def _bias_gradient(dz, dim, geometry):
+    """That of a bias of 1 dimension, (channels,), or of 2, (phases, channels); differentiable."""
+    return dz.sum((0, 2, 3)) if dim == 1 else phases.bias_gradient(dz, geometry.stride)
 
 
 def _wgrad_makes(output, kind, weight):

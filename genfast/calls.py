@@ -25,6 +25,7 @@ from genfast.nn import (
     may_begin_on,
     may_lead_to_run,
     runs_undisturbed,
+    why_follower_stays_out,
     why_not_fused,
 )
 
@@ -47,12 +48,17 @@ _MODULE_OF: dict[Any, type[nn.Module]] = {
     F.gelu: nn.GELU,
     F.mish: nn.Mish,
     F.hardswish: nn.Hardswish,
+    F.glu: nn.GLU,
     "relu": nn.ReLU,
     "tanh": nn.Tanh,
     "sigmoid": nn.Sigmoid,
 }
 # What becomes part of a convolution, likewise; only where it does so, a module stands in.
-_RESAMPLING = {F.interpolate: nn.Upsample, F.avg_pool2d: nn.AvgPool2d}
+_RESAMPLING = {
+    F.interpolate: nn.Upsample,
+    F.avg_pool2d: nn.AvgPool2d,
+    F.pixel_shuffle: nn.PixelShuffle,
+}
 _MODULE_OF |= _RESAMPLING
 
 
@@ -226,10 +232,11 @@ def planned(links, name_of):
             continue
         layers, link = _stretch(first, flow)
         *runs, last = line_of(layers).plan()
-        reason = ""
         if is_activation(link) or is_norm(link):
             why = why_not_fused(link) or "it was called before"
-            reason = f"{type(link).__name__} {name_of(link)!r} stays out: {why}"
+        else:
+            why = why_follower_stays_out(link, last.modules)
+        reason = f"{type(link).__name__} {name_of(link)!r} stays out: {why}" if why else ""
         yield from runs
         yield last._replace(reason=last.reason or reason)
 
@@ -337,6 +344,7 @@ def _stand_in(function, arguments, named):
         layer = _MODULE_OF[function](*arguments, **dict(named))
     except (TypeError, ValueError):  # PyTorch's function will say what is wrong.
         return None
-    if function in _RESAMPLING and not (folding.upsampling(layer) or folding.pooling(layer)):
+    may_be_part = folding.upsampling(layer) or folding.pooling(layer) or folding.shuffling(layer)
+    if function in _RESAMPLING and not may_be_part:
         return None
     return layer

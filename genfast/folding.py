@@ -10,6 +10,12 @@ A convolution, then the mean of each s x s pixels, is a convolution of stride s 
 whose k + s - 1 square taps are the mean of those copies: 16 products instead of 36. Both hold for
 every size, PyTorch's floors of it included, and for a bias.
 
+A convolution of k x k taps and padding p, then `F.pixel_shuffle` by r (Shi et al., 2016,
+arXiv:1609.05158), is the transposed convolution of stride r, r * k square taps and padding
+r * (k - 1 - p): pixel (r * y + i, r * x + j) of channel c is what channel c * r * r + i * r + j had
+at (y, x), whose tap (a, b) is tap (i + r * (k - 1 - a), j + r * (k - 1 - b)). It multiplies as
+much, and a pass over memory is saved. Its bias differs by phase, which is (i, j).
+
 On a CPU the mean is taken of what goes in instead, at every pixel: then 9 products for 36 do, of
 the weight as it is.
 
@@ -17,6 +23,7 @@ The weights are made by differentiable operations, in the weight's own dtype wit
 so that everything that differentiates or replaces a weight goes on working.
 """
 
+import functools
 import math
 from functools import partial
 from typing import Any, NamedTuple
@@ -26,15 +33,17 @@ import torch.nn.functional as F
 from torch import nn
 
 from genfast import cpu, layout
-from genfast.launch import predict, start
+from genfast.geometry import ConvGeometry
+from genfast.launch import conv, predict, start
 from genfast.padding import reflected, reflects
 
 # Layers that may become part of the convolution after them, and of the one before them.
 LEADING = {nn.Upsample, nn.UpsamplingNearest2d, nn.ZeroPad2d, nn.ReflectionPad2d}
-TRAILING = {nn.AvgPool2d}
+TRAILING = {nn.AvgPool2d, nn.PixelShuffle}
 LAYERS = LEADING | TRAILING
 _SCALES = (2, 4)
 _POOLED = 2
+_SHUFFLED = (2, 3, 4)
 # On a CPU, of float32. Weights cost as much to make as so many pixels of the smaller image gain;
 # and a block costs 0.1 ms of Python more than its layers, the time of so many multiply-adds.
 _LEAST_PIXELS = 1024
@@ -44,6 +53,8 @@ _LEAST_VALUES = 2**13
 _LEAST_PADDED = 2**16  # A pass of its own over so many values takes as long as such a look.
 # Kernels that make a weight and its gradient, less those of a pass over images and its gradient.
 _MORE_LAUNCHES = 4
+# Images have fewer channels, and kernels of their own, whose time no model here tells.
+_LEAST_SHUFFLED = 8
 
 
 class Around(NamedTuple):
@@ -52,11 +63,13 @@ class Around(NamedTuple):
     pad: mode and sizes of the `F.pad` before it, or None.
     upsample: how often nearest upsampling before it repeats rows and columns; 1 for none.
     pool: the side of the squares whose mean is taken after it; 1 for none.
+    shuffle: by how much its output is shuffled into pixels; 1 for not at all.
     """
 
     pad: tuple[str, tuple[int, ...]] | None = None
     upsample: int = 1
     pool: int = 1
+    shuffle: int = 1
 
 
 class Form(NamedTuple):
@@ -99,6 +112,13 @@ def pooling(layer):
     return side if _one_of(layer.stride, (side,), int) else 0
 
 
+def shuffling(layer: nn.Module) -> int:
+    """By what a layer shuffles channels into pixels as part of a convolution; 0 if not so."""
+    if type(layer) is not nn.PixelShuffle:
+        return 0
+    return _one_of(layer.upscale_factor, _SHUFFLED, int)
+
+
 def _one_of(value, numbers, kinds):
     """A number, or a pair of it, as an int if it is one of these and of these kinds; else 0."""
     first, *others = value if isinstance(value, tuple) else (value,)
@@ -131,9 +151,19 @@ def leads(layers, conv):
     )
 
 
-def trails(layer, conv):
-    """Whether a layer after a convolution that fuses can be part of it."""
-    return type(layer) in TRAILING and pooling(layer) > 0 and _may_be_pooled(conv)
+def trails(layer, conv, leading=()):
+    """Whether a layer after a convolution that fuses can be part of it.
+
+    leading: layers before the convolution that are, as `leads` allows.
+    """
+    if not _may_be_pooled(conv):
+        return False
+    if pooling(layer):
+        return True
+    by = shuffling(layer)
+    if not by or conv.out_channels % (by * by):
+        return False
+    return all(p < k for p, k in zip(padding_of(conv, leading), conv.kernel_size, strict=True))
 
 
 def _may_be_pooled(conv):
@@ -169,6 +199,7 @@ def around(conv, leading=(), trailing=()):
         pad,
         max([1, *map(upsampling, leading)]),
         max([1, *map(pooling, trailing)]),
+        max([1, *map(shuffling, trailing)]),
     )
     return None if found == Around() else found
 
@@ -202,6 +233,27 @@ def averaged(weight, side):
     return layout.like(_over_squares(weight, side), weight)
 
 
+def shuffled(
+    weight: torch.Tensor, bias: torch.Tensor | None, by: int
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Weight and bias of the transposed convolution whose output is shuffled already.
+
+    Args:
+        weight: of a convolution of stride 1, (out_channels, in_channels, kh, kw).
+        bias: (out_channels,), or None.
+        by: the square root of how many channels become pixels of one.
+
+    Returns:
+        (in_channels, out_channels / by^2, kh * by, kw * by), in the weight's memory format; and
+        (by^2, out_channels / by^2), or None.
+    """
+    in_channels, kh, kw = weight.shape[1:]
+    phases = weight.flip(2, 3).unflatten(0, (-1, by, by)).permute(3, 4, 1, 5, 2, 0)
+    made = phases.reshape(in_channels, kh * by, kw * by, -1).permute(0, 3, 1, 2)
+    made = layout.like(made, weight)
+    return made, None if bias is None else bias.view(-1, by * by).t().contiguous()
+
+
 def _over_squares(weight, side, divisor=None):
     """The sum of the side * side shifted copies of each kernel, over the divisor or their number.
 
@@ -233,7 +285,22 @@ def form(block, way, x, dtype, size):
         if ours and mode == "reflect" and reflects(size, sizes):
             before = partial(reflected, sizes=sizes, dtype=dtype)
         size = size[0] + sizes[2] + sizes[3], size[1] + sizes[0] + sizes[1]
-    if a.upsample == a.pool == 1:
+    if a.upsample == a.pool == a.shuffle == 1:
+        return Form(before, block, None)
+    if a.shuffle > 1:
+        gains = way == "triton" and _shuffling_gains(
+            a.shuffle, tuple(block.weight.shape), tuple(block.padding), tuple(size), len(x),
+            block.bias is not None, dtype.itemsize, _precision(x, dtype), start.architecture(x),
+        )  # fmt: skip
+        if not gains:
+            return Form(before, block, partial(F.pixel_shuffle, upscale_factor=a.shuffle))
+        weight, bias = shuffled(block.weight, block.bias, a.shuffle)
+        rest = zip(block.weight.shape[2:], block.padding, strict=True)
+        block = block._replace(
+            weight=weight, bias=bias, stride=(a.shuffle,) * 2,
+            padding=tuple([a.shuffle * (k - 1 - p) for k, p in rest]), output_padding=(0, 0),
+            shuffle=a.shuffle,
+        )  # fmt: skip
         return Form(before, block, None)
     out_channels, in_channels, *kernel_size = block.weight.shape
     gains = way != "reference" and _gains(
@@ -267,6 +334,11 @@ def form(block, way, x, dtype, size):
     return Form(before, block, None)
 
 
+def _precision(x: torch.Tensor, dtype: torch.dtype) -> str:
+    """How products of this dtype round on x's device, in the words of `tiles.Problem`."""
+    return "half" if dtype.itemsize == 2 else start.precision(x.new_empty(0, dtype=dtype))
+
+
 def _then(first, second):
     return second if first is None else lambda x: second(first(x))
 
@@ -287,7 +359,7 @@ def gains_on_cpu(conv, a, padding, x):
     if a is None:
         return x.numel() >= _LEAST_PADDED
     if a.upsample == a.pool == 1:
-        return False
+        return False  # No shuffle gains there.
     return _gains(
         a, x, cpu.autocast_dtype(x), "cpu", tuple(x.shape[2:]), conv.in_channels,
         conv.out_channels, conv.kernel_size, padding,
@@ -301,6 +373,44 @@ def may_gain_on_cpu(layer, x):
     if type(layer) in LEADING:
         return zero_padding(layer) is not None or upsampling(layer) > 0
     return _may_be_pooled(layer)
+
+
+@functools.cache
+def _shuffling_gains(
+    by: int,
+    weight_shape: tuple[int, ...],
+    padding: tuple[int, int],
+    size: tuple[int, int],
+    images: int,
+    has_bias: bool,
+    itemsize: int,
+    precision: str,
+    architecture: str,
+) -> bool:
+    """Whether a convolution gains by being shuffled as it is computed, by the model.
+
+    The products multiply as much, but in tiles of a phase's channels, which may be few.
+    """
+    out_channels, in_channels, kh, kw = weight_shape
+    plain = ConvGeometry.conv(size, (kh, kw), (1, 1), padding)
+    channels = out_channels // (by * by)
+    if channels < _LEAST_SHUFFLED or size == (1, 1) or min(plain.small) < 1:
+        return False
+    rest = by * (kh - 1 - padding[0]), by * (kw - 1 - padding[1])
+    large = ConvGeometry.conv_transpose(size, (by * kh, by * kw), (by, by), rest, (0, 0))
+    given = architecture, precision, images
+    before = conv.predicted(*given, plain, out_channels, in_channels)
+    after = conv.predicted(*given, large, in_channels, channels)
+    if before is None or after is None:
+        return False
+    bandwidth = predict.chip(architecture).bandwidth
+    # On a GPU PyTorch's shuffle gives contiguous memory, which what follows copies: two passes and
+    # their gradients are saved. The weight's and the bias's order costs some.
+    values = images * math.prod(large.big) * channels
+    passes = 8 * values * itemsize / bandwidth + 4 * predict.LAUNCH
+    orders = 8 * math.prod(weight_shape) * itemsize / bandwidth
+    orders += (6 if has_bias else 4) * predict.LAUNCH
+    return before + passes > after + orders
 
 
 def _gains(a, x, dtype, way, size, in_channels, out_channels, kernel_size, padding):

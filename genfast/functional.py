@@ -78,7 +78,8 @@ def conv_block(
         activation: one of `reference.ACTIVATIONS`: "identity", "relu", "leaky_relu", "tanh",
             "sigmoid", "relu6", "hardtanh" (between -1 and 1), "elu" (alpha 1), "selu", "softplus"
             (beta 1, threshold 20), "silu", "gelu", "gelu_tanh" (its approximation), "mish",
-            "hardswish" or "prelu".
+            "hardswish", "prelu" or "glu", which multiplies the first half of the channels by a
+            sigmoid of the second and gives half as many.
         negative_slope: of "leaky_relu" a number; of "prelu" a tensor, (1,) or (out_channels,).
         norm_groups: of "group": the equal parts of the channels that share mean and variance.
         statistics_groups: in training, normalise that many equal parts of the batch by statistics
@@ -240,7 +241,7 @@ def normalize(x: torch.Tensor, block: Normalization, as_x: bool = False) -> torc
     gamma, beta, *statistics = _tensors_of_norm(n)
     y = autograd.normalize(images, plan.kind, gamma, beta, slopes, statistics, plan.look)
     if x.dim() != 4:
-        return layout.contiguous(y).view(x.shape)
+        return layout.contiguous(y).view(x.shape[0], -1, *x.shape[2:])
     keeps = plan.keeps or (as_x and plan.channels_last)
     return layout.channels_last(y) if keeps else layout.contiguous(y)
 
@@ -338,6 +339,8 @@ class Block(NamedTuple):
 
     With an `output_padding` it is a `conv_transpose_block`. `batch_norm` is a `reference.Norm`, or
     None for none. `around` is a `folding.Around` of a `conv_block`, then with a pair as padding.
+    With a `shuffle` above 1 it stands for a convolution and `F.pixel_shuffle` by that, and its bias
+    is (shuffle * shuffle, channels): see `folding.shuffled`.
     """
 
     weight: torch.Tensor
@@ -350,6 +353,7 @@ class Block(NamedTuple):
     negative_slope: float | torch.Tensor
     inplace: bool = False
     around: folding.Around | None = None
+    shuffle: int = 1
 
     @property
     def vectors(self) -> dict[str, torch.Tensor | None]:
@@ -412,7 +416,9 @@ def _with_what_is_around(x: torch.Tensor, blocks: Sequence[Block]) -> torch.Tens
         if after is None:
             line.append(block)
             continue
-        plain = block._replace(batch_norm=None, activation="identity", inplace=False)
+        plain = block._replace(
+            batch_norm=None, activation="identity", negative_slope=0.0, inplace=False
+        )
         x = after(_chain_seen(x, [*line, plain], seen))
         line, seen = [], layout.is_channels_last(x)
         if block.batch_norm is not None:
@@ -463,6 +469,9 @@ def form_of(x: torch.Tensor, line: Sequence[Block], block: Block) -> tuple[str, 
     if line:
         transposed, last = line[-1].output_padding is not None, _geometries(x, line)[-1]
         size = last.big if transposed else last.small
+    shuffles = block.around is not None and block.around.shuffle > 1
+    if shuffles and (torch.compiler.is_compiling() or len(x) > _MOST_IMAGES):
+        way = "reference"  # A compiler makes one pass of it and what follows.
     dtype = x.dtype if x.dtype == torch.float64 else autocast_dtype(x.device) or x.dtype
     return way, folding.form(block, way, x, dtype, size)
 
@@ -622,10 +631,11 @@ def _key_of(
     ]
     tensors = [x, added]
     for block in blocks:
-        _, _, stride, padding, output_padding, n, activation, negative_slope, inplace, _ = block
+        _, _, stride, padding, output_padding, n, activation, negative_slope, *others = block
+        inplace, _, shuffle = others
         if _slopes(block) is not None:
             negative_slope = None  # It is among the tensors.
-        found += stride, padding, output_padding, activation, negative_slope, inplace
+        found += stride, padding, output_padding, activation, negative_slope, inplace, shuffle
         if activation in _DEPENDING:
             found += _activates_apart(block, x, blocks), autocast_dtype(x.device)
         if n is not None:
@@ -686,7 +696,8 @@ def _activates_apart(block: Block, x: torch.Tensor, blocks: Sequence[Block]) -> 
     n = block.batch_norm
     if block.activation not in _DEPENDING:
         return False
-    if block.activation == "prelu" and (n is None or torch.compiler.is_compiling()):
+    in_passes = block.activation == "prelu" or reference.ACTIVATION[block.activation].halves
+    if in_passes and (n is None or torch.compiler.is_compiling()):
         return True
     if _activates_otherwise(block, n, x):
         return True
@@ -1003,6 +1014,8 @@ def _pytorchs_format(
         transposed = block.output_padding is not None
         channels = block.weight.shape[1 if transposed else 0]
         size = geometry.big if transposed else geometry.small
+        # PyTorch's shuffle gives contiguous memory on a GPU, on a CPU memory like its input.
+        channels_last &= block.shuffle == 1 or x.device.type != "cuda"
         if block.batch_norm is not None:
             channels_last &= _keeps_channels_last(block.batch_norm, x, channels, size)
     return torch.channels_last if channels_last else torch.contiguous_format
@@ -1060,7 +1073,18 @@ def _check_block(
     output = shape[0], channels, *size
     if block.batch_norm is not None:
         _check_values(block.batch_norm, output)
-    return geometry, output
+    return geometry, (shape[0], _channels_after(block, channels), *size)
+
+
+def _channels_after(block: "Block | Normalization", channels: int) -> int:
+    """How many channels the activation of a `Block` or `Normalization` gives of so many."""
+    if not reference.ACTIVATION[block.activation].halves:
+        return channels
+    if channels % 2:
+        raise ValueError(
+            f"expected an even number of channels for {block.activation!r}, got {channels}"
+        )
+    return channels // 2
 
 
 def _check_tensors(block: Block, x: torch.Tensor, shape: Sequence[int], transposed: bool) -> None:
@@ -1083,7 +1107,10 @@ def _check_tensors(block: Block, x: torch.Tensor, shape: Sequence[int], transpos
             raise TypeError(f"expected {name} of x's dtype {x.dtype}, got {t.dtype}")
     if weight.device != x.device:
         raise ValueError(f"expected weight on x's device {x.device}, got {weight.device}")
-    _check_vectors(block.vectors, block.batch_norm, weight.shape[out_dim], x.device)
+    vectors = block.vectors
+    if block.shuffle > 1 and block.bias is not None:
+        vectors["bias"] = block.bias[0]  # As `folding.shuffled` makes it.
+    _check_vectors(vectors, block.batch_norm, weight.shape[out_dim], x.device)
     _check_slopes(block, weight.shape[out_dim], x)
 
 
@@ -1184,6 +1211,7 @@ def _check_normalization(x: torch.Tensor, block: Normalization) -> None:
     _check_vectors(vectors, n, x.shape[1], x.device)
     _check_slopes(block, x.shape[1], x)
     _check_values(n, x.shape)
+    _channels_after(block, x.shape[1])
 
 
 def _check_values(norm: reference.Norm, shape: Sequence[int]) -> None:

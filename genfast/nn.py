@@ -19,7 +19,7 @@ from torch.nn.utils.weight_norm import WeightNorm
 
 from genfast import cpu, folding, functional, layout, processes, reference
 from genfast.backend import kernels_run_on_cpu, selected_backend
-from genfast.opening import has_hook, in_order, may_open
+from genfast.opening import DROPOUT, has_hook, in_order, may_open
 
 __all__ = [
     "DiscriminatorBlock",
@@ -44,6 +44,7 @@ _ACTIVATIONS = {
     nn.Mish: "mish",
     nn.Hardswish: "hardswish",
     nn.PReLU: "prelu",
+    nn.GLU: "glu",
 }
 # The settings that the kernels know, of activations that they know with one alone.
 _SETTINGS = {
@@ -51,6 +52,7 @@ _SETTINGS = {
     nn.ReLU6: {"min_val": 0, "max_val": 6},
     nn.ELU: {"alpha": 1},
     nn.Softplus: {"beta": 1, "threshold": 20},
+    nn.GLU: {"dim": 1},
 }
 _APPROXIMATIONS = {"none": "gelu", "tanh": "gelu_tanh"}
 _CONVOLUTIONS = (nn.Conv2d, nn.ConvTranspose2d)
@@ -143,6 +145,19 @@ def why_not_fused(module: nn.Module) -> str | None:
     if kind in _ACTIVATIONS:
         return _why_activation_not_fused(module)
     return None
+
+
+def why_follower_stays_out(layer: object, modules: Iterable[nn.Module]) -> str:
+    """Why a layer of a kind that people would see fused is no part of what it follows; else "".
+
+    modules: what runs together before it.
+    """
+    if type(layer) in DROPOUT:
+        # Masks of a kernel would be others: a seed must give what it gives on PyTorch's layers.
+        return "its random numbers are PyTorch's own"
+    if type(layer) is nn.PixelShuffle and any(map(is_norm, modules)):
+        return "the norm before it has statistics for each of its channels, here pixels of one"
+    return ""
 
 
 def _why_activation_not_fused(module: nn.Module) -> str | None:
@@ -278,7 +293,7 @@ class FusedBlock(nn.Module):
         momentum: float | None,
     ) -> None:
         super().__init__()
-        known = tuple(name for name in reference.ACTIVATIONS if name != "prelu")
+        known = tuple(name for name in reference.ACTIVATIONS if name not in ("prelu", "glu"))
         if activation not in known:
             raise ValueError(f"expected an activation among {known}, got {activation!r}")
         # The kernels' own layout, so that no step repacks the weight; shapes and keys stay.
@@ -325,7 +340,7 @@ class GeneratorBlock(FusedBlock):
         in_channels, out_channels, kernel_size, stride, padding, output_padding, bias: as in
             `nn.ConvTranspose2d`. The defaults double height and width (Radford et al., 2016).
         norm: whether to batch-normalise.
-        activation: as in `functional.conv_block`, all but "prelu".
+        activation: as in `functional.conv_block`, all but "prelu" and "glu".
         negative_slope, inplace: of "leaky_relu", as in `nn.LeakyReLU`.
         eps, momentum: as in `nn.BatchNorm2d`.
 
@@ -370,7 +385,7 @@ class DiscriminatorBlock(FusedBlock):
         in_channels, out_channels, kernel_size, stride, padding, bias: as in `nn.Conv2d`. The
             defaults halve height and width (Radford et al., 2016).
         norm: whether to batch-normalise.
-        activation: as in `functional.conv_block`, all but "prelu".
+        activation: as in `functional.conv_block`, all but "prelu" and "glu".
         negative_slope, inplace: of "leaky_relu", as in `nn.LeakyReLU`.
         eps, momentum: as in `nn.BatchNorm2d`.
 
@@ -417,11 +432,11 @@ class Run(NamedTuple):
 
     names, modules: of the children, in order.
     fused: whether they run as one operation.
-    reason: why a convolution or norm does not fuse, or why the norm or activation after it stays
-        out; else empty.
+    reason: why a convolution or norm does not fuse, or why the norm, the activation or another
+        layer after it stays out; else empty.
 
-    Nearest upsampling and zeros that become part of a convolution come before it, the average
-    pooling that does comes after it: see `genfast.folding`.
+    Nearest upsampling and zeros that become part of a convolution come before it, average pooling
+    and the shuffle of pixels that do come after it: see `genfast.folding`.
     """
 
     names: tuple[str, ...]
@@ -511,12 +526,13 @@ class FusedSequential(nn.Sequential):
 
     Children, parameters, state_dict keys and results are those of the `nn.Sequential` it stands
     for. Runs of `ConvTranspose2d`/`Conv2d`, then optionally `BatchNorm2d`, `InstanceNorm2d` or
-    `GroupNorm`, then optionally an elementwise activation fuse, and what follows one another of
-    these and of blocks is one chain: see `functional.chain`. Nearest upsampling and `ZeroPad2d`
-    before, and average pooling after a convolution become part of it where that gains: see
-    `genfast.folding`. On the kernels one of these norms, `BatchNorm1d` or `InstanceNorm1d`, after
-    whatever, fuses with the activation that follows. A child that only calls others in order, such
-    as another container, opens: chains go on into it and out of it, see `genfast.opening`. Every
+    `GroupNorm`, then optionally an elementwise activation fuse, after a norm also `GLU` over the
+    channels, and what follows one another of these and of blocks is one chain: see
+    `functional.chain`. Nearest upsampling and `ZeroPad2d` before, and average pooling and
+    `PixelShuffle` after a convolution become part of it where that gains: see `genfast.folding`.
+    On the kernels one of these norms, `BatchNorm1d` or `InstanceNorm1d`, after whatever, fuses with
+    the activation that follows. A child that only calls others in order, such as another container,
+    opens: chains go on into it and out of it, see `genfast.opening`. Every
     other child, and one that has a hook, a parametrisation or a setting the kernels do not know,
     runs as PyTorch runs it. That is looked up at each call, so a hook registered later counts too.
 
@@ -750,7 +766,7 @@ class FusedSequential(nn.Sequential):
             return False
         if any(folding.upsampling(m) for m in modules[first:main]):
             return False
-        fits = folding.trails(modules[after], modules[main])
+        fits = folding.trails(modules[after], modules[main], modules[first:main])
         return fits and not self._why_not_fused(names[after], modules[after])
 
     def _end_of_run(
@@ -764,14 +780,20 @@ class FusedSequential(nn.Sequential):
 
         followers: of each layer that may follow, the kinds.
         """
-        end = first + 1
+        end, norms = first + 1, tuple(_DIMENSIONS)
         for kinds in followers:
             if end < len(modules) and isinstance(modules[end], kinds):
                 reason = self._why_not_fused(names[end], modules[end])
+                if type(modules[end]) is nn.GLU and not isinstance(modules[end - 1], norms):
+                    reason = reason or "without a norm before it, PyTorch's pass is as good"
                 if reason:
                     kind = type(modules[end]).__name__
                     return end, f"{kind} {names[end]!r} stays out: {reason}"
                 end += 1
+        if end < len(modules):
+            reason = why_follower_stays_out(modules[end], modules[first:end])
+            if reason:
+                return end, f"{type(modules[end]).__name__} {names[end]!r} stays out: {reason}"
         return end, ""
 
     def _why_not_fused(self, name: str, module: nn.Module) -> str | None:

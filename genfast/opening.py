@@ -8,6 +8,9 @@ when the module is reached, after all before it has run that could have an effec
 import torch
 from torch import nn
 
+# PyTorch's layers of random numbers, which in evaluation give what they take.
+DROPOUT = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout)
+
 
 def has_hook(module):
     """Whether somebody sees what goes through this module, alone."""
@@ -23,9 +26,11 @@ def may_open(link):
     """Whether a callable may open, by its class.
 
     A class that may has a method `_genfast_calls`, which gives an iterable of what an instance
-    calls in order, or None where it is to be called itself.
+    calls in order, or None where it is to be called itself. Layers that do nothing, or nothing in
+    evaluation, open to nothing.
     """
-    return hasattr(type(link), "_genfast_calls") or type(link) is nn.Identity
+    kind = type(link)
+    return hasattr(kind, "_genfast_calls") or kind is nn.Identity or kind in DROPOUT
 
 
 def in_order(links):
@@ -46,6 +51,8 @@ def opens(link):
 def _inner(link):
     if not may_open(link) or _is_seen(link):
         return None
+    if type(link) in DROPOUT:
+        return None if link.training else ()
     return () if type(link) is nn.Identity else link._genfast_calls()
 
 

@@ -25,6 +25,7 @@ class Activation(NamedTuple):
     from_input: whether the kernels' backward needs x too: act(x) does not tell act'(x).
     slope_by_output: the derivative of act'(x) by act(x), a function of act(x), where act'(x) is
         another function of that than a step; else None.
+    halves: whether it takes (N, 2 * C, ...) and gives (N, C, ...).
     """
 
     of: Callable
@@ -32,6 +33,7 @@ class Activation(NamedTuple):
     keeps_input: bool = True
     from_input: bool = False
     slope_by_output: Callable | None = None
+    halves: bool = False
 
 
 def _ignoring(function):
@@ -73,6 +75,7 @@ ACTIVATION = {
     "mish": _from_input(F.mish),
     "hardswish": _from_input(F.hardswish),
     "prelu": Activation(F.prelu, from_input=True),
+    "glu": Activation(_ignoring(partial(F.glu, dim=1)), from_input=True, halves=True),
 }
 ACTIVATIONS = tuple(ACTIVATION)
 
@@ -130,9 +133,10 @@ class Norm(NamedTuple):
 
 
 def activate(x, activation, negative_slope=0.2, *, inplace=False):
-    """Apply the named activation (one of `ACTIVATIONS`) elementwise.
+    """Apply the named activation (one of `ACTIVATIONS`), all but "glu" elementwise.
 
     negative_slope: of "leaky_relu" a number; of "prelu" a tensor, (1,) or (C,).
+    "glu" takes (N, 2 * C, ...) and gives (N, C, ...).
     """
     if activation not in ACTIVATION:
         raise ValueError(f"expected an activation among {ACTIVATIONS}, got {activation!r}")

@@ -35,7 +35,8 @@ from genfast.source import SCOPES, source_of
 _LEADING = {"interpolate"}
 _FUNCTIONS = {
     "relu", "leaky_relu", "tanh", "sigmoid", "relu6", "hardtanh", "elu", "selu", "softplus", "silu",
-    "gelu", "mish", "hardswish", "avg_pool2d", *_LEADING,
+    "gelu", "mish", "hardswish", "glu", "avg_pool2d", "pixel_shuffle",
+    *_LEADING,
 }  # fmt: skip
 _METHODS = {"relu", "tanh", "sigmoid"}
 _RUN, _CALL, _METHOD = "__genfast_run__", "__genfast_call__", "__genfast_method__"

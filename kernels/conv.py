@@ -209,6 +209,7 @@ def dgrad(
     W_small,
     C_small,
     channels,
+    bias_step,
     tiles_per_group,
     negative_slope,
     KH: tl.constexpr,
@@ -245,7 +246,8 @@ def dgrad(
     The output splits into STRIDE_H * STRIDE_W phases, (Y, X) = (y * STRIDE_H + py, ...): within one
     phase the taps that meet a pixel are the same, every STRIDE-th of the kernel, so each phase is a
     dense stride-1 convolution and nothing is multiplied by an inserted zero. M = C_big, N = pixels
-    of a phase, K = the phase's taps * C_small. Grid: (phases * tiles of C_big * groups *
+    of a phase, K = the phase's taps * C_small. The bias of a phase lies bias_step after that of the
+    phase before, 0 for one bias. Grid: (phases * tiles of C_big * groups *
     tiles_per_group): the phases of a tile read the same pixels, so they run side by side.
     """
     wait_for_previous()
@@ -313,6 +315,8 @@ def dgrad(
     part = (group * PHASES + phase) * tiles_per_group + tile
     row = cb0 + tl.arange(0, BLOCK_M)
     stored = (n * H_big + y * STRIDE_H + py) * W_big + x * STRIDE_W + px
+    if HAS_BIAS:
+        bias_ptr += phase * bias_step
     column = py * (W_big // STRIDE_W) + x0  # Of all phases' pixels in a row: see GROUPED.
     values = acc
     if HAS_BELOW or HAS_ADDED:

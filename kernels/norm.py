@@ -510,7 +510,6 @@ def norm_backward(
     gives. Grid: (tiles of a group's rows, tiles of channels, groups).
     """
     wait_for_previous()
-    dtype: tl.constexpr = vectors_ptr.dtype.element_ty
     group = tl.program_id(2)
     vectors_ptr += tl.cast(group, tl.int64) * 5 * channels
     c, in_c = _channels(tl.program_id(1), channels, BLOCK_C)
@@ -520,16 +519,7 @@ def norm_backward(
     if WRITES_TOTAL:
         is_first = (tl.program_id(0) == 0) & (group == 0)
         if is_first:
-            total_g = tl.zeros((BLOCK_C,), dtype=dtype)
-            total_g_xhat = tl.zeros((BLOCK_C,), dtype=dtype)
-            for other in range(0, groups):
-                sum_g, sum_g_xhat = _sums_of_parts(
-                    sums_ptr, other, parts, channels, c, in_c, BLOCK_P
-                )
-                total_g += sum_g
-                total_g_xhat += sum_g_xhat
-            tl.store(total_ptr + c, total_g, mask=in_c)
-            tl.store(total_ptr + channels + c, total_g_xhat, mask=in_c)
+            _store_total(sums_ptr, total_ptr, groups, parts, channels, c, in_c, BLOCK_P)
     g, xhat, u, _ = _gradient_at_norm(
         dy_ptr + start, z_ptr + start, vectors_ptr, channels, c, in_c, offset, inside,
         negative_slope, slope_ptr, slope_step, ACTIVATION, AT_NORM,
@@ -537,6 +527,33 @@ def norm_backward(
     if WRITES_Y:
         y = _activate(u, negative_slope, slope_ptr, slope_step, c, in_c, ACTIVATION)
         tl.store(y_ptr + start + offset, y.to(y_ptr.dtype.element_ty), mask=inside)
+    dz = _at_input(
+        g, xhat, sums_ptr, vectors_ptr, group, rows, parts, channels, c, in_c,
+        TRAINING, SHARED, BLOCK_P,
+    )  # fmt: skip
+    tl.store(dz_ptr + start + offset, dz.to(dz_ptr.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _store_total(sums_ptr, total_ptr, groups, parts, channels, c, in_c, BLOCK_P: tl.constexpr):
+    """total[2, channels]: the sums of `_channels` c over all groups and their parts."""
+    dtype: tl.constexpr = sums_ptr.dtype.element_ty
+    total_g = tl.zeros((c.shape[0],), dtype=dtype)
+    total_g_xhat = tl.zeros((c.shape[0],), dtype=dtype)
+    for other in range(0, groups):
+        sum_g, sum_g_xhat = _sums_of_parts(sums_ptr, other, parts, channels, c, in_c, BLOCK_P)
+        total_g += sum_g
+        total_g_xhat += sum_g_xhat
+    tl.store(total_ptr + c, total_g, mask=in_c)
+    tl.store(total_ptr + channels + c, total_g_xhat, mask=in_c)
+
+
+@triton.jit
+def _at_input(
+    g, xhat, sums_ptr, vectors_ptr, group, rows, parts, channels, c, in_c,
+    TRAINING: tl.constexpr, SHARED: tl.constexpr, BLOCK_P: tl.constexpr,
+):  # fmt: skip
+    """dz of a norm, of the gradient g of its output: see `norm_backward`."""
     scale = tl.load(vectors_ptr + SCALE * channels + c, mask=in_c, other=0.0)
     if SHARED:
         means_ptr = sums_ptr + tl.cast(group, tl.int64) * 2 * channels + c
@@ -548,7 +565,7 @@ def norm_backward(
             sum_g, sum_g_xhat = _sums_of_parts(sums_ptr, group, parts, channels, c, in_c, BLOCK_P)
             g = g - (sum_g / rows)[None, :] - xhat * (sum_g_xhat / rows)[None, :]
         dz = g * scale[None, :]
-    tl.store(dz_ptr + start + offset, dz.to(dz_ptr.dtype.element_ty), mask=inside)
+    return dz
 
 
 @triton.jit

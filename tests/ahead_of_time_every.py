@@ -128,6 +128,9 @@ def _around(dtype, activations, few=False):
         norm.normalize_activate(z, vectors, **options)
         norm.norm_backward(z, z, vectors, training=True, need_dz=True, **options)
         norm.activation_backward(z, z, **options)
+    norm.normalize_activate(z, vectors, "glu", 0.0)
+    gated = dict(activation="glu", negative_slope=0.0, want_y=True)
+    norm.norm_backward(z[:, :32], z, vectors, training=True, need_dz=True, **gated)
     options = dict(need_dz=True, activation="relu", negative_slope=0.0)
     norm.norm_backward(z, z, vectors, training=False, **options)
     some = z[:16]  # Whose sums `norm_backward` finishes itself.

@@ -88,6 +88,34 @@ BUGS = (
         WORKERS,
     ),
     Bug(
+        "a gate's derivative is its opening",
+        "kernels/gated.py",
+        "dy * u * slope",
+        "dy * u * open_",
+        "test_gated.py::test_every_magnitude",
+    ),
+    Bug(
+        "gates get the other half's statistics",
+        "kernels/gated.py",
+        "vectors_ptr, 2 * channels, c + channels, in_c, offset,",
+        "vectors_ptr, 2 * channels, c, in_c, offset,",
+        "test_gated.py::test_alone",
+    ),
+    Bug(
+        "all phases of a shuffled convolution get the first one's bias",
+        "kernels/conv.py",
+        "bias_ptr += phase * bias_step",
+        "bias_ptr += 0 * bias_step",
+        "test_pixel_shuffle.py::test_chain",
+    ),
+    Bug(
+        "a norm takes the bias of a phase away",
+        "genfast/autograd.py",
+        "self.by_batch and self.span == 1 and bias.dim() == 1",
+        "self.by_batch and self.span == 1",
+        "test_pixel_shuffle.py::test_a_norm_takes_no_bias_of_phases_away",
+    ),
+    Bug(
         "a public function does not say what it takes",
         "genfast/losses.py",
         "def gan_loss(name: str) -> GANLoss:",
@@ -995,8 +1023,8 @@ BUGS = (
     Bug(
         "a checkpoint of NaN replaces the last good one",
         "genfast/training/runs/loop.py",
-        "if saving or drawing:\n                    _check_weights(step, done)",
-        "if saving and drawing:\n                    _check_weights(step, done)",
+        "if saving or drawing:\n                            _check_weights(step, done)",
+        "if saving and drawing:\n                            _check_weights(step, done)",
         "test_finite_weights.py",
     ),
     Bug(

@@ -124,6 +124,17 @@ def norm_of_images(channels, batch, size, span, dtype, contiguous):
     norm.norm_backward(z, z, vectors, **options)
 
 
+def gated_norm(channels, batch, size, dtype, contiguous):
+    """Of twice as many channels, forward and backward."""
+    z = image(batch, 2 * channels, size, dtype)
+    dy = image(batch, channels, size, dtype)
+    z, dy = (t.contiguous() if contiguous else t for t in (z, dy))
+    vectors = torch.rand(1, 5, 2 * channels)
+    norm.normalize_activate(z, vectors, "glu", 0.0)
+    options = dict(training=True, need_dz=True, activation="glu", negative_slope=0.0)
+    norm.norm_backward(dy, z, vectors, want_y=True, **options)
+
+
 def known_norm(channels):
     vector = torch.rand(channels)
     norm.known_statistics(vector, vector, vector, vector, 1e-5, torch.float32)
@@ -171,6 +182,7 @@ NORM = {"tile_statistics", "batch_statistics", "normalize_activate"}
 BACKWARD = NORM | {"norm_backward_reduce", "norm_backward"}
 # Vectors are made by another kernel, and so are the sums that a program reads.
 SHARED = (BACKWARD - {"batch_statistics"}) | {"shared_statistics", "shared_sums"}
+GATED = {"gated_normalize", "gated_backward_reduce", "gated_backward"}
 SAMPLING = {"reparameterize", "reparameterize_backward"}
 SAMPLES = {"importance_samples", "importance_samples_backward"}
 LOSS = {"logit_loss", "logit_loss_backward"}
@@ -186,6 +198,8 @@ CASES = (
     (BACKWARD, norm_of_images, (70, 2, (3, 5), 1, HALF, True)),
     (SHARED, norm_of_images, (6, 3, (7, 9), 3, FLOAT, True)),
     (SHARED, norm_of_images, (70, 2, (9, 9), 35, HALF, False)),
+    (GATED, gated_norm, (5, 3, (7, 9), FLOAT, True)),
+    (GATED, gated_norm, (70, 2, (3, 5), HALF, False)),
     ({"known_statistics"}, known_norm, (70,)),
     ({"combine_statistics", "batch_statistics"}, many_parts, (601, 3, 2, 1)),
     ({"combine_statistics", "batch_statistics"}, many_parts, (1026, 40, 1, 3)),

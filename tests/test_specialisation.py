@@ -98,6 +98,9 @@ def norms(batch):
     for training in (False, True):
         options = dict(training=training, need_dz=True, activation="relu", negative_slope=0.0)
         norm.norm_backward(z, z, vectors, **options)
+    norm.normalize_activate(z, vectors, "glu", 0.0)
+    gated = dict(training=True, need_dz=True, activation="glu", negative_slope=0.0)
+    norm.norm_backward(images(batch, 32, 15), z, vectors, **gated)
 
 
 def norms_of_images(batch, span, memory_format):

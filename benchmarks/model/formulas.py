@@ -234,7 +234,18 @@ FORMULAS = {
     # Only the first program of a tile of channels adds up the other groups.
     "norm_backward": Formula(
         lambda a: {
-            "norm_backward.other": a.groups / (a.grid[0] * a.grid[2]),
+            "_store_total.other": a.groups / (a.grid[0] * a.grid[2]),
+            "_sums_of_parts.first": _ceil(a.parts, a.BLOCK_P),
+        },
+        about=_rows_about,
+    ),
+    "gated_normalize": Formula(about=_rows_about),
+    "gated_backward_reduce": Formula(
+        lambda a: {"gated_backward_reduce.step": a.tiles_per_part}, about=_rows_about
+    ),
+    "gated_backward": Formula(
+        lambda a: {
+            "_store_total.other": a.groups / (a.grid[0] * a.grid[2]),
             "_sums_of_parts.first": _ceil(a.parts, a.BLOCK_P),
         },
         about=_rows_about,

@@ -15,6 +15,7 @@ from genfast.launch import (
     logits,
     memory,
     norm,
+    phases,
     predict,
     start,
     sums,
@@ -99,7 +100,7 @@ def wgrad(big, small, geometry):
         geometry: a `ConvGeometry`.
     """
     big, small = operand(big), operand(small)
-    c_small, c_big = small.value.shape[1], big.value.shape[1]
+    c_small, c_big = small.channels, big.channels
     if logits.fits(geometry, c_small, PLAIN):
         value, how = big.unnormalized()
         return logits.wgrad(value, small.tensor(), geometry, **how)
@@ -164,6 +165,37 @@ def sums_apart(operation, source, weight, geometry, output_is_read):
     read = images * channels * math.prod(sides) * problem.itemsize * (1 + output_is_read)
     of_pass = predict.LAUNCH + read / chip.bandwidth
     return predict.cycles(config, plain, chip) + of_pass < predict.cycles(config, grown, chip)
+
+
+def predicted(
+    architecture: str,
+    precision: str,
+    images: int,
+    geometry: ConvGeometry,
+    c_small: int,
+    c_big: int,
+) -> float | None:
+    """The cycles of fprop, dgrad and wgrad together, by the model in `predict`.
+
+    Args:
+        architecture, precision: as of `tiles.gemm_config` and of a `tiles.Problem`.
+        images: of the batch.
+        geometry, c_small, c_big: of the convolution.
+
+    Returns:
+        None where PyTorch's library computes one of them.
+    """
+    total, chip = 0, predict.chip(architecture)
+    for operation in ("fprop", "dgrad", "wgrad"):
+        problem = tiles.Problem(
+            operation, precision, False, c_small, c_big, geometry.small, geometry.big,
+            geometry.kernel_size, geometry.stride, images,
+        )  # fmt: skip
+        config = tiles.gemm_config(architecture, problem)
+        if config.library:
+            return None
+        total += predict.cycles(config, problem, chip)
+    return total
 
 
 def _wgrad(big, small, geometry, config=None):
@@ -256,7 +288,7 @@ def _conv(direction, source, weight, geometry, epilogue, config=None):
     c_big = big.shape[3]
     weight = weight.view(c_small, geometry.taps * c_big)
     rows = c_small if to_small else c_big
-    phases = 1 if to_small else math.prod(geometry.stride)
+    count = 1 if to_small else math.prod(geometry.stride)
     # Phase 0 has the most pixels; the descriptors' phases are all alike.
     size = small.shape[1:3]
     if not to_small:
@@ -280,7 +312,7 @@ def _conv(direction, source, weight, geometry, epilogue, config=None):
     small_boxed = boxed and memory.descriptor_fits(small)
     pixels = n // groups, *size
     tiles_per_group = tiles.pixel_tiles(pixels, config.block_n, box if boxed else None)
-    parts = groups * tiles_per_group * phases
+    parts = groups * tiles_per_group * count
     reductions = epilogue.reductions(out, parts, rows)
 
     stored_boxed = small_boxed
@@ -342,7 +374,13 @@ def _conv(direction, source, weight, geometry, epilogue, config=None):
         tape.start(kernels.fprop, grid, big=big, out=small, PACKED=packed, **shared)
     else:
         tape.start(
-            kernels.dgrad, grid, small=small, out=big, SMALL_DESCRIPTOR=small_boxed, **shared
+            kernels.dgrad,
+            grid,
+            small=small,
+            out=big,
+            bias_step=channels if epilogue.is_biased_by_phase else 0,
+            SMALL_DESCRIPTOR=small_boxed,
+            **shared,
         )
     return result, reductions
 
@@ -350,8 +388,11 @@ def _conv(direction, source, weight, geometry, epilogue, config=None):
 def _through_library(direction, source, weight, geometry, epilogue):
     """As `_conv`, with PyTorch's convolution and the epilogue as passes of their own."""
     convolve = library.fprop if direction == "fprop" else library.dgrad
-    z = convolve(source, weight, geometry, epilogue.bias)
+    by_phase = epilogue.is_biased_by_phase
+    z = convolve(source, weight, geometry, None if by_phase else epilogue.bias)
     z = z.contiguous(memory_format=torch.channels_last)
+    if by_phase:
+        phases.add_bias(z, epilogue.bias, geometry.stride)
     if epilogue.output is not None:
         return _gradient_of_output(z, epilogue)
     statistics = norm.statistics_of(z, epilogue.groups) if epilogue.groups else None

@@ -12,7 +12,7 @@ from genfast.launch.operand import Output
 class Epilogue:
     """What a convolution does to its accumulator before it stores it, in this order.
 
-    bias: (channels,) added, or None.
+    bias: (channels,) added, or None; of dgrad also (phases, channels), one for each phase.
     groups: to return each tile's batch statistics, where no tile holds images of two of so many
         equal parts of the batch; 0 for no statistics.
     vectors: (1, 5, channels) to normalise by, or None.
@@ -65,6 +65,11 @@ class Epilogue:
         if self.output is None:
             return 0
         return 2 if self.output.vectors is not None else int(self.sums)
+
+    @property
+    def is_biased_by_phase(self):
+        """Whether the pixels of each phase of dgrad have a bias of their own."""
+        return self.bias is not None and self.bias.dim() > 1
 
     def reductions(self, out, tiles, rows=None):
         """Memory for what is returned beside the result.

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 
 import torch
 
-from genfast import processes
+from genfast import processes, reference
 from genfast.backend import triton
-from genfast.launch import memory, passes, start, sums, tape, tiles
+from genfast.launch import gated, memory, passes, start, sums, tape, tiles
 
 if triton is not None:
     from genfast.kernels import norm as kernels
@@ -206,8 +206,15 @@ def _statistics_block(channels):
     return min(32, tiles.power_of_two(channels))
 
 
+def _halves(activation: str) -> bool:
+    """Whether it gives half of the channels. Passes of such have kernels of their own."""
+    return reference.ACTIVATION[activation].halves
+
+
 def _activation(activation, negative_slope, stand_in):
     """An activation as arguments; the slopes of "prelu" are a tensor, (1,) or (channels,)."""
+    if _halves(activation):
+        return {}  # Its kernels know no other.
     learnt = isinstance(negative_slope, torch.Tensor)
     return dict(
         slope_ptr=memory.dense(negative_slope if learnt else None, stand_in),
@@ -218,17 +225,21 @@ def _activation(activation, negative_slope, stand_in):
 
 
 def normalize_activate(z, vectors, activation, negative_slope, dtype=None, added=None):
-    """act((z - mean) * scale + shift + added): (N, C, H, W) to the same.
+    """act((z - mean) * scale + shift + added): (N, C, H, W) to the same; for "glu" to half of C.
 
     negative_slope: a number; for "prelu" a tensor, (1,) or (C,).
     dtype: of the result; None for z's.
-    added: None, or like z.
+    added: None, or like z; None for "glu".
     """
     z, planes = _as_read(z)
+    halved = _halves(activation)
+    y = _empty_like(z, planes, dtype, halved)
+    grid, matrix = _matrix(y if planes else memory.nhwc(y), vectors, planes, halved)
+    if halved:
+        gated.normalize(grid, dict(z_ptr=z, vectors_ptr=vectors, y_ptr=y) | matrix)
+        return y
     if added is not None:
         added = added.contiguous() if planes else memory.nhwc(added)
-    y = _empty_like(z, planes, dtype)
-    grid, matrix = passes.elementwise(z, vectors.shape[0], planes)
     tape.start(
         kernels.normalize_activate,
         grid,
@@ -254,11 +265,18 @@ def _as_read(z):
     return (z, True) if planes else (memory.nhwc(z), False)
 
 
-def _empty_like(z, planes, dtype=None):
-    """(N, C, H, W) that lies as z does, which `_as_read` gave."""
-    if planes:
-        return torch.empty_like(z, dtype=dtype)
-    return memory.channels_last(z.shape, z, dtype)
+def _empty_like(z, planes, dtype=None, halved=False):
+    """(N, C, H, W) that lies as z does, which `_as_read` gave; with `halved` of half of C."""
+    if not planes:
+        *rest, c = z.shape
+        return memory.channels_last((*rest, c // 2 if halved else c), z, dtype)
+    n, c, *size = z.shape
+    return z.new_empty((n, c // 2 if halved else c, *size), dtype=dtype)
+
+
+def _matrix(x, vectors, planes, halved):
+    """`passes.elementwise` of what comes out of a norm and its activation, as it lies."""
+    return passes.elementwise(x, vectors.shape[0], planes, 2 if halved else 1)
 
 
 def reading(source, vectors):
@@ -294,12 +312,12 @@ def norm_backward(
     """The backward of `normalize_activate` and, in training, of the statistics in `vectors`.
 
     Args:
-        dy: (N, C, H, W), the gradient of y; with `partials` that of u.
+        dy: (N, C, H, W), for "glu" of half of C, the gradient of y; with `partials` that of u.
         z, vectors, activation, negative_slope: as given to `normalize_activate`.
         training: whether `vectors` came from z itself.
         need_dz: whether dz is wanted.
         partials: (groups, parts, 2 * C): the sums over parts of each group of g, the gradient of
-            u, and of g * xhat; or None: a pass of its own computes them.
+            u, and of g * xhat; or None, as for "glu": a pass of its own computes them.
         want_y: whether y is wanted too, which takes a writing less than another pass; needs
             `need_dz`.
         need_total: whether the gradients of beta and gamma are wanted.
@@ -317,7 +335,7 @@ def norm_backward(
     slope_partials = None
     if not at_norm and (need_total or (need_dz and training)):
         partials, slope_partials = _backward_sums(grid, common)
-    channels, groups = common["channels"], len(vectors)
+    groups, _, channels = vectors.shape
     rows = 2 if slope_partials is None else 3
     total = vectors.new_empty((rows, channels)) if need_total else None
     if need_total and slope_partials is not None:
@@ -339,10 +357,8 @@ def norm_backward(
         # Tiles of contiguous memory have fewer channels, so that more programs add the same.
         partials = sums.in_fewer_parts(partials, max(1, _PARTS_ADDED_BY_ALL >> planes))
     dz = _empty_like(lies, planes)
-    y = torch.empty_like(dz) if want_y else None
-    tape.start(
-        kernels.norm_backward,
-        grid,
+    y = _empty_like(common["dy_ptr"], planes, dz.dtype) if want_y else None
+    given = dict(
         sums_ptr=partials,
         total_ptr=total if need_total else vectors,
         dz_ptr=dz,
@@ -351,12 +367,15 @@ def norm_backward(
         groups=groups,
         TRAINING=training,
         SHARED=span > 1,
-        AT_NORM=at_norm,
         WRITES_Y=want_y,
         WRITES_TOTAL=need_total and not alone,
         BLOCK_P=16,
         **common,
     )
+    if _halves(activation):
+        gated.backward(grid, given)
+    else:
+        tape.start(kernels.norm_backward, grid, AT_NORM=at_norm, **given)
     return dz, total, y
 
 
@@ -404,20 +423,23 @@ def backward_sums(g, z, vectors):
 
 def _backward_sums(grid, common):
     """Part by part, those of `norm_backward_reduce`; and for "prelu", else None, of the slopes."""
-    vectors, channels = common["vectors_ptr"], common["channels"]
+    vectors, activation = common["vectors_ptr"], common.get("ACTIVATION")
+    channels = vectors.shape[2]
     tiles_per_part = tiles.ceil_div(grid[0], passes.parts_of_pass(common["z_ptr"], grid))
     parts = tiles.ceil_div(grid[0], tiles_per_part)
     partials = vectors.new_empty((grid[2], parts, 2 * channels))
     slope_partials = None
-    if common["ACTIVATION"] == "prelu":
+    given = dict(partials_ptr=partials, tiles_per_part=tiles_per_part, **common)
+    if activation is None:
+        gated.backward_reduce((parts, *grid[1:]), given)
+        return partials, None
+    if activation == "prelu":
         slope_partials = vectors.new_empty((grid[2] * parts, channels))
     tape.start(
         kernels.norm_backward_reduce,
         (parts, *grid[1:]),
-        partials_ptr=partials,
         slope_partials_ptr=partials if slope_partials is None else slope_partials,
-        tiles_per_part=tiles_per_part,
-        **common,
+        **given,
     )
     return partials, slope_partials
 
@@ -426,7 +448,7 @@ def _backward(dy, z, vectors, activation, negative_slope):
     """The grid of a pass over a gradient and z, the arguments that passes share, and `_as_read`."""
     z, planes = _as_read(z)
     dy = dy.contiguous() if planes else memory.nhwc(dy)
-    grid, matrix = passes.elementwise(z, vectors.shape[0], planes)
+    grid, matrix = _matrix(dy, vectors, planes, _halves(activation))
     common = dict(
         dy_ptr=dy,
         z_ptr=z,

@@ -32,6 +32,11 @@ class Operand:
     image: from_image.Padded | None = None
     _tensor: torch.Tensor | None = None
 
+    @property
+    def channels(self):
+        """How many it has."""
+        return self.value.shape[1]
+
     def as_read(self):
         """A tensor, and how to make the operand of it: arguments of kernels that do so reading."""
         return self.value, dict(
@@ -68,7 +73,8 @@ class Operand:
 class Output:
     """The output of a layer, y = act(u), as backward keeps it: as y, or as what batch norm took.
 
-    value: (N, C, H, W): z, where u = (z - mean) * scale + shift; without `vectors`, y.
+    value: (N, C, H, W): z, where u = (z - mean) * scale + shift; without `vectors`, y. Of "glu" y
+        has half of C.
     vectors: (groups, 5, C) of the batch norm, as `norm.batch_statistics` gives them, or None.
     activation, negative_slope: as in `functional.conv_block`.
     added: None, or like `value`: with vectors u = (z - mean) * scale + shift + added.
@@ -80,6 +86,12 @@ class Output:
     negative_slope: float | torch.Tensor
     added: torch.Tensor | None = None
     _tensor: torch.Tensor | None = None
+
+    @property
+    def channels(self):
+        """How many y has."""
+        channels = self.value.shape[1]
+        return channels // 2 if reference.ACTIVATION[self.activation].halves else channels
 
     @property
     def is_made_reading(self):

@@ -15,12 +15,13 @@ def programs(tensor, each):
     return each * predict.chip(start.architecture(tensor)).multiprocessors
 
 
-def elementwise(x, groups, planes=False):
+def elementwise(x, groups, planes=False, tiles_read=1):
     """Grid, and arguments that say what lies where, for one pass over groups of [rows, C].
 
     Args:
         x: NHWC, or with `planes` NCHW; dense.
         groups: equal parts of the batch.
+        tiles_read: of how many tiles of another tensor a tile of x is made.
     """
     channels = x.shape[1] if planes else x.shape[3]
     count = x.numel() // (channels * groups)
@@ -30,12 +31,12 @@ def elementwise(x, groups, planes=False):
         block_r, block_c = (32, 16) if INTERPRETING else (512, 64)
         block_r = min(block_r, max(16, tiles.power_of_two(pixels)))
         # Elements that are loaded one by one have an address each, which fill the registers.
-        elements = 2048 if pixels % 4 else 4096
+        elements = (2048 if pixels % 4 else 4096) // tiles_read
         block_c = min(block_c, elements // block_r, tiles.power_of_two(channels))
         rows_of_tiles = count // pixels * tiles.ceil_div(pixels, block_r)
     else:
         block_c = min(64, tiles.power_of_two(channels))
-        block_r = 64 if INTERPRETING else 4096 // block_c
+        block_r = 64 if INTERPRETING else 4096 // tiles_read // block_c
         if 1 < groups == x.shape[0]:  # Of whole images a batch does not change the rows.
             block_r = min(block_r, max(16, tiles.power_of_two(pixels)))
         rows_of_tiles = tiles.ceil_div(count, block_r)

@@ -27,6 +27,8 @@ def why_not(geometry, c_small, c_big, epilogue):
         return f"an image has 1 to 4 channels, this has {c_big}"
     if geometry.is_product:
         return "the kernel covers the whole image: a matrix product"
+    if epilogue.is_biased_by_phase:
+        return "an image's bias is one a channel"
     if epilogue.groups or epilogue.vectors is not None:
         return "an image is not normalised"
     if epilogue.output is not None:

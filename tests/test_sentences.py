@@ -83,7 +83,7 @@ def test_other_errors_are_not_hidden(monkeypatch, train):
     def fail(*_):
         raise RuntimeError("shapes do not match")
 
-    monkeypatch.setattr(cli.train, "prepare", fail)
+    monkeypatch.setattr(cli.train, "prepared", fail)
     with pytest.raises(RuntimeError, match="shapes do not match"):
         cli.main(train)
 

@@ -8,7 +8,6 @@ from genfast.backend import selected_backend
 from genfast.functional import why_not_triton
 from genfast.training.errors import BadInput
 from genfast.training.runs.devices import as_device
-from genfast.training.steps.precision import resolve_precision
 
 
 def add_device(parser):
@@ -39,11 +38,3 @@ def working_device(name):
     if reason and selected_backend() == "triton":
         raise BadInput(f"expected kernels to run, as GENFAST_BACKEND=triton asks, but {reason}")
     return device
-
-
-def check_precision(precision, device):
-    """BadInput where a precision, None for the default, cannot be had."""
-    try:
-        resolve_precision(precision or "auto", device)
-    except ValueError as error:
-        raise BadInput(str(error)) from None

@@ -4,20 +4,16 @@ import os
 import shlex
 from pathlib import Path
 
-from genfast.cli.options import (
-    add_device,
-    check_precision,
-    of_rule,
-    working_device,
-)
+from genfast.cli.options import add_device, of_rule, working_device
 from genfast.cli.streams import tell
 from genfast.training import progress
 from genfast.training.errors import BadInput
 from genfast.training.runs import board, folder, kept
-from genfast.training.runs.beginning import read_beginning
+from genfast.training.runs.api import prepared
 from genfast.training.runs.checkpoint import NAME as CHECKPOINT_NAME
 from genfast.training.runs.checkpoint import file_of
-from genfast.training.runs.config import LENGTHS, prepare, prepare_resumed
+from genfast.training.runs.config import LENGTHS
+from genfast.training.runs.devices import check_precision
 from genfast.training.runs.loop import CHECKPOINT_SECONDS, KEEP, SAMPLE_EVERY, train
 from genfast.training.runs.models import MODELS
 from genfast.training.runs.rules import FROM_0
@@ -159,16 +155,10 @@ def _prepared(args, device, workers):
     board.check(args.log)
     resume_from = _resume_from(args)
     out = _out_folder(args, resume_from)
-    if resume_from:
-        config, images = prepare_resumed(args.model, args.data, given, resume_from, out)
-        check_precision(config.precision, device)  # The run may have begun on another machine.
-        return config, images, out, resume_from, None
-    init_from = None
-    if args.init_from:
-        init_from = read_beginning(args.init_from, args.model)
-        given = init_from.settled(given)
-    config, images = prepare(args.model, args.data, given, out, workers.count)
-    return config, images, out, None, init_from
+    config, images, init_from = prepared(
+        args.model, args.data, given, out, resume_from, args.init_from, device, workers.count
+    )
+    return config, images, out, resume_from, init_from
 
 
 def _length(config):

@@ -13,13 +13,12 @@ from genfast.training.errors import BadInput
 from genfast.training.runs import checkpoint, folder
 from genfast.training.runs.beginning import Beginning, read_beginning
 from genfast.training.runs.config import Config, check_settings, prepare, prepare_resumed
-from genfast.training.runs.devices import as_device
+from genfast.training.runs.devices import as_device, check_precision
 from genfast.training.runs.loop import CHECKPOINT_SECONDS, Outcome, check_outputs
 from genfast.training.runs.loop import train as run
 from genfast.training.runs.models import MODELS
 from genfast.training.runs.rules import shown
 from genfast.training.runs.workers import joined
-from genfast.training.steps.precision import resolve_precision
 
 
 def train(
@@ -105,23 +104,14 @@ def train(
     path = _checkpoint_of(out, resume)
     given = check_settings(model, {k: v for k, v in settings.items() if v is not None})
     device = as_device(device)
-    _check_precision(given.get("precision", "auto"), device)
+    check_precision(given.get("precision"), device)
     check_outputs(sample_every, keep, log)
     folder.check(_folder(out), path)
     data = _data(dataset, dict(image_range=image_range, classes=classes, cache=cache), num_workers)
-    beginning = None
-
-    def prepared() -> tuple[Config, Any, Beginning | None]:
-        if path:
-            config, images = prepare_resumed(model, data, given, path, out)
-            _check_precision(config.precision, device)
-            return config, images, None
-        beginning = None if init_from is None else read_beginning(init_from, model)
-        settled = given if beginning is None else beginning.settled(given)
-        return *prepare(model, data, settled, out, workers.count), beginning
-
     with joined(device) as (workers, own_device), progress.hidden(quiet):
-        config, images, beginning = workers.together(prepared)
+        config, images, beginning = workers.together(
+            lambda: prepared(model, data, given, out, path, init_from, device, workers.count)
+        )
         return run(
             config,
             images,
@@ -135,6 +125,37 @@ def train(
             log=log,
             workers=workers,
         )
+
+
+def prepared(
+    model: str,
+    data: Any,
+    given: dict[str, Any],
+    out: str | os.PathLike,
+    resume_from: Path | None,
+    init_from: str | os.PathLike | Sequence[str | os.PathLike] | None,
+    device: torch.device,
+    processes: int,
+) -> tuple[Config, Any, Beginning | None]:
+    """What `loop.train` takes of a run that begins, or goes on: of Python's and of the command's.
+
+    Args:
+        model, data, given, out: as `prepare` takes them.
+        resume_from: the path of the checkpoint to go on from, or None.
+        init_from: as `train` takes it; a run that goes on has no use for it.
+        device: that it will run on.
+        processes: how many train together.
+
+    Returns:
+        (settings, images, what the weights begin with or None).
+    """
+    if resume_from:
+        config, images = prepare_resumed(model, data, given, resume_from, out)
+        check_precision(config.precision, device)  # The run may have begun on another machine.
+        return config, images, None
+    beginning = read_beginning(init_from, model) if init_from else None
+    settled = beginning.settled(given) if beginning else given
+    return *prepare(model, data, settled, out, processes), beginning
 
 
 def _folder(out: object) -> Path:
@@ -166,10 +187,3 @@ def _data(dataset: Any, about: dict[str, Any], num_workers: int) -> Any:
             )
         return dataset
     return DataSet(dataset, num_workers=num_workers, **about)
-
-
-def _check_precision(precision: Any, device: torch.device) -> None:
-    try:
-        resolve_precision(precision, device)
-    except ValueError as error:
-        raise BadInput(str(error)) from None

@@ -6,6 +6,7 @@ import torch
 
 from genfast.training.errors import BadInput
 from genfast.training.runs.rules import shown
+from genfast.training.steps.precision import resolve_precision
 
 
 def as_device(device):
@@ -33,3 +34,11 @@ def as_device(device):
             f"{torch.cuda.device_count()} GPUs"
         )
     return found
+
+
+def check_precision(precision: str | None, device: torch.device) -> None:
+    """BadInput where a precision, None for the default, cannot be had on this device."""
+    try:
+        resolve_precision(precision or "auto", device)
+    except ValueError as error:
+        raise BadInput(str(error)) from None

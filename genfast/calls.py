@@ -89,6 +89,16 @@ def run(links, x, *later):
     return x
 
 
+def run_after(first, links, x, *later):
+    """As `run`; of the links, the `Sum` that is `FIRST` adds `first`, which was evaluated before."""
+    filled = (
+        Sum(first, "other + x") if type(link) is Sum and link.how == FIRST else link
+        for link in links
+    )
+    return run(tuple(filled), x, *later)
+
+
+FIRST = "first + x"
 _END = object()
 
 
@@ -252,9 +262,10 @@ class Call:
 
 
 class Sum:
-    """The addition of a variable's value: x + other, other + x or x += other.
+    """The addition of a value: x + other, other + x or x += other.
 
-    how: "x + other", "other + x" or "x += other".
+    how: "x + other", "other + x" or "x += other"; `FIRST` for the second where `run_after` has the
+        other value.
     """
 
     def __init__(self, other, how):

@@ -12,8 +12,9 @@ other designs were weighed:
   `__torch_function__`, as an `autograd.Function` or an extension does, would see no value there.
 
 A sum with a variable is one of the calls, `x + self.block(x)` or `out += x`: which tensor a
-variable holds is the same before and after the layers run. Of a sum of two calls each stays where
-it is.
+variable holds is the same before and after the layers run. Of a sum of two calls, as in
+`self.skip(x) + self.block(x)`, the second chain is the one that adds: all of the first operand is
+evaluated before anything of it, as Python does.
 
 Here nothing is frozen and nothing is late: which layers, hooks and modes there are is looked up at
 each call, when the user's code would, and layers that do not fuse are called as they were. It takes
@@ -26,7 +27,7 @@ from typing import NamedTuple
 
 import torch
 
-from genfast.calls import Call, Method, Sum, opened, run
+from genfast.calls import FIRST, Call, Method, Sum, opened, run, run_after
 from genfast.looking import Chain, Part, is_look
 from genfast.source import SCOPES, source_of
 
@@ -40,8 +41,10 @@ _FUNCTIONS = {
 }  # fmt: skip
 _METHODS = {"relu", "tanh", "sigmoid"}
 _RUN, _CALL, _METHOD = "__genfast_run__", "__genfast_call__", "__genfast_method__"
-_OPENED, _SUM = "__genfast_opened__", "__genfast_sum__"
-_GIVEN = {_RUN: run, _CALL: Call, _METHOD: Method, _OPENED: opened, _SUM: Sum}
+_OPENED, _SUM, _RUN_AFTER = "__genfast_opened__", "__genfast_sum__", "__genfast_run_after__"
+_GIVEN = {
+    _RUN: run, _CALL: Call, _METHOD: Method, _OPENED: opened, _SUM: Sum, _RUN_AFTER: run_after,
+}  # fmt: skip
 
 
 class Rewritten:
@@ -402,7 +405,8 @@ class _Rewriter:
         links = []
         while True:
             link, carried = self._link(node, name)
-            if link is None:
+            # What is evaluated before all else can be that of one sum.
+            if link is None or (_adds_first(link[0]) and any(_adds_first(e) for e, *_ in links)):
                 break
             links.append(link)
             node = carried
@@ -453,8 +457,8 @@ class _Rewriter:
     def _link_of_sum(self, node, name):
         """As `_link`, of what is done with this variable, or with what is none.
 
-        The other operand is a variable, whose value is the same whenever it is looked at: what
-        takes a call stays where Python evaluates it.
+        The other operand is a variable, whose value is the same whenever it is looked at; or, where
+        a call comes second, any expression before it, which the link holds.
         """
         nothing = None, None
         if not isinstance(node.op, ast.Add):
@@ -467,6 +471,8 @@ class _Rewriter:
             goes_on = not isinstance(carried, ast.Name) or carried.id == name
             if goes_on and self._is_other(other) and other.id != name:
                 return (_sum(other, how, node), False, node), carried
+        if name is None and isinstance(node.right, ast.Call):
+            return (_sum(node.left, FIRST, node), False, node), node.right
         return nothing
 
     def _is_other(self, node):
@@ -505,8 +511,11 @@ class _Rewriter:
         return _placed(ast.Lambda(arguments, value), statement)
 
     def _call_of_run(self, location, links, inner, later):
-        arguments = [ast.Tuple(links, ast.Load()), inner, *later]
-        return _placed(ast.Call(ast.Name(_RUN, ast.Load()), arguments, []), location)
+        function, arguments = _RUN, [ast.Tuple(links, ast.Load()), inner, *later]
+        for link in filter(_adds_first, links):
+            function, arguments = _RUN_AFTER, [self._inside(link.args[0]), *arguments]
+            link.args[0] = _placed(ast.Constant(None), link)
+        return _placed(ast.Call(ast.Name(function, ast.Load()), arguments, []), location)
 
     def _note(self, parts):
         parts = [p._replace(links=[_without_value(e) for e in p.links]) for p in parts]
@@ -524,6 +533,11 @@ def _sum(other, how, at):
 def _is_sum_link(expression):
     called = expression.func if isinstance(expression, ast.Call) else None
     return isinstance(called, ast.Name) and called.id == _SUM
+
+
+def _adds_first(expression):
+    """Whether a link adds what is to be evaluated before all links."""
+    return _is_sum_link(expression) and expression.args[1].value == FIRST
 
 
 def _is_sum(part):

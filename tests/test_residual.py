@@ -24,6 +24,7 @@ class Block(nn.Module):
         super().__init__()
         self.conv1, self.conv2 = nn.Conv2d(C, C, 3, 1, 1), nn.ConvTranspose2d(C, C, 4, 2, 1)
         self.down, self.norm = nn.Conv2d(C, C, 4, 2, 1), nn.BatchNorm2d(C)
+        self.same = nn.Conv2d(C, C, 1)
         self.block = nn.Sequential(
             nn.ReLU(True), nn.Conv2d(C, C, 3, 1, 1), nn.InstanceNorm2d(C, affine=True)
         )
@@ -64,6 +65,16 @@ def before_what_keeps_its_input(self, x):
     return self.leaky(h + x)
 
 
+def of_two_calls(self, x):
+    return F.relu(self.norm(self.conv1(x)) + self.same(x))
+
+
+def of_two_chains(self, x):
+    h = F.interpolate(x, scale_factor=2) + self.conv2(F.relu(x))
+    h = self.leaky(h)
+    return h * 2
+
+
 @pytest.fixture
 def sums(monkeypatch):
     """For each chain that could add whether it did, and its last activation."""
@@ -97,6 +108,7 @@ def image(device="cpu", memory_format=torch.channels_last):
 @pytest.mark.parametrize(("forward", "last"), [
     (of_container, "identity"), (of_container_in_place, None), (statements, "relu"),
     (without_norm, "tanh"), (alone, "identity"), (before_what_keeps_its_input, "identity"),
+    (of_two_calls, "relu"), (of_two_chains, "identity"),
 ], ids=lambda value: getattr(value, "__name__", ""))  # fmt: skip
 def test_sums_run_with_blocks(forward, last, device, sums):
     """Also when it is recorded and replayed; an instance norm's own output is contiguous."""
@@ -227,6 +239,39 @@ def test_calls_keep_their_order(device, sums):
     torch.testing.assert_close(ours(x), stock(x))
     torch.testing.assert_close(ours.norm.running_mean, stock.norm.running_mean)
     assert log == ["first", "second"] * 2 and not sums
+
+
+def test_a_sum_of_two_calls_within_another(device, sums):
+    def forward(self, x):
+        return torch.tanh(x) * 2 + self.norm(self.conv1(torch.tanh(x) + self.same(x)))
+
+    stock, ours = network(forward, device)
+    assert_module(ours, stock, image(device))
+    assert sums == ["identity", "identity"]
+
+
+def test_the_first_of_two_calls_is_first(device, sums):
+    """All of it: its random numbers, and what it does to modules and values before the second."""
+
+    def forward(self, x):
+        h = F.dropout(self.changing(x), 0.5, True) + self.norm(self.conv1(F.dropout(x, 0.5, True)))
+        return F.relu(self.down(h) + self.block(h)[..., ::2, ::2]) + self.down(x)
+
+    class Changing(nn.Module):
+        def forward(self, x):
+            self.other[0].eval()
+            return x.mul_(2)
+
+    stock, ours = network(forward, device)
+    results = []
+    for module in (stock, ours):
+        module.changing = Changing()
+        module.changing.other = [module.norm]
+        torch.manual_seed(0)
+        y = module.train()(image(device) * 0 + 1)
+        results.append((y, module.norm.num_batches_tracked))
+    torch.testing.assert_close(*results)
+    assert results[1][1] == 0 and len(sums) == 2 and None not in sums
 
 
 def test_in_place_changes_what_others_hold(device):

@@ -496,13 +496,16 @@ def chain_and_sum(
 
     Returns:
         The last block's output; or None, and nothing is computed, where the sum is PyTorch's: of
-        another shape, dtype or memory format than the output, or where no kernel runs.
+        another shape, dtype or memory format than the output, where something is around a
+        convolution, or where no kernel runs.
     """
     dtype = autocast_dtype(x.device) or x.dtype
     if type(added) not in (torch.Tensor, torch.nn.Parameter) or torch.compiler.is_compiling():
         return None
     if added.dim() != 4 or added.dtype != dtype or not layout.is_fresh_channels_last(added):
         return None
+    if added.device != x.device or any(block.around is not None for block in blocks):
+        return None  # What is around a convolution parts the chain, and no `_Plan` knows of it.
     x, blocks = _autocast(x, blocks)
     # Of 1 channel, or 1 x 1 pixels, memory is both.
     decides = leads and added.shape[1] > 1 and added.shape[2:] != (1, 1)

@@ -205,6 +205,38 @@ def test_other_sums_are_pythons(other, device, sums):
     assert y.stride() == expected.stride() and not any(sums)
 
 
+class Summed(nn.Module):
+    """Adds its input to what the layers make of it."""
+
+    def __init__(self, *layers):
+        super().__init__()
+        self.block = nn.Sequential(*layers)
+
+    forward = of_container
+
+
+@pytest.mark.parametrize(
+    "layers",
+    [
+        [
+            nn.Upsample(scale_factor=2),
+            nn.Conv2d(C, C, 3, 1, 1),
+            nn.Conv2d(C, C, 1),
+            nn.AvgPool2d(2),
+        ],
+        [nn.Conv2d(C, 4 * C, 1), nn.PixelShuffle(2), nn.ReLU(), nn.Conv2d(C, C, 2, 2)],
+    ],
+    ids=["up and down", "shuffled"],
+)
+def test_what_is_around_a_convolution_counts(layers, device):
+    """Without it the output of the first would have the right size, and other values."""
+    stock = Summed(*layers).to(device).to(memory_format=torch.channels_last)
+    ours = copy.deepcopy(stock)
+    accelerate(ours)
+    x = image(device)
+    torch.testing.assert_close(ours(x), stock(x))
+
+
 def test_autocast_promotes(device, sums):
     stock, ours = network(alone, device)
     x = image(device)

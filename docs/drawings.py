@@ -172,7 +172,7 @@ def passes():
     d.box(20, 160, 335, 50, "convolution + statistics of each tile", BLUE)
     d.arrow(355, 185, 390, 185)
     d.box(390, 160, 335, 50, "normalise + activation", ORANGE)
-    d.text(380, 240, "In a chain the second pass often rides on the next layer's load.", 13)
+    d.text(380, 240, "Beside an image or a logit the second pass is part of the next layer.", 13)
     return d
 
 

@@ -11,6 +11,7 @@ import re
 import shlex
 import subprocess
 import sys
+from itertools import pairwise
 from pathlib import Path
 
 import numpy
@@ -58,6 +59,7 @@ def _commands(page):
 @_each([page for page in (*TOP, *PAGES, *REFERENCE) if _blocks(page, "python")])
 def test_python_blocks_run(page, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("STEPS", "1")
     given = {"__name__": "block"}
     if page in TOP:
         given["model"] = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU())
@@ -126,6 +128,18 @@ def test_every_page_is_in_the_index():
     named = re.findall(r"\]\(([^#)]+)\)", index)
     assert [name for name in named if name[0].isdigit()] == [page.name for page in PAGES]
     assert {*named} == {page.name for page in (*PAGES, *REFERENCE)} | {"../DESIGN.md"}
+    for page, following in pairwise(PAGES):
+        assert f"]({following.name})" in page.read_text(encoding="utf-8").splitlines()[-1]
+
+
+def test_every_paper_is_in_the_list():
+    name = r"[A-ZÀ-Ž][\w-]+(?: et al\.| and [A-Z]\w+)?,? \(?(?:19|20)\d\d"
+    papers = (DOCS / "papers.md").read_text(encoding="utf-8").replace(" (Radford et al.)", "")
+    listed = {*re.findall(name, papers), "Radford et al., 2016"}
+    for page in (*TOP, *PAGES, *REFERENCE):
+        text = " ".join(page.read_text(encoding="utf-8").split())
+        named = {words.replace(" (", ", ") for words in re.findall(name, text)}
+        assert not named - listed - {"November 2026"}, page.name
 
 
 def test_drawings_are_what_their_script_draws(monkeypatch):

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import dropin, networks
+from benchmarks import dropin, nccl_model, networks
 from benchmarks.model.cost import GPUS
 from benchmarks.model.prediction import predict
 from benchmarks.model.report import totals
@@ -59,6 +59,28 @@ def test_table_of_other_networks_is_what_was_measured():
     assert "\n".join(dropin.markdown_table(rows)) in BENCHMARKS
     assert rows[0]["machine"].split(",")[0] in BENCHMARKS
     assert {row["network"] for row in rows} == {network.name for network in networks.NETWORKS}
+
+
+def test_shares_of_eight_gpus_are_those_of_the_model():
+    """Of what the course says that a step exchanges."""
+    chapter = (ROOT / "docs" / "8-several-gpus.md").read_text(encoding="utf-8")
+    rows = re.findall(
+        r"^\| (gradients|statistics|losses).* \| ([\d.]+) (MB|bytes) \| (\d+) \|$", chapter, re.M
+    )
+    calls = {purpose: int(count) for purpose, _, _, count in rows}
+    sizes = {p: float(size) * (1e6 if unit == "MB" else 1) for p, size, unit, _ in rows}
+    expected = []
+    for batch in (1024, 128):
+        step = nccl_model.step_seconds(batch)
+        for statistics in (0, calls["statistics"]):
+            counts = calls | {"statistics": statistics}
+            exchange = nccl_model.exchange_seconds(8, counts, sizes | {"statistics": 0})
+            expected.append(step / (step + exchange))
+    said = re.search(
+        r"at ([\d.]+) of 8 times the speed of one, with `--sync-bn` at ([\d.]+); "
+        r"at batch 128 at ([\d.]+) and ([\d.]+)\.", " ".join(BENCHMARKS.split())
+    )  # fmt: skip
+    assert list(map(float, said.groups())) == pytest.approx(expected, abs=0.01)
 
 
 @pytest.mark.parametrize("batch", [128, 1024])

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import dropin, nccl_model, networks
+from benchmarks import dropin, exchanges, networks
 from benchmarks.model.cost import GPUS
 from benchmarks.model.prediction import predict
 from benchmarks.model.report import totals
@@ -81,26 +81,25 @@ def test_table_of_other_networks_is_what_was_measured():
     assert {row["network"] for row in rows} == {network.name for network in networks.NETWORKS}
 
 
-def test_shares_of_eight_gpus_are_those_of_the_model():
-    """Of what the course says that a step exchanges."""
+def test_what_processes_exchange_is_what_was_counted():
+    """And the shares of 8 GPUs those of the model: by batch, without and with `--sync-bn`."""
+    path = re.search(r"\(\.\./(benchmarks/results/scaling_\S+\.csv)\)", BENCHMARKS).group(1)
+    with open(ROOT / path, newline="", encoding="utf-8") as file:
+        rows = [r for r in csv.DictReader(file) if (r["kind"], r["processes"]) == ("model", "8")]
+    shared = next(row for row in rows if row["sync_bn"] == "1")
     chapter = (ROOT / "docs" / "8-several-gpus.md").read_text(encoding="utf-8")
-    rows = re.findall(
-        r"^\| (gradients|statistics|losses).* \| ([\d.]+) (MB|bytes) \| (\d+) \|$", chapter, re.M
-    )
-    calls = {purpose: int(count) for purpose, _, _, count in rows}
-    sizes = {p: float(size) * (1e6 if unit == "MB" else 1) for p, size, unit, _ in rows}
-    expected = []
-    for batch in (1024, 128):
-        step = nccl_model.step_seconds(batch)
-        for statistics in (0, calls["statistics"]):
-            counts = calls | {"statistics": statistics}
-            exchange = nccl_model.exchange_seconds(8, counts, sizes | {"statistics": 0})
-            expected.append(step / (step + exchange))
+    table = re.findall(r"^\| .* \| ([\d.]+) (MB|bytes) \| (\d+) \|$", chapter, re.M)
+    for purpose, (size, unit, calls) in zip(exchanges.PURPOSES, table, strict=True):
+        counted = int(shared[f"{purpose}_bytes"]) / (1e6 if unit == "MB" else 1)
+        digits = len(size.partition(".")[2])
+        assert (size, calls) == (f"{counted:.{digits}f}", shared[f"{purpose}_calls"])
     said = re.search(
-        r"at ([\d.]+) of 8 times the speed of one, with `--sync-bn` at ([\d.]+); "
-        r"at batch 128 at ([\d.]+) and ([\d.]+)\.", " ".join(BENCHMARKS.split())
+        r"at (\S+) of 8 times the speed of one, with `--sync-bn` at (\S+); at batch 128 at (\S+) "
+        r"and (\S+)\. ", " ".join(BENCHMARKS.split())
     )  # fmt: skip
-    assert list(map(float, said.groups())) == pytest.approx(expected, abs=0.01)
+    shares = {(row["batch_size"], row["sync_bn"]): float(row["efficiency"]) for row in rows}
+    order = [(batch, sync) for batch in ("1024", "128") for sync in "01"]
+    assert list(said.groups()) == [f"{shares[key]:.2f}" for key in order]
 
 
 @pytest.mark.parametrize("batch", [128, 1024])

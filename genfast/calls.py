@@ -89,13 +89,12 @@ def run(links, x, *later):
     return x
 
 
-def run_after(first, links, x, *later):
-    """As `run`, where the `Sum` that is `FIRST` adds `first`, which was evaluated before."""
-    filled = (
-        Sum(first, "other + x") if type(link) is Sum and link.how == FIRST else link
-        for link in links
-    )
-    return run(tuple(filled), x, *later)
+def run_after(outer, first, links, x, *later):
+    """As `run`, of `links`, then the `Sum` that is `FIRST`, of `first`, then the `outer` links.
+
+    The order of the arguments is that in which Python evaluates outer(first + links(x)).
+    """
+    return run((*links, Sum(first, "other + x"), *outer), x, *later)
 
 
 FIRST = "first + x"
@@ -264,8 +263,8 @@ class Call:
 class Sum:
     """The addition of a value: x + other, other + x or x += other.
 
-    how: "x + other", "other + x" or "x += other"; `FIRST` for the second where `run_after` has the
-        other value.
+    how: "x + other", "other + x" or "x += other"; `FIRST` for the second where `run_after` makes
+        it.
     """
 
     def __init__(self, other, how):

@@ -406,7 +406,9 @@ class _Rewriter:
         while True:
             link, carried = self._link(node, name)
             # What is evaluated before all else can be that of one sum.
-            if link is None or (_adds_first(link[0]) and any(_adds_first(e) for e, *_ in links)):
+            if link is None or (
+                _adds_first(link[0]) and not all(self._leads_sum(e) for e, *_ in links)
+            ):
                 break
             links.append(link)
             node = carried
@@ -475,6 +477,17 @@ class _Rewriter:
             return (_sum(node.left, FIRST, node), False, node), node.right
         return nothing
 
+    def _leads_sum(self, link):
+        """Whether a link that takes a sum is, as it stands, what Python looks up before the sum.
+
+        A function is; what it is given beside comes after the sum, and may be another value then.
+        """
+        given = []
+        if _is_call_of(link, _CALL):
+            given = [*link.args[1:], *(k.value for k in link.keywords)]
+        fixed = all(isinstance(e, ast.Constant) or self._is_other(e) for e in given)
+        return fixed and not _adds_first(link)
+
     def _is_other(self, node):
         """Whether it is a variable, of what `_link_of_sum` adds."""
         return (
@@ -511,10 +524,14 @@ class _Rewriter:
         return _placed(ast.Lambda(arguments, value), statement)
 
     def _call_of_run(self, location, links, inner, later):
-        function, arguments = _RUN, [ast.Tuple(links, ast.Load()), inner, *later]
-        for link in filter(_adds_first, links):
-            function, arguments = _RUN_AFTER, [self._inside(link.args[0]), *arguments]
-            link.args[0] = _placed(ast.Constant(None), link)
+        function, before = _RUN, []
+        for i, link in enumerate(links):
+            if _adds_first(link):
+                outer, links = links[i + 1 :], links[:i]
+                function = _RUN_AFTER
+                before = [ast.Tuple(outer, ast.Load()), self._inside(link.args[0])]
+                break
+        arguments = [*before, ast.Tuple(links, ast.Load()), inner, *later]
         return _placed(ast.Call(ast.Name(function, ast.Load()), arguments, []), location)
 
     def _note(self, parts):

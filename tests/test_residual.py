@@ -306,6 +306,33 @@ def test_the_first_of_two_calls_is_first(device, sums):
     assert results[1][1] == 0 and len(sums) == 2 and None not in sums
 
 
+def test_lists_within_one_another_keep_their_order(device):
+    def forward(self, x):
+        return self.conv1(x), [1] + self.given(self.given([2]) + self.given([3]))
+
+    _, ours = network(forward, device)
+    ours.given = nn.Identity()
+    assert ours(image(device))[1] == [1, 2, 3]
+
+
+def test_what_takes_a_sum_is_looked_up_as_python_does(device):
+    """A function before the first of two calls, what it is given beside after both."""
+
+    def counted(self, x):
+        self.number += 1
+        return x
+
+    def forward(self, x):
+        h = self.acts[self.number](self.counted(x) + self.conv1(x))
+        return F.leaky_relu(self.counted(h) + self.same(h), self.number)
+
+    members = dict(number=0, acts=(torch.tanh, torch.sin), counted=counted)
+    stock, ours = network(forward, device, **members)
+    x = image(device)
+    torch.testing.assert_close(ours(x), stock(x))
+    assert ours.number == stock.number == 2
+
+
 def test_in_place_changes_what_others_hold(device):
     def kept(self, x):
         h = self.conv1(x)

@@ -53,7 +53,7 @@ class Batches:
 
     def __init__(
         self,
-        images: torch.Tensor | LabelledImages,
+        images: torch.Tensor | LabelledImages | Streamed,
         batch_size: int,
         seed: int,
         device: torch.device,

@@ -8,6 +8,7 @@ import sys
 import time
 import warnings
 from contextlib import nullcontext
+from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
@@ -282,8 +283,11 @@ def _meeting_again(rank, folder):
     os.environ.update(RANK=str(rank), WORLD_SIZE="2", MASTER_PORT="1")
     store = dist.FileStore(f"{folder}/of torchrun", 2)
     dist.rendezvous = lambda *_, **__: iter([(store, rank, 2)])
+    workers.STEP_TIMEOUT = workers.WAIT_TIMEOUT = timedelta(seconds=20)
     gathered = []
     for run_number in range(2):
+        # What the second left in the store is still there when the first comes again.
+        time.sleep(0.5 * rank)
         with workers.joined("cpu") as (team, _):
             gathered.append(team.gathered((run_number, rank)))
     # What the process ends.

@@ -24,7 +24,7 @@ def plot(path):
         [speed - float(row["p20"]) for speed, row in zip(speeds, rows, strict=True)],
         [float(row["p80"]) - speed for speed, row in zip(speeds, rows, strict=True)],
     ]
-    figure = Figure(figsize=(8, 1.4 + 0.42 * len(rows)), layout="constrained")
+    figure = Figure(figsize=(8, 1.7 + 0.42 * len(rows)), layout="constrained")
     axes = figure.subplots()
     colours = [OURS if row["ours"] == "1" else OTHERS for row in rows]
     axes.barh(
@@ -37,7 +37,10 @@ def plot(path):
         axes.annotate(
             label, (float(row["p80"]), i), (6, 0), textcoords="offset points", va="center", size=9
         )
-    axes.legend([Patch(color=OURS), Patch(color=OTHERS)], ["genfast", "PyTorch"], loc="lower right")
+    figure.legend(
+        [Patch(color=OURS), Patch(color=OTHERS)], ["genfast", "PyTorch"],
+        loc="outside lower center", ncols=2, frameon=False,
+    )  # fmt: skip
     axes.set_xlim(0, max(float(row["p80"]) for row in rows) * 1.35)
     axes.set_xlabel("images a second, whole training steps (more is better)")
     first = rows[0]

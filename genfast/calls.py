@@ -90,7 +90,7 @@ def run(links, x, *later):
 
 
 def run_after(first, links, x, *later):
-    """As `run`; of the links, the `Sum` that is `FIRST` adds `first`, which was evaluated before."""
+    """As `run`, where the `Sum` that is `FIRST` adds `first`, which was evaluated before."""
     filled = (
         Sum(first, "other + x") if type(link) is Sum and link.how == FIRST else link
         for link in links

@@ -52,6 +52,26 @@ def test_speeds_of_the_vae_are_what_was_measured():
     assert said == [f"{float(measured[name]['vs_example']):.2f}" for name in variants]
 
 
+def test_table_of_other_steps_is_what_was_measured():
+    section = BENCHMARKS.split("## Other steps")[1].split("\n## ")[0]
+    row = r"^\| (GAN|ConvVAE).*? \| (genfast\S*) (\|(?: [\d.,]+ \|){3})$"
+    names = {"GAN": "gan", "ConvVAE": "conv-vae"}
+    rows = re.findall(row, section, re.M)
+    assert [model for model, *_ in rows] == list(names)
+    for model, variant, cells in rows:
+        measured = _measured(names[model])[variant]
+        assert cells == _cells(measured) and measured["precision"] == "fp32"
+
+
+def test_speeds_of_two_processes_are_what_was_measured():
+    path = re.search(r"\(\.\./(benchmarks/results/scaling_\S+\.csv)\)", BENCHMARKS).group(1)
+    with open(ROOT / path, newline="", encoding="utf-8") as file:
+        rows = [r for r in csv.DictReader(file) if (r["kind"], r["processes"]) == ("measured", "2")]
+    said = r"each: ([\d.]+) of twice the\s+speed of one, with `--sync-bn` ([\d.]+)"
+    efficiencies = tuple(f"{float(row['efficiency']):.2f}" for row in rows)
+    assert re.search(said, BENCHMARKS).groups() == efficiencies
+
+
 def test_table_of_other_networks_is_what_was_measured():
     path = re.search(r"\(\.\./(benchmarks/results/dropin_\S+\.csv)\)", BENCHMARKS).group(1)
     with open(ROOT / path, newline="", encoding="utf-8") as file:

@@ -307,7 +307,7 @@ def test_a_lock_names_no_process_that_merely_has_the_number(run):
 
 
 def test_the_refusal_comes_before_the_images_are_loaded(run, capsys, monkeypatch):
-    monkeypatch.setattr(cli.train, "prepare_resumed", lambda *_: pytest.fail("loaded the images"))
+    monkeypatch.setattr(cli.train, "prepared", lambda *_: pytest.fail("loaded the images"))
     with lock.held(run):
         _refuses(capsys, "in use by process", "train", "vae", "--out", run, "--resume")
 

@@ -179,7 +179,7 @@ def test_the_public_names_are_there():
         genfast.absent  # noqa: B018
 
 
-@pytest.mark.parametrize("place", ["prepare", "train", "working_device"])
+@pytest.mark.parametrize("place", ["prepared", "train", "working_device"])
 def test_an_interrupt_before_the_first_step(tmp_path, images, monkeypatch, capsys, place):
     def interrupt(*_, **__):
         os.kill(os.getpid(), signal.SIGINT)

@@ -1,8 +1,8 @@
 """Run every kernel on small, ragged tensors: python -m benchmarks.gpu.each_kernel.
 
 Both operand loaders, a layer with few channels and one without a multiple of 16, statistics in two
-groups, evaluation, group norm, joined images, updates, sampling and losses; for tools that watch a
-GPU at work, and slow it down.
+groups, evaluation, group norm with and without a gate, joined images, updates, sampling and losses;
+for tools that watch a GPU at work, and slow it down.
 """
 
 import torch
@@ -54,9 +54,10 @@ def main(device="cuda", layers=LAYERS, dtypes=(torch.bfloat16, torch.float32)):
                 )  # fmt: skip
         images = torch.randn(6, 12, 5, 7, device=device, dtype=dtype, requires_grad=True)
         gamma = torch.ones(12, device=device, requires_grad=True)
-        functional.norm_block(
-            images, norm="group", norm_groups=3, norm_weight=gamma
-        ).sum().backward()
+        for activation in ("identity", "glu"):
+            functional.norm_block(
+                images, norm="group", norm_groups=3, norm_weight=gamma, activation=activation
+            ).sum().backward()
         mu, logvar = torch.randn(2, 5, 77, device=device, dtype=dtype)
         mu, logvar = mu.requires_grad_(), logvar.requires_grad_()
         z, kl = reparameterize_with_kl(mu, logvar)

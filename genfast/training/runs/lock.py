@@ -22,8 +22,7 @@ _UNSUPPORTED = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP)
 _HELD = (BlockingIOError, PermissionError)  # Which of them depends on the file system.
 _HOLDER = re.compile(r"(\d+) (\S+)\n?")
 
-
-_descriptors = set()  # Of the locks that this process holds.
+_descriptors: set[int] = set()  # Of the locks that this process holds.
 
 
 def _let_go():

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from torch.utils.data import Dataset, IterableDataset, Subset, TensorDataset
+from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset, TensorDataset
 
 import genfast
 from genfast.training.data import Batches, DataSet, LabelledImages, Streamed
@@ -149,6 +149,7 @@ class Stream(IterableDataset):
     [
         ([], {}, "with items, got an empty list"),
         (Stream(), {}, "with len.. and items by number, got a Stream, which only gives one after"),
+        (DataLoader([GREY]), {}, "got a DataLoader, .* one after the other: give its dataset$"),
         (7, {}, "got a int$"),
         ({"train": [GREY]}, {}, "got a dict of train: give one of them"),
         (torch.zeros(3, 2, 8, 8, dtype=torch.uint8), {}, r"C of 1 or 3, got shape \(3, 2, 8, 8\)"),

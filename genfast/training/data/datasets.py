@@ -373,6 +373,7 @@ def _check_items(items):
         raise BadInput(
             f"expected a data set with len() and items by number, got a {name}"
             + (", which only gives one after the other" if hasattr(kind, "__iter__") else "")
+            + (": give its dataset" if hasattr(items, "dataset") else "")
         )
     if isinstance(items, torch.Tensor | np.ndarray) and items.ndim not in (3, 4):
         raise BadInput(

@@ -306,6 +306,21 @@ def test_schedule_of_a_run_with_other_batches():
     assert [step for step in range(8, 30) if schedule.ends_epoch(step)] == [11, 17, 23, 29]
 
 
+def test_a_warm_up_goes_on_at_its_epoch_with_other_batches(images, tmp_path):
+    settings = SMALL | dict(batch_size=4, epochs=8, beta_warmup=4)
+    config, _ = prepare("vae", images, settings)
+    step = loop.build_step(config, CPU)
+    for _ in range(7):  # Of two processes, whose epochs have three steps.
+        step(torch.rand(4, 1, 16, 16))
+    rng = (checkpoint.rng_states(CPU),) * 2
+    together = checkpoint.Together(2, 7, 3, rng)
+    checkpoint.save_checkpoint(tmp_path / "c.pt", step, config.as_dict(), 7, together)
+    step = loop.build_step(config, CPU)
+    with pytest.warns(UserWarning, match="is of a run of 2 processes, which goes on with one"):
+        loop._beginning(config, tmp_path / "c.pt", step, 6, workers.ALONE)
+    assert step.modules["kl_weight"]() == (2 * 6 + 2 + 1) / (4 * 6)
+
+
 def test_torn_together_parts_are_refused(images, tmp_path):
     config, _ = prepare("vae", images, SMALL | dict(batch_size=4, steps=3))
     path = tmp_path / "c.pt"

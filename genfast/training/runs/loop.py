@@ -385,6 +385,8 @@ def _beginning(
     else:
         images = num_training(config.num_images, config.validate)
         schedule = Schedule.going_on(length, done, done, images // config.batch_size)
+    if not as_before and "kl_weight" in step.modules:  # A warm-up is so many epochs long.
+        step.modules["kl_weight"].steps.fill_(schedule.position(done))
     if done >= schedule.total(config):
         wanted, had, given = "--epochs", schedule.position(done) // length, config.epochs
         if config.steps:

@@ -2,6 +2,7 @@
 
 import json
 import multiprocessing
+import os
 import random
 from contextlib import closing
 from itertools import islice
@@ -10,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from torch.utils.data import Dataset, IterableDataset, Subset, TensorDataset
+from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset, TensorDataset
 
 import genfast
 from genfast.training.data import Batches, DataSet, LabelledImages, Streamed
@@ -148,12 +149,14 @@ class Stream(IterableDataset):
     [
         ([], {}, "with items, got an empty list"),
         (Stream(), {}, "with len.. and items by number, got a Stream, which only gives one after"),
+        (DataLoader([GREY]), {}, "got a DataLoader, .* one after the other: give its dataset$"),
         (7, {}, "got a int$"),
         ({"train": [GREY]}, {}, "got a dict of train: give one of them"),
         (torch.zeros(3, 2, 8, 8, dtype=torch.uint8), {}, r"C of 1 or 3, got shape \(3, 2, 8, 8\)"),
         (np.zeros((8, 8), np.uint8), {}, r"got shape \(8, 8\)"),
         ([GREY], {"num_workers": -1}, "num_workers to be a whole number from 0, got -1"),
         ([GREY], {"image_range": (1, 0)}, r"image_range to be \(low, high\).*got \(1, 0\)"),
+        ([(GREY, 0)], {"classes": 2}, "classes with conditional=True, got them without"),
         ([GREY], {"cache": "disk"}, "cache to be True, False or None, got 'disk'"),
         ([(GREY, 0)], {"conditional": True}, "that does not tell, got None"),
         ([(GREY, 0)], {"conditional": True, "classes": ["a", "a"]}, "two or more classes, each"),
@@ -313,6 +316,9 @@ def test_other_sources_and_what_does_not_go_with_them(tmp_path):
         (dict(dataset="digits", num_workers=2), "num_workers for a data set in Python alone"),
         (dict(dataset="digits", classes=3), "classes for a data set in Python .* with 'digits'"),
         (dict(dataset=None), "expected --data to be digits, photos or a path, got None"),
+        (dict(dataset=images, init_from=[]), "file with weights to begin with, got none"),
+        (dict(dataset=images, init_from=3), "init_from to be a path or several, got 3"),
+        (dict(dataset=images, checkpoint_seconds="1"), "--checkpoint-seconds to be a number .*'1'"),
         (dict(dataset=images, resume=3), "resume to be True, False or a path, got 3"),
         (dict(model=torch.nn.Linear(1, 1)), "name of a model, gan, .*, got a Linear: networks of"),
         (dict(dataset=images, ngf=3), "settings that vae has, got --ngf"),
@@ -321,6 +327,23 @@ def test_other_sources_and_what_does_not_go_with_them(tmp_path):
         with pytest.raises(BadInput, match=message):
             genfast.train(**{"model": "vae", "out": tmp_path / "x", **SMALL, **options})
     assert not (tmp_path / "x").exists()
+
+
+class OfAnotherGroup(Dataset):
+    """Pictures, white where the process that reads them is of another group than the tests'."""
+
+    group = os.getpgrp()
+
+    def __len__(self):
+        return 4
+
+    def __getitem__(self, number):
+        return torch.full((1, 8, 8), float(os.getpgrp() != self.group))
+
+
+def test_signals_to_the_group_of_a_run_do_not_reach_who_reads():
+    """Not those of `timeout` and of torchrun: the run goes on to the end of a step, which reads."""
+    assert load(OfAnotherGroup(), num_workers=1, cache=True).eq(255).all()
 
 
 def test_a_data_set_that_cannot_be_sent_to_a_new_process():

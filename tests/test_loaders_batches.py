@@ -124,6 +124,11 @@ def test_a_vae_of_floats_from_minus_1_on():
     images = UNIT * 2 - 1
     with pytest.raises(ValueError, match=r"in \[0, 1\], got .*: give image_range=\(-1, 1\)"):
         vae()(images)
+    resized = UNIT * 1.06 - 0.03
+    with pytest.raises(ValueError, match=r"in \[0, 1\], got .*: give image_range=\(0, 1\) where"):
+        vae()(resized)
+    vae(image_range=(0, 1))(resized)
+    vae(image_range=(-1, 1))(resized * 2 - 1)
     expected = losses(vae(), images * 0.5 + 0.5)
     step = vae(image_range=(-1, 1))
     assert losses(step, images) == expected

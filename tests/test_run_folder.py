@@ -259,11 +259,16 @@ def test_a_demo_of_before(tmp_path, images):
 
 # One run a folder.
 
+# Like a process that reads a data set, its child outlives it for a while.
 HOLD = """
-import sys
+import os, sys, time
 from pathlib import Path
 from genfast.training.runs.lock import held
 with held(Path(sys.argv[1])):
+    if not os.fork():
+        os.closerange(0, 3)
+        time.sleep(20)
+        os._exit(0)
     print("held", flush=True)
     sys.stdin.read()
 """

@@ -40,7 +40,7 @@ def _step(kind, networks):
         return VAEStep(*networks, precision="fp32")
     settings = {
         "merged": {},
-        "unmerged": {"merge": False},
+        "unmerged": {"merge": False, "spectral_norm": True},
         "paired": {"loss": "rpgan", "penalty": "r1", "penalty_every": 2, "ema": 0.9},
     }
     return GANStep(*networks, precision="fp32", latent_shape=(3, 1, 1), **settings[kind])
@@ -64,6 +64,7 @@ def _part(rank, kind, counts):
         if rank:  # The wrapper gives all processes the weights of the first.
             for p in (p for n in networks for p in n.parameters()):
                 p.detach().add_(1)
+            torch.manual_seed(rank)  # And the step gives them what it draws for itself.
         wrapped = [DistributedDataParallel(n) for n in networks]
         for network in networks:  # Only now: on a CPU the wrapper refuses them.
             nn.SyncBatchNorm.convert_sync_batchnorm(network)

@@ -9,8 +9,11 @@ from genfast import use_backend
 from genfast.models import VAEGAN
 from genfast.nn import FusedSequential, GeneratorBlock
 from genfast.training import VAEGANStep
+from genfast.training.data import DataSet
 from genfast.training.errors import BadInput
 from genfast.training.runs.config import prepare
+from genfast.training.runs.models import build_step
+from genfast.training.runs.trained import Trained
 from genfast.training.steps import adam
 
 GAMMA = 0.05
@@ -149,6 +152,23 @@ def test_networks_that_do_not_fit():
         VAEGANStep(encoder, decoder.main, discriminator)
     with pytest.raises(ValueError, match=r"the decoder makes, \(2, 1, 16, 16\), got \(2, 1, 32"):
         VAEGANStep(VAEGAN(1, 32, 3, 2).encoder, decoder, discriminator)(torch.zeros(2, 1, 32, 32))
+
+
+def test_a_trained_one_encodes_images_from_0_to_1():
+    """Its networks take those from -1 to 1."""
+    settings = dict(nz=3, ngf=4, ndf=4, precision="fp32")
+    levels = torch.randint(0, 256, (4, 1, 16, 16), dtype=torch.uint8)
+    levels[0, 0, 0, :2] = torch.tensor([0, 255])
+    config, _ = prepare("vae-gan", DataSet(levels), settings)
+    step = build_step(config, torch.device("cpu"))
+    trained = Trained(config, step, "checkpoint.pt", 0)
+    with torch.no_grad():
+        found = step.encoder.eval()(levels / 127.5 - 1)
+    expected = tuple(t.reshape(4, *step.latent_shape) for t in found)
+    for images in (levels, levels / 255):
+        torch.testing.assert_close(trained.encode(images), expected)
+    with pytest.raises(BadInput, match=r"expected images in \[0, 1\], got values from -1 to 1"):
+        trained.encode(levels / 127.5 - 1)
 
 
 def test_a_loss_of_pairs_is_refused():

@@ -8,11 +8,13 @@ import sys
 import time
 import warnings
 from contextlib import nullcontext
+from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 from oracle import LOSS_DRIFT
 from process_group import run
 
@@ -186,11 +188,27 @@ def _going_wrong(rank, images, folder):
         finally:
             checkpoint.save_checkpoint = real
 
+    def with_other_weights():
+        real = loop.build_step
+
+        def build_step(*arguments):
+            step = real(*arguments)
+            with torch.no_grad():
+                next(step.model.parameters()).add_(rank)
+            return step
+
+        loop.build_step = build_step
+        try:
+            train(config, "weights")
+        finally:
+            loop.build_step = real
+
     ways = {
         "of the second": lambda: team.together(fail_in({1}, BadInput("expected a GPU"))),
         "of both": lambda: team.together(fail_in({0, 1}, BadInput("expected data"))),
         "settings": lambda: train(other if rank else config, "differ"),
         "disk": without_disk,
+        "weights": with_other_weights,
     }
     raised = {}
     for name, way in ways.items():
@@ -237,7 +255,9 @@ def test_runs_of_two_processes_go_on_stop_and_fail_together(images, tmp_path):
         "BadInput", "expected the same --seed in all processes, got 1 in process 1 and 0 in the "
         "first",
     )  # fmt: skip
-    assert second["settings"][0] == second["disk"][0] == "Elsewhere"
+    assert {second[way][0] for way in ("settings", "disk", "weights")} == {"Elsewhere"}
+    assert first["weights"][0] == "BadInput"
+    assert "expected the same checksum of the weights to begin with in all" in first["weights"][1]
     assert first["disk"] == ("OSError", "no space left")
 
     # Six steps of eight images: two of the epochs that one process makes of six batches of four.
@@ -257,10 +277,48 @@ def test_runs_of_two_processes_go_on_stop_and_fail_together(images, tmp_path):
     assert _rows(tmp_path / "whole")[-1][:2] == ["18", "4"]
 
 
+def _meeting_again(rank, folder):
+    """What two runs of one script gather, whose processes meet through torchrun's store."""
+    dist.destroy_process_group()
+    os.environ.update(RANK=str(rank), WORLD_SIZE="2", MASTER_PORT="1")
+    store = dist.FileStore(f"{folder}/of torchrun", 2)
+    dist.rendezvous = lambda *_, **__: iter([(store, rank, 2)])
+    workers.STEP_TIMEOUT = workers.WAIT_TIMEOUT = timedelta(seconds=20)
+    gathered = []
+    for run_number in range(2):
+        # What the second left in the store is still there when the first comes again.
+        time.sleep(0.5 * rank)
+        with workers.joined("cpu") as (team, _):
+            gathered.append(team.gathered((run_number, rank)))
+    # What the process ends.
+    dist.init_process_group("gloo", store=dist.PrefixStore("end", store), rank=rank, world_size=2)
+    return gathered
+
+
+def test_processes_of_a_script_meet_again(tmp_path):
+    met = [[(0, 0), (0, 1)], [(1, 0), (1, 1)]]
+    assert run(_meeting_again, 2, tmp_path, str(tmp_path)) == [met, met]
+
+
 def test_schedule_of_a_run_with_other_batches():
     schedule = Schedule.going_on(6, steps=7, position=7, length_then=3)
     assert [schedule.position(7), schedule.epoch(15), schedule.epoch(17)] == [14, 4, 4]
     assert [step for step in range(8, 30) if schedule.ends_epoch(step)] == [11, 17, 23, 29]
+
+
+def test_a_warm_up_goes_on_at_its_epoch_with_other_batches(images, tmp_path):
+    settings = SMALL | dict(batch_size=4, epochs=8, beta_warmup=4)
+    config, _ = prepare("vae", images, settings)
+    step = loop.build_step(config, CPU)
+    for _ in range(7):  # Of two processes, whose epochs have three steps.
+        step(torch.rand(4, 1, 16, 16))
+    rng = (checkpoint.rng_states(CPU),) * 2
+    together = checkpoint.Together(2, 7, 3, rng)
+    checkpoint.save_checkpoint(tmp_path / "c.pt", step, config.as_dict(), 7, together)
+    step = loop.build_step(config, CPU)
+    with pytest.warns(UserWarning, match="is of a run of 2 processes, which goes on with one"):
+        loop._beginning(config, tmp_path / "c.pt", step, 6, workers.ALONE)
+    assert step.modules["kl_weight"]() == (2 * 6 + 2 + 1) / (4 * 6)
 
 
 def test_torn_together_parts_are_refused(images, tmp_path):

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 Range = tuple[float, float]
-# How far beyond its range a first batch may go, as a share of it: bicubic resizing overshoots.
+# How far beyond their range images may go, as a share of it: bicubic resizing overshoots.
 OVERSHOOT = 0.1
 
 

@@ -53,7 +53,7 @@ class Batches:
 
     def __init__(
         self,
-        images: torch.Tensor | LabelledImages,
+        images: torch.Tensor | LabelledImages | Streamed,
         batch_size: int,
         seed: int,
         device: torch.device,
@@ -74,8 +74,11 @@ class Batches:
             self.labels, images = images.labels, images.images
         on_cuda = device.type == "cuda"
         self._streamed = isinstance(images, Streamed)
-        moves = on_cuda and not self._streamed
-        if moves and images.nbytes <= torch.cuda.mem_get_info(device)[0] // 4:
+        if (
+            on_cuda
+            and not isinstance(images, Streamed)
+            and images.nbytes <= torch.cuda.mem_get_info(device)[0] // 4
+        ):
             images = images.to(device)
             self.labels = self.labels if self.labels is None else self.labels.to(device)
         self.images: Any = images

@@ -6,6 +6,7 @@ whatever process it is read, and a resumed run goes on with the very batches it 
 """
 
 import math
+import os
 import pickle
 import random
 import signal
@@ -20,7 +21,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, IterableDataset
 
-from genfast.models.sizes import ImageSize
+from genfast.models.sizes import ImageSize, height_and_width
 from genfast.training import progress
 from genfast.training.data import sources
 from genfast.training.data.decoding import colour
@@ -82,7 +83,7 @@ class DataSet:
         self._items = items
         self.name = f"<{type(items).__name__}>"
         try:
-            self._image_range = checked(image_range) or checked((0, 1))
+            self._image_range = checked(image_range) or (0.0, 1.0)
         except ValueError as error:
             raise BadInput(str(error)) from None
         if type(num_workers) is not int or num_workers < 0:
@@ -115,11 +116,14 @@ class DataSet:
             A uint8 tensor (N, C, H, W), `LabelledImages` or a `Streamed`; and their checksum.
 
         Raises:
-            BadInput: an item cannot be read, or is something else.
+            BadInput: an item cannot be read, or is something else; or classes were given, and no
+                labels are wanted.
 
         Warns:
             UserWarning: an item came out differently from the same seeds.
         """
+        if self._classes is not None and not conditional:
+            raise BadInput("expected classes with conditional=True, got them without")
         whole = _whole(self._items)
         if whole is not None and not conditional:
             images = sources.resize(whole, image_size or fitting(*whole.shape[2:]))
@@ -128,8 +132,7 @@ class DataSet:
         reader = _Reader(self._items, seed, self._image_range, colour(background), classes)
         probe = _probed(reader, self.name)
         reader.size = image_size or fitting(*probe.size)
-        blank = torch.zeros(1, probe.channels, *probe.size, dtype=torch.uint8)
-        reader.shape = tuple(sources.resize(blank, reader.size).shape[1:])
+        reader.shape = (probe.channels, *height_and_width(reader.size))
         images = Streamed(reader, self._num_workers)
         cached = self._cache
         if cached is None:
@@ -370,6 +373,7 @@ def _check_items(items):
         raise BadInput(
             f"expected a data set with len() and items by number, got a {name}"
             + (", which only gives one after the other" if hasattr(kind, "__iter__") else "")
+            + (": give its dataset" if hasattr(items, "dataset") else "")
         )
     if isinstance(items, torch.Tensor | np.ndarray) and items.ndim not in (3, 4):
         raise BadInput(
@@ -412,7 +416,13 @@ def _as_it_is(batch):
 
 
 def _leave_signals_to_the_run(worker):
-    """A terminal sends these to all processes, and the run's own goes on to the end of a step."""
+    """A process of a loader is not to end by what asks the run to end after its step.
+
+    Terminals, `timeout` and torchrun send a signal to all processes of a group. SIGTERM has to go
+    on ending this one, as that is how a loader ends those that hang.
+    """
+    if hasattr(os, "setpgrp"):
+        os.setpgrp()
     for name in ("SIGINT", "SIGHUP"):
         if hasattr(signal, name):
             signal.signal(getattr(signal, name), signal.SIG_IGN)

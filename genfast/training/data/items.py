@@ -11,10 +11,8 @@ import numpy as np
 import torch
 
 from genfast.training.data.decoding import opaque_pixels
+from genfast.training.image_range import OVERSHOOT
 from genfast.training.parts import FORMS, images_and_labels
-
-# How far beyond its range a float may lie, as a share of it, and is cut off: resizing overshoots.
-OVERSHOOT = 0.1
 
 
 def item_of(
@@ -91,7 +89,7 @@ def _of_tensor(image, image_range, last):
         raise TypeError(f"expected uint8 or floats as pixels, got {pixels.dtype}")
     low, high = image_range
     found_low, found_high = (v.item() for v in pixels.aminmax())
-    slack = OVERSHOOT * (high - low)
+    slack = OVERSHOOT * (high - low)  # What lies so far beyond is cut off.
     if not (found_low >= low - slack and found_high <= high + slack):
         raise ValueError(
             f"expected floats in [{low:g}, {high:g}], got {found_low:g} to {found_high:g}: "

@@ -90,6 +90,8 @@ def train(
     Raises:
         BadInput, a ValueError: an argument, the data set or the checkpoint does not fit.
         Diverged: a loss or a weight is no longer finite.
+        LostWorker: another process has ended.
+        Elsewhere: another process raises what is wrong.
 
     Example:
         >>> images = torch.randint(0, 256, (16, 1, 8, 8), dtype=torch.uint8)  # Or a data set.
@@ -105,7 +107,7 @@ def train(
     given = check_settings(model, {k: v for k, v in settings.items() if v is not None})
     device = as_device(device)
     check_precision(given.get("precision"), device)
-    check_outputs(sample_every, keep, log)
+    check_outputs(checkpoint_seconds, sample_every, keep, log)
     folder.check(_folder(out), path)
     data = _data(dataset, dict(image_range=image_range, classes=classes, cache=cache), num_workers)
     with joined(device) as (workers, own_device), progress.hidden(quiet):
@@ -153,7 +155,8 @@ def prepared(
         config, images = prepare_resumed(model, data, given, resume_from, out)
         check_precision(config.precision, device)  # The run may have begun on another machine.
         return config, images, None
-    beginning = read_beginning(init_from, model) if init_from else None
+    # No path at all is a mistake too, of a pattern that fits no file perhaps.
+    beginning = None if init_from is None else read_beginning(init_from, model)
     settled = beginning.settled(given) if beginning else given
     return *prepare(model, data, settled, out, processes), beginning
 

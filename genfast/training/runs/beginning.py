@@ -8,6 +8,7 @@ from genfast.training.errors import BadInput
 from genfast.training.runs import checkpoint
 from genfast.training.runs.config import Config, check_settings
 from genfast.training.runs.finite import refuse_not_finite
+from genfast.training.runs.rules import shown
 from genfast.training.runs.settings import option
 from genfast.training.runs.trained import opened
 
@@ -86,7 +87,7 @@ def read_beginning(
     settings: dict[str, tuple[Any, str]] = {}
     modules: dict[str, tuple[dict[str, Any], str]] = {}
     channels = None
-    for path in [paths] if isinstance(paths, str | os.PathLike) else paths:
+    for path in _several(paths):
         file = opened(path)
         name = str(file.path)
         if file.config.model != model:
@@ -113,6 +114,15 @@ def read_beginning(
     if channels is None:
         raise BadInput("expected a file with weights to begin with, got none")
     return Beginning(model, settings, channels, modules)
+
+
+def _several(paths: Any) -> list[str | os.PathLike[str]]:
+    several = [paths] if isinstance(paths, str | os.PathLike) else paths
+    several = list(several) if isinstance(several, Iterable) else [several]
+    for path in several:
+        if not isinstance(path, str | os.PathLike):
+            raise BadInput(f"expected init_from to be a path or several, got {shown(path)}")
+    return several
 
 
 def _refuse_other(called, value, path, other, where=""):

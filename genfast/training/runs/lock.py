@@ -22,6 +22,18 @@ _UNSUPPORTED = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP)
 _HELD = (BlockingIOError, PermissionError)  # Which of them depends on the file system.
 _HOLDER = re.compile(r"(\d+) (\S+)\n?")
 
+_descriptors: set[int] = set()  # Of the locks that this process holds.
+
+
+def _let_go():
+    """A child has the open file too, and would hold the lock when its parent is killed."""
+    while _descriptors:
+        os.close(_descriptors.pop())
+
+
+if fcntl is not None:
+    os.register_at_fork(after_in_child=_let_go)
+
 
 @contextmanager
 def held(folder):
@@ -40,10 +52,13 @@ def held(folder):
     """
     path = folder / NAME
     descriptor = _acquired(path)
+    if descriptor is not None:
+        _descriptors.add(descriptor)
     try:
         yield
     finally:
-        if descriptor is not None:
+        if descriptor in _descriptors:  # Not in a child, which has let it go.
+            _descriptors.remove(descriptor)
             # Removed before it is let go: who has it open already sees that it is not there.
             if _is_at(path, descriptor):
                 with suppress(OSError):

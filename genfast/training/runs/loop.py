@@ -9,6 +9,7 @@ import sys
 import threading
 import time
 import warnings
+import zlib
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
@@ -20,7 +21,7 @@ import torch
 
 import genfast
 from genfast.training import progress
-from genfast.training.data import Batches, LabelledImages
+from genfast.training.data import Batches, LabelledImages, Streamed
 from genfast.training.errors import BadInput, Diverged, require
 from genfast.training.files import replacing
 from genfast.training.run_files import CURVE, PICTURES, SETTINGS
@@ -35,7 +36,7 @@ from genfast.training.runs.held_out import HeldOut, num_training, split
 from genfast.training.runs.kept import Kept
 from genfast.training.runs.loss_log import LossLog
 from genfast.training.runs.models import build_step, check_compiler
-from genfast.training.runs.rules import shown, whole
+from genfast.training.runs.rules import FROM_0, shown, whole
 from genfast.training.runs.samples import draw_noise, write_samples
 from genfast.training.runs.schedule import Schedule
 from genfast.training.runs.settings import option
@@ -73,7 +74,7 @@ class Outcome:
 
 def train(
     config: Config,
-    images: torch.Tensor | LabelledImages,
+    images: torch.Tensor | LabelledImages | Streamed,
     out: str | os.PathLike,
     *,
     device: str | torch.device,
@@ -100,7 +101,8 @@ def train(
 
     Args:
         config: a `Config`.
-        images: the uint8 images (N, C, H, W), or `LabelledImages`, that `config` was made for.
+        images: the uint8 images (N, C, H, W), `LabelledImages`, or a `Streamed`, that `config` was
+            made for.
         out: the folder; made if need be.
         device: a `torch.device`, or its name as `as_device` takes it.
         resume_from: the path of a checkpoint to go on from, or of the folder of its run.
@@ -138,7 +140,7 @@ def train(
         >>> train(config, images, "runs/gan-small", device="cpu").steps
         1
     """
-    workers.together(lambda: _check(config, images, sample_every, keep, log))
+    workers.together(lambda: _check(config, images, checkpoint_seconds, sample_every, keep, log))
     if init_from and resume_from:
         raise BadInput("expected resume_from or init_from, got both")
     device = as_device(device)
@@ -155,7 +157,8 @@ def train(
         done, schedule = workers.together(
             lambda: _beginning(config, resume_from, step, len(batches), workers)
         )
-        workers.check_same({"checkpoint's steps": done})
+        if workers.count > 1:
+            workers.check_same(_where_all_begin(done, step))
         total = schedule.total(config)
         epochs = schedule.epoch(total)
         checkpoints = _Checkpoints(
@@ -260,9 +263,9 @@ def train(
     return Outcome(done == total, interrupted, done, picture)
 
 
-def _check(config: Config, images: Any, sample_every: object, keep: object, log: object) -> None:
+def _check(config: Config, images: Any, *outputs: object) -> None:
     check_run(config, images)
-    check_outputs(sample_every, keep, log)
+    check_outputs(*outputs)
     require("tqdm", "tqdm")
     require("PIL.Image", "pillow")
 
@@ -272,6 +275,24 @@ def _what_all_share(config: Config, sample_every: int | None) -> dict:
     settings = {option(name): value for name, value in config.as_dict().items()}
     del settings[option("data")]  # The place, which another machine may have elsewhere.
     return settings | {"--sample-every": sample_every}
+
+
+def _where_all_begin(done: int, step: Step) -> dict:
+    """What must be the same in all processes before the first step, as a message can name it.
+
+    From there on only gradients are exchanged: weights of another file on another machine would
+    stay others.
+    """
+    crc = 0
+    for module in step.modules.values():
+        for tensor in module.state_dict().values():
+            values = tensor.cpu().reshape(-1)
+            crc = zlib.crc32(values.view(torch.uint8).numpy(), crc)
+    return {
+        "checkpoint's steps": done,
+        "precision": step.precision,
+        "checksum of the weights to begin with": crc,
+    }
 
 
 def _built(
@@ -300,11 +321,15 @@ def _built(
     return step, batches, kept_aside
 
 
-def check_outputs(sample_every: object, keep: object, log: object) -> None:
+def check_outputs(
+    checkpoint_seconds: object, sample_every: object, keep: object, log: object
+) -> None:
     """BadInput if `train` does not take these arguments, or an extra is not installed."""
-    given = (("--sample-every", SAMPLE_EVERY, sample_every), ("--keep", KEEP, keep))
+    given = [("--checkpoint-seconds", FROM_0, checkpoint_seconds), ("--keep", KEEP, keep)]
+    if sample_every is not None:
+        given.append(("--sample-every", SAMPLE_EVERY, sample_every))
     for name, rule, value in given:
-        if value is not None and not rule.allows(value):
+        if not rule.allows(value):
             raise BadInput(f"expected {name} to be {rule.expected}, got {shown(value)}")
     board.check(log)
 
@@ -360,6 +385,8 @@ def _beginning(
     else:
         images = num_training(config.num_images, config.validate)
         schedule = Schedule.going_on(length, done, done, images // config.batch_size)
+    if not as_before and "kl_weight" in step.modules:  # A warm-up is so many epochs long.
+        step.modules["kl_weight"].steps.fill_(schedule.position(done))
     if done >= schedule.total(config):
         wanted, had, given = "--epochs", schedule.position(done) // length, config.epochs
         if config.steps:
@@ -412,7 +439,6 @@ class _Checkpoints:
         with self._workers.first_alone() as is_here:
             if is_here:
                 checkpoint.save_checkpoint(self.path, step, self._settings, done, together)
-                self._last = self.path, done
                 self._kept.add(self.path, done)
         self._last = self.path, done
         self._saved_at = time.monotonic()

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import torch
 
 from genfast.training.errors import BadInput
+from genfast.training.image_range import OVERSHOOT, brought
 from genfast.training.runs import checkpoint, latents
 from genfast.training.runs.classes import in_parts, labels_given, labels_of_samples
 from genfast.training.runs.config import Config
@@ -272,14 +273,24 @@ class Trained:
             raise BadInput(f"expected a VAE to {purpose}, got a {self.config.model} in {self.path}")
 
     def _checked_images(self, images: object) -> torch.Tensor:
+        """Images as the step takes them: floats in its `pixel_range`, or uint8."""
         if isinstance(images, torch.Tensor) and images.shape[1:] == self.image_shape:
             if images.dtype == torch.uint8:
                 return images
             if images.is_floating_point():
-                return images.float()
+                _check_range(images)
+                return brought(images.float(), (0.0, 1.0), self._step.pixel_range)
         raise BadInput(
             f"expected floats or uint8 images (N, {_listed(self.image_shape)}), got {_came(images)}"
         )
+
+
+def _check_range(images: torch.Tensor) -> None:
+    if not images.numel():
+        return
+    low, high = (v.item() for v in images.aminmax())
+    if not (low >= -OVERSHOOT and high <= 1 + OVERSHOOT):
+        raise BadInput(f"expected images in [0, 1], got values from {low:g} to {high:g}")
 
 
 def _listed(shape: Iterable[int]) -> str:

@@ -6,6 +6,7 @@ what is decided together, and how an end of one process ends all.
 Decisions go over a group of their own, by gloo in CPU memory, so that a GPU is never waited for.
 """
 
+import itertools
 import os
 import re
 import signal
@@ -36,8 +37,9 @@ from genfast.training.runs.devices import as_device
 from genfast.training.runs.rules import shown
 
 T = TypeVar("T")
-# Within a step nobody is long behind the others: who is, is gone.
-STEP_TIMEOUT = timedelta(seconds=60)
+# Within a step nobody is longer behind the others than a disk, the network or a compiler may stall
+# the reading of a batch: who is, is gone.
+STEP_TIMEOUT = timedelta(minutes=10)
 MEETING_TIMEOUT = timedelta(minutes=10)  # Imports may take long, and machines start one by one.
 # Around it the first may take its time: a picture, a validation, a slow disk. A process that ends
 # closes its connections, which is noticed at once, whatever the time limit.
@@ -48,6 +50,8 @@ SPEAKING_SECONDS = 30
 _CONNECTION = re.compile(
     r"gloo|nccl|connection (?:closed|reset|refused|was)|broken pipe|socket", re.IGNORECASE
 )
+
+_meetings = itertools.count()  # How often this process met the others.
 
 
 class Alone:
@@ -334,8 +338,10 @@ def _met(device_name):
             f"expected {missing[0]}, as torchrun sets it beside RANK and WORLD_SIZE, got none"
         )
     store, rank, count = next(dist.rendezvous("env://", timeout=MEETING_TIMEOUT))
-    # Started again by torchrun after a failure, they may find the store of those before.
-    store = dist.PrefixStore(f"genfast {_number('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+    # The store may be that of those before: torchrun's, which outlives them, after a failure, or
+    # another run's in the same script.
+    meeting = f"genfast {_number('TORCHELASTIC_RESTART_COUNT', 0)} {next(_meetings)}"
+    store = dist.PrefixStore(meeting, store)
     device = _agreed_device(device_name, store, rank, count)
     if device.type == "cuda":
         torch.cuda.set_device(device)

@@ -195,6 +195,8 @@ class GANStep(Step[GANResult]):
         self._augment = None if augment is None else Augmentation(augment)
         self._flip = bool(flip)
         self._spectral_norm = SpectralNorm(discriminator) if spectral_norm else None
+        if self._spectral_norm and spread:  # It has drawn vectors, each process its own.
+            spread.give_to_all(self._spectral_norm.buffers())
         self._labels = Labels.of(
             generator=classes_of(generator), discriminator=classes_of(discriminator)
         )

@@ -51,6 +51,10 @@ class SpectralNorm:
             if isinstance(part, _SpectralNorm)
         ]
 
+    def buffers(self):
+        """The singular vectors, tensors."""
+        return [buffer for norm in self._norms for buffer in norm.buffers()]
+
     @torch.no_grad()
     def iterate(self):
         """Make one power iteration for each weight."""

@@ -109,6 +109,13 @@ class Spread:
         self.weight = torch.ones_like(self._part) if self._sums else self._part
 
     @torch.no_grad()
+    def give_to_all(self, tensors):
+        """Let each tensor be as the first process has it, as the wrapper did with the networks."""
+        first = dist.get_global_rank(self._group, 0)
+        for tensor in tensors:
+            dist.broadcast(tensor, first, group=self._group)
+
+    @torch.no_grad()
     def sum_gradients(self, gradients):
         """Let each gradient be the sum of those of all processes."""
         bucket, size = [], 0

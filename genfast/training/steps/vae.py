@@ -13,6 +13,7 @@ from torch import nn
 
 from genfast import functional, losses, reference
 from genfast.losses import LikelihoodName
+from genfast.training.image_range import OVERSHOOT
 from genfast.training.steps import kl_weight, vae_form
 from genfast.training.steps.base import Batch, Step, adam, evaluating
 from genfast.training.steps.labels import Labels, classes_of
@@ -24,7 +25,7 @@ from genfast.training.steps.trial import undone
 Adapter = Callable[[Any, torch.Tensor], Sequence[torch.Tensor]]
 # (mu, logvar) -> (z, kl).
 _Sampler = Callable[[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
-# How far images may lie outside [0, 1]: roundings.
+# How far images whose range nobody said may lie outside [0, 1]: roundings.
 _SLACK = 1e-3
 
 
@@ -267,11 +268,15 @@ class VAEStep(Step[VAEResult]):
         if self.image_shape not in (None, shape):
             raise ValueError(f"expected images of shape {self.image_shape}, got {shape}")
         low, high = (v.item() for v in images.aminmax())
-        if not (low >= -_SLACK and high <= 1 + _SLACK):
-            hint = ": give image_range=(-1, 1) to have them scaled" if -1.1 <= low < 0 else ""
-            raise ValueError(
-                f"expected images in [0, 1], got values from {low:g} to {high:g}{hint}"
-            )
+        slack = OVERSHOOT if self._image_range else _SLACK
+        if low >= -slack and high <= 1 + slack:
+            return
+        hint = ""
+        if self._image_range is None and low >= -OVERSHOOT and high <= 1 + OVERSHOOT:
+            hint = ": give image_range=(0, 1) where they overshoot it, as resized images do"
+        elif self._image_range is None and -1 - 2 * OVERSHOOT <= low < 0 and high <= 1 + OVERSHOOT:
+            hint = ": give image_range=(-1, 1) to have them scaled"
+        raise ValueError(f"expected images in [0, 1], got values from {low:g} to {high:g}{hint}")
 
     @property
     def _takes_logits(self) -> bool:

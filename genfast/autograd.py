@@ -59,7 +59,7 @@ class Kind(NamedTuple):
     @property
     def activates_in_passes(self):
         """Whether no epilogue of a product knows the activation."""
-        return self.activation == "prelu" or reference.ACTIVATION[self.activation].halves
+        return reference.ACTIVATION[self.activation].in_passes
 
 
 class Link(NamedTuple):

@@ -375,7 +375,7 @@ def may_gain_on_cpu(layer, x):
     return _may_be_pooled(layer)
 
 
-@functools.cache
+@functools.lru_cache(maxsize=1024)  # Sizes of images and batches may be many.
 def _shuffling_gains(
     by: int,
     weight_shape: tuple[int, ...],

@@ -699,12 +699,12 @@ def _activates_apart(block: Block, x: torch.Tensor, blocks: Sequence[Block]) -> 
     n = block.batch_norm
     if block.activation not in _DEPENDING:
         return False
-    in_passes = block.activation == "prelu" or reference.ACTIVATION[block.activation].halves
-    if in_passes and (n is None or torch.compiler.is_compiling()):
+    row = reference.ACTIVATION[block.activation]
+    if row.in_passes and (n is None or torch.compiler.is_compiling()):
         return True
     if _activates_otherwise(block, n, x):
         return True
-    if n is not None or not reference.ACTIVATION[block.activation].from_input:
+    if n is not None or not row.from_input:
         return False
     return torch.is_grad_enabled() and any(
         t is not None and t.requires_grad for t in (x, *(t for b in blocks for t in _tensors_of(b)))

@@ -26,6 +26,7 @@ class Activation(NamedTuple):
     slope_by_output: the derivative of act'(x) by act(x), a function of act(x), where act'(x) is
         another function of that than a step; else None.
     halves: whether it takes (N, 2 * C, ...) and gives (N, C, ...).
+    in_passes: whether passes of the norm alone know it, and no epilogue of a product.
     """
 
     of: Callable
@@ -34,6 +35,7 @@ class Activation(NamedTuple):
     from_input: bool = False
     slope_by_output: Callable | None = None
     halves: bool = False
+    in_passes: bool = False
 
 
 def _ignoring(function):
@@ -74,8 +76,10 @@ ACTIVATION = {
     "gelu_tanh": _from_input(partial(F.gelu, approximate="tanh")),
     "mish": _from_input(F.mish),
     "hardswish": _from_input(F.hardswish),
-    "prelu": Activation(F.prelu, from_input=True),
-    "glu": Activation(_ignoring(partial(F.glu, dim=1)), from_input=True, halves=True),
+    "prelu": Activation(F.prelu, from_input=True, in_passes=True),
+    "glu": Activation(
+        _ignoring(partial(F.glu, dim=1)), from_input=True, halves=True, in_passes=True
+    ),
 }
 ACTIVATIONS = tuple(ACTIVATION)
 

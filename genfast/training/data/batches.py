@@ -13,7 +13,7 @@ import torch
 from genfast.training.data import sources
 from genfast.training.data.datasets import Streamed
 from genfast.training.data.labels import LabelledImages
-from genfast.training.data.prefetch import CudaCopies, NoCopy, Prefetcher, WaitingClock
+from genfast.training.data.prefetch import CudaCopies, NoCopy, Prefetcher, WaitingClock, sent
 from genfast.training.errors import BadInput
 
 
@@ -126,9 +126,7 @@ class Batches:
         with closing(gather(noted())) as batches:
             for batch in batches:
                 labels = self.labels.index_select(0, ahead.popleft())
-                if labels.device != batch.device:  # Pinned, as the host would wait for the copy.
-                    labels = labels.pin_memory().to(batch.device, non_blocking=True)
-                yield batch, labels
+                yield batch, sent(labels, batch.device)
 
     def _gathered(self, indices: Iterator[torch.Tensor]) -> Generator[torch.Tensor, None, None]:
         on_cpu = self.images.device.type == "cpu"
@@ -157,10 +155,7 @@ class Batches:
     def _indices(self, start: int) -> Iterator[torch.Tensor]:
         epoch, skipped = divmod(start, len(self))
         while True:
-            order = self._order(epoch)
-            if self.images.device.type == "cuda":
-                # Pinned, as the host would else wait for the device.
-                order = order.pin_memory().to(self.images.device, non_blocking=True)
+            order = sent(self._order(epoch), self.images.device)
             for chosen in order.split(self._together)[skipped : len(self)]:
                 yield chosen[self._own]
             epoch, skipped = epoch + 1, 0

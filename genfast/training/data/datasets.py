@@ -27,7 +27,7 @@ from genfast.training.data import sources
 from genfast.training.data.decoding import colour
 from genfast.training.data.items import item_of, label_of
 from genfast.training.data.labels import LabelledImages
-from genfast.training.data.prefetch import WaitingClock
+from genfast.training.data.prefetch import WaitingClock, sent
 from genfast.training.errors import BadInput
 from genfast.training.image_range import checked
 from genfast.training.memory import available_memory, missing_memory, require_memory
@@ -189,9 +189,7 @@ class Streamed:
             # Where a GPU still has work from before, nothing waited.
             if busy is None or busy.query():
                 clock.add(time.perf_counter() - started)
-            parts = _unless_failed(read)
-            if device.type == "cuda":  # Pinned, as the host would else wait for the copy.
-                parts = [t.pin_memory().to(device, non_blocking=True) for t in parts]
+            parts: Any = [sent(t, device) for t in _unless_failed(read)]
             yield parts[0] if self.classes is None else tuple(parts)
 
     def read(self, numbers: torch.Tensor | None = None) -> torch.Tensor | LabelledImages:

@@ -19,6 +19,13 @@ PIECE = 64  # Images between two looks at whether to stop.
 POLL_SECONDS = 0.0002
 
 
+def sent(t: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """A tensor on its device or on a GPU; pinned on its way, as the host would else wait."""
+    if t.device == device or device.type != "cuda":
+        return t
+    return t.pin_memory().to(device, non_blocking=True)
+
+
 class WaitingClock:
     """Measures the share of the time in which training could not go on for lack of data.
 

@@ -36,6 +36,9 @@ def pytest_addoption(parser):
         help="run every case; without it those marked `exhaustive` are left out, and all but one "
         "in n of those marked `one_in(n)`, unless a test is named",
     )
+    parser.addoption(
+        "--left-out", action="store_true", help="run the cases that --exhaustive would add"
+    )
 
 
 def pytest_configure(config):
@@ -52,6 +55,8 @@ def pytest_collection_modifyitems(config, items):
     named = any("::" in argument for argument in config.args)
     if not (named or config.getoption("exhaustive")):
         chosen = chosen_cases(items)
+        if config.getoption("left_out"):
+            chosen = set(items) - chosen
         config.hook.pytest_deselected(items=[item for item in items if item not in chosen])
         items[:] = [item for item in items if item in chosen]
 

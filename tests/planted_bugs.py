@@ -1321,6 +1321,13 @@ BUGS = (
         "str(name)",
         "test_example_weights.py::test_a_generator_draws_what_the_example_draws",
     ),
+    Bug(
+        "a conditional gan's generator without batch norm",
+        "genfast/training/runs/config.py",
+        'settings |= kind.with_labels if given.get("conditional") else {}',
+        'settings |= kind.with_labels if given.get("labelled") else {}',
+        "test_conditional.py::test_the_perceptrons_have_batch_norm_where_a_run_is_conditional",
+    ),
 )
 
 

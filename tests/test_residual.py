@@ -333,6 +333,26 @@ def test_what_takes_a_sum_is_looked_up_as_python_does(device):
     assert ours.number == stock.number == 2
 
 
+def test_what_a_layer_is_given_beside_is_looked_up_when_it_is_called(device):
+    def counted(self, x):
+        self.number += 1
+        return x
+
+    def one(self, x):
+        return F.leaky_relu(self.conv1(self.counted(x)), negative_slope=self.number)
+
+    def two(self, x):
+        h = F.leaky_relu(self.same(self.counted(self.conv1(x))), self.number)
+        h = F.leaky_relu(self.counted(self.same(h)), self.number)
+        return F.leaky_relu(self.same(h) + self.counted(self.conv1(x)), self.number)
+
+    for forward in (one, two):
+        stock, ours = network(forward, device, number=0, counted=counted)
+        x = image(device)
+        torch.testing.assert_close(ours(x), stock(x))
+        assert ours.number == stock.number > 0
+
+
 def test_in_place_changes_what_others_hold(device):
     def kept(self, x):
         h = self.conv1(x)

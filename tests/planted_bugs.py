@@ -1328,6 +1328,20 @@ BUGS = (
         'settings |= kind.with_labels if given.get("labelled") else {}',
         "test_conditional.py::test_the_perceptrons_have_batch_norm_where_a_run_is_conditional",
     ),
+    Bug(
+        "what a layer is given beside is looked up before all calls",
+        "genfast/rewriting.py",
+        "return [*links[:1], *map(self._late, links[1:])]",
+        "return links",
+        "test_residual.py::test_what_a_layer_is_given_beside_is_looked_up_when_it_is_called",
+    ),
+    Bug(
+        "a sum that reflection parts from its chain keeps the kernels' memory format",
+        "genfast/functional.py",
+        "if decides or seen == layout.is_channels_last(x):",
+        "if True:",
+        "test_residual.py::test_blocks_that_reflect_add_too",
+    ),
 )
 
 

@@ -259,8 +259,15 @@ def test_blocks_that_reflect_add_too(norm, leads, device, sums):
         assert_module(ours, stock, image(device, memory_format))
         x = image(device, memory_format)
         assert ours(x).stride() == stock(x).stride()
-    # After an instance norm PyTorch's memory is contiguous, and so is a sum that it leads.
+    # After an instance norm PyTorch's memory is contiguous, and so is a sum that it leads; so it is
+    # after a convolution of contiguous weights behind one.
     assert ("relu" in sums) is (leads or norm is nn.BatchNorm2d)
+    stock = kind(nn.Conv2d(C, C, 1), nn.InstanceNorm2d(C), *layers[4:6], nn.BatchNorm2d(C))
+    ours = copy.deepcopy(stock.to(device))
+    accelerate(ours)
+    x = image(device)
+    torch.testing.assert_close(ours(x), stock(x))
+    assert ours(x).stride() == stock(x).stride()
 
 
 def test_autocast_promotes(device, sums):

@@ -10,7 +10,7 @@ from typing import Any, SupportsIndex
 import torch
 from torch import nn
 
-from genfast import calls, functional, networks, opening
+from genfast import calls, functional, networks, opening, own_glu
 from genfast.backend import selected_backend
 from genfast.launch import start
 from genfast.nn import FusedBlock, FusedSequential, Run, begins_run
@@ -156,6 +156,7 @@ def accelerate(model: nn.Module, *, channels_last: bool = False) -> Report:
     paths = _paths(model)
     # From the inside: what a module calls may open then.
     modules: list[Any] = list(model.modules())
+    own_glu.find(map(type, modules))
     for module in reversed(modules):
         kind: type = type(module)
         if _can_swap(module):

@@ -17,7 +17,7 @@ from torch.nn.utils import parametrize
 from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 
-from genfast import cpu, folding, functional, layout, processes, reference
+from genfast import cpu, folding, functional, layout, own_glu, processes, reference
 from genfast.backend import kernels_run_on_cpu, selected_backend
 from genfast.opening import DROPOUT, has_hook, in_order, may_open
 
@@ -73,6 +73,12 @@ _TRAILING = tuple(folding.TRAILING)
 _WEIGHT_SETTERS = {SpectralNorm, WeightNorm}
 
 
+def _kind_of(layer: object) -> type:
+    """The class of a layer; `nn.GLU` for what is one by another name: see `own_glu`."""
+    kind = type(layer)
+    return nn.GLU if own_glu.is_found(kind) else kind
+
+
 def block_of(
     conv: Any,
     norm: nn.Module | None,
@@ -120,7 +126,7 @@ def why_not_fused(module: nn.Module) -> str | None:
         if type(module).forward is not FusedBlock.forward or "forward" in vars(module):
             return "its forward is replaced"
         return "it has a hook" if has_hook(module) else module.why_not_fused()
-    kind = type(module)
+    kind = _kind_of(module)
     if kind not in _FUSED:
         if parametrize.is_parametrized(module):  # Then it is of a class of its own.
             # Its weight is read once a forward, here as in the layer's own.
@@ -505,7 +511,7 @@ class Run(NamedTuple):
 
 def _activation_of(layer: Any) -> tuple[str, float | torch.Tensor]:
     """Its name and slope, as in `functional.conv_block`; of other layers "identity"."""
-    name = _ACTIVATIONS.get(type(layer), "identity")
+    name = _ACTIVATIONS.get(_kind_of(layer), "identity")
     if name == "gelu":
         name = _APPROXIMATIONS[layer.approximate]
     return name, layer.weight if name == "prelu" else getattr(layer, "negative_slope", 0.0)
@@ -771,12 +777,12 @@ class FusedSequential(nn.Sequential):
 
         followers: of each layer that may follow, the kinds.
         """
-        end, norms = first + 1, tuple(_DIMENSIONS)
+        end = first + 1
         for kinds in followers:
-            if end < len(modules) and isinstance(modules[end], kinds):
+            if end < len(modules) and issubclass(_kind_of(modules[end]), kinds):
                 reason = self._why_not_fused(names[end], modules[end])
-                if type(modules[end]) is nn.GLU and not isinstance(modules[end - 1], norms):
-                    reason = reason or "without a norm before it, PyTorch's pass is as good"
+                if _kind_of(modules[end]) is nn.GLU:
+                    reason = reason or _why_gate_stays_out(modules[end - 1])
                 if reason:
                     kind = type(modules[end]).__name__
                     return end, f"{kind} {names[end]!r} stays out: {reason}"
@@ -789,6 +795,14 @@ class FusedSequential(nn.Sequential):
 
     def _why_not_fused(self, name: str, module: nn.Module) -> str | None:
         return self.unfusable.get(name) or why_not_fused(module)
+
+
+def _why_gate_stays_out(before: Any) -> str:
+    """Why a `GLU` does not run with the layer before it; else ""."""
+    if not is_norm(before):
+        return "without a norm before it, PyTorch's pass is as good"
+    channels = getattr(before, "num_features", None) or before.num_channels
+    return "" if channels % 2 == 0 else f"{channels} channels have no halves"
 
 
 def _called(module: nn.Module, x: Any) -> Any:
@@ -872,12 +886,12 @@ def line_of(layers: dict[str, nn.Module]) -> FusedSequential:
 
 def has_no_state(layer: object) -> bool:
     """Whether it is one of PyTorch's layers that fuse and hold nothing that a call changes."""
-    return type(layer) in _ACTIVATIONS or type(layer) in folding.LAYERS
+    return _kind_of(layer) in _ACTIVATIONS or type(layer) in folding.LAYERS
 
 
 def is_activation(layer: object) -> bool:
-    """Whether it is one of PyTorch's activations that fuse; several places may share one."""
-    return type(layer) in _ACTIVATIONS
+    """Whether it is an activation that fuses; several places may share one."""
+    return _kind_of(layer) in _ACTIVATIONS
 
 
 def activates_sums(layer: Any) -> bool:

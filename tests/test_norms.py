@@ -831,6 +831,7 @@ def test_group_norm_widens_as_under_cudas_autocast(convolution, dtype, device, m
 
 def test_who_treats_images_one_by_one():
     assert treats_images_one_by_one(nn.InstanceNorm2d(4, affine=True))
+    assert treats_images_one_by_one(nn.GLU(1)) and not treats_images_one_by_one(nn.GLU(0))
     assert not treats_images_one_by_one(nn.InstanceNorm2d(4, track_running_stats=True))
 
 

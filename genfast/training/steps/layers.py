@@ -56,6 +56,8 @@ def treats_images_one_by_one(module):
     """Whether it is known to; a batch norm does within `genfast.nn.statistics_groups`."""
     if runs_as(module, _InstanceNorm):
         return not module.track_running_stats
+    if runs_as(module, nn.GLU):
+        return module.dim == 1  # Of what may be the batch's, from behind, nothing is known.
     batch_norms = _BatchNorm.forward, nn.SyncBatchNorm.forward
     return _forward_of(module) in batch_norms or _forward_of(module) in _ONE_BY_ONE
 

@@ -993,6 +993,13 @@ BUGS = (
         "test_data_folders.py",
     ),
     Bug(
+        "each process on a machine takes all of its memory for its own",
+        "genfast/training/memory.py",
+        "*_free_in_cgroups()]) // processes_here()",
+        "*_free_in_cgroups()])",
+        "test_hostile_data.py::test_processes_on_one_machine_share_its_memory",
+    ),
+    Bug(
         "a claim of pixels is believed",
         "genfast/training/data/arrays.py",
         "    require_memory(count, what)\n",

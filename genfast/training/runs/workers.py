@@ -35,6 +35,7 @@ from genfast.training import progress
 from genfast.training.errors import BadInput, Elsewhere, LostWorker
 from genfast.training.runs.devices import as_device
 from genfast.training.runs.rules import shown
+from genfast.training.started import are_several, is_first_here, number, processes_here
 
 T = TypeVar("T")
 # Within a step nobody is longer behind the others than a disk, the network or a compiler may stall
@@ -229,22 +230,12 @@ def convert_batch_norms(network: nn.Module) -> nn.Module:
     return nn.SyncBatchNorm.convert_sync_batchnorm(network)
 
 
-def are_several() -> bool:
-    """Whether this process is one of several, by the environment that torchrun gives them."""
-    return _number("WORLD_SIZE", 1) > 1 and "RANK" in os.environ
-
-
-def is_first_here() -> bool:
-    """Whether this is the one process of its machine that says what holds for all of them."""
-    return not are_several() or _number("LOCAL_RANK", 0) == 0
-
-
 def refuse_several(command: str) -> None:
     """BadInput where several processes were started for a command that is one process's."""
     if are_several():
         raise BadInput(
             f"expected one process for genfast {command}, as train alone spreads over several, got "
-            f"{_number('WORLD_SIZE', 1)}: start it without torchrun"
+            f"{number('WORLD_SIZE', 1)}: start it without torchrun"
         )
 
 
@@ -340,7 +331,7 @@ def _met(device_name):
     store, rank, count = next(dist.rendezvous("env://", timeout=MEETING_TIMEOUT))
     # The store may be that of those before: torchrun's, which outlives them, after a failure, or
     # another run's in the same script.
-    meeting = f"genfast {_number('TORCHELASTIC_RESTART_COUNT', 0)} {next(_meetings)}"
+    meeting = f"genfast {number('TORCHELASTIC_RESTART_COUNT', 0)} {next(_meetings)}"
     store = dist.PrefixStore(meeting, store)
     device = _agreed_device(device_name, store, rank, count)
     if device.type == "cuda":
@@ -397,14 +388,14 @@ def _own_device(name):
             f"expected --device auto, cuda or cpu for several processes, each of which takes a GPU "
             f"of its own, got {name}"
         )
-    return as_device(f"cuda:{_number('LOCAL_RANK', 0)}")
+    return as_device(f"cuda:{number('LOCAL_RANK', 0)}")
 
 
 def command_again() -> list[str]:
     """How processes like these are started, as words before a command's own."""
     if not are_several():
         return ["python", "-m", "genfast"]
-    here, machines = _number("LOCAL_WORLD_SIZE", 1), _number("GROUP_WORLD_SIZE", 1)
+    here, machines = processes_here(), number("GROUP_WORLD_SIZE", 1)
     nodes = ["--nnodes", str(machines)] if machines > 1 else []
     return ["torchrun", *nodes, "--nproc-per-node", str(here), "-m", "genfast"]
 
@@ -418,9 +409,3 @@ def _silence():
         progress.hidden(),
     ):
         yield
-
-
-def _number(name, default):
-    """A whole number from the environment."""
-    text = os.environ.get(name, "")
-    return int(text) if text.isdecimal() else default

@@ -1224,6 +1224,13 @@ BUGS = (
         "test_loaders_batches.py::test_floats_from_0_to_1_are_no_floats_from_minus_1_on",
     ),
     Bug(
+        "levels that a wide range has rounded tell how far images go in it",
+        "genfast/training/data/datasets.py",
+        "lightest - darkest <= 1 + NARROW * 255",
+        "0 < lightest - darkest < NARROW",
+        "test_datasets.py::test_a_range_far_wider_than_the_images_is_told",
+    ),
+    Bug(
         "projection of features that are not summed over pixels",
         "genfast/models/dcgan.py",
         "features.sum((2, 3), dtype=wide)",

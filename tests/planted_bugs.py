@@ -1231,6 +1231,20 @@ BUGS = (
         "test_datasets.py::test_a_range_far_wider_than_the_images_is_told",
     ),
     Bug(
+        "names of classes of a run's beginning are counted and not read",
+        "genfast/training/runs/beginning.py",
+        "        if other != name:\n",
+        "        if False:\n",
+        "test_example_weights.py::test_labels_of_the_weights_mean_what_those_of_the_images_do",
+    ),
+    Bug(
+        "a run does not note its beginning",
+        "genfast/training/runs/loop.py",
+        "config = replace(config, init_from=init_from.paths)",
+        "pass",
+        "test_example_weights.py::test_a_run_begins_with_another",
+    ),
+    Bug(
         "projection of features that are not summed over pixels",
         "genfast/models/dcgan.py",
         "features.sum((2, 3), dtype=wide)",

@@ -287,9 +287,10 @@ class _Reader:
         bounds = []
         for number in numbers:
             _seed_all(seed, epoch, number)
-            bounds.append(float_bounds(self.items[number]))
-        if None in bounds:
-            return None
+            found = float_bounds(self.items[number])
+            if found is None:
+                return None
+            bounds.append(found)
         low, high = min(low for low, _ in bounds), max(high for _, high in bounds)
         return why_narrow(low, high, self._image_range)
 

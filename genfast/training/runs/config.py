@@ -62,6 +62,8 @@ class _Settled:
             _check_setting("classes", self.classes)
         elif self.classes is not None:
             raise BadInput("expected classes of a conditional run alone, got some of another run")
+        if self.init_from is not None:
+            _check_setting("init_from", self.init_from)
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
@@ -69,7 +71,7 @@ class _Settled:
         return self.channels, *height_and_width(self.image_size)
 
     def as_dict(self) -> dict[str, Any]:
-        """The settings as a dict of numbers, strings and None, and a tuple of `classes`."""
+        """The settings as a dict of numbers, strings, None, and tuples of these."""
         return asdict(self)
 
     @classmethod
@@ -100,6 +102,7 @@ Config = make_dataclass(  # type: ignore[assignment,misc]
         *((name, int) for name in NOTED),
         *((name, setting.rule.kind, field(default=None)) for name, setting in SETTINGS.items()),
         ("classes", tuple, field(default=None)),
+        ("init_from", tuple, field(default=None)),
     ],
     bases=(_Settled,),
     frozen=True,
@@ -114,9 +117,10 @@ Of `epochs` and `steps` one is None.
 One that began after the run is what it then was.
 
 `num_images`, `checksum` and `channels` tell the images of a run from others. `classes` are the
-names of a conditional run's classes, in the order of the labels; None for another run. `background`
-is None for runs begun when the transparency of images was dropped. BadInput if a setting is not
-what its rule allows, or not one that the model has.
+names of a conditional run's classes, in the order of the labels; None for another run. `init_from`
+are the absolute paths of the files whose weights the run began with; None where they were drawn.
+`background` is None for runs begun when the transparency of images was dropped. BadInput if a
+setting is not what its rule allows, or not one that the model has.
 """
 
 

@@ -1245,6 +1245,13 @@ BUGS = (
         "test_example_weights.py::test_a_run_begins_with_another",
     ),
     Bug(
+        "any error that speaks of gloo is a lost process",
+        "genfast/training/runs/workers.py",
+        '    r"|Application timeout caused pair closure"\n',
+        '    r"|Application timeout caused pair closure|gloo"\n',
+        "test_workers.py::test_errors_of_a_lost_process",
+    ),
+    Bug(
         "projection of features that are not summed over pixels",
         "genfast/models/dcgan.py",
         "features.sum((2, 3), dtype=wide)",

@@ -352,6 +352,32 @@ def test_model_of_gpus_that_are_not_here():
     assert all(row["note"].startswith("a model, not a measurement") for row in rows)
 
 
+GLOO = "[/src/third_party/gloo/gloo/transport"
+
+
+@pytest.mark.parametrize(
+    ("error", "is_lost"),
+    [
+        # As PyTorch 2.13 raises them where a process was killed, ended, or hung.
+        (RuntimeError(f"{GLOO}/tcp/pair.cc:553] Connection closed by peer [127.0.0.1]:2"), True),
+        (RuntimeError(f"{GLOO}/tcp/pair.cc:537] Read error [127.0.0.1]:2: Connection reset"), True),
+        (RuntimeError(f"{GLOO}/tcp/unbound_buffer.cc:78] Timed out waiting 3000ms for r"), True),
+        (RuntimeError(f"{GLOO.replace('/', chr(92))}{chr(92)}uv{chr(92)}pair.cc:5] error"), True),
+        (RuntimeError("Application timeout caused pair closure"), True),
+        (dist.DistBackendError("NCCL error in: x.cpp:1, remote process exited"), True),
+        (dist.DistNetworkError("failed to recv, got 0 bytes"), True),
+        (dist.DistStoreError("wait timeout after 3000ms"), True),
+        # And not a person's own.
+        (RuntimeError("expected gloomy images, got bright ones"), False),
+        (RuntimeError("my_nccl_layer: connection reset, broken pipe, socket"), False),
+        (RuntimeError("[enforce fail at gloo/transport/tcp/pair.cc:3] sizes differ"), False),
+        (ConnectionResetError("connection reset by peer"), False),
+    ],
+)
+def test_errors_of_a_lost_process(error, is_lost):
+    assert workers.Several.is_lost(object.__new__(workers.Several), error) == is_lost
+
+
 def test_who_speaks_before_they_meet(monkeypatch, capsys):
     monkeypatch.setattr(workers, "SPEAKING_SECONDS", 0)
     for name, value in dict(RANK=1, LOCAL_RANK=1, WORLD_SIZE=2).items():

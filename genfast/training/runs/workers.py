@@ -47,9 +47,12 @@ MEETING_TIMEOUT = timedelta(minutes=10)  # Imports may take long, and machines s
 WAIT_TIMEOUT = timedelta(days=7)
 # How long who has nothing to say waits for who has: imports may take the one that much longer.
 SPEAKING_SECONDS = 30
-# What errors of gloo and NCCL have in common; PyTorch's are plain RuntimeErrors with these words.
-_CONNECTION = re.compile(
-    r"gloo|nccl|connection (?:closed|reset|refused|was)|broken pipe|socket", re.IGNORECASE
+# Errors of NCCL and of stores have types of their own. Gloo's are plain RuntimeErrors: they begin
+# with the line of its source that gave up on reading from or writing to another process, but for
+# those after a time limit that had passed before.
+_GLOO_GAVE_UP = re.compile(
+    r"\[(?!enforce)[^\]]*\bgloo[/\\]transport[/\\][^\]]*:\d+\]"
+    r"|Application timeout caused pair closure"
 )
 
 _meetings = itertools.count()  # How often this process met the others.
@@ -202,9 +205,10 @@ class Several(Alone):
         torch.manual_seed(int(entropy.generate_state(1, np.uint64)[0] >> 1))
 
     def is_lost(self, error: Exception) -> bool:
-        if isinstance(error, LostWorker):
+        ours = LostWorker, dist.DistBackendError, dist.DistNetworkError, dist.DistStoreError
+        if isinstance(error, ours):
             return True
-        return isinstance(error, RuntimeError) and bool(_CONNECTION.search(str(error)))
+        return isinstance(error, RuntimeError) and bool(_GLOO_GAVE_UP.search(str(error)))
 
     @contextmanager
     def _reached(self):

@@ -13,7 +13,7 @@ from genfast.training.errors import BadInput
 from genfast.training.runs import checkpoint, folder
 from genfast.training.runs.beginning import Beginning, read_beginning
 from genfast.training.runs.config import Config, check_settings, prepare, prepare_resumed
-from genfast.training.runs.devices import as_device, check_precision
+from genfast.training.runs.devices import check_precision, working_device
 from genfast.training.runs.loop import CHECKPOINT_SECONDS, Outcome, check_outputs
 from genfast.training.runs.loop import train as run
 from genfast.training.runs.models import MODELS
@@ -105,7 +105,7 @@ def train(
         )
     path = _checkpoint_of(out, resume)
     given = check_settings(model, {k: v for k, v in settings.items() if v is not None})
-    device = as_device(device)
+    device = working_device(device)
     check_precision(given.get("precision"), device)
     check_outputs(checkpoint_seconds, sample_every, keep, log)
     folder.check(_folder(out), path)

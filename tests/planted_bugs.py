@@ -1252,6 +1252,13 @@ BUGS = (
         "test_workers.py::test_errors_of_a_lost_process",
     ),
     Bug(
+        "a run goes on with any number of processes until there are too few images",
+        "genfast/training/runs/api.py",
+        "resume_from, out, processes)",
+        "resume_from, out)",
+        "test_workers.py::test_a_run_goes_on_with_no_more_processes_than_its_batches_are_for",
+    ),
+    Bug(
         "projection of features that are not summed over pixels",
         "genfast/models/dcgan.py",
         "features.sum((2, 3), dtype=wide)",

@@ -321,6 +321,20 @@ def test_a_warm_up_goes_on_at_its_epoch_with_other_batches(images, tmp_path):
     assert step.modules["kl_weight"]() == (2 * 6 + 2 + 1) / (4 * 6)
 
 
+def test_a_run_goes_on_with_no_more_processes_than_its_batches_are_for(images, tmp_path):
+    given, path = SMALL | dict(steps=1), tmp_path / "run/checkpoint.pt"
+    config, loaded = prepare("vae", images, given)
+    loop.train(config, loaded, tmp_path / "run", device=CPU)
+    more = "vae", None, dict(steps=2), tmp_path / "run", path, None, CPU
+    assert api.prepared(*more, 1)[0].batch_size == 26
+    advice = f"expected 1 process at most .* 26 of its 26 images .* got 2: .* --init-from {path}$"
+    with pytest.raises(BadInput, match=advice):
+        api.prepared(*more, 2)
+    config, _, beginning = api.prepared("vae", images, given, tmp_path / "b", None, path, CPU, 2)
+    beginning.check(config)
+    assert config.batch_size == 13
+
+
 def test_torn_together_parts_are_refused(images, tmp_path):
     config, _ = prepare("vae", images, SMALL | dict(batch_size=4, steps=3))
     path = tmp_path / "c.pt"

@@ -152,7 +152,7 @@ def prepared(
         (settings, images, what the weights begin with or None).
     """
     if resume_from:
-        config, images = prepare_resumed(model, data, given, resume_from, out)
+        config, images = prepare_resumed(model, data, given, resume_from, out, processes)
         check_precision(config.precision, device)  # The run may have begun on another machine.
         return config, images, None
     # No path at all is a mistake too, of a pattern that fits no file perhaps.

@@ -281,7 +281,7 @@ def _check_data(data):
         raise BadInput(f"expected --data to be digits, photos or a path, got {shown(data)}")
 
 
-def prepare_resumed(model, data, given, path, out=None):
+def prepare_resumed(model, data, given, path, out=None, processes=1):
     """As `prepare`, for a run that goes on from the checkpoint at `path`.
 
     The settings are the checkpoint's; of those given only `epochs` or `steps` may differ, and
@@ -299,6 +299,7 @@ def prepare_resumed(model, data, given, path, out=None):
     began = Config.of_checkpoint(read_checkpoint(path), path)
     if began.model != model:
         raise BadInput(f"expected a checkpoint of {model} at {path}, got one of {began.model}")
+    _check_processes(began, processes, path)
     length = {name: given.pop(name) for name in LENGTHS & given.keys()}
     for name, value in given.items():
         start = getattr(began, name)
@@ -336,6 +337,18 @@ def prepare_resumed(model, data, given, path, out=None):
             f"{config.data}"
         )
     return config, images
+
+
+def _check_processes(began, processes, path):
+    """BadInput if a run, whose batch size stays, has too few images for so many processes."""
+    left = num_training(began.num_images, began.validate)
+    most = left // began.batch_size
+    if most < processes:
+        raise BadInput(
+            f"expected {most} {'process' if most == 1 else 'processes'} at most to go on from "
+            f"{path}, as each takes {began.batch_size} of its {left} images a step, got "
+            f"{processes}: start fewer, or begin a new run with --init-from {path}"
+        )
 
 
 def _lasting(data):

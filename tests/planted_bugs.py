@@ -1259,6 +1259,20 @@ BUGS = (
         "test_workers.py::test_a_run_goes_on_with_no_more_processes_than_its_batches_are_for",
     ),
     Bug(
+        "a script's processes all tell why one of them ends",
+        "genfast/training/runs/workers.py",
+        "    if not isinstance(error, Elsewhere):\n        before",
+        "    if True:\n        before",
+        "test_workers.py::test_one_process_tells_why_a_script_ends",
+    ),
+    Bug(
+        "a script's first mistake is told by each process at once",
+        "genfast/training/runs/workers.py",
+        "error.needs_time = not is_first_here()",
+        "error.needs_time = False",
+        "test_workers.py::test_one_process_tells_why_a_script_ends",
+    ),
+    Bug(
         "projection of features that are not summed over pixels",
         "genfast/models/dcgan.py",
         "features.sum((2, 3), dtype=wide)",

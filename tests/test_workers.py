@@ -414,6 +414,36 @@ def test_who_speaks_before_they_meet(monkeypatch, capsys):
         raise BadInput("expected")
 
 
+def test_one_process_tells_why_a_script_ends(monkeypatch, tmp_path):
+    events, late = [], Elsewhere("another process tells of it")
+    late.needs_time = False
+    monkeypatch.setattr(sys, "excepthook", lambda kind, error, _: events.append(str(error)))
+    monkeypatch.setattr(workers, "let_speak", lambda: events.append("waited"))
+    for name, value in dict(RANK=1, WORLD_SIZE=2).items():
+        monkeypatch.setenv(name, str(value))
+
+    def end(rank, raised=None, **settings):
+        def joined(device):
+            raise raised
+
+        monkeypatch.setattr(api, "joined", joined)
+        monkeypatch.setenv("LOCAL_RANK", str(rank))
+        data = torch.zeros(4, 8, 8, dtype=torch.uint8)
+        events.clear()
+        with pytest.raises(Exception) as caught:  # noqa: PT011
+            genfast.train("vae", data, out=tmp_path / "out", device="cpu", **settings)
+        sys.excepthook(caught.type, caught.value, caught.tb)
+        return list(events)
+
+    bad_rate = "expected --lr to be a number above 0, got -1"
+    assert end(0, lr=-1) == [bad_rate]
+    assert end(1, lr=-1) == ["waited", bad_rate]  # If the first does not say the same meanwhile.
+    assert end(1, BadInput("its own")) == ["its own"]  # They have met: it is this one's alone.
+    assert end(1, Elsewhere("process 0 has failed")) == ["waited"]
+    assert end(1, late) == []
+    assert end(1, RuntimeError("a script's own")) == ["a script's own"]
+
+
 def test_a_killed_process_ends_all_with_one_sentence(images, tmp_path):
     out = tmp_path / "out"
     command = [

@@ -11,6 +11,7 @@ import os
 import re
 import signal
 import socket
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -21,8 +22,10 @@ from contextlib import (
     nullcontext,
     redirect_stderr,
     redirect_stdout,
+    suppress,
 )
 from datetime import timedelta
+from functools import partial
 from typing import Any, TypeVar
 
 import numpy as np
@@ -272,6 +275,43 @@ def let_speak() -> None:
 
 
 @contextmanager
+def alike_in_all() -> Iterator[None]:
+    """Within, a `BadInput` most likely is that of all processes: a script's, as of a command.
+
+    Others than the first of a machine let that tell it before. They do not know of one another yet.
+    """
+    try:
+        yield
+    except BadInput as error:
+        error.needs_time = not is_first_here()
+        raise
+
+
+@contextmanager
+def ending_in_turn() -> Iterator[None]:
+    """Within, an error that nothing catches is told by the process it is about, not by the others.
+
+    They wait until torchrun ends them, as it does when the first has ended; else they end as a
+    process that has failed.
+    """
+    try:
+        yield
+    except (BadInput, Elsewhere):
+        if are_several():
+            sys.excepthook = partial(_tell_in_turn, sys.excepthook)
+        raise
+
+
+def _tell_in_turn(before, kind, error, traceback):
+    if isinstance(error, BadInput | Elsewhere) and error.needs_time:
+        error.needs_time = False
+        with suppress(KeyboardInterrupt):
+            let_speak()
+    if not isinstance(error, Elsewhere):
+        before(kind, error, traceback)
+
+
+@contextmanager
 def joined(device_name: str | torch.device) -> Iterator[tuple[Alone, str | torch.device]]:
     """Meet the other processes where torchrun started several, and part at the end.
 
@@ -322,16 +362,8 @@ def joined(device_name: str | torch.device) -> Iterator[tuple[Alone, str | torch
 
 def _met(device_name):
     """A store of plain values that all processes share, this one's device, and `Several`."""
-    if dist.is_initialized():
-        raise BadInput(
-            "expected no process group yet, as training makes its own, got one: destroy it before, "
-            "or train by a step in a loop of your own"
-        )
-    missing = [name for name in ("MASTER_ADDR", "MASTER_PORT") if not os.environ.get(name)]
-    if missing:
-        raise BadInput(
-            f"expected {missing[0]}, as torchrun sets it beside RANK and WORLD_SIZE, got none"
-        )
+    with alike_in_all():
+        _check_can_meet()
     store, rank, count = next(dist.rendezvous("env://", timeout=MEETING_TIMEOUT))
     # The store may be that of those before: torchrun's, which outlives them, after a failure, or
     # another run's in the same script.
@@ -348,6 +380,19 @@ def _met(device_name):
         timeout=STEP_TIMEOUT,
     )
     return store, device, Several()
+
+
+def _check_can_meet():
+    if dist.is_initialized():
+        raise BadInput(
+            "expected no process group yet, as training makes its own, got one: destroy it before, "
+            "or train by a step in a loop of your own"
+        )
+    missing = [name for name in ("MASTER_ADDR", "MASTER_PORT") if not os.environ.get(name)]
+    if missing:
+        raise BadInput(
+            f"expected {missing[0]}, as torchrun sets it beside RANK and WORLD_SIZE, got none"
+        )
 
 
 def _is_first_to_tell(store):

@@ -282,11 +282,11 @@ class _Reader:
         except (TypeError, ValueError) as error:
             raise BadInput(f"{error}, in item {number} of the data set") from error
 
-    def why_narrow(self, seed, epoch, numbers):
+    def why_narrow(self, numbers):
         """As of `image_range`, for the floats of these items; None where some are no floats."""
         bounds = []
         for number in numbers:
-            _seed_all(seed, epoch, number)
+            _seed_all(0, _PROBE, number)
             found = float_bounds(self.items[number])
             if found is None:
                 return None
@@ -337,7 +337,7 @@ def _probed(reader, name):
             darkest = min(darkest, int(pixels.min()))
             lightest = max(lightest, int(pixels.max()))
         if lightest - darkest <= 1 + NARROW * 255:  # Of floats as they were, levels are rounded.
-            narrow = reader.why_narrow(0, _PROBE, numbers)
+            narrow = reader.why_narrow(numbers)
     if narrow:
         warnings.warn(f"{narrow}, of {name}", stacklevel=6)
     if not repeats:

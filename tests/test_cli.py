@@ -16,8 +16,10 @@ import pytest
 import torch
 from PIL import Image
 
+import genfast
 from genfast import cli
-from genfast.training.runs import demo
+from genfast.training.errors import BadInput
+from genfast.training.runs import demo, devices
 from genfast.training.runs.config import prepare_resumed
 
 ROOT = Path(__file__).parents[1]
@@ -165,11 +167,19 @@ def test_bad_input_ends_in_one_sentence(tmp_path, images, capsys, monkeypatch):
     assert not (tmp_path / "runs").exists()
 
 
-def test_a_backend_that_cannot_run(images, monkeypatch, capsys):
-    monkeypatch.setattr(cli.options, "selected_backend", lambda: "triton")
-    monkeypatch.setattr(cli.options, "why_not_triton", lambda t: "there is no GPU")
-    error = _fails(capsys, "train", "vae", "--data", images, "--device", "cpu")
-    assert "GENFAST_BACKEND=triton asks, but there is no GPU" in error
+def test_a_backend_that_cannot_run(images, tmp_path, monkeypatch, capsys):
+    def unknown():
+        raise ValueError("expected GENFAST_BACKEND to be another")
+
+    monkeypatch.setattr(devices, "why_not_triton", lambda t: "there is no GPU")
+    for backend, message in (
+        (lambda: "triton", "GENFAST_BACKEND=triton or use_backend asks, but there is no GPU"),
+        (unknown, "expected GENFAST_BACKEND to be another"),
+    ):
+        monkeypatch.setattr(devices, "selected_backend", backend)
+        assert message in _fails(capsys, "train", "vae", "--data", images, "--device", "cpu")
+        with pytest.raises(BadInput, match=message):
+            genfast.train("dcgan", images, out=tmp_path / "run", device="cpu")
 
 
 def test_a_backend_that_does_not_exist():

@@ -4,6 +4,7 @@ import json
 import multiprocessing
 import os
 import random
+import warnings
 from contextlib import closing
 from itertools import islice
 
@@ -102,6 +103,18 @@ def test_images_after_normalize_and_transparent_ones():
     assert overshot.tolist() == [[[255, 0]]]
     pixels, _ = item_of(Image.fromarray(CLEAR), (0.0, 1.0), (255, 0, 0))
     assert pixels[:, 0, 0].tolist() == [255, 0, 0] and torch.equal(pixels[:, 1], COLOUR[:, 1])
+
+
+def test_a_range_far_wider_than_the_images_is_told():
+    dark, light = (COLOUR / 255 * 0.3), (COLOUR / 255 * 0.3 + 0.7)
+    for items in ([dark, light.numpy()], [dark, dark], [light.double(), dark]):
+        with pytest.warns(UserWarning, match=r"their image_range, \[0, 255\], got .* of <list>$"):
+            load(items, image_range=(0, 255))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        load([dark, light], image_range=(0, 40))
+        load([torch.full((1, 8, 8), 0.5)], image_range=(0, 255))
+        load([COLOUR // 100], image_range=(0, 255))  # Not floats, whose range nobody says.
 
 
 SIXTEEN = Image.fromarray(np.full((8, 8), 4000, np.uint16))

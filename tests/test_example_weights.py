@@ -1,6 +1,8 @@
 """Weights of PyTorch's public DCGAN example, and runs that begin with weights of others."""
 
+import json
 import re
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -129,9 +131,53 @@ def test_a_run_begins_with_another(tmp_path):
         first = beginning.read_beginning(tmp_path / "first", "vae")
     before, after = (read_checkpoint(tmp_path / n / "checkpoint.pt") for n in ("first", "second"))
     torch.testing.assert_close(after["modules"]["model"], before["modules"]["model"])
+    # What it began with is kept by a run that goes on from it, in another folder too.
+    began = [str(tmp_path / "first" / "checkpoint.pt")]
+    genfast.train("vae", np.zeros((4, 24, 20), np.uint8), out=tmp_path / "more", quiet=True,
+                  device="cpu", resume=tmp_path / "second", epochs=2)  # fmt: skip
+    for name, expected in (("first", None), ("second", began), ("more", began)):
+        assert json.loads((tmp_path / name / "config.json").read_text())["init_from"] == expected
+    elsewhere = replace(config, init_from=("/elsewhere/first",))  # As another machine has it.
+    assert loop._what_all_share(elsewhere, None) == loop._what_all_share(config, None)
     with pytest.raises(BadInput, match="resume_from or init_from, got both"):
         loop.train(config, images, tmp_path / "third", device="cpu", init_from=first,
                    resume_from=tmp_path / "first")  # fmt: skip
+
+
+def test_a_checkpoint_that_does_not_say_what_its_run_began_with(tmp_path):
+    np.save(tmp_path / "a.npy", np.zeros((4, 24, 16), np.uint8))
+    config, images = prepare("vae", tmp_path / "a.npy", dict(epochs=1, nz=3))
+    loop.train(config, images, tmp_path / "old", device="cpu")
+    path = tmp_path / "old" / "checkpoint.pt"
+    content = torch.load(path, weights_only=True)
+    assert content["config"].pop("init_from") is None
+    torch.save(content, path)
+    assert genfast.load(path, "cpu").sample(2).shape == (2, 1, 24, 16)
+    genfast.train("vae", out=tmp_path / "old", resume=True, epochs=2, device="cpu", quiet=True)
+    assert read_checkpoint(path)["config"]["init_from"] is None
+    for value in (3, ("a.pt", 3), ()):
+        content["config"]["init_from"] = value
+        torch.save(content, path)
+        with pytest.raises(BadInput, match="expected --init-from to be paths of files, got"):
+            genfast.load(path, "cpu")
+
+
+def test_labels_of_the_weights_mean_what_those_of_the_images_do(tmp_path):
+    images = [(torch.rand(1, 8, 8), i % 2) for i in range(4)]
+    given = dict(device="cpu", quiet=True, conditional=True, steps=1, batch_size=4, nz=3)
+    first = tmp_path / "first"
+    genfast.train("vae", images, out=first, classes=["cat", "dog"], **given)
+    for classes, message in (
+        (["dog", "ant"], "expected 'cat' as class 0, with which .*first.*, got 'dog' from <list>"),
+        (["cat", "ant"], "expected 'dog' as class 1, with which .*, got 'ant' from <list>"),
+        (["cat", "dog", "ant"], "expected the 2 classes with which .* were made, got 3 from"),
+    ):
+        with pytest.raises(BadInput, match=message):
+            genfast.train("vae", images, out=tmp_path / "b", init_from=first, classes=classes,
+                          **given)  # fmt: skip
+        assert not (tmp_path / "b").exists()
+    genfast.train("vae", images, out=tmp_path / "b", init_from=first, classes=["cat", "dog"],
+                  **given)  # fmt: skip
 
 
 @pytest.mark.parametrize(

@@ -20,7 +20,7 @@ import torch
 from PIL import Image
 
 from genfast.training import memory
-from genfast.training.data import decoding, load_images, sources
+from genfast.training.data import DataSet, Streamed, decoding, load_images, sources
 from genfast.training.errors import BadInput
 from genfast.training.runs import config
 
@@ -366,6 +366,23 @@ def test_free_memory(tmp_path, monkeypatch):
     assert memory.available_memory() == 250
     group("memory", "700\n", "900\n", "total_inactive_file 150\n")
     assert memory.available_memory() == 0
+
+
+def test_processes_on_one_machine_share_its_memory(monkeypatch):
+    images = torch.zeros(4, 1, 10, 10)
+    data = DataSet(images)
+    for name in ("_own_cgroups", "_free_in_cgroups"):
+        monkeypatch.setattr(memory, name, lambda: [])
+    for free, here, streams in ((800, 1, False), (2399, 3, True), (2400, 3, False)):
+        for name, value in dict(RANK=1, WORLD_SIZE=2 * here, LOCAL_WORLD_SIZE=here).items():
+            monkeypatch.setenv(name, str(value))
+        monkeypatch.setattr(memory, "_free_of_the_machine", lambda free=free: free)
+        loaded, _ = data.load(10, background="white", conditional=False, seed=0)
+        assert isinstance(loaded, Streamed) == streams
+    with pytest.raises(BadInput, match=r"free for each of the 3 processes on this machine, got"):
+        memory.require_memory(801, "four images")
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    assert memory.available_memory() == 2400
 
 
 def test_settings_of_a_run_say_it_too(tmp_path):

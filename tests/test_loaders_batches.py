@@ -120,6 +120,18 @@ def test_floats_far_beyond_are_told_once():
         gan()(UNIT * 2.1 - 1.05)  # What resizing overshoots.
 
 
+@pytest.mark.parametrize("make", [gan, vae])
+def test_a_range_far_wider_than_the_images_is_told_once(make):
+    step = make(image_range=(0, 255))
+    with pytest.warns(UserWarning, match=r"fill their image_range, \[0, 255\], got .* to 1,"):
+        step(UNIT.round())
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        step(UNIT.round())
+        make(image_range=(0, 49))(UNIT.round())  # 1 in 49 are 5.2 levels of 255.
+        make(image_range=(0, 255))(torch.ones_like(UNIT))
+
+
 def test_a_vae_of_floats_from_minus_1_on():
     images = UNIT * 2 - 1
     with pytest.raises(ValueError, match=r"in \[0, 1\], got .*: give image_range=\(-1, 1\)"):

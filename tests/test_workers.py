@@ -321,6 +321,20 @@ def test_a_warm_up_goes_on_at_its_epoch_with_other_batches(images, tmp_path):
     assert step.modules["kl_weight"]() == (2 * 6 + 2 + 1) / (4 * 6)
 
 
+def test_a_run_goes_on_with_no_more_processes_than_its_batches_are_for(images, tmp_path):
+    given, path = SMALL | dict(steps=1), tmp_path / "run/checkpoint.pt"
+    config, loaded = prepare("vae", images, given)
+    loop.train(config, loaded, tmp_path / "run", device=CPU)
+    more = "vae", None, dict(steps=2), tmp_path / "run", path, None, CPU
+    assert api.prepared(*more, 1)[0].batch_size == 26
+    advice = f"expected 1 process at most .* 26 of its 26 images .* got 2: .* --init-from {path}$"
+    with pytest.raises(BadInput, match=advice):
+        api.prepared(*more, 2)
+    config, _, beginning = api.prepared("vae", images, given, tmp_path / "b", None, path, CPU, 2)
+    beginning.check(config)
+    assert config.batch_size == 13
+
+
 def test_torn_together_parts_are_refused(images, tmp_path):
     config, _ = prepare("vae", images, SMALL | dict(batch_size=4, steps=3))
     path = tmp_path / "c.pt"
@@ -352,6 +366,32 @@ def test_model_of_gpus_that_are_not_here():
     assert all(row["note"].startswith("a model, not a measurement") for row in rows)
 
 
+GLOO = "[/src/third_party/gloo/gloo/transport"
+
+
+@pytest.mark.parametrize(
+    ("error", "is_lost"),
+    [
+        # As PyTorch 2.13 raises them where a process was killed, ended, or hung.
+        (RuntimeError(f"{GLOO}/tcp/pair.cc:553] Connection closed by peer [127.0.0.1]:2"), True),
+        (RuntimeError(f"{GLOO}/tcp/pair.cc:537] Read error [127.0.0.1]:2: Connection reset"), True),
+        (RuntimeError(f"{GLOO}/tcp/unbound_buffer.cc:78] Timed out waiting 3000ms for r"), True),
+        (RuntimeError(f"{GLOO.replace('/', chr(92))}{chr(92)}uv{chr(92)}pair.cc:5] error"), True),
+        (RuntimeError("Application timeout caused pair closure"), True),
+        (dist.DistBackendError("NCCL error in: x.cpp:1, remote process exited"), True),
+        (dist.DistNetworkError("failed to recv, got 0 bytes"), True),
+        (dist.DistStoreError("wait timeout after 3000ms"), True),
+        # And not a person's own.
+        (RuntimeError("expected gloomy images, got bright ones"), False),
+        (RuntimeError("my_nccl_layer: connection reset, broken pipe, socket"), False),
+        (RuntimeError("[enforce fail at gloo/transport/tcp/pair.cc:3] sizes differ"), False),
+        (ConnectionResetError("connection reset by peer"), False),
+    ],
+)
+def test_errors_of_a_lost_process(error, is_lost):
+    assert workers.Several.is_lost(object.__new__(workers.Several), error) == is_lost
+
+
 def test_who_speaks_before_they_meet(monkeypatch, capsys):
     monkeypatch.setattr(workers, "SPEAKING_SECONDS", 0)
     for name, value in dict(RANK=1, LOCAL_RANK=1, WORLD_SIZE=2).items():
@@ -372,6 +412,36 @@ def test_who_speaks_before_they_meet(monkeypatch, capsys):
         workers._own_device("cuda:0")
     with pytest.raises(Elsewhere), workers.before_they_meet():
         raise BadInput("expected")
+
+
+def test_one_process_tells_why_a_script_ends(monkeypatch, tmp_path):
+    events, late = [], Elsewhere("another process tells of it")
+    late.needs_time = False
+    monkeypatch.setattr(sys, "excepthook", lambda kind, error, _: events.append(str(error)))
+    monkeypatch.setattr(workers, "let_speak", lambda: events.append("waited"))
+    for name, value in dict(RANK=1, WORLD_SIZE=2).items():
+        monkeypatch.setenv(name, str(value))
+
+    def end(rank, raised=None, **settings):
+        def joined(device):
+            raise raised
+
+        monkeypatch.setattr(api, "joined", joined)
+        monkeypatch.setenv("LOCAL_RANK", str(rank))
+        data = torch.zeros(4, 8, 8, dtype=torch.uint8)
+        events.clear()
+        with pytest.raises(Exception) as caught:  # noqa: PT011
+            genfast.train("vae", data, out=tmp_path / "out", device="cpu", **settings)
+        sys.excepthook(caught.type, caught.value, caught.tb)
+        return list(events)
+
+    bad_rate = "expected --lr to be a number above 0, got -1"
+    assert end(0, lr=-1) == [bad_rate]
+    assert end(1, lr=-1) == ["waited", bad_rate]  # If the first does not say the same meanwhile.
+    assert end(1, BadInput("its own")) == ["its own"]  # They have met: it is this one's alone.
+    assert end(1, Elsewhere("process 0 has failed")) == ["waited"]
+    assert end(1, late) == []
+    assert end(1, RuntimeError("a script's own")) == ["a script's own"]
 
 
 def test_a_killed_process_ends_all_with_one_sentence(images, tmp_path):

@@ -15,12 +15,8 @@ from genfast.launch import first_use
 from genfast.training.errors import BadInput, Diverged, Elsewhere, LostWorker
 from genfast.training.memory import limited_memory, missing_memory
 from genfast.training.runs.devices import as_device
-from genfast.training.runs.workers import (
-    before_they_meet,
-    is_first_here,
-    let_speak,
-    refuse_several,
-)
+from genfast.training.runs.workers import before_they_meet, let_speak, refuse_several
+from genfast.training.started import is_first_here
 
 COMMANDS = (train, sample, reconstruct, evaluate, export, environment, demo)
 

@@ -2,8 +2,9 @@
 
 from pathlib import Path
 
-from genfast.cli.options import add_device, working_device
+from genfast.cli.options import add_device
 from genfast.training.runs.demo import demo
+from genfast.training.runs.devices import working_device
 
 
 def add(commands):

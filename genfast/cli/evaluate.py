@@ -3,7 +3,7 @@
 import argparse
 from pathlib import Path
 
-from genfast.cli.options import add_device, of_rule, working_device
+from genfast.cli.options import add_device, of_rule
 from genfast.training.evaluation.features import EXTRACTORS
 from genfast.training.evaluation.measuring import (
     MOST,
@@ -13,6 +13,7 @@ from genfast.training.evaluation.measuring import (
     write_report,
 )
 from genfast.training.evaluation.metrics import METRICS
+from genfast.training.runs.devices import working_device
 from genfast.training.runs.rules import whole
 from genfast.training.runs.settings import RULES
 

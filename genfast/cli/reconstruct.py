@@ -2,7 +2,8 @@
 
 from pathlib import Path
 
-from genfast.cli.options import add_device, of_rule, working_device
+from genfast.cli.options import add_device, of_rule
+from genfast.training.runs.devices import working_device
 from genfast.training.runs.reconstructions import reconstruct_checkpoint
 from genfast.training.runs.rules import whole
 from genfast.training.runs.settings import RULES

@@ -2,9 +2,10 @@
 
 from pathlib import Path
 
-from genfast.cli.options import add_device, of_rule, working_device
+from genfast.cli.options import add_device, of_rule
 from genfast.training.errors import BadInput
 from genfast.training.runs.classes import NUM, OF_A_CLASS, labels_of_samples
+from genfast.training.runs.devices import working_device
 from genfast.training.runs.rules import whole
 from genfast.training.runs.samples import images_to, sample_checkpoint, walk_to
 from genfast.training.runs.settings import RULES

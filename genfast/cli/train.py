@@ -5,7 +5,7 @@ import os
 import shlex
 from pathlib import Path
 
-from genfast.cli.options import add_device, of_rule, working_device
+from genfast.cli.options import add_device, of_rule
 from genfast.cli.streams import tell
 from genfast.training import progress
 from genfast.training.errors import BadInput
@@ -14,7 +14,7 @@ from genfast.training.runs.api import prepared
 from genfast.training.runs.checkpoint import NAME as CHECKPOINT_NAME
 from genfast.training.runs.checkpoint import file_of
 from genfast.training.runs.config import LENGTHS
-from genfast.training.runs.devices import check_precision
+from genfast.training.runs.devices import check_precision, working_device
 from genfast.training.runs.loop import CHECKPOINT_SECONDS, KEEP, SAMPLE_EVERY, train
 from genfast.training.runs.models import MODELS
 from genfast.training.runs.rules import FROM_0

@@ -21,7 +21,11 @@ class BadInput(ValueError):
         >>> raise BadInput("expected --num from 1 on, got 0")
         Traceback (most recent call last):
         genfast.training.errors.BadInput: expected --num from 1 on, got 0
+
+    needs_time: whether it is to be told after another process of a run may have told the same.
     """
+
+    needs_time = False
 
 
 class Diverged(RuntimeError):

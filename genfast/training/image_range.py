@@ -15,6 +15,9 @@ import torch
 Range = tuple[float, float]
 # How far beyond their range images may go, as a share of it: bicubic resizing overshoots.
 OVERSHOOT = 0.1
+# Images that span less of their range, 5 of 256 levels, are nearly one grey. Of ranges that are
+# taken for one another the smaller are less of the larger: 1/255, 2/255, 255/65535.
+NARROW = 0.02
 
 
 def checked(image_range: Any) -> Range | None:
@@ -48,7 +51,8 @@ def check_first(images: torch.Tensor, image_range: Range | None, pixel_range: Ra
             images from below 0 on, and none of the values is below 0.
 
     Warns:
-        UserWarning: nobody said their range, and they go far beyond the step's own.
+        UserWarning: nobody said their range, and they go far beyond the step's own; or it is far
+            wider than they are.
     """
     found_low, found_high = (v.item() for v in images.detach().aminmax())
     low, high = image_range or pixel_range
@@ -72,3 +76,21 @@ def check_first(images: torch.Tensor, image_range: Range | None, pixel_range: Ra
             "they are; give image_range=(low, high) to have them scaled",
             stacklevel=4,
         )
+    sentence = image_range and why_narrow(found_low, found_high, image_range)
+    if sentence:
+        warnings.warn(f"genfast: {sentence}", stacklevel=4)
+
+
+def why_narrow(found_low: float, found_high: float, image_range: Range) -> str | None:
+    """A sentence where images between these values are nearly one grey in a range; else None.
+
+    Constant ones, which say nothing of their range, are as they are meant.
+    """
+    low, high = image_range
+    if not 0 < found_high - found_low < NARROW * (high - low):
+        return None
+    return (
+        f"expected float images that fill their image_range, [{low:g}, {high:g}], got values from "
+        f"{found_low:g} to {found_high:g}, which are nearly one grey in there: give "
+        "image_range=(low, high) as they are"
+    )

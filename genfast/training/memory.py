@@ -1,4 +1,8 @@
-"""How much memory there is to take, asked before it is taken: Linux ends who takes too much."""
+"""How much memory there is to take, asked before it is taken: Linux ends who takes too much.
+
+Of several processes on a machine, as torchrun starts them, each asks for itself and is told its
+part: all of them load the same data and train the same networks at the same time.
+"""
 
 import errno
 import os
@@ -7,6 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from genfast.training.errors import BadInput
+from genfast.training.started import processes_here
 
 try:
     import resource
@@ -33,8 +38,10 @@ def require_memory(count, what):
     """BadInput if `count` bytes for `what`, which the sentence names, are more than are free."""
     free = available_memory()
     if count > free:
+        several = processes_here()
+        each = f" for each of the {several} processes on this machine" if several > 1 else ""
         raise BadInput(
-            f"expected {what} to fit into the {_gib(free)} of memory that are free, got "
+            f"expected {what} to fit into the {_gib(free)} of memory that are free{each}, got "
             f"{_gib(count)}"
         )
 
@@ -78,8 +85,11 @@ def missing_memory(error):
 
 
 def available_memory():
-    """How many bytes this process can still take, swap included, limits of containers respected."""
-    return min([_free_of_the_machine(), *_free_in_cgroups()])
+    """How many bytes this process can still take, swap included, limits of containers respected.
+
+    Of what is free, the part of one of the processes that torchrun started here.
+    """
+    return min([_free_of_the_machine(), *_free_in_cgroups()]) // processes_here()
 
 
 def _limit():

@@ -25,11 +25,11 @@ from genfast.models.sizes import ImageSize, height_and_width
 from genfast.training import progress
 from genfast.training.data import sources
 from genfast.training.data.decoding import colour
-from genfast.training.data.items import item_of, label_of
+from genfast.training.data.items import float_bounds, item_of, label_of
 from genfast.training.data.labels import LabelledImages
 from genfast.training.data.prefetch import WaitingClock, sent
 from genfast.training.errors import BadInput
-from genfast.training.image_range import checked
+from genfast.training.image_range import NARROW, checked, why_narrow
 from genfast.training.memory import available_memory, missing_memory, require_memory
 from genfast.training.parts import LABELS
 
@@ -120,7 +120,8 @@ class DataSet:
                 labels are wanted.
 
         Warns:
-            UserWarning: an item came out differently from the same seeds.
+            UserWarning: an item came out differently from the same seeds, or `image_range` is far
+                wider than the images are.
         """
         if self._classes is not None and not conditional:
             raise BadInput("expected classes with conditional=True, got them without")
@@ -281,6 +282,18 @@ class _Reader:
         except (TypeError, ValueError) as error:
             raise BadInput(f"{error}, in item {number} of the data set") from error
 
+    def why_narrow(self, numbers):
+        """As of `image_range`, for the floats of these items; None where some are no floats."""
+        bounds = []
+        for number in numbers:
+            _seed_all(0, _PROBE, number)
+            found = float_bounds(self.items[number])
+            if found is None:
+                return None
+            bounds.append(found)
+        low, high = min(low for low, _ in bounds), max(high for _, high in bounds)
+        return why_narrow(low, high, self._image_range)
+
     def _fitted(self, epoch, number):
         pixels, label = self.item(self._seed, epoch, number)
         if len(pixels) > self.shape[0]:
@@ -310,6 +323,7 @@ def _probed(reader, name):
     crc = zlib.crc32(str(count).encode())
     numbers = sorted({i * (count - 1) // (PROBED - 1) for i in range(PROBED)})
     shapes, draws, repeats = set(), False, True
+    darkest, lightest, narrow = 255, 0, None
     with _random_numbers_kept():
         for number in numbers:
             _seed_all(0, _PROBE, number)
@@ -320,6 +334,12 @@ def _probed(reader, name):
             shapes.add(tuple(pixels.shape))
             crc = zlib.crc32(f"{tuple(pixels.shape)} {label}".encode(), crc)
             crc = zlib.crc32(pixels.contiguous().numpy(), crc)
+            darkest = min(darkest, int(pixels.min()))
+            lightest = max(lightest, int(pixels.max()))
+        if lightest - darkest <= 1 + NARROW * 255:  # Of floats as they were, levels are rounded.
+            narrow = reader.why_narrow(numbers)
+    if narrow:
+        warnings.warn(f"{narrow}, of {name}", stacklevel=6)
     if not repeats:
         warnings.warn(
             f"an item of {name} came out differently from the same seeds of Python's, NumPy's and "

@@ -43,6 +43,17 @@ def item_of(
     raise TypeError(f"expected an image of Pillow, NumPy or PyTorch, {FORMS}, got {came}")
 
 
+def float_bounds(item: Any) -> tuple[float, float] | None:
+    """The least and the largest value of an item's image of floats; None of another image."""
+    image, _ = images_and_labels(item, _may_be_image)
+    if isinstance(image, np.ndarray):
+        image = torch.from_numpy(np.array(image))
+    if not (isinstance(image, torch.Tensor) and image.is_floating_point()):
+        return None
+    low, high = image.detach().aminmax()
+    return low.item(), high.item()
+
+
 def label_of(label: Any, classes: Sequence[str]) -> int:
     """The number of a label's class: of a whole number from 0 to below their count, or a name.
 

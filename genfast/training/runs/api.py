@@ -13,14 +13,15 @@ from genfast.training.errors import BadInput
 from genfast.training.runs import checkpoint, folder
 from genfast.training.runs.beginning import Beginning, read_beginning
 from genfast.training.runs.config import Config, check_settings, prepare, prepare_resumed
-from genfast.training.runs.devices import as_device, check_precision
+from genfast.training.runs.devices import check_precision, working_device
 from genfast.training.runs.loop import CHECKPOINT_SECONDS, Outcome, check_outputs
 from genfast.training.runs.loop import train as run
 from genfast.training.runs.models import MODELS
 from genfast.training.runs.rules import shown
-from genfast.training.runs.workers import joined
+from genfast.training.runs.workers import alike_in_all, ending_in_turn, joined
 
 
+@ending_in_turn()
 def train(
     model: str,
     dataset: Any = None,
@@ -91,25 +92,29 @@ def train(
         BadInput, a ValueError: an argument, the data set or the checkpoint does not fit.
         Diverged: a loss or a weight is no longer finite.
         LostWorker: another process has ended.
-        Elsewhere: another process raises what is wrong.
+        Elsewhere: another process raises what is wrong. Where nothing catches it, the script ends
+            without a word, as one that has failed.
 
     Example:
         >>> images = torch.randint(0, 256, (16, 1, 8, 8), dtype=torch.uint8)  # Or a data set.
         >>> train("gan", images, out="runs/noise", steps=2, batch_size=4, quiet=True).steps
         2
     """
-    if not isinstance(model, str):
-        raise BadInput(
-            f"expected the name of a model, {', '.join(MODELS)}, got a {type(model).__name__}: "
-            "networks of your own train by GANStep or VAEStep in a loop of yours"
+    with alike_in_all():
+        if not isinstance(model, str):
+            raise BadInput(
+                f"expected the name of a model, {', '.join(MODELS)}, got a {type(model).__name__}: "
+                "networks of your own train by GANStep or VAEStep in a loop of yours"
+            )
+        path = _checkpoint_of(out, resume)
+        given = check_settings(model, {k: v for k, v in settings.items() if v is not None})
+        device = working_device(device)
+        check_precision(given.get("precision"), device)
+        check_outputs(checkpoint_seconds, sample_every, keep, log)
+        folder.check(_folder(out), path)
+        data = _data(
+            dataset, dict(image_range=image_range, classes=classes, cache=cache), num_workers
         )
-    path = _checkpoint_of(out, resume)
-    given = check_settings(model, {k: v for k, v in settings.items() if v is not None})
-    device = as_device(device)
-    check_precision(given.get("precision"), device)
-    check_outputs(checkpoint_seconds, sample_every, keep, log)
-    folder.check(_folder(out), path)
-    data = _data(dataset, dict(image_range=image_range, classes=classes, cache=cache), num_workers)
     with joined(device) as (workers, own_device), progress.hidden(quiet):
         config, images, beginning = workers.together(
             lambda: prepared(model, data, given, out, path, init_from, device, workers.count)
@@ -152,7 +157,7 @@ def prepared(
         (settings, images, what the weights begin with or None).
     """
     if resume_from:
-        config, images = prepare_resumed(model, data, given, resume_from, out)
+        config, images = prepare_resumed(model, data, given, resume_from, out, processes)
         check_precision(config.precision, device)  # The run may have begun on another machine.
         return config, images, None
     # No path at all is a mistake too, of a pattern that fits no file perhaps.

@@ -24,12 +24,16 @@ class Beginning(NamedTuple):
         file that asks for it.
     channels: likewise of its images.
     modules: the networks' `state_dict` by the network's name, each with the path of its file.
+    paths: of the files, absolute.
+    classes: the names of the classes of conditional networks, with the path of the file; else None.
     """
 
     model: str
     settings: dict[str, tuple[Any, str]]
     channels: tuple[int, str]
     modules: dict[str, tuple[dict[str, Any], str]]
+    paths: tuple[str, ...]
+    classes: tuple[tuple[str, ...], str] | None = None
 
     def settled(self, given: dict[str, Any]) -> dict[str, Any]:
         """The settings `given` for a run, and those that the weights ask for.
@@ -55,6 +59,8 @@ class Beginning(NamedTuple):
                 f"expected images with {value} channels, as the weights in {path} draw, got "
                 f"{config.channels} from {config.data}"
             )
+        if self.classes:
+            _refuse_other_classes(*self.classes, config)
 
     def put_into(self, step: Any) -> None:
         """Load the weights into the networks of a fresh step; an average begins with them too.
@@ -86,7 +92,7 @@ def read_beginning(
     """
     settings: dict[str, tuple[Any, str]] = {}
     modules: dict[str, tuple[dict[str, Any], str]] = {}
-    channels = None
+    channels, classes, files = None, None, []
     for path in _several(paths):
         file = opened(path)
         name = str(file.path)
@@ -102,6 +108,9 @@ def read_beginning(
                 _refuse_other(option(setting), before, of, value, f" in {name}")
         channels = channels or (file.config.channels, name)
         _refuse_other("channels", *channels, file.config.channels, f" in {name}")
+        files.append(str(file.path.absolute()))
+        if file.config.classes:
+            classes = file.config.classes, name
         # Those that have an optimizer; what else a checkpoint holds followed its run.
         networks = [file.alone] if file.alone else file.content["optimizers"]
         for network in networks:
@@ -113,7 +122,7 @@ def read_beginning(
             modules[network] = file.content["modules"].get(network), name
     if channels is None:
         raise BadInput("expected a file with weights to begin with, got none")
-    return Beginning(model, settings, channels, modules)
+    return Beginning(model, settings, channels, modules, tuple(files), classes)
 
 
 def _several(paths: Any) -> list[str | os.PathLike[str]]:
@@ -136,3 +145,19 @@ def _refuse_other(called, value, path, other, where=""):
     raise BadInput(
         f"expected {wanted}, with which the weights in {path} were made, got {got}{where}"
     )
+
+
+def _refuse_other_classes(names, path, config):
+    """BadInput unless a label means the same to the weights and to the images of a run."""
+    others = config.classes
+    if len(others) != len(names):
+        raise BadInput(
+            f"expected the {len(names)} classes with which the weights in {path} were made, got "
+            f"{len(others)} from {config.data}"
+        )
+    for i, (name, other) in enumerate(zip(names, others, strict=True)):
+        if other != name:
+            raise BadInput(
+                f"expected {shown(name)} as class {i}, with which the weights in {path} were made, "
+                f"got {shown(other)} from {config.data}"
+            )

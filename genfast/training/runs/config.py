@@ -62,6 +62,8 @@ class _Settled:
             _check_setting("classes", self.classes)
         elif self.classes is not None:
             raise BadInput("expected classes of a conditional run alone, got some of another run")
+        if self.init_from is not None:
+            _check_setting("init_from", self.init_from)
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
@@ -69,7 +71,7 @@ class _Settled:
         return self.channels, *height_and_width(self.image_size)
 
     def as_dict(self) -> dict[str, Any]:
-        """The settings as a dict of numbers, strings and None, and a tuple of `classes`."""
+        """The settings as a dict of numbers, strings, None, and tuples of these."""
         return asdict(self)
 
     @classmethod
@@ -100,6 +102,7 @@ Config = make_dataclass(  # type: ignore[assignment,misc]
         *((name, int) for name in NOTED),
         *((name, setting.rule.kind, field(default=None)) for name, setting in SETTINGS.items()),
         ("classes", tuple, field(default=None)),
+        ("init_from", tuple, field(default=None)),
     ],
     bases=(_Settled,),
     frozen=True,
@@ -114,9 +117,10 @@ Of `epochs` and `steps` one is None.
 One that began after the run is what it then was.
 
 `num_images`, `checksum` and `channels` tell the images of a run from others. `classes` are the
-names of a conditional run's classes, in the order of the labels; None for another run. `background`
-is None for runs begun when the transparency of images was dropped. BadInput if a setting is not
-what its rule allows, or not one that the model has.
+names of a conditional run's classes, in the order of the labels; None for another run. `init_from`
+are the absolute paths of the files whose weights the run began with; None where they were drawn.
+`background` is None for runs begun when the transparency of images was dropped. BadInput if a
+setting is not what its rule allows, or not one that the model has.
 """
 
 
@@ -277,7 +281,7 @@ def _check_data(data):
         raise BadInput(f"expected --data to be digits, photos or a path, got {shown(data)}")
 
 
-def prepare_resumed(model, data, given, path, out=None):
+def prepare_resumed(model, data, given, path, out=None, processes=1):
     """As `prepare`, for a run that goes on from the checkpoint at `path`.
 
     The settings are the checkpoint's; of those given only `epochs` or `steps` may differ, and
@@ -295,6 +299,7 @@ def prepare_resumed(model, data, given, path, out=None):
     began = Config.of_checkpoint(read_checkpoint(path), path)
     if began.model != model:
         raise BadInput(f"expected a checkpoint of {model} at {path}, got one of {began.model}")
+    _check_processes(began, processes, path)
     length = {name: given.pop(name) for name in LENGTHS & given.keys()}
     for name, value in given.items():
         start = getattr(began, name)
@@ -332,6 +337,18 @@ def prepare_resumed(model, data, given, path, out=None):
             f"{config.data}"
         )
     return config, images
+
+
+def _check_processes(began, processes, path):
+    """BadInput if a run, whose batch size stays, has too few images for so many processes."""
+    left = num_training(began.num_images, began.validate)
+    most = left // began.batch_size
+    if most < processes:
+        raise BadInput(
+            f"expected {most} {'process' if most == 1 else 'processes'} at most to go on from "
+            f"{path}, as each takes {began.batch_size} of its {left} images a step, got "
+            f"{processes}: start fewer, or begin a new run with --init-from {path}"
+        )
 
 
 def _lasting(data):

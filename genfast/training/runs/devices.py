@@ -4,6 +4,8 @@ from contextlib import suppress
 
 import torch
 
+from genfast.backend import selected_backend
+from genfast.functional import why_not_triton
 from genfast.training.errors import BadInput
 from genfast.training.runs.rules import shown
 from genfast.training.steps.precision import resolve_precision
@@ -32,6 +34,21 @@ def as_device(device):
         raise BadInput(
             f"expected --device to be one this machine has, got {came}; PyTorch finds "
             f"{torch.cuda.device_count()} GPUs"
+        )
+    return found
+
+
+def working_device(device: object) -> torch.device:
+    """As `as_device`; BadInput if the backend that was asked for is none, or cannot run there."""
+    found = as_device(device)
+    try:
+        asked = selected_backend()
+    except ValueError as error:
+        raise BadInput(str(error)) from None
+    reason = asked == "triton" and why_not_triton(torch.empty(1, device=found))
+    if reason:
+        raise BadInput(
+            f"expected kernels to run, as GENFAST_BACKEND=triton or use_backend asks, but {reason}"
         )
     return found
 

@@ -12,7 +12,7 @@ import warnings
 import zlib
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -143,6 +143,8 @@ def train(
     workers.together(lambda: _check(config, images, checkpoint_seconds, sample_every, keep, log))
     if init_from and resume_from:
         raise BadInput("expected resume_from or init_from, got both")
+    if init_from:
+        config = replace(config, init_from=init_from.paths)
     device = as_device(device)
     tqdm = require("tqdm", "tqdm").tqdm
     out, resume_from = Path(out), resume_from and checkpoint.file_of(resume_from)
@@ -273,7 +275,8 @@ def _check(config: Config, images: Any, *outputs: object) -> None:
 def _what_all_share(config: Config, sample_every: int | None) -> dict:
     """What must be the same in all processes, as options that a message can name."""
     settings = {option(name): value for name, value in config.as_dict().items()}
-    del settings[option("data")]  # The place, which another machine may have elsewhere.
+    for place in ("data", "init_from"):  # Which another machine may have elsewhere.
+        del settings[option(place)]
     return settings | {"--sample-every": sample_every}
 
 

@@ -184,10 +184,13 @@ NOTED = {
 }
 # What a conditional run notes too; other runs have none.
 CLASSES = names(2)
+# And one whose first weights were those of files.
+INIT_FROM = Rule(tuple, "paths of files", lambda v: v != () and all(type(p) is str for p in v))
 RULES = {
     "data": Rule(str, "a name or a path", bool),
     **NOTED,
     "classes": CLASSES,
+    "init_from": INIT_FROM,
     **{name: setting.rule for name, setting in SETTINGS.items()},
 }
 

@@ -11,6 +11,7 @@ import os
 import re
 import signal
 import socket
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -21,8 +22,10 @@ from contextlib import (
     nullcontext,
     redirect_stderr,
     redirect_stdout,
+    suppress,
 )
 from datetime import timedelta
+from functools import partial
 from typing import Any, TypeVar
 
 import numpy as np
@@ -35,6 +38,7 @@ from genfast.training import progress
 from genfast.training.errors import BadInput, Elsewhere, LostWorker
 from genfast.training.runs.devices import as_device
 from genfast.training.runs.rules import shown
+from genfast.training.started import are_several, is_first_here, number, processes_here
 
 T = TypeVar("T")
 # Within a step nobody is longer behind the others than a disk, the network or a compiler may stall
@@ -46,9 +50,12 @@ MEETING_TIMEOUT = timedelta(minutes=10)  # Imports may take long, and machines s
 WAIT_TIMEOUT = timedelta(days=7)
 # How long who has nothing to say waits for who has: imports may take the one that much longer.
 SPEAKING_SECONDS = 30
-# What errors of gloo and NCCL have in common; PyTorch's are plain RuntimeErrors with these words.
-_CONNECTION = re.compile(
-    r"gloo|nccl|connection (?:closed|reset|refused|was)|broken pipe|socket", re.IGNORECASE
+# Errors of NCCL and of stores have types of their own. Gloo's are plain RuntimeErrors: they begin
+# with the line of its source that gave up on reading from or writing to another process, but for
+# those after a time limit that had passed before.
+_GLOO_GAVE_UP = re.compile(
+    r"\[(?!enforce)[^\]]*\bgloo[/\\]transport[/\\][^\]]*:\d+\]"
+    r"|Application timeout caused pair closure"
 )
 
 _meetings = itertools.count()  # How often this process met the others.
@@ -201,9 +208,10 @@ class Several(Alone):
         torch.manual_seed(int(entropy.generate_state(1, np.uint64)[0] >> 1))
 
     def is_lost(self, error: Exception) -> bool:
-        if isinstance(error, LostWorker):
+        ours = LostWorker, dist.DistBackendError, dist.DistNetworkError, dist.DistStoreError
+        if isinstance(error, ours):
             return True
-        return isinstance(error, RuntimeError) and bool(_CONNECTION.search(str(error)))
+        return isinstance(error, RuntimeError) and bool(_GLOO_GAVE_UP.search(str(error)))
 
     @contextmanager
     def _reached(self):
@@ -229,22 +237,12 @@ def convert_batch_norms(network: nn.Module) -> nn.Module:
     return nn.SyncBatchNorm.convert_sync_batchnorm(network)
 
 
-def are_several() -> bool:
-    """Whether this process is one of several, by the environment that torchrun gives them."""
-    return _number("WORLD_SIZE", 1) > 1 and "RANK" in os.environ
-
-
-def is_first_here() -> bool:
-    """Whether this is the one process of its machine that says what holds for all of them."""
-    return not are_several() or _number("LOCAL_RANK", 0) == 0
-
-
 def refuse_several(command: str) -> None:
     """BadInput where several processes were started for a command that is one process's."""
     if are_several():
         raise BadInput(
             f"expected one process for genfast {command}, as train alone spreads over several, got "
-            f"{_number('WORLD_SIZE', 1)}: start it without torchrun"
+            f"{number('WORLD_SIZE', 1)}: start it without torchrun"
         )
 
 
@@ -274,6 +272,43 @@ def let_speak() -> None:
     When one ends, torchrun ends the others, be it before they have said a word.
     """
     time.sleep(SPEAKING_SECONDS)
+
+
+@contextmanager
+def alike_in_all() -> Iterator[None]:
+    """Within, a `BadInput` most likely is that of all processes: a script's, as of a command.
+
+    Others than the first of a machine let that tell it before. They do not know of one another yet.
+    """
+    try:
+        yield
+    except BadInput as error:
+        error.needs_time = not is_first_here()
+        raise
+
+
+@contextmanager
+def ending_in_turn() -> Iterator[None]:
+    """Within, an error that nothing catches is told by the process it is about, not by the others.
+
+    They wait until torchrun ends them, as it does when the first has ended; else they end as a
+    process that has failed.
+    """
+    try:
+        yield
+    except (BadInput, Elsewhere):
+        if are_several():
+            sys.excepthook = partial(_tell_in_turn, sys.excepthook)
+        raise
+
+
+def _tell_in_turn(before, kind, error, traceback):
+    if isinstance(error, BadInput | Elsewhere) and error.needs_time:
+        error.needs_time = False
+        with suppress(KeyboardInterrupt):
+            let_speak()
+    if not isinstance(error, Elsewhere):
+        before(kind, error, traceback)
 
 
 @contextmanager
@@ -327,20 +362,12 @@ def joined(device_name: str | torch.device) -> Iterator[tuple[Alone, str | torch
 
 def _met(device_name):
     """A store of plain values that all processes share, this one's device, and `Several`."""
-    if dist.is_initialized():
-        raise BadInput(
-            "expected no process group yet, as training makes its own, got one: destroy it before, "
-            "or train by a step in a loop of your own"
-        )
-    missing = [name for name in ("MASTER_ADDR", "MASTER_PORT") if not os.environ.get(name)]
-    if missing:
-        raise BadInput(
-            f"expected {missing[0]}, as torchrun sets it beside RANK and WORLD_SIZE, got none"
-        )
+    with alike_in_all():
+        _check_can_meet()
     store, rank, count = next(dist.rendezvous("env://", timeout=MEETING_TIMEOUT))
     # The store may be that of those before: torchrun's, which outlives them, after a failure, or
     # another run's in the same script.
-    meeting = f"genfast {_number('TORCHELASTIC_RESTART_COUNT', 0)} {next(_meetings)}"
+    meeting = f"genfast {number('TORCHELASTIC_RESTART_COUNT', 0)} {next(_meetings)}"
     store = dist.PrefixStore(meeting, store)
     device = _agreed_device(device_name, store, rank, count)
     if device.type == "cuda":
@@ -353,6 +380,19 @@ def _met(device_name):
         timeout=STEP_TIMEOUT,
     )
     return store, device, Several()
+
+
+def _check_can_meet():
+    if dist.is_initialized():
+        raise BadInput(
+            "expected no process group yet, as training makes its own, got one: destroy it before, "
+            "or train by a step in a loop of your own"
+        )
+    missing = [name for name in ("MASTER_ADDR", "MASTER_PORT") if not os.environ.get(name)]
+    if missing:
+        raise BadInput(
+            f"expected {missing[0]}, as torchrun sets it beside RANK and WORLD_SIZE, got none"
+        )
 
 
 def _is_first_to_tell(store):
@@ -397,14 +437,14 @@ def _own_device(name):
             f"expected --device auto, cuda or cpu for several processes, each of which takes a GPU "
             f"of its own, got {name}"
         )
-    return as_device(f"cuda:{_number('LOCAL_RANK', 0)}")
+    return as_device(f"cuda:{number('LOCAL_RANK', 0)}")
 
 
 def command_again() -> list[str]:
     """How processes like these are started, as words before a command's own."""
     if not are_several():
         return ["python", "-m", "genfast"]
-    here, machines = _number("LOCAL_WORLD_SIZE", 1), _number("GROUP_WORLD_SIZE", 1)
+    here, machines = processes_here(), number("GROUP_WORLD_SIZE", 1)
     nodes = ["--nnodes", str(machines)] if machines > 1 else []
     return ["torchrun", *nodes, "--nproc-per-node", str(here), "-m", "genfast"]
 
@@ -418,9 +458,3 @@ def _silence():
         progress.hidden(),
     ):
         yield
-
-
-def _number(name, default):
-    """A whole number from the environment."""
-    text = os.environ.get(name, "")
-    return int(text) if text.isdecimal() else default

@@ -145,9 +145,13 @@ def opened(links, x, *later):
 
 
 def _in_order(links, later, each):
-    yield from each(links)
+    yield from map(_now, each(links))
     for more in later:
-        yield from each(more())
+        yield from map(_now, each(more()))
+
+
+def _now(link):
+    return link.now() if type(link) is LateCall else link
 
 
 def _first_of_run(link):
@@ -258,6 +262,21 @@ class Call:
 
     def __call__(self, x):
         return self.function(x, *self.arguments, **self.named)
+
+
+class LateCall:
+    """A `Call` whose further arguments are looked up when it is reached.
+
+    given: a function of no arguments that returns their tuple and their dict.
+    """
+
+    def __init__(self, function, given):
+        self.function, self.given = function, given
+
+    def now(self):
+        """The `Call`."""
+        arguments, named = self.given()
+        return Call(self.function, *arguments, **named)
 
 
 class Sum:

@@ -391,14 +391,22 @@ def chain(
     """
     if all([block.around is None for block in blocks]):
         return _chain(x, blocks, memory_format)
-    return _with_what_is_around(x, blocks)
+    x, line, seen = _up_to_the_last_line(x, blocks)
+    return _chain_seen(x, line, seen) if line else x
 
 
-def _with_what_is_around(x: torch.Tensor, blocks: Sequence[Block]) -> torch.Tensor:
-    """As `chain`: what cannot be part of a convolution, or gains nothing so, parts the chain.
+def _up_to_the_last_line(
+    x: torch.Tensor, blocks: Sequence[Block]
+) -> tuple[torch.Tensor, list[Block], bool]:
+    """What `chain` begins with: what is around a convolution, and no part of it, parts the chain.
 
     Within, memory stays channels_last on the kernels, whatever PyTorch's layers would make of it.
+
+    Returns:
+        What the last line takes, its blocks, which have nothing around, and whether PyTorch's
+        layers would see that as channels_last.
     """
+    line: list[Block]
     line, seen = [], layout.is_channels_last(x)  # As those layers see x.
     for block in blocks:
         if block.around is None:
@@ -429,7 +437,7 @@ def _with_what_is_around(x: torch.Tensor, blocks: Sequence[Block]) -> torch.Tens
                 x, block.activation, block.negative_slope,
                 inplace=block.inplace or reference.activates_in_place(block.activation),
             )  # fmt: skip
-    return _chain_seen(x, line, seen) if line else x
+    return x, line, seen
 
 
 def _chain_seen(x: torch.Tensor, blocks: Sequence[Block], seen: bool) -> torch.Tensor:
@@ -485,32 +493,55 @@ def _chain(
 
 
 def chain_and_sum(
-    x: torch.Tensor, blocks: Sequence[Block], added: Any, leads: bool
-) -> torch.Tensor | None:
-    """As `chain`, with a tensor added before the last activation, where kernels do that as they go.
+    x: torch.Tensor,
+    blocks: Sequence[Block],
+    added: Any,
+    leads: bool,
+    then: tuple[str, float | torch.Tensor, bool] | None = None,
+) -> tuple[torch.Tensor, bool]:
+    """As `chain`, with a tensor added to the last output, where kernels do that as they go.
 
     Args:
-        x, blocks: as in `chain`.
+        x, blocks: as in `chain`; the last block has no activation.
         added: whatever is to be added.
         leads: whether it is the first operand, whose memory format then is the sum's.
+        then: the activation of the sum, its slope and whether it is in place; None for none.
 
     Returns:
-        The last block's output; or None, and nothing is computed, where the sum is PyTorch's: of
-        another shape, dtype or memory format than the output, where something is around a
+        The output; and True, or False where the sum and its activation are left to PyTorch: of
+        another shape, dtype or memory format than the output, where something is behind the last
         convolution, or where no kernel runs.
     """
-    dtype = autocast_dtype(x.device) or x.dtype
-    if type(added) not in (torch.Tensor, torch.nn.Parameter) or torch.compiler.is_compiling():
-        return None
-    if added.dim() != 4 or added.dtype != dtype or not layout.is_fresh_channels_last(added):
-        return None
-    if added.device != x.device or any(block.around is not None for block in blocks):
-        return None  # What is around a convolution parts the chain, and no `_Plan` knows of it.
-    x, blocks = _autocast(x, blocks)
+    if not _may_be_added(x, added):
+        return chain(x, blocks), False
+    blocks, seen = list(blocks), layout.is_channels_last(x)
+    if any([block.around is not None for block in blocks]):
+        x, blocks, seen = _up_to_the_last_line(x, blocks)
+        if not blocks:
+            return x, False
     # Of 1 channel, or 1 x 1 pixels, memory is both.
     decides = leads and added.shape[1] > 1 and added.shape[2:] != (1, 1)
-    plan = _plan_of(x, blocks, torch.channels_last if decides else None, added)
-    return _run(x, blocks, plan, added) if plan.adds else None
+    if decides or seen == layout.is_channels_last(x):
+        line = blocks
+        if then is not None:
+            name, slope, inplace = then
+            last = blocks[-1]._replace(activation=name, negative_slope=slope, inplace=inplace)
+            line = [*blocks[:-1], last]
+        given, line = _autocast(x, line)
+        plan = _plan_of(given, line, torch.channels_last if decides else None, added)
+        if plan.adds:
+            return _run(given, line, plan, added), True
+    return _chain_seen(x, blocks, seen), False
+
+
+def _may_be_added(x: torch.Tensor, added: Any) -> bool:
+    """Whether kernels may add this to the output of a chain that takes x."""
+    if type(added) not in (torch.Tensor, torch.nn.Parameter) or torch.compiler.is_compiling():
+        return False
+    dtype = autocast_dtype(x.device) or x.dtype
+    if added.dim() != 4 or added.dtype != dtype or added.device != x.device:
+        return False
+    return layout.is_fresh_channels_last(added)
 
 
 def sums_may_go_into(activation: str, inplace: bool) -> bool:

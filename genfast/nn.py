@@ -511,16 +511,6 @@ def _activation_of(layer: Any) -> tuple[str, float | torch.Tensor]:
     return name, layer.weight if name == "prelu" else getattr(layer, "negative_slope", 0.0)
 
 
-def _activated(blocks: list[functional.Block], layer: nn.Module | None) -> list[functional.Block]:
-    """The blocks, an activation being the last one's; None for none."""
-    if layer is None:
-        return blocks
-    *others, last = blocks
-    name, slope = _activation_of(layer)
-    inplace = getattr(layer, "inplace", False)
-    return [*others, last._replace(activation=name, negative_slope=slope, inplace=inplace)]
-
-
 class FusedSequential(nn.Sequential):
     """An `nn.Sequential` that runs convolution + norm + activation as one operation.
 
@@ -629,9 +619,10 @@ class FusedSequential(nn.Sequential):
             blocks = [run.block() for run in runs]
             first += sum(len(run.modules) for run in runs)
             if added is not None and first == len(modules) and blocks[-1].activation == "identity":
-                y = functional.chain_and_sum(x, _activated(blocks, then), added, leads)
-                if y is not None:
-                    return y, True
+                after = None
+                if then is not None:
+                    after = (*_activation_of(then), getattr(then, "inplace", False))
+                return functional.chain_and_sum(x, blocks, added, leads, after)
             x = functional.chain(x, blocks)
         return x, False
 

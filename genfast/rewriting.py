@@ -27,7 +27,7 @@ from typing import NamedTuple
 
 import torch
 
-from genfast.calls import FIRST, Call, Method, Sum, opened, run, run_after
+from genfast.calls import FIRST, Call, LateCall, Method, Sum, opened, run, run_after
 from genfast.looking import Chain, Part, is_look
 from genfast.source import SCOPES, source_of
 
@@ -42,8 +42,10 @@ _FUNCTIONS = {
 _METHODS = {"relu", "tanh", "sigmoid"}
 _RUN, _CALL, _METHOD = "__genfast_run__", "__genfast_call__", "__genfast_method__"
 _OPENED, _SUM, _RUN_AFTER = "__genfast_opened__", "__genfast_sum__", "__genfast_run_after__"
+_LATE_CALL = "__genfast_late_call__"
 _GIVEN = {
     _RUN: run, _CALL: Call, _METHOD: Method, _OPENED: opened, _SUM: Sum, _RUN_AFTER: run_after,
+    _LATE_CALL: LateCall,
 }  # fmt: skip
 
 
@@ -277,13 +279,14 @@ class _Rewriter:
             if before and _is_sum(found.part) and not (before.many or before.condition):
                 before.links.extend(found.part.links)  # A variable's value: no matter when.
             else:
-                later.append(self._later(statements[end], found.part))
+                later.append((statements[end], found.part))
                 parts.append(found.part)
             names.add(found.name)
             last, end = found, end + 1
         if last is None:
             return first, None
         self._note(parts)
+        later = [self._later(*both) for both in later]
         call = self._call_of_run(location, links, self._inside(inner), later)
         if last.name is not None:
             made = ast.Assign([ast.Name(last.name, ast.Store())], call)
@@ -406,9 +409,7 @@ class _Rewriter:
         while True:
             link, carried = self._link(node, name)
             # What is evaluated before all else can be that of one sum.
-            if link is None or (
-                _adds_first(link[0]) and not all(self._leads_sum(e) for e, *_ in links)
-            ):
+            if link is None or (_adds_first(link[0]) and any(_adds_first(e) for e, *_ in links)):
                 break
             links.append(link)
             node = carried
@@ -477,16 +478,28 @@ class _Rewriter:
             return (_sum(node.left, FIRST, node), False, node), node.right
         return nothing
 
-    def _leads_sum(self, link):
-        """Whether a link that takes a sum is, as it stands, what Python looks up before the sum.
+    def _in_time(self, links, x=None):
+        """The links, such that each has its further arguments looked up when Python would.
 
-        A function is; what it is given beside comes after the sum, and may be another value then.
+        That is after all before it has been called, and may matter. x: what the first one takes,
+        unless it is a variable.
         """
-        given = []
-        if _is_call_of(link, _CALL):
-            given = [*link.args[1:], *(k.value for k in link.keywords)]
-        fixed = all(isinstance(e, ast.Constant) or self._is_other(e) for e in given)
-        return fixed and not _adds_first(link)
+        if x is None or isinstance(x, ast.Name):
+            return [*links[:1], *map(self._late, links[1:])]
+        return list(map(self._late, links))
+
+    def _late(self, link):
+        """A link, looking up its further arguments late unless they are the same at all times."""
+        if not _is_call_of(link, _CALL):
+            return link
+        function, *given = link.args
+        named = {k.arg: k.value for k in link.keywords}
+        if all(isinstance(e, ast.Constant) or self._is_other(e) for e in [*given, *named.values()]):
+            return link
+        names = ast.Dict([ast.Constant(name) for name in named], list(named.values()))
+        value = ast.Tuple([ast.Tuple(given, ast.Load()), names], ast.Load())
+        late = ast.Name(_LATE_CALL, ast.Load())
+        return _placed(ast.Call(late, [function, _function_of(value)], []), link)
 
     def _is_other(self, node):
         """Whether it is a variable, of what `_link_of_sum` adds."""
@@ -517,21 +530,22 @@ class _Rewriter:
 
     def _later(self, statement, part):
         """A function of no arguments that gives the links of a statement."""
-        value = part.links[0] if part.many else ast.Tuple(part.links, ast.Load())
+        links = part.links if part.many else self._in_time(part.links)
+        value = links[0] if part.many else ast.Tuple(links, ast.Load())
         if part.condition is not None:
-            value = ast.IfExp(part.condition, value, ast.Tuple(list(part.otherwise), ast.Load()))
-        arguments = ast.arguments([], [], None, [], [], None, [])
-        return _placed(ast.Lambda(arguments, value), statement)
+            otherwise = ast.Tuple(self._in_time(part.otherwise), ast.Load())
+            value = ast.IfExp(part.condition, value, otherwise)
+        return _placed(_function_of(value), statement)
 
     def _call_of_run(self, location, links, inner, later):
         function, before = _RUN, []
         for i, link in enumerate(links):
             if _adds_first(link):
-                outer, links = links[i + 1 :], links[:i]
+                outer, links = list(map(self._late, links[i + 1 :])), links[:i]
                 function = _RUN_AFTER
                 before = [ast.Tuple(outer, ast.Load()), self._inside(link.args[0])]
                 break
-        arguments = [*before, ast.Tuple(links, ast.Load()), inner, *later]
+        arguments = [*before, ast.Tuple(self._in_time(links, inner), ast.Load()), inner, *later]
         return _placed(ast.Call(ast.Name(function, ast.Load()), arguments, []), location)
 
     def _note(self, parts):
@@ -540,6 +554,11 @@ class _Rewriter:
 
     def _local_from_self(self):
         return (self._self, *self._local) if self._self else ()
+
+
+def _function_of(value):
+    """The expression of a function of no arguments that returns the value of one."""
+    return ast.Lambda(ast.arguments([], [], None, [], [], None, []), value)
 
 
 def _sum(other, how, at):

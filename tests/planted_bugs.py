@@ -55,22 +55,22 @@ BUGS = (
     Bug(
         "what a function is given beside a sum is looked up before it",
         "genfast/rewriting.py",
-        "return fixed and not _adds_first(link)",
-        "return not _adds_first(link)",
+        "list(map(self._late, links[i + 1 :]))",
+        "links[i + 1 :]",
         "test_residual.py::test_what_takes_a_sum_is_looked_up_as_python_does",
     ),
     Bug(
         "a sum leaves out what is around a convolution",
         "genfast/functional.py",
-        "if added.device != x.device or any(block.around is not None for block in blocks):",
-        "if added.device != x.device:",
+        "    if any([block.around is not None for block in blocks]):\n        x, blocks",
+        "    if any([]):\n        x, blocks",
         "test_residual.py::test_what_is_around_a_convolution_counts",
     ),
     Bug(
         "a sum within the second of two calls takes the place of theirs",
         "genfast/rewriting.py",
-        "return fixed and not _adds_first(link)",
-        "return fixed",
+        " and any(_adds_first(e) for e, *_ in links)",
+        " and False",
         "test_residual.py::test_lists_within_one_another_keep_their_order",
     ),
     Bug(
@@ -1327,6 +1327,27 @@ BUGS = (
         "except UnicodeEncodeError:",
         "except UnicodeDecodeError:",
         "test_sentences.py::test_a_terminal_that_lacks_letters",
+    ),
+    Bug(
+        "a conditional gan's generator without batch norm",
+        "genfast/training/runs/config.py",
+        'settings |= kind.with_labels if given.get("conditional") else {}',
+        'settings |= kind.with_labels if given.get("labelled") else {}',
+        "test_conditional.py::test_the_perceptrons_have_batch_norm_where_a_run_is_conditional",
+    ),
+    Bug(
+        "what a layer is given beside is looked up before all calls",
+        "genfast/rewriting.py",
+        "return [*links[:1], *map(self._late, links[1:])]",
+        "return links",
+        "test_residual.py::test_what_a_layer_is_given_beside_is_looked_up_when_it_is_called",
+    ),
+    Bug(
+        "a sum that reflection parts from its chain keeps the kernels' memory format",
+        "genfast/functional.py",
+        "if decides or seen == layout.is_channels_last(x):",
+        "if True:",
+        "test_residual.py::test_blocks_that_reflect_add_too",
     ),
 )
 

@@ -10,6 +10,7 @@ from PIL import Image
 from test_losses import of_paper, softplus
 from torch import nn
 
+import genfast
 from genfast import reference
 from genfast.cli import main
 from genfast.models import GAN, VAE, ConvVAE, DCGANDiscriminator, DCGANGenerator
@@ -19,6 +20,7 @@ from genfast.training.runs.checkpoint import read_checkpoint
 from genfast.training.runs.classes import labels_of_samples
 from genfast.training.runs.config import Config, prepare, prepare_resumed
 from genfast.training.runs.loop import train
+from genfast.training.runs.models import MODELS as KINDS
 from genfast.training.runs.samples import sample_checkpoint
 from genfast.training.steps import adam
 from genfast.training.steps.labels import Labels, classes_of
@@ -34,6 +36,12 @@ def dcgan():
 def gan():
     torch.manual_seed(0)
     networks = GAN((1, 4, 4), 8, CLASSES)
+    return networks.generator, networks.discriminator
+
+
+def gan_with_norms():
+    torch.manual_seed(0)
+    networks = GAN((1, 4, 4), 8, CLASSES, batch_norm=True)
     return networks.generator, networks.discriminator
 
 
@@ -71,12 +79,20 @@ def plain_dcgan(generator, discriminator):
 
 def plain_gan(generator, discriminator):
     """Hidden layers of their own for the one-hot label, as Mirza and Osindero have them."""
+    *layers, last = [layer for layer in generator.main if isinstance(layer, nn.Linear)]
+    norms = [layer for layer in generator.main if isinstance(layer, nn.BatchNorm1d)]
+
+    def hidden(which, x):
+        x = layers[which](x)
+        if norms:
+            x = (x - x.mean(0)) / (x.var(0, correction=0) + 1e-5).sqrt()
+            x = norms[which].weight * x + norms[which].bias
+        return x.relu()
 
     def generate(z, y):
-        of_noise = run(generator.main[:2], z)
         of_label = F.relu(F.one_hot(y, CLASSES).float() @ generator.embedding.weight)
-        hidden = torch.cat([of_noise, of_label], 1)
-        return run(generator.main[2:], hidden).view(-1, 1, 4, 4)
+        joint = hidden(1, torch.cat([hidden(0, z), of_label], 1))
+        return last(joint).tanh().view(-1, 1, 4, 4)
 
     def judge(x, y):
         of_image = run(discriminator.main[:3], x)
@@ -122,6 +138,7 @@ def losses_of(step, data):
         (dcgan, plain_dcgan, "hinge", False),
         (dcgan, plain_dcgan, "rpgan", None),
         (gan, plain_gan, "non-saturating", False),  # One pass would draw another dropout.
+        (gan_with_norms, plain_gan, "non-saturating", False),
     ],
 )
 def test_a_step_is_that_of_a_plain_loop(make, plain, loss, merge):
@@ -357,6 +374,36 @@ def test_a_run_and_its_resume(model, folder, tmp_path):
         assert all(torch.equal(value, parts["modules"][name][key]) for key, value in module.items())
     with Image.open(tmp_path / "parts/samples/epoch_002.png") as picture:
         assert picture.size == (8 * 66 + 2, 3 * 66 + 2)  # A class a row.
+
+
+def test_the_perceptrons_have_batch_norm_where_a_run_is_conditional(folder, tmp_path):
+    tiny = dict(batch_size=4, epochs=1, nz=3, image_size=16)
+    for given, expected in (
+        (dict(conditional=True), (True, 6e-4)),
+        (dict(conditional=True, batch_norm=False, lr_d=1e-3), (False, 1e-3)),
+        (dict(conditional=True, lr=1e-3), (True, None)),
+        (dict(batch_norm=True), (True, None)),
+        ({}, (False, None)),
+    ):
+        config, _ = prepare("gan", folder, tiny | given)
+        assert (config.batch_norm, config.lr_d) == expected
+        generator, _ = KINDS["gan"].networks(config)
+        assert any(isinstance(m, nn.BatchNorm1d) for m in generator.modules()) is expected[0]
+    for given, count, message in (
+        (dict(batch_norm=True, batch_size=1), 1, "expected 2 images or more for batch norm, got 1"),
+        (dict(sync_bn=True), 2, "expected --batch-norm with --sync-bn, got a gan without"),
+    ):
+        with pytest.raises(BadInput, match=message):
+            prepare("gan", folder, tiny | given, processes=count)
+    # Conditional runs that began before there was the setting are without.
+    config, images = prepare("gan", folder, tiny | dict(conditional=True, batch_norm=False))
+    train(config, images, tmp_path / "run", device="cpu", max_seconds=0)
+    path = tmp_path / "run" / "checkpoint.pt"
+    content = torch.load(path, weights_only=True)
+    for name in ("batch_norm", "sync_bn"):
+        del content["config"][name]
+    torch.save(content, path)
+    assert genfast.load(path, "cpu").sample(2, labels="bee").shape == (2, 1, 16, 16)
 
 
 def test_data_that_changed(folder, tmp_path):

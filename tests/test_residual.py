@@ -80,10 +80,11 @@ def sums(monkeypatch):
     """For each chain that could add whether it did, and its last activation."""
     found, run = [], functional.chain_and_sum
 
-    def noting(x, given, added, leads):
-        y = run(x, given, added, leads)
-        found.append(given[-1].activation if y is not None else None)
-        return y
+    def noting(x, given, added, leads, then):
+        y, is_whole = run(x, given, added, leads, then)
+        activation = then[0] if then else given[-1].activation
+        found.append(activation if is_whole else None)
+        return y, is_whole
 
     monkeypatch.setattr(functional, "chain_and_sum", noting)
     return found
@@ -237,6 +238,38 @@ def test_what_is_around_a_convolution_counts(layers, device):
     torch.testing.assert_close(ours(x), stock(x))
 
 
+@pytest.mark.parametrize("leads", [True, False])
+@pytest.mark.parametrize("norm", [nn.InstanceNorm2d, nn.BatchNorm2d])
+def test_blocks_that_reflect_add_too(norm, leads, device, sums):
+    """Those of CycleGAN: padding by reflection parts the chain, whose last part adds."""
+
+    def first(self, x):
+        return F.relu(x + self.block(x))
+
+    def second(self, x):
+        return F.relu(self.block(x) + x)
+
+    layers = [nn.ReflectionPad2d(1), nn.Conv2d(C, C, 3), norm(C), nn.ReLU()]
+    layers += [nn.ReflectionPad2d(1), nn.Conv2d(C, C, 3), norm(C)]
+    kind = type("Reflecting", (Summed,), {"forward": first if leads else second})
+    for memory_format in (torch.channels_last, torch.contiguous_format):
+        stock = kind(*copy.deepcopy(layers)).to(device).to(memory_format=memory_format)
+        ours = copy.deepcopy(stock)
+        accelerate(ours)
+        assert_module(ours, stock, image(device, memory_format))
+        x = image(device, memory_format)
+        assert ours(x).stride() == stock(x).stride()
+    # After an instance norm PyTorch's memory is contiguous, and so is a sum that it leads; so it is
+    # after a convolution of contiguous weights behind one.
+    assert ("relu" in sums) is (leads or norm is nn.BatchNorm2d)
+    stock = kind(nn.Conv2d(C, C, 1), nn.InstanceNorm2d(C), *layers[4:6], nn.BatchNorm2d(C))
+    ours = copy.deepcopy(stock.to(device))
+    accelerate(ours)
+    x = image(device)
+    torch.testing.assert_close(ours(x), stock(x))
+    assert ours(x).stride() == stock(x).stride()
+
+
 def test_autocast_promotes(device, sums):
     stock, ours = network(alone, device)
     x = image(device)
@@ -331,6 +364,26 @@ def test_what_takes_a_sum_is_looked_up_as_python_does(device):
     x = image(device)
     torch.testing.assert_close(ours(x), stock(x))
     assert ours.number == stock.number == 2
+
+
+def test_what_a_layer_is_given_beside_is_looked_up_when_it_is_called(device):
+    def counted(self, x):
+        self.number += 1
+        return x
+
+    def one(self, x):
+        return F.leaky_relu(self.conv1(self.counted(x)), negative_slope=self.number)
+
+    def two(self, x):
+        h = F.leaky_relu(self.same(self.counted(self.conv1(x))), self.number)
+        h = F.leaky_relu(self.counted(self.same(h)), self.number)
+        return F.leaky_relu(self.same(h) + self.counted(self.conv1(x)), self.number)
+
+    for forward in (one, two):
+        stock, ours = network(forward, device, number=0, counted=counted)
+        x = image(device)
+        torch.testing.assert_close(ours(x), stock(x))
+        assert ours.number == stock.number > 0
 
 
 def test_in_place_changes_what_others_hold(device):

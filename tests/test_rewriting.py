@@ -154,8 +154,9 @@ def chains(monkeypatch):
         return run(x, blocks, *args)
 
     def counting_sums(x, blocks, *args):
+        before = len(found)
         y = run_and_add(x, blocks, *args)
-        if y is not None:
+        if len(found) == before:  # Else it was a chain without the sum.
             found.append(len(blocks))
         return y
 

@@ -1,5 +1,6 @@
 """`genfast train`: a run begins, or goes on."""
 
+import argparse
 import os
 import shlex
 from pathlib import Path
@@ -92,7 +93,10 @@ def _add_setting(parser, name, setting):
     help = f"{setting.text} (default: {setting.default or _defaults_of(name)})"
     rule = setting.rule
     if rule.kind is bool:
-        parser.add_argument(option(name), action="store_true", default=None, help=setting.text)
+        on = any(kind.with_labels.get(name) for kind in MODELS.values())
+        action = argparse.BooleanOptionalAction if on else "store_true"
+        text = f"{setting.text} (default: where a run is conditional)" if on else setting.text
+        parser.add_argument(option(name), action=action, default=None, help=text)
         return
     metavar = setting.metavar or ("N" if rule.kind is int else "X")
     if rule.choices:

@@ -5,6 +5,10 @@ generator, 240 maxout units of 5 pieces twice in the discriminator, with dropout
 Images lie in [-1, 1] and the generator ends in tanh rather than a sigmoid, so that both GANs here
 take the same images; and the noise is Gaussian rather than uniform.
 
+`batch_norm` puts batch norm (Ioffe and Szegedy, 2015, arXiv:1502.03167) before the rectifiers of
+the generator, as DCGAN's has it: what the noise adds to a layer is then not drowned by what is
+common to all images. With labels the generator needs it, or it comes to draw one image a class.
+
 With `classes` the networks are conditional as those of Mirza and Osindero (2014, arXiv:1411.1784):
 labels and noise, or labels and images, have hidden layers of their own, side by side, before one
 that joins them. The layer of a label is an embedding: that is what a layer makes of a one-hot
@@ -18,6 +22,7 @@ import torch
 from torch import nn
 
 from genfast.models.classes import check_classes
+from genfast.nn import FusedSequential
 
 
 class Maxout(nn.Module):
@@ -45,6 +50,7 @@ class GANGenerator(nn.Module):
         nz: the length of the noise vector.
         hidden: the width of the two hidden layers.
         classes: how many classes there are labels of; None for a generator that takes no labels.
+        batch_norm: whether batch norm comes before the rectifiers. It trains on two images or more.
 
     Shape:
         (N, nz), and int64 labels (N,), to (N, C, H, W), in [-1, 1].
@@ -61,6 +67,7 @@ class GANGenerator(nn.Module):
         nz: int = 100,
         hidden: int = 1200,
         classes: int | None = None,
+        batch_norm: bool = False,
     ) -> None:
         super().__init__()
         check_classes(classes)
@@ -69,14 +76,11 @@ class GANGenerator(nn.Module):
         self.classes = classes
         # Of the first layer a sixth is the noise's, the rest the label's: 200 and 1000 there.
         of_noise = hidden // 6 if classes else hidden
-        self.main = nn.Sequential(
-            nn.Linear(nz, of_noise),
-            nn.ReLU(True),
-            nn.Linear(hidden, hidden),
-            nn.ReLU(True),
-            nn.Linear(hidden, math.prod(self.image_shape)),
-            nn.Tanh(),
-        )
+        layers = _layer(nz, of_noise, batch_norm)
+        self._joined = len(layers)  # Where the label's comes to the noise's.
+        layers += _layer(hidden, hidden, batch_norm)
+        layers += [nn.Linear(hidden, math.prod(self.image_shape)), nn.Tanh()]
+        self.main = FusedSequential(*layers)
         if classes:
             self.embedding = nn.Embedding(classes, hidden - of_noise)
             nn.init.normal_(self.embedding.weight, 0.0, nz**-0.5)  # Not to drown the noise.
@@ -85,9 +89,15 @@ class GANGenerator(nn.Module):
         """Draw the images that these noise vectors, and labels, stand for."""
         if not self.classes:
             return self.main(z).view(-1, *self.image_shape)
-        hidden = self.main[:2](z)
+        hidden = self.main[: self._joined](z)
         of_label = self.embedding(labels).relu().to(hidden.dtype)
-        return self.main[2:](torch.cat([hidden, of_label], 1)).view(-1, *self.image_shape)
+        images = self.main[self._joined :](torch.cat([hidden, of_label], 1))
+        return images.view(-1, *self.image_shape)
+
+
+def _layer(in_features: int, out_features: int, batch_norm: bool) -> list[nn.Module]:
+    norm = [nn.BatchNorm1d(out_features)] if batch_norm else []
+    return [nn.Linear(in_features, out_features), *norm, nn.ReLU(True)]
 
 
 class GANDiscriminator(nn.Module):
@@ -146,6 +156,7 @@ class GAN(nn.Module):
         image_shape: (C, H, W) of the images.
         nz: the length of the noise vector.
         classes: how many classes there are labels of; None for networks that take no labels.
+        batch_norm: whether the generator has batch norm.
 
     Example:
         >>> gan = GAN((1, 8, 8), nz=4)
@@ -154,8 +165,12 @@ class GAN(nn.Module):
     """
 
     def __init__(
-        self, image_shape: Sequence[int] = (1, 28, 28), nz: int = 100, classes: int | None = None
+        self,
+        image_shape: Sequence[int] = (1, 28, 28),
+        nz: int = 100,
+        classes: int | None = None,
+        batch_norm: bool = False,
     ) -> None:
         super().__init__()
-        self.generator = GANGenerator(image_shape, nz, classes=classes)
+        self.generator = GANGenerator(image_shape, nz, classes=classes, batch_norm=batch_norm)
         self.discriminator = GANDiscriminator(image_shape, classes=classes)

@@ -13,7 +13,7 @@ from genfast.training.runs.settings import option
 from genfast.training.runs.trained import opened
 
 # The settings by which networks have their shape. Not all models have each.
-_SHAPES = ("image_size", "nz", "ngf", "ndf", "conditional", "spectral_norm")
+_SHAPES = ("image_size", "nz", "ngf", "ndf", "conditional", "batch_norm", "spectral_norm")
 
 
 class Beginning(NamedTuple):

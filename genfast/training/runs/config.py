@@ -203,8 +203,11 @@ def prepare(model, data, given, out=None, processes=1):
     _check_data(data)
     kind = MODELS[model]
     settings = kind.defaults | (kind.on_digits if data == "digits" else {})
+    settings |= kind.with_labels if given.get("conditional") else {}
     if "steps" in given:
         settings["epochs"] = None
+    if "lr" in given and "lr_d" in settings:
+        settings["lr_d"] = None  # A default beside another --lr would be of no use.
     chosen = settings | given
     images, crc = _images(data, chosen, out, lambda *size: _network_size(kind, *size))
     left = num_training(len(images), given.get("validate"))
@@ -219,7 +222,19 @@ def prepare(model, data, given, out=None, processes=1):
         classes=_classes_of(images),
         **(settings | given | dict(channels=images.shape[1], image_size=plain(*images.shape[2:]))),
     )
+    _check_batch_norm(config, processes)
     return config, images
+
+
+def _check_batch_norm(config, processes):
+    """BadInput where perceptrons' batch norm is to share what is not there, or has one image."""
+    if config.batch_norm is False and config.sync_bn:
+        raise BadInput("expected --batch-norm with --sync-bn, got a gan without batch norm")
+    if config.batch_norm and config.batch_size * (processes if config.sync_bn else 1) < 2:
+        raise BadInput(
+            "expected 2 images or more for batch norm, got 1: give a --batch-size of 2 or more, or "
+            "--no-batch-norm"
+        )
 
 
 def _images(data, settings, run_folder, fitting):

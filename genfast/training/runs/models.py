@@ -24,6 +24,7 @@ class Model(NamedTuple):
         defaults: its settings besides `image_size`, with their values for images of all kinds.
         on_digits: those that differ for the digits, which are few and simple: more epochs, smaller
             images and latents, narrower networks.
+        with_labels: those that differ for a conditional run.
         convolutional: whether its networks halve the image down to a few pixels; perceptrons take
             any size.
     """
@@ -32,11 +33,12 @@ class Model(NamedTuple):
     step: Callable
     defaults: dict
     on_digits: dict
+    with_labels: dict = {}
     convolutional: bool = False
 
 
 def _gan(config):
-    gan = GAN(config.image_shape, config.nz, _classes(config))
+    gan = GAN(config.image_shape, config.nz, _classes(config), bool(config.batch_norm))
     return gan.generator, gan.discriminator
 
 
@@ -145,8 +147,9 @@ MODELS = {
     "gan": Model(
         _gan,
         _gan_step,
-        dict(epochs=50, **_GANS, **_CONDITIONAL),
+        dict(epochs=50, batch_norm=False, **_GANS, **_CONDITIONAL, **_BATCH_NORMS),
         dict(image_size=16, epochs=150),
+        with_labels=dict(batch_norm=True, lr_d=6e-4),
     ),
     "dcgan": Model(
         _dcgan,

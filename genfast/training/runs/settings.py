@@ -92,7 +92,10 @@ SETTINGS = {
         ABOVE_0, "learning rate of a GAN's generator", optional=True, default="that of --lr"
     ),
     "lr_d": Setting(
-        ABOVE_0, "learning rate of a GAN's discriminator", optional=True, default="that of --lr"
+        ABOVE_0,
+        "learning rate of a GAN's discriminator",
+        optional=True,
+        default="that of --lr; of a conditional gan 0.0006, where --lr is not given",
     ),
     "n_critic": Setting(whole(), "updates of a discriminator for one of its generator", once=1),
     "penalty": Setting(
@@ -131,6 +134,7 @@ SETTINGS = {
         FLAG, "pass over updates that are not finite, and count them, instead of ending", once=False
     ),
     "flip": Setting(FLAG, "mirror real images of a GAN left to right at random", once=False),
+    "batch_norm": Setting(FLAG, "batch norm in the generator of perceptrons", once=False),
     "sync_bn": Setting(
         FLAG,
         "batch norms take their statistics from the images of all processes that torchrun started",

@@ -17,13 +17,36 @@ evaluate = ["onnxruntime", "torch-fidelity"]
 export = ["onnx", "onnxscript", "safetensors"]
 # pytest-benchmark 5.2.3, the newest, fails with pytest 9.2: it reads an attribute that is gone.
 benchmark = [*train, "matplotlib", "pytest<9.2", "pytest-benchmark"]
-test = [*benchmark, *export, "mypy", "onnxruntime", "pytest-xdist", "ruff", "setuptools>=77"]
+# The frameworks of docs/lightning.md: genfast needs neither, its page and tests/test_docs.py do.
+docs = ["accelerate", "lightning"]
+test = [
+    *benchmark,
+    *docs,
+    *export,
+    "mypy",
+    "onnxruntime",
+    "pytest-xdist",
+    "ruff",
+    "setuptools>=77",
+]
+
+
+def description() -> str:
+    """The README for a package index, where its relative links and its picture lead nowhere.
+
+    No address of the repository is known that they could be made absolute with. So a link becomes
+    its words and the path, which the sdist has, and the picture is left out.
+    """
+    text = (HERE / "README.md").read_text(encoding="utf-8")
+    text = re.sub(r"^!\[[^]]*\]\([^)]*\)\n\n", "", text, flags=re.M)
+    return re.sub(r"\[([^]]+)\]\((?!https?:)([^)#]+)[^)]*\)", r"\1 (`\2`)", text)
+
 
 setup(
     name="genfast",
     version=version,
     description="Fast training of GANs and VAEs: fused Triton kernels in drop-in PyTorch modules",
-    long_description=(HERE / "README.md").read_text(encoding="utf-8"),
+    long_description=description(),
     long_description_content_type="text/markdown",
     python_requires=">=3.10,<3.14",
     install_requires=["torch>=2.11", 'triton>=3.6; sys_platform == "linux"', "numpy"],
@@ -33,6 +56,7 @@ setup(
         "evaluate": evaluate,
         "export": export,
         "benchmark": benchmark,
+        "docs": docs,
         "test": test,
     },
     entry_points={"console_scripts": ["genfast = genfast.__main__:main"]},

@@ -5,6 +5,7 @@ import signal
 import sys
 from contextlib import suppress
 
+NEEDED = "numpy", "torch"  # pip brings them, unless it was told not to or they were removed.
 INTERRUPTED = 130  # The exit status of a command that a shell's Ctrl-C ended.
 
 
@@ -14,7 +15,14 @@ def main():
     if interruptible:
         # PyTorch takes seconds to import, and an exception in the middle may come out as another.
         signal.signal(signal.SIGINT, _leave)
-    from genfast.cli import main as run_command
+    try:
+        from genfast.cli import main as run_command
+    except ModuleNotFoundError as error:
+        if error.name not in NEEDED:
+            raise
+        install = f"python -m pip install {error.name}"
+        print(f"genfast: error: expected {error.name}, got none: {install}", file=sys.stderr)
+        return 1
 
     if interruptible:
         signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -1378,6 +1378,13 @@ BUGS = (
         "test_example_weights.py::test_a_generator_draws_what_the_example_draws",
     ),
     Bug(
+        "a terminal that lacks a letter ends a command",
+        "genfast/cli/streams.py",
+        "except UnicodeEncodeError:",
+        "except UnicodeDecodeError:",
+        "test_sentences.py::test_a_terminal_that_lacks_letters",
+    ),
+    Bug(
         "a conditional gan's generator without batch norm",
         "genfast/training/runs/config.py",
         'settings |= kind.with_labels if given.get("conditional") else {}',

@@ -1,16 +1,22 @@
 """The wheel and the sdist: what they hold, and that genfast works away from the checkout."""
 
 import datetime
+import email
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
 import tarfile
 import zipfile
+from importlib.metadata import PackageNotFoundError, requires
 from pathlib import Path
 
 import pytest
+import stand_ins
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 import genfast
 
@@ -37,10 +43,11 @@ def sources(tmp_path_factory):
     """A copy of the sources, since building leaves files beside them."""
     source = tmp_path_factory.mktemp("source")
     left_out = shutil.ignore_patterns("__pycache__")
-    for folder in ("genfast", "kernels", "tests"):
+    for folder in ("benchmarks", "docs", "genfast", "kernels", "tests"):
         shutil.copytree(ROOT / folder, source / folder, ignore=left_out)
-    for name in ("setup.py", "pyproject.toml", "README.md"):
-        shutil.copy(ROOT / name, source)
+    for pattern in ("*.in", "*.md", "*.py", "*.toml", "*.txt", "Makefile"):
+        for path in ROOT.glob(pattern):
+            shutil.copy(path, source)
     (source / "genfast/launch/tuned.csv").write_text("")  # There is none before a GPU was timed.
     return source
 
@@ -62,6 +69,14 @@ def wheel(archives):
 @pytest.fixture(scope="module")
 def sdist(archives):
     return next(archives.glob("*.tar.gz"))
+
+
+@pytest.fixture(scope="module")
+def metadata(wheel):
+    """What a package index reads of the wheel: fields, and the description as the payload."""
+    with zipfile.ZipFile(wheel) as file:
+        (name,) = (n for n in file.namelist() if n.endswith(".dist-info/METADATA"))
+        return email.message_from_string(file.read(name).decode())
 
 
 @pytest.fixture(scope="module")
@@ -100,6 +115,41 @@ def test_sdist_builds_the_same_wheel(sdist, wheel, tmp_path):
     out = "--no-build-isolation", "--wheel-dir", tmp_path
     run("-m", "pip", "wheel", *OFFLINE, *out, sdist, cwd=tmp_path)
     assert contents(next(tmp_path.glob("*.whl"))) == contents(wheel)
+
+
+def test_description_has_no_link_that_is_dead_on_an_index(metadata, sdist):
+    text = metadata.get_payload()
+    links = re.findall(r"\]\(\s*([^)]*)", text)
+    assert [link for link in links if not link.startswith("https://")] == []
+    paths = {*re.findall(r"\(`([^`]+)`\)", text)}
+    assert {"DESIGN.md", "docs/lightning.md"} <= paths
+    assert "# genfast\n\ngenfast is built" in text  # And no picture in between.
+    with tarfile.open(sdist) as file:
+        assert paths <= {name.partition("/")[2] for name in file.getnames()}
+
+
+def test_constraints_pin_what_make_test_installs(metadata):
+    """Directly and by what that needs in turn, as far as it is installed here."""
+    lines = (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines()
+    pins = [Requirement(line) for line in lines if line and not line.startswith("#")]
+    assert all(str(pin.specifier).startswith("==") for pin in pins)
+    seen, waiting = set(), [("test", line) for line in metadata.get_all("Requires-Dist")]
+    while waiting:
+        of_extra, line = waiting.pop()
+        need = Requirement(line)
+        if need.marker and not need.marker.evaluate({"extra": of_extra}):
+            continue
+        for extra in {"", *need.extras} - {e for name, e in seen if name == need.name}:
+            seen.add((need.name, extra))
+            try:
+                waiting += [(extra, line) for line in requires(need.name) or ()]
+            except PackageNotFoundError:
+                continue
+    needed = {canonicalize_name(name) for name, _ in seen}
+    # PyTorch's build for CUDA says itself which libraries it was built with.
+    needed = {name for name in needed if not name.startswith(("cuda-", "nvidia-"))}
+    assert needed >= stand_ins.WITHOUT  # Else an example in docs/ would run nowhere.
+    assert needed <= {canonicalize_name(pin.name) for pin in pins}
 
 
 def test_changelog_tells_of_this_version():

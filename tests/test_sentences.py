@@ -2,6 +2,7 @@
 
 import ast
 import errno
+import io
 import os
 import re
 import subprocess
@@ -141,6 +142,24 @@ def test_the_hint_names_all_of_an_extra(extra):
     setup = (ROOT / "setup.py").read_text(encoding="utf-8")
     named = ast.literal_eval(re.search(rf"^{extra} = (\[.*\])$", setup, re.M)[1])
     assert tuple(re.split("[<>=]", name)[0] for name in named) == EXTRAS[extra][1]
+
+
+def test_what_genfast_needs_is_not_there():
+    code = "sys.modules['torch'] = None; from genfast.__main__ import main; sys.exit(main())"
+    command = [sys.executable, "-c", f"import sys; {code}"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 1
+    assert done.stderr == "genfast: error: expected torch, got none: python -m pip install torch\n"
+
+
+def test_a_terminal_that_lacks_letters(monkeypatch):
+    """The help names authors, and a metric stands with its spread."""
+    raw = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(raw, encoding="ascii"))
+    with pytest.raises(SystemExit) as stop:
+        cli.main(["evaluate", "--help"])
+    assert stop.value.code == 0
+    assert rb"Fr\xe9chet" in raw.getvalue()
 
 
 def _without_reader():

@@ -21,6 +21,8 @@ def open_closed_streams():
 class Unbreakable:
     """A text stream that goes on into the null device when it cannot be written to any more.
 
+    Letters that its encoding lacks are written as Python writes them to standard error: \\xe9.
+
     Args:
         stream: the stream.
         needed: whether an error is to be raised the first time, unless only the reader has gone.
@@ -34,7 +36,12 @@ class Unbreakable:
         return getattr(self._stream, name)
 
     def write(self, text):
-        self._unless_broken(self._stream.write, text)
+        try:
+            self._unless_broken(self._stream.write, text)
+        except UnicodeEncodeError:
+            encoding = self._stream.encoding
+            plain = text.encode(encoding, "backslashreplace").decode(encoding)
+            self._unless_broken(self._stream.write, plain)
         return len(text)
 
     def flush(self):

@@ -26,7 +26,7 @@ LEVELS = (
     ("functional",),
     ("operators",),
     ("autograd", "folding"),
-    ("cpu", "launch", "padding"),
+    ("cpu", "launch", "own_glu", "padding"),
     (
         "backend", "geometry", "kernels", "layout", "library", "looking", "opening", "reference",
         "source",

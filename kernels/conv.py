@@ -621,15 +621,16 @@ def _load_weight(
     else:
         lane = tl.arange(0, SMALL)
         cb = cb0 + tl.arange(0, BIG)
-        in_cs = lane < C_small - cs0
         in_cb = cb < C_big
         if TRANSPOSED:
+            in_cs = lane < tl.where(in_kernel, C_small - cs0, 0)
             # The first of these channels exists; a tap beside the kernel has the address of tap 0.
             first = (cs0.to(tl.int64) * TAPS + tl.where(in_kernel, tap, 0)) * C_big
             row = wide_product(in_bounds(lane, in_cs) * TAPS, C_big)
             offset = run_in_bounds(cb, in_cb)[:, None] + row[None, :]
-            mask = in_cb[:, None] & (in_cs & in_kernel)[None, :]
+            mask = in_cb[:, None] & in_cs[None, :]
         else:
+            in_cs = lane < C_small - cs0
             first = tap.to(tl.int64) * C_big
             row = in_bounds(cs0 + lane, in_cs).to(tl.int64) * TAPS * C_big
             offset = row[:, None] + run_in_bounds(cb, in_cb)[None, :]

@@ -39,6 +39,7 @@ from genfast.training.runs.models import build_step, check_compiler
 from genfast.training.runs.rules import FROM_0, shown, whole
 from genfast.training.runs.samples import draw_noise, write_samples
 from genfast.training.runs.schedule import Schedule
+from genfast.training.runs.settings import SETTINGS as OPTIONS
 from genfast.training.runs.settings import option
 from genfast.training.runs.workers import ALONE, Alone, lost
 from genfast.training.steps.base import Step
@@ -273,10 +274,11 @@ def _check(config: Config, images: Any, *outputs: object) -> None:
 
 
 def _what_all_share(config: Config, sample_every: int | None) -> dict:
-    """What must be the same in all processes, as options that a message can name."""
-    settings = {option(name): value for name, value in config.as_dict().items()}
+    """What must be the same in all processes, as a message can name it."""
+    settings = config.as_dict()
     for place in ("data", "init_from"):  # Which another machine may have elsewhere.
-        del settings[option(place)]
+        del settings[place]
+    settings = {option(n) if n in OPTIONS else n: value for n, value in settings.items()}
     return settings | {"--sample-every": sample_every}
 
 

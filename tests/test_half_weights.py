@@ -45,7 +45,7 @@ def test_gan_step_is_autocasts_to_the_last_bit():
     step = GANStep(*ours, latent_shape=(8, 1, 1), precision="bf16", merge=False)
     optimizers = _adams(*theirs)
     for i in range(3):
-        images = torch.randn(4, 3, 16, 16).contiguous(memory_format=torch.channels_last)
+        images = torch.randn(4, 3, 16, 16).tanh().contiguous(memory_format=torch.channels_last)
         torch.manual_seed(i)
         step(images)
         torch.manual_seed(i)
@@ -146,7 +146,7 @@ def test_networks_that_share_parameters_keep_them():
         precision="bf16",
         output="logits",
     )
-    step(torch.randn(2, 1, 2, 2))
+    step(torch.randn(2, 1, 2, 2).tanh())
     assert step.why_no_half_weights == "the networks share parameters"
 
 
@@ -199,7 +199,7 @@ def test_a_forward_of_ones_own_runs_as_under_autocast(make):
     assert step.why_no_half_weights == f"the discriminator: {reason}"
     optimizers = _adams(*theirs)
     for i in range(3):
-        images = torch.randn(4, 1, 4, 4)
+        images = torch.randn(4, 1, 4, 4).tanh()
         torch.manual_seed(i)
         step(images)
         torch.manual_seed(i)
@@ -218,7 +218,7 @@ def test_whoever_may_read_a_weight_finds_it_as_it_is():
     seen = []
     networks[0].main[0].register_forward_hook(lambda layer, *_: seen.append(layer.weight.dtype))
     assert step.why_no_half_weights == "the generator: its layer main.0 has a hook"
-    step(torch.randn(2, 3, 16, 16))
+    step(torch.randn(2, 3, 16, 16).tanh())
     assert set(seen) == {torch.float32}
     assert GANStep(*networks, precision="fp32").why_no_half_weights == "fp32 converts no weights"
 

@@ -133,7 +133,7 @@ def to_image(
     carry = (tl.zeros((BLOCK_P, BLOCK_KW // 2, CHANNELS, 2), ACC_DTYPE),) * CARRIED
     first = first_step + segment * steps_per_segment
     for step in range(first - WARM_UP, first + steps_per_segment):
-        # A mask of tiles alone: Triton 3.9's interpreter takes none that a scalar's truth is part of.
+        # Triton 3.9's interpreter takes no mask that a scalar's truth is part of.
         row_exists = exists & (p < tl.where((step >= 0) & (step < H_small), BLOCK_P, 0))
         if HAS_NORM:
             # The same, made again: it would be carried along with the loads, a bit an element.

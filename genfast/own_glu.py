@@ -6,7 +6,9 @@ says just that: it is followed step by step with names in the place of values.
 """
 
 import ast
+import functools
 from collections.abc import Iterable
+from types import FunctionType
 from typing import Any
 
 import torch
@@ -29,16 +31,19 @@ def find(classes: Iterable[type]) -> None:
     """Look at classes, some of which may have a forward of this kind, for `is_found`."""
     for kind in set(classes):
         forward = getattr(kind, "forward", None)
-        if not kind.__module__.startswith("torch.") and _is_glu(forward):
+        if kind.__module__.startswith("torch.") or not isinstance(forward, FunctionType):
+            continue
+        if _is_glu(forward):
             _found[kind] = forward
 
 
 def is_found(kind: type) -> bool:
     """Whether a class is one of those that `find` found, and still as it was."""
-    return kind in _found and kind.forward is _found[kind]  # type: ignore[attr-defined]
+    return kind in _found and getattr(kind, "forward", None) is _found[kind]
 
 
-def _is_glu(forward: object) -> bool:
+@functools.lru_cache(maxsize=1024)  # Models are accelerated again, and share classes.
+def _is_glu(forward: FunctionType) -> bool:
     """Whether a method does what `nn.GLU(1)` does with an even number of channels.
 
     Args:
@@ -77,10 +82,9 @@ class _Followed:
             if isinstance(statement, ast.Assign) and len(statement.targets) == 1:
                 self.assign(statement.targets[0], self.value(statement.value))
             elif isinstance(statement, ast.Assert):
-                # It looks at sizes, and a message is a constant or as harmless.
-                if not all(map(is_look, filter(None, (statement.test, statement.msg)))):
-                    raise _Unknown
                 if not self.holds_for_even(statement.test):
+                    raise _Unknown
+                if statement.msg is not None and not is_look(statement.msg):
                     raise _Unknown
             elif not self.is_docstring(statement):
                 raise _Unknown
@@ -211,8 +215,8 @@ class _Followed:
         if function in ("split", torch.split):
             size = "split_size" if function == "split" else "split_size_or_sections"
             return self.expect(self.ordered(given, named, size), [_HALF, 1], _HALVES)
-        if function is F.glu:
-            return self.expect((given, named) in (([1], {}), ([], {"dim": 1})), True, _RESULT)
+        if function is F.glu and [*given, *named.items()] in ([1], [("dim", 1)]):
+            return _RESULT
         raise _Unknown
 
     def ordered(self, given, named, first):

@@ -406,8 +406,8 @@ def _up_to_the_last_line(
         What the last line takes, its blocks, which have nothing around, and whether PyTorch's
         layers would see that as channels_last.
     """
-    line: list[Block]
-    line, seen = [], layout.is_channels_last(x)  # As those layers see x.
+    line: list[Block] = []
+    seen = layout.is_channels_last(x)  # As those layers see x.
     for block in blocks:
         if block.around is None:
             line.append(block)

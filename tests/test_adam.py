@@ -403,8 +403,8 @@ def test_reasons_for_pytorchs_own_step(case, started):
 
 
 @pytest.mark.parametrize("when", ["pre", "post"])
-def test_a_hook_of_every_optimizer_is_a_reason(when):
-    update = Update(torch.optim.Adam(parameters(), fused=True))
+def test_a_hook_of_every_optimizer_is_a_reason(when, device):
+    update = Update(torch.optim.Adam(parameters(device=device), fused=True))
     register = getattr(torch_optimizer, f"register_optimizer_step_{when}_hook")
     handle = register(lambda *_: None)
     try:
@@ -503,8 +503,9 @@ class Graph:
                 start.kernel(*arguments, **named)
 
 
-def test_a_recorded_update_replays_with_the_addresses_of_the_recording(monkeypatch):
-    given, gradients = parameters(SHAPES[:3]), draw_gradients(SHAPES[:3], 4)
+def test_a_recorded_update_replays_with_the_addresses_of_the_recording(device, monkeypatch):
+    shapes = SHAPES[:3]
+    given, gradients = parameters(shapes, device=device), draw_gradients(shapes, 4, device)
     theirs, exact = twin(given, torch.float32), twin(given, torch.float64)
     optimizer, *others = (torch.optim.Adam(p, 1e-2, fused=True) for p in (given, theirs, exact))
     update, graph = Update(optimizer), Graph(monkeypatch)
@@ -512,7 +513,7 @@ def test_a_recorded_update_replays_with_the_addresses_of_the_recording(monkeypat
     for of_step in (gradients[0], gradients[2]):
         set_gradients(given, of_step)
         update.step()
-    update._spare[0] = torch.full((64,), -1)
+    update._spare[0] = torch.full((64,), -1, device=device)
     kept = [torch.empty_like(p) for p in given]
     for p, gradient in zip(given, kept, strict=True):
         p.grad = gradient
@@ -533,14 +534,14 @@ def test_a_recorded_update_replays_with_the_addresses_of_the_recording(monkeypat
     assert all(optimizer.state[p]["step"].item() == 4 for p in given)
 
 
-def test_somebody_elses_graph_records_pytorchs_own_step(monkeypatch, started):
-    given = parameters(SHAPES[:2])
+def test_somebody_elses_graph_records_pytorchs_own_step(device, monkeypatch, started):
+    given = parameters(SHAPES[:2], device=device)
     optimizer = torch.optim.Adam(given, fused=True)
     update, graph = Update(optimizer), Graph(monkeypatch)
-    set_gradients(given, [torch.ones(s) for s in SHAPES[:2]])
+    set_gradients(given, [torch.ones(s, device=device) for s in SHAPES[:2]])
     update.step()
     started.clear()
-    update._spare[0] = torch.empty(64, dtype=torch.int64)
+    update._spare[0] = torch.empty(64, dtype=torch.int64, device=device)
     graph.capturing = True
     update.step()
     assert not started and optimizer.state[given[0]]["step"] == 2
@@ -599,25 +600,28 @@ def by_kernel(monkeypatch):
         yield
 
 
-def gan(seed, **options):
+def networks(device):
+    return DCGANGenerator(5, 4, 1, 16).to(device), DCGANDiscriminator(1, 4, 16).to(device)
+
+
+def gan(seed, device, capture=False, **options):
     torch.manual_seed(seed)
-    networks = DCGANGenerator(5, 4, 1, 16), DCGANDiscriminator(1, 4, 16)
-    return GANStep(*networks, precision="bf16", **options)
+    return GANStep(*networks(device), precision="bf16", capture=capture, **options)
 
 
 def run(step, steps):
     torch.manual_seed(7)
-    images = 2 * torch.rand(4, 1, 16, 16) - 1
+    images = 2 * torch.rand(4, 1, 16, 16, device=step.device) - 1
     return [[t.item() for t in step(images)] for _ in range(steps)]
 
 
-def test_a_loaded_step_goes_on_to_the_bit(by_kernel, started):
-    step = gan(0)
+def test_a_loaded_step_goes_on_to_the_bit(by_kernel, started, device):
+    step = gan(0, device)
     run(step, 3)
     state = copy.deepcopy(step.state_dict())
     expected = run(step, 3)
     for before in (0, 1, 2):  # Steps that the other one had made.
-        other = gan(before)
+        other = gan(before, device)
         run(other, before)
         started.clear()
         other.load_state_dict(copy.deepcopy(state))
@@ -625,11 +629,12 @@ def test_a_loaded_step_goes_on_to_the_bit(by_kernel, started):
         assert started == ["adam"] * 6
 
 
-def test_a_captured_step_records_its_updates_and_has_the_same_bits(by_kernel, monkeypatch):
+def test_a_captured_step_records_its_updates_and_has_the_same_bits(by_kernel, device, monkeypatch):
     recorded = []
 
     class Recorder:
-        device = torch.device("cpu")
+        def __init__(self, device):
+            self.device = device
 
         def warm_up(self, function, times):
             function()
@@ -639,11 +644,11 @@ def test_a_captured_step_records_its_updates_and_has_the_same_bits(by_kernel, mo
             return function
 
     monkeypatch.setattr(base, "why_not_captured", lambda device, optimizers: None)
-    monkeypatch.setattr(base, "CUDARecorder", lambda device: Recorder())
-    step = gan(0)
+    monkeypatch.setattr(base, "CUDARecorder", Recorder)
+    step = gan(0, device, capture=True)
     run(step, 3)
     assert recorded == [[True, True]]
-    other = gan(0, capture=False)
+    other = gan(0, device)
     run(other, 3)
     for name, module in step.modules.items():
         for p, q in zip(module.parameters(), other.modules[name].parameters(), strict=True):
@@ -651,23 +656,23 @@ def test_a_captured_step_records_its_updates_and_has_the_same_bits(by_kernel, mo
 
 
 @pytest.mark.parametrize("merge", [True, False])
-def test_a_gan_trains_as_with_pytorchs_own_step(merge, by_kernel, started, monkeypatch):
-    step = gan(0, merge=merge)
+def test_a_gan_trains_as_with_pytorchs_own_step(merge, by_kernel, started, device, monkeypatch):
+    step = gan(0, device, merge=merge)
     assert step.why_not_adam_kernel is None
     ours = run(step, 6)
     assert started == ["adam"] * 2 * 6
     monkeypatch.setattr(updates, "selected_backend", lambda: "reference")
-    step = gan(0, merge=merge)
+    step = gan(0, device, merge=merge)
     reason = "the generator: the backend is PyTorch; the discriminator: the backend is PyTorch"
     assert step.why_not_adam_kernel == reason
     assert_same_losses(ours, run(step, 6))
     assert len(started) == 2 * 6
 
 
-def test_fp16_and_a_vae_say_what_they_do():
-    step = GANStep(DCGANGenerator(5, 4, 1, 16), DCGANDiscriminator(1, 4, 16), precision="fp16")
+def test_fp16_and_a_vae_say_what_they_do(device):
+    step = GANStep(*networks(device), precision="fp16")
     assert step.why_not_adam_kernel == "fp16 scales its losses, and PyTorch's own step knows how"
     from genfast.models import VAE
 
-    step = VAEStep(VAE(16, 8, 2), precision="fp32", compile=False)
+    step = VAEStep(VAE(16, 8, 2).to(device), precision="fp32", compile=False)
     assert step.why_not_adam_kernel is None

@@ -43,6 +43,11 @@ def pytest_addoption(parser):
 
 def pytest_configure(config):
     config.addinivalue_line("markers", "kernels: runs on the Triton kernels, and on nothing else")
+    config.addinivalue_line(
+        "markers",
+        "float64(optional=False): runs kernels in float64, which only the interpreter takes; where "
+        "they are compiled it is left out, unless it knows what else to do there",
+    )
     config.addinivalue_line("markers", "exhaustive: takes long, and differs little from others")
     config.addinivalue_line("markers", "one_in(n): of a test's cases so many are exhaustive")
     config.addinivalue_line(
@@ -77,6 +82,17 @@ def chosen_cases(items):
     return chosen
 
 
+def float64_of(item):
+    """"needed" if a test item runs kernels in float64, "optional" if it can do without, or None."""
+    mark = item.get_closest_marker("float64")
+    if mark:
+        return "optional" if mark.kwargs.get("optional") else "needed"
+    parameters = getattr(item, "callspec", None)
+    values = parameters.params.values() if parameters else ()
+    dtypes = [getattr(value, "dtype", value) for value in values]
+    return "needed" if any(dtype is torch.float64 for dtype in dtypes) else None
+
+
 def pytest_report_header():
     if triton is None:
         return "genfast: Triton is not installed, so tests of the kernels are skipped"
@@ -103,6 +119,11 @@ def environment(request, monkeypatch):
         return
     if triton is None:
         pytest.skip("Triton is not installed")
+    wide = float64_of(request.node)
+    if not INTERPRETING and wide == "needed":
+        pytest.skip("compiled kernels take no float64")
+    if wide is None:  # Then what a GPU would refuse is refused here too.
+        monkeypatch.setattr(functional, "_INTERPRETED_DTYPES", functional._COMPILED_DTYPES)
     # PyTorch then also fills what torch.empty gives with NaN: a kernel must write every element.
     torch.use_deterministic_algorithms(True)
     tape.forget()  # Tests change what kernels are chosen by.

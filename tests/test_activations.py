@@ -103,6 +103,7 @@ def test_every_magnitude(name, device):
     assert_close(ours, oracle, [(eager, oracle)])
 
 
+@pytest.mark.float64(optional=True)
 @pytest.mark.parametrize("name", ["elu", "silu"])
 def test_second_derivatives(name, device):
     """With a gradient's penalty, in float64 beside PyTorch."""

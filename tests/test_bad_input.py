@@ -149,8 +149,8 @@ def test_unknown_backend():
         use_backend("cuda")
 
 
-def test_triton_where_it_cannot_run():
-    x, weight = (t.to(torch.float8_e5m2) for t in (X, WEIGHT))
+def test_triton_where_it_cannot_run(device):
+    x, weight = (t.to(device, torch.float8_e5m2) for t in (X, WEIGHT))
     with pytest.raises(RuntimeError, match="'triton' was asked for and cannot run: .*float8"):
         functional.conv_block(x, weight)
 

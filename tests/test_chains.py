@@ -106,6 +106,7 @@ def test_half_precision(network, shape, dtype, device):
     assert_module(fused(stock), stock, torch.randn(shape, device=device, dtype=dtype))
 
 
+@pytest.mark.float64
 @pytest.mark.one_in(2)
 @pytest.mark.parametrize("network", [discriminator, mixed])
 def test_second_derivatives(network, device):
@@ -125,6 +126,7 @@ def test_second_derivatives(network, device):
     assert gradgradcheck(run, (x, flat), fast_mode=True, check_undefined_grad=False)
 
 
+@pytest.mark.float64
 @EACH
 def test_gradients_of_a_penalty(network, shape, device):
     """By running statistics, as some add it; the derivatives above are by the batch's."""
@@ -182,6 +184,7 @@ def assert_groups_are_calls(network, shape, device):
         torch.testing.assert_close(p, q, msg=name)
 
 
+@pytest.mark.float64
 @EACH
 def test_groups_are_calls(network, shape, device):
     assert_groups_are_calls(network, shape, device)
@@ -207,14 +210,14 @@ def kept_bytes(model, x):
     ("model", "shape", "most"),
     [(DCGANGenerator, (2, 100, 1, 1), 0.55), (DCGANDiscriminator, (2, 3, 64, 64), 0.70)],
 )
-def test_one_tensor_a_block_is_kept(model, shape, most, monkeypatch):
+def test_one_tensor_a_block_is_kept(model, shape, most, device, monkeypatch):
     """Beside PyTorch's layers with activations in place, which keep what batch norm returns too."""
-    ours = model()
+    ours = model().to(device)
     stock = nn.Sequential(*copy.deepcopy(ours.main))
     for module in stock:
         if hasattr(module, "inplace"):
             module.inplace = True
-    x = torch.randn(shape).to(memory_format=torch.channels_last)
+    x = torch.randn(shape, device=device).to(memory_format=torch.channels_last)
     # What is kept does not depend on what is computed.
     monkeypatch.setattr(start, "kernel", lambda *_, **__: None)
     found, stocks = kept_bytes(ours, x), kept_bytes(stock, x)

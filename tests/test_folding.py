@@ -203,6 +203,7 @@ def test_half_precision(device, gaining):
     assert all(whole(gaining))
 
 
+@pytest.mark.float64
 @kernels
 def test_second_derivatives(device, gaining):
     stock = both().to(device, torch.float64).eval()

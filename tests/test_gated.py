@@ -117,6 +117,7 @@ def test_every_magnitude(device):
     assert_close(ours, oracle, [(eager, oracle)])
 
 
+@pytest.mark.float64(optional=True)
 def test_second_derivatives(device):
     stock = network(device)[:6]
     if INTERPRETING:

@@ -119,6 +119,34 @@ def test_only_what_has_passed_is_not_run_again(tmp_path):
         assert json.loads(passed.read_text())["passed"] == ["test_three.py::test_passes"]
 
 
+def test_a_worker_that_lost_its_gpu_is_replaced(tmp_path):
+    (tmp_path / "test_three.py").write_text(
+        "import sys, types\n"
+        "lost = []\n"
+        "def synchronize():\n"
+        "    if lost: raise RuntimeError('CUDA error: an illegal memory access')\n"
+        "cuda = types.SimpleNamespace(is_initialized=lambda: True, synchronize=synchronize)\n"
+        "sys.modules['torch'] = types.SimpleNamespace(cuda=cuda)\n"
+        "def test_loses_it(): lost.append(1); synchronize()\n"
+        "def test_after_it(): synchronize()\n"
+        "def test_last(): synchronize()\n"
+    )
+    passed = tmp_path / "passed.json"
+    passed.write_text(json.dumps({"passed": []}))
+    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-p"]
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("PYTEST_")}
+    done = subprocess.run(
+        [*command, "benchmarks.gpu.only_missing", "-n", "1", "--dist", "worksteal", tmp_path],
+        cwd=tmp_path,
+        env=environment | {"GENFAST_PASSED": str(passed), "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+    )
+    assert "an illegal memory access" in done.stdout
+    names = [name.partition("::")[2] for name in json.loads(passed.read_text())["passed"]]
+    assert names == ["test_after_it", "test_last"], done.stdout
+
+
 @interpreted
 def test_products_of_training_are_tuned_and_shipped(tmp_path, monkeypatch):
     monkeypatch.setattr(tuning.tiles, "TUNED", tmp_path / "tuned.csv")

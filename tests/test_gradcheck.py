@@ -6,11 +6,10 @@ from cases import ACTIVATIONS, Case, Geometry, pairwise
 from torch.autograd import gradcheck, gradgradcheck
 
 from genfast import functional, losses
-from genfast.backend import INTERPRETING
 
 pytestmark = [
     pytest.mark.kernels,
-    pytest.mark.skipif(not INTERPRETING, reason="compiled kernels take no float64"),
+    pytest.mark.float64,
 ]
 
 

@@ -96,6 +96,7 @@ def test_channels_last_is_read_in_the_order_of_the_shape(device):
     assert torch.equal(draws(*channels_last, 2)[0], z)
 
 
+@pytest.mark.float64
 @pytest.mark.parametrize("check", [gradcheck, gradgradcheck])
 def test_gradients_by_differences(check, device):
     mu, logvar = torch.randn(2, 2, 3, dtype=torch.float64, device=device)
@@ -156,9 +157,9 @@ def test_the_bound_of_a_model_whose_likelihood_is_known():
 
 
 @pytest.mark.parametrize("logits", [True, False, None], ids=["logits", "unit", "gaussian"])
-def test_the_loss_of_each_reconstruction(logits):
-    images = torch.rand(3, 1, 2, 2)
-    made = torch.randn(3, 4, 1, 2, 2)
+def test_the_loss_of_each_reconstruction(logits, device):
+    images = torch.rand(3, 1, 2, 2, device=device)
+    made = torch.randn(3, 4, 1, 2, 2, device=device)
     made = made if logits else made.sigmoid()
     likelihood = "gaussian" if logits is None else "bernoulli"
     each = losses.each_reconstruction_loss(made, images, likelihood, logits=bool(logits))

@@ -12,11 +12,15 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from genfast.backend import INTERPRETING
 from genfast.launch import start
 from genfast.models import DCGANDiscriminator, DCGANGenerator
 from genfast.training import GANStep
 
-pytestmark = pytest.mark.kernels
+pytestmark = [
+    pytest.mark.kernels,
+    pytest.mark.skipif(not INTERPRETING, reason="counts on the CPU; on a GPU test_gpu.py does"),
+]
 
 # By batch: sums over many tiles take another kernel.
 MOST_KERNELS = {64: 90, 128: 90, 1024: 97}

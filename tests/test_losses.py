@@ -6,7 +6,6 @@ import torch.nn.functional as F
 from oracle import DRAWS, assert_close
 
 from genfast import autograd, losses, use_backend
-from genfast.backend import INTERPRETING
 from genfast.launch import losses as launched
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -99,7 +98,7 @@ def test_gan_losses(loss, name, count, dtype, device):
 
 
 @pytest.mark.kernels
-@pytest.mark.skipif(not INTERPRETING, reason="compiled kernels take no float64")
+@pytest.mark.float64
 @pytest.mark.parametrize(("loss", "name"), WAYS)
 def test_gan_losses_differentiated_twice(loss, name, device):
     logits = (3 * torch.randn(6, 1, device=device, dtype=torch.float64)).requires_grad_()

@@ -23,7 +23,6 @@ from torch.autograd import gradcheck, gradgradcheck
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from genfast import functional, reference, use_backend
-from genfast.backend import INTERPRETING
 from genfast.launch import conv, norm, passes, start, tape
 from genfast.nn import FusedSequential
 from genfast.training.steps import joining
@@ -526,7 +525,7 @@ TWICE = [
 
 
 @pytest.mark.one_in(3)
-@pytest.mark.skipif(not INTERPRETING, reason="compiled kernels take no float64")
+@pytest.mark.float64
 @pytest.mark.parametrize("check", [gradcheck, gradgradcheck])
 @pytest.mark.parametrize("case", TWICE, ids=str)
 def test_derivatives(case, check, device):

@@ -89,6 +89,7 @@ def test_chain(dtype, library, device, gaining, monkeypatch, started):
     assert fused(stock)(x).stride() == stock(x).stride()
 
 
+@pytest.mark.float64(optional=True)
 @kernels
 def test_second_derivatives(device, gaining):
     stock = network(device).eval()
@@ -105,6 +106,7 @@ def test_second_derivatives(device, gaining):
     assert gaining
 
 
+@pytest.mark.float64(optional=True)
 @kernels
 def test_a_norm_takes_no_bias_of_phases_away(device, gaining):
     """Frozen weights: the bias alone wants a gradient."""

@@ -2,11 +2,18 @@
 
 The file that GENFAST_PASSED names is {"digest": ..., "passed": [ids]}. It is written every few
 tests, as the run may be stopped at any time.
+
+A kernel that reaches memory which is not its own ends its process's use of the GPU: every call
+after it fails. A worker of pytest-xdist then ends, and another process takes its place; else the
+first such test would make all of its worker's later ones fail, and as these fail fast, most tests.
 """
 
 import json
 import os
+import sys
 from pathlib import Path
+
+import pytest
 
 _EVERY = 20
 
@@ -35,6 +42,13 @@ class OnlyMissing:
         if self._unwritten >= _EVERY:
             self._write()
 
+    @pytest.hookimpl(wrapper=True)
+    def pytest_runtest_protocol(self, item):
+        result = yield
+        if "PYTEST_XDIST_WORKER" in os.environ and _has_lost_the_gpu():
+            os._exit(1)
+        return result
+
     def pytest_sessionfinish(self):
         if "PYTEST_XDIST_WORKER" not in os.environ:
             self._write()
@@ -45,6 +59,17 @@ class OnlyMissing:
         partial.write_text(json.dumps(self._content, indent=0))
         partial.replace(self._path)
         self._unwritten = 0
+
+
+def _has_lost_the_gpu():
+    torch = sys.modules.get("torch")
+    if torch is None or not torch.cuda.is_initialized():
+        return False
+    try:
+        torch.cuda.synchronize()
+    except RuntimeError:
+        return True
+    return False
 
 
 def pytest_configure(config):

@@ -82,8 +82,8 @@ def main():
         problems |= dict.fromkeys(of_training(model, batch_size, device))
     missing = [p for p in problems if {"problem": named(p), "chosen": 1} not in table]
     print(f"{len(problems)} products, {len(missing)} to tune", flush=True)
-    finished = _tune(missing, architecture, table, deadline)
     _ship(table, architecture)
+    finished = _tune(missing, architecture, table, deadline)
     _summarise(table)
     return 0 if finished else MORE_TO_DO
 
@@ -104,6 +104,7 @@ def _tune(problems, architecture, table, deadline):
                 for row in time_all(problem, of_problem, torch.device("cuda")):
                     table.add(row | {"architecture": architecture})
                 bar.update()
+            _ship(table, architecture)  # Whoever runs out of time ends the process.
     return True
 
 

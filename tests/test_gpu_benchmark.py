@@ -18,7 +18,7 @@ from benchmarks.gpu.stages import STAGES
 from benchmarks.gpu.table import Table
 from genfast import use_backend
 from genfast.backend import INTERPRETING
-from genfast.launch import start
+from genfast.launch import start, tape
 
 ROOT = Path(__file__).parents[1]
 CPU = torch.device("cpu")
@@ -231,11 +231,17 @@ def test_layers_are_timed_beside_eager(tmp_path, monkeypatch):
 
 
 def test_steps_are_timed_with_and_without_overlap(monkeypatch):
-    """Both are the same step, of which what was made first asked for no early start."""
-    asked = []
+    """Both are the same step, of which what was made first asked for no early start.
+
+    Neither replays what was recorded with the other.
+    """
+    asked, tapes = [], {"of before": None}
+    monkeypatch.setattr(tape, "_tapes", tapes)
 
     def build(workload):
+        assert not tapes
         early = start.starts_early(None, workload.device)
+        tapes["of a step"] = early
         return lambda images: (asked.append(early), images.sum() + torch.rand(()))[1:]
 
     class Workload:

@@ -68,15 +68,15 @@ def assert_no_new(keys, known):
     assert not new, f"{len(new)} new kernels: {numbers}"
 
 
-def test_steps_of_a_gan_on_smaller_and_larger_batches(keys):
+def test_steps_of_a_gan_on_smaller_and_larger_batches(keys, device):
     step = GANStep(
-        DCGANGenerator(),
-        DCGANDiscriminator(),
+        DCGANGenerator().to(device),
+        DCGANDiscriminator().to(device),
         precision="bf16",
         capture=False,
         output="logits",  # Nothing is computed, so there is nothing to check.
     )
-    image = torch.zeros(1, 3, 64, 64).to(memory_format=torch.channels_last)
+    image = torch.zeros(1, 3, 64, 64, device=device).to(memory_format=torch.channels_last)
     known = None
     for batch_size in (128, 97, 61, 32, 1000):
         step(image.expand(batch_size, 3, 64, 64))

@@ -15,7 +15,7 @@ from benchmarks.gpu.stages import MORE_TO_DO, RESULTS, digest_of
 from benchmarks.gpu.table import Table
 from benchmarks.variants import VARIANTS
 from benchmarks.workloads import Workload
-from genfast.launch import start
+from genfast.launch import start, tape
 
 RUNS = (("dcgan", 128), ("dcgan", 1024), ("vae", 128), ("conv-vae", 128))
 COLUMNS = ("model", "batch_size", "early_images_per_s", "late_images_per_s", "speedup", "same_bits")
@@ -69,9 +69,16 @@ def compared(workload, seconds, steps=_STEPS):
     }
 
 
+@contextlib.contextmanager
 def none_starts_early():
-    """A context in which each kernel starts when the one before it has ended."""
-    return mock.patch.object(start, "starts_early", lambda function, device: False)
+    """Within, each kernel starts when the one before it has ended."""
+    # A tape replays kernels as they were when it was recorded.
+    tape.forget()
+    try:
+        with mock.patch.object(start, "starts_early", lambda function, device: False):
+            yield
+    finally:
+        tape.forget()
 
 
 if __name__ == "__main__":

@@ -432,6 +432,7 @@ def test_an_update_waits_for_nothing(monkeypatch, device):
     assert len(started) == 1
 
 
+@pytest.mark.float64
 @pytest.mark.skipif(not INTERPRETING, reason="of tensors on the CPU")
 def test_other_dtypes_devices_and_backends_are_pytorchs():
     double = Update(torch.optim.Adam(parameters(dtype=torch.float64), fused=True))

@@ -136,6 +136,7 @@ def test_a_chain_crosses_the_border_once(monkeypatch):
         assert crossed == [x.shape] * borders  # forward and backward
 
 
+@pytest.mark.float64
 def test_second_derivatives_cross_the_border(device):
     x, weight = (
         torch.randn(shape, dtype=torch.float64, device=device, requires_grad=True)

@@ -549,6 +549,7 @@ def mixed_norms():
     )
 
 
+@pytest.mark.float64
 @pytest.mark.parametrize("backend", ["triton", "reference"])
 def test_one_pass_over_groups_is_a_pass_for_each(backend, device):
     merged = mixed_norms().to(device, torch.float64)

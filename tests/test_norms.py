@@ -483,6 +483,7 @@ def test_no_gradient_that_nobody_wants(network, device):
             assert gradient is None or torch.equal(gradient, expected[name]), (name, trained)
 
 
+@pytest.mark.float64
 @pytest.mark.one_in(3)
 @EACH
 def test_groups_are_calls(network, device):

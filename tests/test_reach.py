@@ -130,6 +130,7 @@ def _x(device, channels=2):
     return torch.randn(2, channels, 4, 6, device=device, dtype=torch.float64)
 
 
+@pytest.mark.float64
 @pytest.mark.parametrize("name", ACROSS)
 def test_a_chain_goes_on_across_borders(name, device, chains):
     make, sizes = ACROSS[name]
@@ -166,6 +167,7 @@ WATCHED = {
 }
 
 
+@pytest.mark.float64
 @pytest.mark.parametrize("how", WATCHED)
 @pytest.mark.parametrize("kind", [Block, lambda *c: nn.Sequential(Block(*c))])
 def test_a_border_that_is_watched_is_kept(kind, how, device, chains):
@@ -180,6 +182,7 @@ def test_a_border_that_is_watched_is_kept(kind, how, device, chains):
     assert not called
 
 
+@pytest.mark.float64
 def test_a_class_that_sees_its_calls(device, chains):
     model, stock = _pair(nn.Sequential(Block(2, 3), Calling(3, 2)), device)
     x = _x(device)
@@ -195,6 +198,7 @@ def test_a_forward_that_is_replaced_for_all(device, chains, monkeypatch):
     assert not chains
 
 
+@pytest.mark.float64
 def test_hooks_for_all_modules_see_containers(device):
     model, stock = _pair(_nested(), device)
     x, seen = _x(device), []
@@ -222,6 +226,7 @@ class Meddling(nn.Module):
         return x
 
 
+@pytest.mark.float64
 @pytest.mark.parametrize("inside", [False, True])
 def test_what_follows_is_looked_up_when_it_is_reached(inside, device, chains):
     block = Optional(3, 2)
@@ -250,6 +255,7 @@ class BrokenLater(Block):
         return x
 
 
+@pytest.mark.float64
 @pytest.mark.parametrize("cls", [Broken, BrokenLater])
 def test_what_fails_fails_when_it_is_its_turn(cls, device):
     model, stock = _pair(nn.Sequential(Block(2, 3), cls(3, 2)), device)
@@ -418,6 +424,7 @@ def _replicas(model):
         return replicate(model, [0, 1])
 
 
+@pytest.mark.float64
 @pytest.mark.parametrize("norm", [lambda layer: layer, spectral_norm], ids=["plain", "spectral"])
 def test_replicas_of_data_parallel(norm, device, chains):
     network = Network()
@@ -446,6 +453,7 @@ def test_instance_norm_of_signals(device, started):
     assert tracking.plan()[0].reason == "it keeps running statistics"
 
 
+@pytest.mark.float64
 def test_a_norm_is_checked_once_for_what_looks_alike(device, monkeypatch):
     """And again for all that looks otherwise: what is known is what would be found now."""
     checks, check = [], functional._check_normalization

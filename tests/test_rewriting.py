@@ -373,6 +373,7 @@ def in_place_after_the_convolution(self, x):
     return y
 
 
+@pytest.mark.float64
 @pytest.mark.parametrize(
     ("forward", "sizes"),
     [
@@ -422,6 +423,7 @@ def test_what_runs_together(forward, sizes, channels_last, device, chains):
     assert chains == sizes
 
 
+@pytest.mark.float64
 @pytest.mark.parametrize("norm", [nn.InstanceNorm2d(2, affine=True), nn.GroupNorm(1, 2)])
 def test_norms_alone_and_after_convolutions(norm, device, chains, started):
     def forward(self, x):
@@ -484,6 +486,7 @@ def _outcome(network, *args, **kwargs):
     return [out, grads, network.state_dict(), network.kept, network.calls, network.log]
 
 
+@pytest.mark.float64
 def test_nothing_is_frozen(device, chains):
     stock = Everything().to(device, torch.float64)
     model = copy.deepcopy(stock)
@@ -568,6 +571,7 @@ def _changed(change):
     return locals()[change]
 
 
+@pytest.mark.float64
 @pytest.mark.parametrize("before", [True, False])
 @pytest.mark.parametrize(
     "change",
@@ -631,6 +635,7 @@ def test_a_latent_that_is_a_parameter_and_what_is_no_image(device, chains):
             network(x[0])
 
 
+@pytest.mark.float64
 @pytest.mark.parametrize("reentrant", [True, False])
 def test_checkpointing(reentrant, device):
     stock = Residual(3, True).to(device, torch.float64)
@@ -665,6 +670,7 @@ def test_functional_calls_and_transforms(device):
     torch.testing.assert_close(*results)
 
 
+@pytest.mark.float64
 @pytest.mark.one_in(3)
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("name", NETWORKS)
@@ -756,6 +762,7 @@ def test_threads_share_a_network(device, monkeypatch):
     torch.testing.assert_close(found, [expected] * 3)
 
 
+@pytest.mark.float64
 @pytest.mark.parametrize("name", NETWORKS)
 def test_copies_and_pickles(name, device, chains):
     make, shape, sizes = NETWORKS[name]
@@ -813,6 +820,7 @@ def test_weights_init_of_dcgans():
     assert 0.01 < model.deconv1.weight.std() < 0.03
 
 
+@pytest.mark.float64
 def test_statistics_of_groups(device):
     model = Generator().to(device, torch.float64)
     apart = copy.deepcopy(model)

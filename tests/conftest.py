@@ -45,8 +45,8 @@ def pytest_configure(config):
     config.addinivalue_line("markers", "kernels: runs on the Triton kernels, and on nothing else")
     config.addinivalue_line(
         "markers",
-        "float64(optional=False): runs kernels in float64, which only the interpreter takes; where "
-        "they are compiled it is left out, unless it knows what else to do there",
+        "float64: runs kernels in float64, which only the interpreter takes; so does a test with a "
+        "parameter of that dtype",
     )
     config.addinivalue_line("markers", "exhaustive: takes long, and differs little from others")
     config.addinivalue_line("markers", "one_in(n): of a test's cases so many are exhaustive")
@@ -82,15 +82,12 @@ def chosen_cases(items):
     return chosen
 
 
-def float64_of(item):
-    """"needed" if a test item runs kernels in float64, "optional" if it can do without, or None."""
-    mark = item.get_closest_marker("float64")
-    if mark:
-        return "optional" if mark.kwargs.get("optional") else "needed"
-    parameters = getattr(item, "callspec", None)
-    values = parameters.params.values() if parameters else ()
-    dtypes = [getattr(value, "dtype", value) for value in values]
-    return "needed" if any(dtype is torch.float64 for dtype in dtypes) else None
+def runs_float64(item):
+    """Whether a test item is marked so, or has a parameter of that dtype."""
+    called = getattr(item, "callspec", None)
+    values = called.params.values() if called else ()
+    given = any(getattr(value, "dtype", value) is torch.float64 for value in values)
+    return given or item.get_closest_marker("float64") is not None
 
 
 def pytest_report_header():
@@ -119,11 +116,10 @@ def environment(request, monkeypatch):
         return
     if triton is None:
         pytest.skip("Triton is not installed")
-    wide = float64_of(request.node)
-    if not INTERPRETING and wide == "needed":
-        pytest.skip("compiled kernels take no float64")
-    if wide is None:  # Then what a GPU would refuse is refused here too.
+    if not runs_float64(request.node):  # What a GPU would refuse is refused here too.
         monkeypatch.setattr(functional, "_INTERPRETED_DTYPES", functional._COMPILED_DTYPES)
+    elif not INTERPRETING:
+        pytest.skip("compiled kernels take no float64")
     # PyTorch then also fills what torch.empty gives with NaN: a kernel must write every element.
     torch.use_deterministic_algorithms(True)
     tape.forget()  # Tests change what kernels are chosen by.

@@ -10,7 +10,6 @@ from test_compile import compiled
 from torch import nn
 
 from genfast import accelerate, functional, use_backend
-from genfast.backend import INTERPRETING
 from genfast.launch import norm, tiles
 from genfast.nn import FusedSequential
 from genfast.reference import ACTIVATION, activate
@@ -103,13 +102,12 @@ def test_every_magnitude(name, device):
     assert_close(ours, oracle, [(eager, oracle)])
 
 
-@pytest.mark.float64(optional=True)
+@pytest.mark.float64
 @pytest.mark.parametrize("name", ["elu", "silu"])
 def test_second_derivatives(name, device):
     """With a gradient's penalty, in float64 beside PyTorch."""
     stock = network(LAYERS[name], device, first_norm=name == "silu")
-    if INTERPRETING:
-        stock = stock.double()
+    stock = stock.double()
     results = []
     for module in (stock, fused(stock)):
         x = torch.linspace(-1, 1, 36, device=device).to(stock[0].weight.dtype)

@@ -9,7 +9,6 @@ from oracle import assert_close, assert_module
 from torch import nn
 
 from genfast import accelerate, functional, use_backend
-from genfast.backend import INTERPRETING
 from genfast.launch import norm
 from genfast.nn import FusedSequential, statistics_groups
 
@@ -117,11 +116,10 @@ def test_every_magnitude(device):
     assert_close(ours, oracle, [(eager, oracle)])
 
 
-@pytest.mark.float64(optional=True)
+@pytest.mark.float64
 def test_second_derivatives(device):
     stock = network(device)[:6]
-    if INTERPRETING:
-        stock = stock.double()
+    stock = stock.double()
     results = []
     for module in (stock, fused(stock)):
         x = torch.linspace(-1, 1, 24, device=device).to(stock[0].weight.dtype)

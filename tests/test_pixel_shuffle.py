@@ -10,7 +10,6 @@ from torch import nn
 from torch._subclasses import FakeTensorMode
 
 from genfast import accelerate, folding, functional
-from genfast.backend import INTERPRETING
 from genfast.geometry import ConvGeometry
 from genfast.launch import conv, phases, tiles
 from genfast.launch.epilogue import Epilogue
@@ -89,12 +88,11 @@ def test_chain(dtype, library, device, gaining, monkeypatch, started):
     assert fused(stock)(x).stride() == stock(x).stride()
 
 
-@pytest.mark.float64(optional=True)
+@pytest.mark.float64
 @kernels
 def test_second_derivatives(device, gaining):
     stock = network(device).eval()
-    if INTERPRETING:
-        stock = stock.double()
+    stock = stock.double()
     results = []
     for module in (stock, fused(stock)):
         x = torch.linspace(-1, 1, 16, device=device).to(stock[0].weight.dtype)
@@ -106,14 +104,13 @@ def test_second_derivatives(device, gaining):
     assert gaining
 
 
-@pytest.mark.float64(optional=True)
+@pytest.mark.float64
 @kernels
 def test_a_norm_takes_no_bias_of_phases_away(device, gaining):
     """Frozen weights: the bias alone wants a gradient."""
     stock = nn.Sequential(nn.Conv2d(2, 8, 1), nn.PixelShuffle(2), nn.BatchNorm2d(2)).to(device)
     stock.requires_grad_(False)[0].bias.requires_grad_()
-    if INTERPRETING:
-        stock = stock.double()
+    stock = stock.double()
     gradients = []
     for module in (fused(stock), stock):
         x = torch.linspace(-1, 1, 12, device=device).to(stock[0].bias.dtype).view(1, 2, 2, 3).cos()

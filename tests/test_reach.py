@@ -392,16 +392,17 @@ def test_the_report_tells_of_norms():
     assert lines[-1].endswith("of each convolution) and 50% of the norms")
 
 
-def test_the_report_of_perceptrons_and_blocks():
+def test_the_report_of_perceptrons_and_blocks(device):
     layers = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.ReLU(), nn.Linear(4, 2))
-    report = accelerate(layers)
+    report = accelerate(layers.to(device))
     (entry,) = report.norms
     assert str(entry) == "1: BatchNorm1d + ReLU: fused"
     assert str(report).splitlines()[0] == "genfast: the model has no 2-d convolution"
     assert str(report).splitlines()[-1] == "100% of the norms fuse"
     hooked = GeneratorBlock(2, 3)
     hooked.conv.register_forward_hook(_hook)
-    report = accelerate(nn.Sequential(GeneratorBlock(2, 2), hooked, nn.Linear(1, 1)))
+    layers = nn.Sequential(GeneratorBlock(2, 2), hooked, nn.Linear(1, 1))
+    report = accelerate(layers.to(device))
     assert [e.how for e in report] == ["fused", "PyTorch: it has a hook"]
     assert [e.name for e in report.norms] == ["1.norm"]
     assert (report.norms_fused, report.norms_total) == (1, 2)

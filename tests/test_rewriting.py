@@ -846,7 +846,7 @@ def test_an_error_is_reported_in_the_users_lines(device):
     lines = traceback.extract_tb(caught.value.__traceback__)
     assert any(f.filename == __file__ and "self.layers.missing(x)" in f.line for f in lines)
     with pytest.raises(ValueError, match="expected x with 2 channels") as caught:
-        model(torch.randn(2, 7, 5, 4))
+        model(torch.randn(2, 7, 5, 4, device=device))
     lines = traceback.extract_tb(caught.value.__traceback__)
     assert any(f.filename == __file__ and "x = self.conv(x)" in f.line for f in lines)
 

@@ -72,6 +72,16 @@ def kernels_run_on_cpu() -> bool:
     return INTERPRETING and triton is not None
 
 
+def is_exporting() -> bool:
+    """Whether torch.export traces, which wants PyTorch's own operations.
+
+    `torch.compiler.is_exporting` says so too, but in a trace of torch.compile PyTorch 2.11 takes it
+    for True. There the flag that it returns elsewhere is read as it is.
+    """
+    flag = getattr(torch.compiler, "_is_exporting_flag", None)
+    return torch.compiler.is_exporting() if flag is None else flag
+
+
 def why_device_cannot_run_triton(device: torch.device) -> str | None:
     """A sentence saying why no kernel can start on this device; None if one can."""
     if triton is None:

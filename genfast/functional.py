@@ -12,7 +12,12 @@ from typing import Any, Literal, NamedTuple
 import torch
 
 from genfast import autograd, cpu, folding, layout, operators, reference
-from genfast.backend import INTERPRETING, selected_backend, why_device_cannot_run_triton
+from genfast.backend import (
+    INTERPRETING,
+    is_exporting,
+    selected_backend,
+    why_device_cannot_run_triton,
+)
 from genfast.geometry import ConvGeometry, pair
 from genfast.launch import from_image, tape
 from genfast.reference import NormName
@@ -967,7 +972,7 @@ def why_not_triton(
         'Triton has no meta target (TRITON_INTERPRET=1 interprets kernels on the CPU)'
     """
     first = tensors[0]
-    if torch.compiler.is_exporting():
+    if is_exporting():
         return "torch.export traces PyTorch's own operations"
     if torch.jit.is_tracing():
         return "torch.jit.trace records PyTorch's own operations"
@@ -996,7 +1001,9 @@ def _why_not_plain(tensors: Iterable[torch.Tensor | None]) -> str | None:
 
 def _is_transformed(t: torch.Tensor) -> bool:
     if torch.compiler.is_compiling():  # A trace can be asked for the transforms around it alone.
-        return torch._C._functorch.get_dynamic_layer_stack_depth() > 0
+        # PyTorch 2.11 cannot trace the question how many there are.
+        innermost = torch._C._functorch.peek_interpreter_stack()
+        return isinstance(innermost, torch._C._functorch.CInterpreter)
     return torch._C._functorch.is_functorch_wrapped_tensor(t)
 
 
@@ -1024,7 +1031,8 @@ def implementation(*tensors: Any, **settings: Any) -> Literal["triton", "cpu", "
 def autocast_dtype(device: torch.device) -> torch.dtype | None:
     """The dtype that autocast converts to on a device now; None where it does not."""
     kind = device.type
-    if _has_autocast(kind) and torch.is_autocast_enabled(kind):
+    # Where kernels run nobody need ask, which torch.compile of PyTorch 2.11 cannot trace.
+    if (kind in ("cpu", "cuda") or _has_autocast(kind)) and torch.is_autocast_enabled(kind):
         return torch.get_autocast_dtype(kind)
     return None
 

@@ -6,7 +6,7 @@ from types import FunctionType
 
 import torch
 
-from genfast.backend import selected_backend
+from genfast.backend import is_exporting, selected_backend
 from genfast.rewriting import Rewritten
 from genfast.source import NoSource
 
@@ -78,9 +78,7 @@ def _dispatching(cls, name, method):
     def choose(self, *args, **kwargs):
         found = getattr(cls, name, original)
         if found is original and not (
-            torch.compiler.is_exporting()
-            or torch.jit.is_tracing()
-            or selected_backend() == "reference"
+            is_exporting() or torch.jit.is_tracing() or selected_backend() == "reference"
         ):
             found = rewritten
         return found(self, *args, **kwargs)

@@ -7,7 +7,6 @@ optimizers are what they were; only the execution changes. No class name holds "
 
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from itertools import takewhile
 from typing import Any, NamedTuple
 
 import torch
@@ -616,8 +615,11 @@ class FusedSequential(nn.Sequential):
                     continue
             runs = []
             if way != "reference":
-                fitting = takewhile(lambda run: run.fused and run.is_block, self._runs(first))
-                runs = list(fitting)
+                # No `takewhile`, which torch.compile of PyTorch 2.11 cannot trace.
+                for run in self._runs(first):
+                    if not (run.fused and run.is_block):
+                        break
+                    runs.append(run)
             if not runs:
                 x = _called(modules[first], x)
                 first += 1

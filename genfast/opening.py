@@ -8,6 +8,8 @@ when the module is reached, after all before it has run that could have an effec
 import torch
 from torch import nn
 
+from genfast.backend import is_exporting
+
 # PyTorch's layers of random numbers, which in evaluation give what they take.
 DROPOUT = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout)
 
@@ -65,6 +67,6 @@ def _is_seen(module):
         or module._compiled_call_impl is not None
         or nn.modules.module._has_any_global_hook()
         # Both write down which module calls which.
-        or torch.compiler.is_exporting()
+        or is_exporting()
         or torch.jit.is_tracing()
     )

@@ -130,6 +130,22 @@ def environment(request, monkeypatch):
 
 
 @pytest.fixture
+def round_convolutions():
+    """Call it with "ieee", "tf32" or "none", and so do convolutions of float32 from then on.
+
+    The setting is no attribute that pytest's monkeypatch can put back, from its version 9.2 on.
+    """
+    setting = torch.backends.cudnn.conv
+    before = setting.fp32_precision
+
+    def choose(precision):
+        setting.fp32_precision = precision
+
+    yield choose
+    choose(before)
+
+
+@pytest.fixture
 def started(monkeypatch):
     """The names of the kernels that are started, in order."""
     from genfast.launch import start

@@ -299,6 +299,12 @@ def test_transforms_and_exports_are_traced_as_pytorchs_layers(device):
         assert not [name for name in names if name.startswith("genfast")]
 
 
+def test_within_a_trace_pytorch_may_take_everything_for_an_export(device, monkeypatch):
+    """As 2.11 does: then no kernel would run in torch.compile."""
+    monkeypatch.setattr(torch.compiler, "is_exporting", lambda: True)
+    assert functional.why_not_triton(torch.zeros(1, device=device)) is None
+
+
 def test_bad_input_is_named_as_in_eager_calls(device):
     function = torch.compile(DiscriminatorBlock(3, 4).to(device), backend="eager")
     with pytest.raises(ValueError, match="expected x with 3 channels"):

@@ -166,8 +166,10 @@ def test_amd_multiplies_float32_itself():
         (torch.float32, "none", "ieee"),
     ],
 )
-def test_a_problem_knows_how_its_products_round(dtype, setting, precision, device, monkeypatch):
-    monkeypatch.setattr(torch.backends.cudnn.conv, "fp32_precision", setting)
+def test_a_problem_knows_how_its_products_round(
+    dtype, setting, precision, device, round_convolutions
+):
+    round_convolutions(setting)
     case = Case(False, EVEN, (8, 8), 1, dtype)
     with recorded() as problems:
         evaluate(case.fused, case, case.tensors(device))

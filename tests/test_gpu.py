@@ -265,11 +265,11 @@ def test_inside_torch_compile(started):
 
 @pytest.mark.parametrize("transposed", [False, True])
 @pytest.mark.parametrize("rounding", ["tf32", "ieee"])
-def test_float32_rounds_as_the_setting_says(rounding, transposed, monkeypatch):
+def test_float32_rounds_as_the_setting_says(rounding, transposed, round_convolutions, monkeypatch):
     """By the library and by every tile: held to eager PyTorch's error under the same setting."""
     if torch.version.hip or torch.cuda.get_device_capability() < (8, 0):
         pytest.skip("needs TF32: an NVIDIA GPU from Ampere on")
-    monkeypatch.setattr(torch.backends.cudnn.conv, "fp32_precision", rounding)
+    round_convolutions(rounding)
     last = "channels_last"
     layouts = dict(layout=last, weight_layout=last, dy_layout=last)
     geometry = Geometry(4, 2, 1, big=(16, 16), small=(8, 8))

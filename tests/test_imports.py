@@ -26,11 +26,8 @@ LEVELS = (
     ("functional",),
     ("operators",),
     ("autograd", "folding"),
-    ("cpu", "launch", "own_glu", "padding"),
-    (
-        "backend", "geometry", "kernels", "layout", "library", "looking", "opening", "reference",
-        "source",
-    ),
+    ("cpu", "launch", "opening", "own_glu", "padding"),
+    ("backend", "geometry", "kernels", "layout", "library", "looking", "reference", "source"),
     ("processes",),
 )  # fmt: skip
 RANK = {name: -depth for depth, names in enumerate(LEVELS) for name in names}

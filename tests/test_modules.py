@@ -402,10 +402,10 @@ def test_channels_last_on_request(device):
     ],
 )
 def test_report_notes_float32_left_to_pytorch(
-    architecture, rounding, dtype, noted, device, monkeypatch
+    architecture, rounding, dtype, noted, device, round_convolutions, monkeypatch
 ):
     monkeypatch.setattr(start, "architecture", lambda tensor: architecture)
-    monkeypatch.setattr(torch.backends.cudnn.conv, "fp32_precision", rounding)
+    round_convolutions(rounding)
     model = generator().to(device, dtype).to(memory_format=torch.channels_last)
     assert any("left to PyTorch" in note for note in accelerate(model).notes) == noted
 

@@ -174,10 +174,10 @@ def test_tensors_of_other_kinds_are_not_replayed(device, replays):
         torch.testing.assert_close(ours, theirs, rtol=2e-2, atol=2e-2)
 
 
-def test_each_precision_of_float32_is_recorded_by_itself(device, replays, monkeypatch):
+def test_each_precision_of_float32_is_recorded_by_itself(device, replays, round_convolutions):
     x, weight = torch.randn(1, 4, 4, 4, device=device), torch.randn(4, 4, 3, 3, device=device)
     for precision in ("ieee", "tf32", "ieee"):
-        monkeypatch.setattr(torch.backends.cudnn.conv, "fp32_precision", precision)
+        round_convolutions(precision)
         for _ in range(3):
             block(x, weight)
     assert replays == 2 * ["ran", "ran", "replayed"] + 3 * ["replayed"]

@@ -48,10 +48,12 @@ def compare(workload, names, seconds, cold=True):
         (rows, refused): a dict for each variant that agrees, by the names in `COLUMNS` that
         describe no machine; and for the others their names with a sentence that says why.
     """
+    if not cold:
+        return _compare(workload, names, seconds, {})
     with tempfile.TemporaryDirectory() as folder:
         cache = Path(folder) / "now"  # Always the same path: what compilers keep holds it.
         with mock.patch.dict(os.environ, cold_start.caches(cache)):
-            starts = _cold_starts(workload, names if cold else (), cache, Path(folder) / "all")
+            starts = _cold_starts(workload, names, cache, Path(folder) / "all")
             return _compare(workload, names, seconds, starts)
 
 

@@ -13,7 +13,7 @@ import torch
 
 pytest.importorskip("triton", reason="it is about Triton kernels")
 
-from benchmarks.gpu import blocks, each_kernel, overlap, problems, profile, tests, tuning
+from benchmarks.gpu import blocks, each_kernel, overlap, problems, profile, steps, tests, tuning
 from benchmarks.gpu.stages import STAGES
 from benchmarks.gpu.table import Table
 from genfast import use_backend
@@ -228,6 +228,31 @@ def test_layers_are_timed_beside_eager(tmp_path, monkeypatch):
     layers = ("tiny", "sampling and KL")
     assert found == [(layer, variant) for layer in layers for variant in ("eager", "genfast")]
     assert all(float(row["us"]) > 0 and float(row["host_us"]) > 0 for row in table.rows)
+
+
+@pytest.mark.parametrize("is_written", [True, False])
+def test_a_run_without_one_variant_is_not_made_again(is_written, tmp_path, monkeypatch):
+    ran = []
+
+    def run(command, **_):
+        model, batch_size = (
+            command[command.index(name) + 1] for name in ("--model", "--batch-size")
+        )
+        ran.append(model)
+        assert command[-1] == "--no-cold-start"
+        if is_written:
+            (tmp_path / f"throughput_{model}_batch{batch_size}_cuda-x.csv").write_text("")
+        return subprocess.CompletedProcess(command, 1)
+
+    (tmp_path / "gpu").mkdir()
+    monkeypatch.setattr(steps, "RESULTS", tmp_path)
+    monkeypatch.setattr(steps.subprocess, "run", run)
+    monkeypatch.setattr(steps.machine, "name", lambda device: "a GPU")
+    monkeypatch.setattr(sys, "argv", ["steps"])
+    runs = [model for model, *_ in steps.RUNS]
+    assert steps.main() == 1 and ran == runs
+    assert steps.main() == 0 if is_written else 1
+    assert ran == runs if is_written else runs * 2
 
 
 def test_steps_are_timed_with_and_without_overlap(monkeypatch):

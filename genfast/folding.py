@@ -135,7 +135,7 @@ def leads(layers, conv):
     """
     if not isinstance(conv, nn.Conv2d) or conv.padding_mode != "zeros":
         return False
-    *upsamplings, last = layers
+    upsamplings, last = list(layers[:-1]), layers[-1]
     if type(last) is nn.ReflectionPad2d:
         return len(layers) == 1
     if zero_padding(last) is None:

@@ -568,8 +568,9 @@ def _run(
             x = chain(x, [block])
     elif plan.activates_apart is not None:
         # The activation after this block is PyTorch's own.
-        *head, last = blocks[: plan.activates_apart + 1]
-        head.append(last._replace(activation="identity", negative_slope=0.0))
+        last = blocks[plan.activates_apart]
+        linear = last._replace(activation="identity", negative_slope=0.0)
+        head = [*blocks[: plan.activates_apart], linear]
         z = chain(x, head, torch.channels_last)
         x = reference.activate(z, last.activation, last.negative_slope)
         if rest := blocks[len(head) :]:

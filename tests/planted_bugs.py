@@ -321,7 +321,7 @@ BUGS = (
     Bug(
         "an exported model holds operators of ours",
         "genfast/functional.py",
-        "if torch.compiler.is_exporting():",
+        "if is_exporting():",
         "if False:",
         "test_compile.py::test_transforms_and_exports_are_traced_as_pytorchs_layers",
     ),

@@ -728,7 +728,7 @@ def test_where_the_users_own_forward_runs(why, device, monkeypatch):
     model.act.forward = forward
     x = torch.randn(2, 2, 5, 4, device=device)
     model(x)
-    monkeypatch.setattr(torch.compiler, "is_exporting", lambda: why == "exporting")
+    monkeypatch.setattr(torch.compiler, "_is_exporting_flag", why == "exporting")
     monkeypatch.setattr(torch.jit, "is_tracing", lambda: why == "tracing")
     with use_backend("reference" if why == "reference" else "auto"):
         model(x)

@@ -16,7 +16,17 @@ from torch.autograd import Function
 
 from genfast import layout, reference
 from genfast.geometry import ConvGeometry
-from genfast.launch import conv, from_image, losses, norm, phases, sampling, start, tape
+from genfast.launch import (
+    conv,
+    dgrad_wgrad,
+    from_image,
+    losses,
+    norm,
+    phases,
+    sampling,
+    start,
+    tape,
+)
 from genfast.launch.epilogue import PLAIN, Epilogue
 from genfast.launch.operand import Operand, Output
 
@@ -683,11 +693,17 @@ def _backward(tensors, kinds, need_x, needs):
         if waiting is not None:
             found[i + 1][0] = _weight_gradient(output, waiting, kinds[i + 1])
             output.release()
-        waiting = dz if need_weight else None
+        # That of a layer at an image may be there already, with the gradient it is made of.
+        waiting = dz if need_weight and found[i][0] is None else None
         if i > lowest:
             # A tile here has pixels of all phases there.
             sums = kinds[i - 1].by_batch is None and needs[i - 1][1]
             sums = sums and parameters[i - 1][1].dim() == 1
+            if i == 1 and not need_x and needs[0][0]:
+                both = _with_weight_gradient(dz, weight, kinds, outputs[0], x, bool(sums))
+                if both is not None:
+                    (found[0][0], partials), gradient = both, None
+                    continue
             epilogue = Epilogue(output=outputs[i - 1], sums=sums)
             if kinds[i - 1].activates_in_passes or _sums_apart(
                 dz, weight, kind, kinds[i - 1], not kind.transposed, True
@@ -770,6 +786,27 @@ def _convolve(source, weight, kind, epilogue=PLAIN):
 def _input_gradient(dz, weight, kind, epilogue=PLAIN):
     convolve = conv.fprop if kind.transposed else conv.dgrad
     return convolve(dz, weight, kind.geometry, epilogue)
+
+
+def _with_weight_gradient(dz, weight, kinds, below, x, sums):
+    """The gradient of the first link's weight where that of its output is nowhere stored, or None.
+
+    Args:
+        dz, weight: of the second link: the gradient of its convolution's output.
+        kinds: of the links.
+        below, x: the first link's output and input.
+        sums: whether the sums of that gradient are wanted too.
+
+    Returns:
+        What `dgrad_wgrad.dgrad_wgrad` does; None where two kernels are to be started.
+    """
+    lower, upper = kinds[:2]
+    if lower.transposed or upper.transposed or lower.activates_in_passes:
+        return None
+    above = weight, upper.geometry, below
+    if not dgrad_wgrad.gains(dz.value, *above, lower.geometry, x.channels, sums):
+        return None
+    return dgrad_wgrad.dgrad_wgrad(dz.tensor(), *above, x.padded(lower.geometry), sums)
 
 
 def _sums_apart(source, weight, kind, summed, is_dgrad, output_is_read):

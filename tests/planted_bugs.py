@@ -37,6 +37,7 @@ LOADERS = "test_blocks.py::test_ragged_tiles_with_either_loader"
 REDUCTIONS = "test_blocks.py::test_few_programs_share_long_reductions"
 SAMPLING = "test_sampling.py"
 FROM_IMAGE = "test_from_image.py::test_products"
+DGRAD_WGRAD = "test_dgrad_wgrad.py::test_bits_are_those_of_two_kernels"
 LOSSES = "test_losses.py"
 EXTENSIONS = "test_gan_extensions.py::test_a_step_is_that_of_a_plain_loop"
 PENALTIES = "test_gan_extensions.py::test_penalties_of_a_linear_discriminator"
@@ -1418,6 +1419,34 @@ BUGS = (
         'kind in _found and getattr(kind, "forward", None) is _found[kind]',
         "kind in _found",
         "test_own_glu.py",
+    ),
+    Bug(
+        "a gradient that is stored nowhere is not rounded either",
+        "kernels/dgrad_wgrad.py",
+        "as_stored(acc, True, window.dtype, STORED_DTYPE)",
+        "acc.to(window.dtype)",
+        DGRAD_WGRAD,
+    ),
+    Bug(
+        "what lies beyond the edge of a box meets windows",
+        "kernels/dgrad_wgrad.py",
+        "zero_beyond(acc, exists, count), y,",
+        "acc, y,",
+        DGRAD_WGRAD,
+    ),
+    Bug(
+        "all rows of phases meet the windows of the first",
+        "kernels/dgrad_wgrad.py",
+        "(y0 * STRIDE_H + py) * row_step",
+        "y0 * STRIDE_H * row_step",
+        DGRAD_WGRAD,
+    ),
+    Bug(
+        "an image's own gradient is left out where its weight's comes with the one above",
+        "genfast/autograd.py",
+        "if i == 1 and not need_x and needs[0][0]:",
+        "if i == 1 and needs[0][0]:",
+        "test_dgrad_wgrad.py::test_where_it_runs",
     ),
 )
 

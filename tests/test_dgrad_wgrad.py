@@ -243,14 +243,14 @@ def test_where_it_runs(name, started):
     assert "dgrad_wgrad_image" not in started
 
 
-@pytest.mark.parametrize("why", ["frozen", "no descriptors", "library", "float32"])
+@pytest.mark.parametrize("why", ["frozen", "sm_80", "sm_100", "library", "float32"])
 def test_where_it_does_not_run(why, started, monkeypatch):
     model = FusedSequential(*discriminator()).to(HALF)
     x = torch.empty(64, 3, 64, 32, dtype=HALF)
     if why == "frozen":
         model[0].weight.requires_grad_(False)
-    elif why == "no descriptors":
-        monkeypatch.setattr(start, "architecture", lambda tensor: "sm_80")
+    elif why.startswith("sm_"):
+        monkeypatch.setattr(start, "architecture", lambda tensor: why)
     elif why == "library":
         monkeypatch.setattr(tiles, "gemm_config", lambda *_: tiles.LIBRARY)
     else:  # Without TF32 no tensor core multiplies it.

@@ -4,6 +4,7 @@ if dgrad_wgrad.gains(dz, weight, geometry, below, image_geometry, c_image, sums)
     dweight, sums = dgrad_wgrad.dgrad_wgrad(dz, weight, geometry, below, image, sums)
 """
 
+import math
 from dataclasses import dataclass, replace
 
 import torch
@@ -33,7 +34,8 @@ class Shipped:
     resident: int
 
 
-# Products by descriptors alone. On Hopper the first operand of a product may lie in registers.
+# By descriptors alone, and for Hopper alone, where a product's first operand may lie in registers:
+# on Blackwell results are in a memory of their own, and nobody has looked at what that costs.
 _SHIPPED = {
     "half": Shipped(tiles.GemmConfig(64, 128, 64, 4, 3, True), 3),
     "tf32": Shipped(tiles.GemmConfig(64, 64, 32, 4, 3, True), 3),
@@ -87,14 +89,15 @@ def gains(
         images=n,
     )
     alone = tiles.gemm_config(architecture, problem)
-    if alone.library or not alone.descriptors:
+    if not alone.descriptors:  # PyTorch's library has none either.
         return False
     # A smaller last batch goes the same way.
     problem = replace(problem, images=tiles.representative(n))
     chip = predict.chip(architecture)
-    moved = problem.images * c_big * geometry.big[0] * geometry.big[1] * problem.itemsize
-    passed_on = predict.LAUNCH + 2 * moved / chip.bandwidth
-    apart = predict.cycles(alone, problem, chip) + passed_on
+    gradient = problem.images * c_big * math.prod(geometry.big) * problem.itemsize
+    # dgrad reads as much as it writes, the output below; then wgrad, bound by memory, reads it.
+    written = max(predict.cycles(alone, problem, chip), (problem.bytes + gradient) / chip.bandwidth)
+    apart = written + predict.LAUNCH + gradient / chip.bandwidth
     return predict.cycles(shipped.tile, problem, chip) < apart
 
 

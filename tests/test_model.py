@@ -381,5 +381,5 @@ def test_each_kernel_is_predicted_to_take_no_longer(batch):
     # Three large layers of each network: generator forward once, discriminator twice; backward
     # alike, but that the generator's step needs no weight gradients of the discriminator.
     assert [checked[name] for name in ("fprop", "dgrad", "wgrad")] == [9, 9, 6]
-    ends = {"pad_image", "join_images", "fprop_image", "wgrad_image", "to_image"}
+    ends = {"pad_image", "join_images", "fprop_image", "wgrad_image", "norm_sums_image", "to_image"}
     assert ends | {"logits_fprop", "logits_dgrad", "logits_wgrad"} < set(checked)

@@ -9,6 +9,7 @@ taken through PyTorch instead, which can differentiate its own.
 import itertools
 import threading
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -647,8 +648,9 @@ def _backward(tensors, kinds, need_x, needs):
     found = [[None] * _PARAMETERS for _ in kinds]
     lowest = 0 if need_x else next(i for i, need in enumerate(needs) if any(need))
     dx = waiting = None  # `waiting`: a dz, for what the gradient of its link's weight reads.
-    # Of the last link's output. Inside the chain it comes multiplied by act'(u), with its sums.
-    gradient, partials = dy, None
+    # Of the last link's output. Inside the chain it comes multiplied by act'(u), with its sums; or
+    # only these, and what computes the rest again.
+    gradient, partials, again = dy, None, None
     for i in reversed(range(lowest, len(kinds))):
         kind, output = kinds[i], outputs[i]
         weight, bias, *of_norm = parameters[i]
@@ -666,22 +668,31 @@ def _backward(tensors, kinds, need_x, needs):
                 found[i][1] = total.to(bias.dtype)
         else:
             need_dz = passes_on or need_weight or (need_bias and not kind.takes_away(bias))
-            made = waiting is not None and _wgrad_makes(output, kinds[i + 1], parameters[i + 1][0])
-            dz, sums, y = norm.norm_backward(
-                gradient,
-                output.value,
-                output.vectors,
-                training=kind.by_batch,
-                need_dz=need_dz,
-                activation=output.activation,
-                negative_slope=output.negative_slope,
-                partials=partials,
-                want_y=need_dz and waiting is not None and not made,
-                need_total=any(need_of_norm),
-                span=kind.span,
-                process_group=kind.process_group,
-            )
-            output.remember(y)
+            if again is not None:
+                rows = output.value.numel() // output.vectors[:, 0].numel()
+                at_input, sums = norm.total_sums(
+                    partials, rows, any(need_of_norm), kind.process_group
+                )
+                dz = again(Epilogue(output=output, at_input=at_input))[0] if need_dz else None
+            else:
+                made = waiting is not None and _wgrad_makes(
+                    output, kinds[i + 1], parameters[i + 1][0]
+                )
+                dz, sums, y = norm.norm_backward(
+                    gradient,
+                    output.value,
+                    output.vectors,
+                    training=kind.by_batch,
+                    need_dz=need_dz,
+                    activation=output.activation,
+                    negative_slope=output.negative_slope,
+                    partials=partials,
+                    want_y=need_dz and waiting is not None and not made,
+                    need_total=any(need_of_norm),
+                    span=kind.span,
+                    process_group=kind.process_group,
+                )
+                output.remember(y)
             if need_bias:
                 # A channel's own mean takes any constant away again: then the sum is exactly 0.
                 if kind.takes_away(bias):
@@ -694,8 +705,15 @@ def _backward(tensors, kinds, need_x, needs):
             found[i + 1][0] = _weight_gradient(output, waiting, kinds[i + 1])
             output.release()
         # That of a layer at an image may be there already, with the gradient it is made of.
-        waiting = dz if need_weight and found[i][0] is None else None
-        if i > lowest:
+        waiting, again = dz if need_weight and found[i][0] is None else None, None
+        if i > lowest and _is_computed_twice(dz, weight, kind, outputs[i - 1], kinds[i - 1]):
+            partials, dweight = conv.norm_sums(
+                _product_of_gradient(kind), dz, weight, kind.geometry, outputs[i - 1], need_weight
+            )
+            if dweight is not None:
+                found[i][0], waiting = dweight, None
+            again = partial(_input_gradient, dz, weight, kind)
+        elif i > lowest:
             # A tile here has pixels of all phases there.
             sums = kinds[i - 1].by_batch is None and needs[i - 1][1]
             sums = sums and parameters[i - 1][1].dim() == 1
@@ -807,6 +825,25 @@ def _with_weight_gradient(dz, weight, kinds, below, x, sums):
     if not dgrad_wgrad.gains(dz.value, *above, lower.geometry, x.channels, sums):
         return None
     return dgrad_wgrad.dgrad_wgrad(dz.tensor(), *above, x.padded(lower.geometry), sums)
+
+
+def _product_of_gradient(kind):
+    """The product that computes the gradient of a convolution's input."""
+    return "fprop" if kind.transposed else "dgrad"
+
+
+def _is_computed_twice(dz, weight, kind, output, below):
+    """Whether the gradient of an `Output` is, as its norm's backward goes: see `norm_sums`.
+
+    Args:
+        dz: an `Operand`, which the product reads.
+        weight, kind: of its link.
+        output, below: of the link before it, and that one's `Kind`.
+    """
+    if not below.by_batch or below.span > 1:
+        return False
+    operation, geometry = _product_of_gradient(kind), kind.geometry
+    return conv.computed_twice(operation, dz.value, weight, geometry, output)
 
 
 def _sums_apart(source, weight, kind, summed, is_dgrad, output_is_read):

@@ -52,7 +52,43 @@ NORMS = "test_norms.py::test_alone"
 COMPILED = "test_compile.py::test_compiled_networks_are_the_eager_ones"
 WORKERS = "test_workers.py::test_runs_of_two_processes_go_on_stop_and_fail_together"
 JOINT = "test_workers.py::test_processes_train_as_one_with_the_joint_batch"
+TWICE = "test_computed_twice.py::test_the_gradients_below"
 BUGS = (
+    Bug(
+        "the gradient at a norm's input, computed again, forgets rstd",
+        "kernels/product.py",
+        "tilt = scale * rstd * (",
+        "tilt = scale * (",
+        TWICE,
+    ),
+    Bug(
+        "pixels beyond the end count in sums of a gradient that is not stored",
+        "kernels/from_image.py",
+        "acc = zero_beyond(dot(weight, window.T, acc, PRECISION), exists, count)",
+        "acc = dot(weight, window.T, acc, PRECISION)",
+        TWICE,
+    ),
+    Bug(
+        "pixels beyond the end count in a weight's gradient beside those sums",
+        "kernels/from_image.py",
+        "y = as_stored(y, exists[None, :], z.dtype, STORED_DTYPE)",
+        "y = as_stored(y, (column >= 0)[None, :], z.dtype, STORED_DTYPE)",
+        TWICE,
+    ),
+    Bug(
+        "a channel of a map before logits has as many values as images",
+        "kernels/logits.py",
+        "C_big, N * (K // C_big), vectors_ptr",
+        "C_big, N, vectors_ptr",
+        TWICE,
+    ),
+    Bug(
+        "gradients computed twice have the first group's gamma and beta",
+        "genfast/launch/norm.py",
+        "sums.sum_partials(each.flatten(0, 1), total)",
+        "sums.sum_partials(each[0], total)",
+        TWICE,
+    ),
     Bug(
         "what a function is given beside a sum is looked up before it",
         "genfast/rewriting.py",

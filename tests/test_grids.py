@@ -37,6 +37,11 @@ def _padded():
     return from_image.Padded(torch.empty(size, dtype=torch.bfloat16), K4S2, 3)
 
 
+def _below_image():
+    below = Output(_image(256, 64, (32, 32)), torch.empty(1, 5, 64), "relu", 0.0)
+    return _weight(64, 3, 4, 4), below
+
+
 def _weight(*shape):
     return torch.empty(shape, dtype=torch.bfloat16)
 
@@ -70,6 +75,7 @@ CASES = {
         lambda: from_image.fprop(_padded(), _weight(64, 3, 4, 4), Epilogue(groups=2)),
         3,
     ),
+    "norm_sums_image": (lambda: from_image.norm_sums(_padded(), *_below_image(), True), 3),
     "wgrad_image": (lambda: from_image.wgrad(_padded(), _image(256, 64, (32, 32))), 2),
     "dgrad_wgrad_image": (_dgrad_wgrad, 3),
     # One multiprocessor with one program waits about as long as with two.

@@ -76,10 +76,13 @@ def test_a_step_starts_few_kernels(batch_size, started):
     # Three layers of each network, and the ends that have kernels of their own.
     assert counts["fprop"] == 9 and counts["dgrad"] == 8 + 1 and counts["wgrad"] == 6 + 1
     assert counts["fprop_image"] == 3 and counts["to_image"] == 2
-    # The ninth dgrad is one with the discriminator's gradient at its images, the generator's apart.
-    assert counts["dgrad_wgrad_image"] == counts["wgrad_image"] == 1
+    # The ninth dgrad is one with the weight gradient at the images.
+    assert counts["dgrad_wgrad_image"] == 1 and counts["wgrad_image"] == 0
+    # The gradients beside images and logits are computed twice, and no norm's pass reads them.
+    assert counts["norm_sums_image"] == 1 and counts["norm_backward"] == 7
     assert counts["join_images"] == 1 and counts["pad_image"] == 1 and counts["cat"] == 0
-    assert counts["logits_fprop"] == counts["logits_dgrad"] == 2 and counts["logits_wgrad"] == 1
+    assert counts["logits_fprop"] == 2 and counts["logits_dgrad"] == 4
+    assert counts["logits_wgrad"] == 1
     assert counts["logit_loss"] == 2 and counts["logit_loss_backward"] == 0
     # Each network's step counters, and all else of its update.
     assert counts["_foreach_add_"] == counts["adam"] == 2 and not counts["_fused_adam_"]

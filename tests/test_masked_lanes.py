@@ -314,6 +314,8 @@ def test_logits(lanes):
     logits.wgrad(big, small, geometry)
     output = Output(big[:18], torch.rand(2, 5, 9), "relu", 0.0)
     logits.dgrad(small[:18], weight, geometry, Epilogue(output=output))
+    sums, _ = norm.total_sums(logits.norm_sums(small[:18], weight, geometry, output), 81, True)
+    logits.dgrad(small[:18], weight, geometry, Epilogue(output=output, at_input=sums))
     for kernel in ("logits_fprop", "logits_dgrad", "logits_wgrad"):
         assert lanes.masked[kernel] > 0
 
@@ -353,5 +355,10 @@ def test_gradient_below_an_image(lanes):
     geometry = ConvGeometry.conv((10, 14), (4, 4), (2, 2), (1, 1))
     padded = from_image.padded(image(4, 3, (10, 14)), geometry)
     output = Output(image(4, 40, (5, 7)), torch.rand(2, 5, 40), "relu", 0.0)
-    from_image.fprop(padded, image(40, 3, (4, 4)), Epilogue(output=output))
-    assert lanes.masked["fprop_image"] > 0
+    weight = image(40, 3, (4, 4))
+    from_image.fprop(padded, weight, Epilogue(output=output))
+    output = Output(output.value, output.vectors[:1], "relu", 0.0)
+    sums, _ = from_image.norm_sums(padded, weight, output, True)
+    at_input, _ = norm.total_sums(sums, 4 * 35, True)
+    from_image.fprop(padded, weight, Epilogue(output=output, at_input=at_input))
+    assert lanes.masked["fprop_image"] > 0 and lanes.masked["norm_sums_image"] > 0

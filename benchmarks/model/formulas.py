@@ -160,6 +160,13 @@ FORMULAS = {
         lambda a: f"{a.C_BIG}->{8 * a.eighths} ch image",
         _about_padded,
     ),
+    "norm_sums_image": Formula(
+        lambda a: {"norm_sums_image.step": _tiles_of_image(a) / a.grid[1]},
+        # The gradient counts where it is stored.
+        lambda a: _flops_of_image(a, a.pixels) if a.HAS_WGRAD else 0,
+        lambda a: f"{a.C_BIG}->{8 * a.eighths} ch image",
+        _about_padded,
+    ),
     "wgrad_image": Formula(
         lambda a: {
             "wgrad_image.step": a.tiles_per_split,
@@ -203,7 +210,7 @@ FORMULAS = {
     ),
     "logits_dgrad": Formula(
         lambda a: {},
-        lambda a: 2 * _images_of_logits(a) * a.K * a.C_SMALL,
+        lambda a: 2 * _images_of_logits(a) * a.K * a.C_SMALL if a.STORES else 0,
         lambda a: f"{a.C_SMALL}->{a.K} ch logits",
         lambda a: f"n {_images_of_logits(a)}",
     ),

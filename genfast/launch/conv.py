@@ -126,6 +126,46 @@ def wgrad_makes(source_is_big, weight, geometry, images):
     return from_image.fits(geometry, c_small, c_big, images) and not source_is_big
 
 
+def computed_twice(operation, source, weight, geometry, below):
+    """Whether the gradient of an `Output` takes less time if it is computed twice than if stored.
+
+    So it is beside images and logits, where products are bound by memory: `norm_sums`, and then the
+    product with an epilogue `at_input`.
+
+    Args:
+        operation: "fprop" or "dgrad", that computes it.
+        source: (N, C, H, W), what the product reads.
+        weight, geometry: of the convolution.
+        below: the `Output`.
+    """
+    if not below.is_made_reading:
+        return False
+    c_small, c_big = weight.shape[:2]
+    is_logit = logits.fits(geometry, c_small, PLAIN)
+    if operation == "dgrad":
+        return is_logit
+    fits = not is_logit and from_image.fits(geometry, c_small, c_big, source.shape[0])
+    return fits and from_image.has_norm_sums(geometry, source, below)
+
+
+def norm_sums(operation, source, weight, geometry, below, want_dweight):
+    """The sums that the backward of an `Output`'s batch norm needs, where it is `computed_twice`.
+
+    Args:
+        operation, weight, geometry, below: as there.
+        source: a tensor or an `Operand`.
+        want_dweight: whether the weight's gradient is wanted, of `below` and the source.
+
+    Returns:
+        (groups, parts, 2 * channels): sums of g and of g * xhat; and the weight's gradient, or None
+        where it was not wanted or is not computed with them.
+    """
+    source = operand(source)
+    if operation == "dgrad":
+        return logits.norm_sums(source.tensor(), weight, geometry, below), None
+    return from_image.norm_sums(source.padded(geometry), weight, below, want_dweight)
+
+
 def sums_apart(operation, source, weight, geometry, output_is_read):
     """Whether sums over each image take less time as a pass of their own than with the product.
 
@@ -271,6 +311,8 @@ def _conv(direction, source, weight, geometry, epilogue, config=None):
     """As `fprop` or `dgrad`, the direction, by a `GemmConfig`; None takes the one to choose."""
     to_small = direction == "fprop"
     run = partial(_conv, direction, source, weight, geometry, epilogue)
+    if epilogue.at_input is not None:
+        raise ValueError("expected an epilogue at_input only beside images and logits, got one")
     config, _ = _config(direction, source, geometry, *weight.shape[:2], epilogue, config, run)
     if config.library:
         return _through_library(direction, source, weight, geometry, epilogue)

@@ -301,9 +301,7 @@ def fprop_image(
     C_small = eighths * 8
     STEPS: tl.constexpr = (KH * KW * 4 + BLOCK_K - 1) // BLOCK_K
     cs = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
-    program = tl.program_id(1)
-    first = program * tiles_per_program + tl.minimum(program, one_more)
-    tiles = tiles_per_program + (program < one_more).to(tl.int32)
+    first, tiles = _share(tl.program_id(1), tiles_per_program, one_more)
     if STEPS == 1:
         weight = _load_weight(weight_ptr, cs, 0, C_small, C_BIG, KH, KW, BLOCK_K)
     for step in range(0, tiles):
@@ -405,8 +403,7 @@ def norm_sums_image(
     # Channels beyond the end are computed like the first ones, and not stored.
     channel = run_in_bounds(cs, cs < C_small)
     program = tl.program_id(1)
-    first = program * tiles_per_program + tl.minimum(program, one_more)
-    tiles = tiles_per_program + (program < one_more).to(tl.int32)
+    first, tiles = _share(program, tiles_per_program, one_more)
     weight = _load_weight(weight_ptr, cs, 0, C_small, C_BIG, KH, KW, BLOCK_K)
     mean, scale, shift = load_vectors(vectors_ptr, 0, C_small, channel)
     mean, scale, shift = mean[:, None], scale[:, None], shift[:, None]
@@ -555,6 +552,13 @@ def _store_dweight(
         acc.to(out_ptr.dtype.element_ty),
         mask=(cs < C_small)[:, None] & in_kernel[None, :],
     )
+
+
+@triton.jit
+def _share(program, tiles_per_program, one_more):
+    """The first of a program's tiles, and how many it has: the first `one_more` have one more."""
+    first = program * tiles_per_program + tl.minimum(program, one_more)
+    return first, tiles_per_program + (program < one_more).to(tl.int32)
 
 
 @triton.jit

@@ -442,8 +442,8 @@ BUGS = (
     Bug(
         "all groups' gradients take the first group's vectors",
         "kernels/product.py",
-        "load_vectors(vectors_ptr, group, channels, channel)",
-        "load_vectors(vectors_ptr, 0, channels, channel)",
+        "    if HAS_NORM:\n        mean, scale, shift = load_vectors(vectors_ptr, group,",
+        "    if HAS_NORM:\n        mean, scale, shift = load_vectors(vectors_ptr, 0,",
         GRADIENT,
     ),
     Bug(

@@ -59,10 +59,15 @@ def main(device="cuda", layers=LAYERS, dtypes=(torch.bfloat16, torch.float32)):
             functional.norm_block(
                 images, norm="group", norm_groups=3, norm_weight=gamma, activation=activation
             ).sum().backward()
-        # Of weights alone, where a network begins with images.
-        convolutions = torch.nn.Conv2d(3, 16, 4, 2, 1), torch.nn.Conv2d(16, 24, 4, 2, 1)
-        images = torch.randn(6, 3, 12, 16, device=device, dtype=dtype)
-        FusedSequential(*convolutions).to(device, dtype)(images).sum().backward()
+        # Gradients of what lies beside images: where networks begin with them, and end in them.
+        begins = torch.nn.Conv2d(3, 16, 4, 2, 1), torch.nn.Conv2d(16, 24, 4, 2, 1)
+        ends = (
+            torch.nn.ConvTranspose2d(3, 16, 4, 2, 1), torch.nn.BatchNorm2d(16), torch.nn.ReLU(),
+            torch.nn.ConvTranspose2d(16, 3, 4, 2, 1),
+        )  # fmt: skip
+        images = torch.randn(6, 3, 4, 8, device=device, dtype=dtype)
+        for layers in (begins, ends):
+            FusedSequential(*layers).to(device, dtype)(images).sum().backward()
         mu, logvar = torch.randn(2, 5, 77, device=device, dtype=dtype)
         mu, logvar = mu.requires_grad_(), logvar.requires_grad_()
         z, kl = reparameterize_with_kl(mu, logvar)

@@ -248,6 +248,16 @@ def test_loops_of_a_compiled_kernel_are_those_of_its_source():
     assert straight.count("EXIT") and not straight.count("NOP")
 
 
+def test_a_loop_is_not_taken_for_the_one_inside_it():
+    """Of whose lines the compiler may leave more in the outer one, which adds up other groups."""
+    _, codes = recorded("dcgan", 128, "sm_90")
+    code = codes[_launch("norm_backward").compiled]
+    outer, own, inner = code.regions[1:]
+    assert outer.source == "_store_total.other"
+    assert own.source == inner.source == "_sums_of_parts.first"
+    assert (outer.parent, own.parent, code.regions[inner.parent]) == (0, 0, outer)
+
+
 @pytest.mark.kernels
 def test_the_recorded_launches_are_those_of_a_step(monkeypatch):
     names = []

@@ -668,31 +668,15 @@ def _backward(tensors, kinds, need_x, needs):
                 found[i][1] = total.to(bias.dtype)
         else:
             need_dz = passes_on or need_weight or (need_bias and not kind.takes_away(bias))
+            wanted = need_dz, any(need_of_norm)
             if again is not None:
-                rows = output.value.numel() // output.vectors[:, 0].numel()
-                at_input, sums = norm.total_sums(
-                    partials, rows, any(need_of_norm), kind.process_group
-                )
-                dz = again(Epilogue(output=output, at_input=at_input))[0] if need_dz else None
+                dz, sums = _norm_backward_again(again, partials, output, kind, wanted)
             else:
                 made = waiting is not None and _wgrad_makes(
                     output, kinds[i + 1], parameters[i + 1][0]
                 )
-                dz, sums, y = norm.norm_backward(
-                    gradient,
-                    output.value,
-                    output.vectors,
-                    training=kind.by_batch,
-                    need_dz=need_dz,
-                    activation=output.activation,
-                    negative_slope=output.negative_slope,
-                    partials=partials,
-                    want_y=need_dz and waiting is not None and not made,
-                    need_total=any(need_of_norm),
-                    span=kind.span,
-                    process_group=kind.process_group,
-                )
-                output.remember(y)
+                want_y = waiting is not None and not made
+                dz, sums = _norm_backward(gradient, partials, output, kind, wanted, want_y)
             if need_bias:
                 # A channel's own mean takes any constant away again: then the sum is exactly 0.
                 if kind.takes_away(bias):
@@ -734,6 +718,43 @@ def _backward(tensors, kinds, need_x, needs):
         source = outputs[lowest - 1] if lowest else x
         found[lowest][0] = _weight_gradient(source, waiting, kinds[lowest])
     return [dx, *itertools.chain.from_iterable(found)]
+
+
+def _norm_backward(gradient, partials, output, kind, wanted, want_y):
+    """The gradient of what a norm took, and the sums that `_of_sums` takes; None if not wanted.
+
+    Args:
+        gradient, partials: of the link's output, or with its sums times act'(u).
+        output: the `Output`, which remembers y if it is made too.
+        kind: its `Kind`.
+        wanted: whether the one, and whether the other is.
+        want_y: whether y is wanted beside the gradient.
+    """
+    need_dz, need_total = wanted
+    dz, sums, y = norm.norm_backward(
+        gradient,
+        output.value,
+        output.vectors,
+        training=kind.by_batch,
+        need_dz=need_dz,
+        activation=output.activation,
+        negative_slope=output.negative_slope,
+        partials=partials,
+        want_y=need_dz and want_y,
+        need_total=need_total,
+        span=kind.span,
+        process_group=kind.process_group,
+    )
+    output.remember(y)
+    return dz, sums
+
+
+def _norm_backward_again(again, partials, output, kind, wanted):
+    """As `_norm_backward`, where the gradient is not stored: `again` computes it, up to dz."""
+    need_dz, need_total = wanted
+    rows = output.value.numel() // output.vectors[:, 0].numel()
+    at_input, sums = norm.total_sums(partials, rows, need_total, kind.process_group)
+    return again(Epilogue(output=output, at_input=at_input))[0] if need_dz else None, sums
 
 
 def _differentiable_backward(dy, x, kinds, tensors, need_x, needs):

@@ -9,6 +9,7 @@ taken through PyTorch instead, which can differentiate its own.
 import itertools
 import threading
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -16,7 +17,17 @@ from torch.autograd import Function
 
 from genfast import layout, reference
 from genfast.geometry import ConvGeometry
-from genfast.launch import conv, from_image, losses, norm, phases, sampling, start, tape
+from genfast.launch import (
+    conv,
+    dgrad_wgrad,
+    from_image,
+    losses,
+    norm,
+    phases,
+    sampling,
+    start,
+    tape,
+)
 from genfast.launch.epilogue import PLAIN, Epilogue
 from genfast.launch.operand import Operand, Output
 
@@ -637,8 +648,9 @@ def _backward(tensors, kinds, need_x, needs):
     found = [[None] * _PARAMETERS for _ in kinds]
     lowest = 0 if need_x else next(i for i, need in enumerate(needs) if any(need))
     dx = waiting = None  # `waiting`: a dz, for what the gradient of its link's weight reads.
-    # Of the last link's output. Inside the chain it comes multiplied by act'(u), with its sums.
-    gradient, partials = dy, None
+    # Of the last link's output. Inside the chain it comes multiplied by act'(u), with its sums; or
+    # only these, and what computes the rest again.
+    gradient, partials, again = dy, None, None
     for i in reversed(range(lowest, len(kinds))):
         kind, output = kinds[i], outputs[i]
         weight, bias, *of_norm = parameters[i]
@@ -656,22 +668,15 @@ def _backward(tensors, kinds, need_x, needs):
                 found[i][1] = total.to(bias.dtype)
         else:
             need_dz = passes_on or need_weight or (need_bias and not kind.takes_away(bias))
-            made = waiting is not None and _wgrad_makes(output, kinds[i + 1], parameters[i + 1][0])
-            dz, sums, y = norm.norm_backward(
-                gradient,
-                output.value,
-                output.vectors,
-                training=kind.by_batch,
-                need_dz=need_dz,
-                activation=output.activation,
-                negative_slope=output.negative_slope,
-                partials=partials,
-                want_y=need_dz and waiting is not None and not made,
-                need_total=any(need_of_norm),
-                span=kind.span,
-                process_group=kind.process_group,
-            )
-            output.remember(y)
+            wanted = need_dz, any(need_of_norm)
+            if again is not None:
+                dz, sums = _norm_backward_again(again, partials, output, kind, wanted)
+            else:
+                made = waiting is not None and _wgrad_makes(
+                    output, kinds[i + 1], parameters[i + 1][0]
+                )
+                want_y = waiting is not None and not made
+                dz, sums = _norm_backward(gradient, partials, output, kind, wanted, want_y)
             if need_bias:
                 # A channel's own mean takes any constant away again: then the sum is exactly 0.
                 if kind.takes_away(bias):
@@ -683,11 +688,24 @@ def _backward(tensors, kinds, need_x, needs):
         if waiting is not None:
             found[i + 1][0] = _weight_gradient(output, waiting, kinds[i + 1])
             output.release()
-        waiting = dz if need_weight else None
-        if i > lowest:
+        # That of a layer at an image may be there already, with the gradient it is made of.
+        waiting, again = dz if need_weight and found[i][0] is None else None, None
+        if i > lowest and _is_computed_twice(dz, weight, kind, outputs[i - 1], kinds[i - 1]):
+            partials, dweight = conv.norm_sums(
+                _product_of_gradient(kind), dz, weight, kind.geometry, outputs[i - 1], need_weight
+            )
+            if dweight is not None:
+                found[i][0], waiting = dweight, None
+            again = partial(_input_gradient, dz, weight, kind)
+        elif i > lowest:
             # A tile here has pixels of all phases there.
             sums = kinds[i - 1].by_batch is None and needs[i - 1][1]
             sums = sums and parameters[i - 1][1].dim() == 1
+            if i == 1 and not need_x and needs[0][0]:
+                both = _with_weight_gradient(dz, weight, kinds, outputs[0], x, bool(sums))
+                if both is not None:
+                    (found[0][0], partials), gradient = both, None
+                    continue
             epilogue = Epilogue(output=outputs[i - 1], sums=sums)
             if kinds[i - 1].activates_in_passes or _sums_apart(
                 dz, weight, kind, kinds[i - 1], not kind.transposed, True
@@ -700,6 +718,43 @@ def _backward(tensors, kinds, need_x, needs):
         source = outputs[lowest - 1] if lowest else x
         found[lowest][0] = _weight_gradient(source, waiting, kinds[lowest])
     return [dx, *itertools.chain.from_iterable(found)]
+
+
+def _norm_backward(gradient, partials, output, kind, wanted, want_y):
+    """The gradient of what a norm took, and the sums that `_of_sums` takes; None if not wanted.
+
+    Args:
+        gradient, partials: of the link's output, or with its sums times act'(u).
+        output: the `Output`, which remembers y if it is made too.
+        kind: its `Kind`.
+        wanted: whether the one, and whether the other is.
+        want_y: whether y is wanted beside the gradient.
+    """
+    need_dz, need_total = wanted
+    dz, sums, y = norm.norm_backward(
+        gradient,
+        output.value,
+        output.vectors,
+        training=kind.by_batch,
+        need_dz=need_dz,
+        activation=output.activation,
+        negative_slope=output.negative_slope,
+        partials=partials,
+        want_y=need_dz and want_y,
+        need_total=need_total,
+        span=kind.span,
+        process_group=kind.process_group,
+    )
+    output.remember(y)
+    return dz, sums
+
+
+def _norm_backward_again(again, partials, output, kind, wanted):
+    """As `_norm_backward`, where the gradient is not stored: `again` computes it, up to dz."""
+    need_dz, need_total = wanted
+    rows = output.value.numel() // output.vectors[:, 0].numel()
+    at_input, sums = norm.total_sums(partials, rows, need_total, kind.process_group)
+    return again(Epilogue(output=output, at_input=at_input))[0] if need_dz else None, sums
 
 
 def _differentiable_backward(dy, x, kinds, tensors, need_x, needs):
@@ -770,6 +825,46 @@ def _convolve(source, weight, kind, epilogue=PLAIN):
 def _input_gradient(dz, weight, kind, epilogue=PLAIN):
     convolve = conv.fprop if kind.transposed else conv.dgrad
     return convolve(dz, weight, kind.geometry, epilogue)
+
+
+def _with_weight_gradient(dz, weight, kinds, below, x, sums):
+    """The gradient of the first link's weight where that of its output is nowhere stored, or None.
+
+    Args:
+        dz, weight: of the second link: the gradient of its convolution's output.
+        kinds: of the links.
+        below, x: the first link's output and input.
+        sums: whether the sums of that gradient are wanted too.
+
+    Returns:
+        What `dgrad_wgrad.dgrad_wgrad` does; None where two kernels are to be started.
+    """
+    lower, upper = kinds[:2]
+    if lower.transposed or upper.transposed or lower.activates_in_passes:
+        return None
+    above = weight, upper.geometry, below
+    if not dgrad_wgrad.gains(dz.value, *above, lower.geometry, x.channels, sums):
+        return None
+    return dgrad_wgrad.dgrad_wgrad(dz.tensor(), *above, x.padded(lower.geometry), sums)
+
+
+def _product_of_gradient(kind):
+    """The product that computes the gradient of a convolution's input."""
+    return "fprop" if kind.transposed else "dgrad"
+
+
+def _is_computed_twice(dz, weight, kind, output, below):
+    """Whether the gradient of an `Output` is, as its norm's backward goes: see `norm_sums`.
+
+    Args:
+        dz: an `Operand`, which the product reads.
+        weight, kind: of its link.
+        output, below: of the link before it, and that one's `Kind`.
+    """
+    if not below.by_batch or below.span > 1:
+        return False
+    operation, geometry = _product_of_gradient(kind), kind.geometry
+    return conv.computed_twice(operation, dz.value, weight, geometry, output)
 
 
 def _sums_apart(source, weight, kind, summed, is_dgrad, output_is_read):

@@ -12,6 +12,11 @@ without a mask:
 where k = (ky * KW + kx) * 4 + cb. In fprop channels are the rows of the product and pixels its
 columns: sums over pixels then stay within few threads.
 
+Where the image is the gradient at a generator's images, and a batch norm is below, memory takes
+time and products take hardly any. So `norm_sums_image` computes the gradient of the norm's output
+for its sums alone, with wgrad in the same pass; and fprop, AT_INPUT, computes it again and goes on
+to the gradient of the norm's input.
+
 The padded image's width is even, and its addresses are counted in units of UNIT elements, so that a
 compiler can tell how well they are aligned whatever the width: 16 bytes for half precision and an
 even stride.
@@ -22,9 +27,17 @@ import triton.language as tl
 
 from .activation import activation_backward
 from .loading import in_bounds, run_in_bounds
-from .normalizing import load_vectors, normalized_rows
+from .norm import RSTD
+from .normalizing import load_vectors, normalized, normalized_rows
 from .overlap import wait_for_previous
-from .product import dot, finished
+from .product import (
+    GRADIENT_AT_ONCE,
+    dot,
+    finished,
+    gradient_at_input,
+    gradient_in_pieces,
+    zero_beyond,
+)
 from .rounding import as_stored
 
 # What only counts must not compile a kernel anew, neither for a last batch that is smaller nor for
@@ -43,6 +56,7 @@ _FPROP_COUNTS = (
     "pixels", "tiles_per_group", "tiles_per_program", "one_more", "image_step", "row_step",
     "window_step", "width_magic", "width_shift", "height_magic", "height_shift",
 )  # fmt: skip
+_SUMS_COUNTS = tuple(name for name in _FPROP_COUNTS if name != "tiles_per_group")
 _WGRAD_COUNTS = (
     "pixels", "tiles_per_split", "image_step", "row_step", "window_step", "width_magic",
     "width_shift", "height_magic", "height_shift", "group_pixels",
@@ -267,6 +281,7 @@ def fprop_image(
     HAS_STATISTICS: tl.constexpr,
     HAS_BELOW: tl.constexpr,
     HAS_SUMS: tl.constexpr,
+    AT_INPUT: tl.constexpr,
     ACTIVATION: tl.constexpr,
     STORED_DTYPE: tl.constexpr,
     ACC_DTYPE: tl.constexpr,
@@ -286,9 +301,7 @@ def fprop_image(
     C_small = eighths * 8
     STEPS: tl.constexpr = (KH * KW * 4 + BLOCK_K - 1) // BLOCK_K
     cs = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
-    program = tl.program_id(1)
-    first = program * tiles_per_program + tl.minimum(program, one_more)
-    tiles = tiles_per_program + (program < one_more).to(tl.int32)
+    first, tiles = _share(tl.program_id(1), tiles_per_program, one_more)
     if STEPS == 1:
         weight = _load_weight(weight_ptr, cs, 0, C_small, C_BIG, KH, KW, BLOCK_K)
     for step in range(0, tiles):
@@ -321,16 +334,115 @@ def fprop_image(
                 mask=(column < count)[:, None] & (cs < C_small)[None, :],
                 other=0.0,
             ).T
-        acc = finished(
-            acc, below, column < count, count, tile, group, cs, C_small, C_small, bias_ptr,
-            vectors_ptr, count_ptr, mean_ptr, m2_ptr, sums_ptr, negative_slope, HAS_BIAS, HAS_NORM,
-            HAS_STATISTICS, HAS_BELOW, HAS_SUMS, False, ACTIVATION, STORED_DTYPE,
-        )  # fmt: skip
+        if AT_INPUT:
+            acc = gradient_at_input(
+                acc, below, count, group, cs, C_small, pixels, vectors_ptr, sums_ptr,
+                negative_slope, ACTIVATION,
+            )  # fmt: skip
+        else:
+            acc = finished(
+                acc, below, column < count, count, tile, group, cs, C_small, C_small, bias_ptr,
+                vectors_ptr, count_ptr, mean_ptr, m2_ptr, sums_ptr, negative_slope, HAS_BIAS,
+                HAS_NORM, HAS_STATISTICS, HAS_BELOW, HAS_SUMS, False, ACTIVATION, STORED_DTYPE,
+            )  # fmt: skip
         tl.store(
             out_ptr + pixel.to(tl.int64) * C_small + column[:, None] * C_small + cs[None, :],
             acc.to(out_ptr.dtype.element_ty).T,
             mask=(column < count)[:, None] & (cs < C_small)[None, :],
         )
+
+
+@triton.jit(do_not_specialize=_SUMS_COUNTS)
+def norm_sums_image(
+    padded_ptr,
+    weight_ptr,
+    z_ptr,
+    vectors_ptr,
+    sums_ptr,
+    dweight_ptr,
+    pixels,
+    eighths,
+    tiles_per_program,
+    one_more,
+    image_step,
+    row_step,
+    window_step,
+    width_magic,
+    width_shift,
+    height_magic,
+    height_shift,
+    negative_slope,
+    C_BIG: tl.constexpr,
+    KH: tl.constexpr,
+    KW: tl.constexpr,
+    STRIDE_W: tl.constexpr,
+    UNIT: tl.constexpr,
+    HAS_WGRAD: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+    STORED_DTYPE: tl.constexpr,
+    ACC_DTYPE: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """Of g[pixel, cs] = act'(u) * sum over k of weight[cs, k] * window[pixel, k] the sums alone.
+
+    u = (z - mean) * scale + shift is what a batch norm below put out, of z. A program adds up all
+    of its pixels, as many as one of `fprop_image`:
+
+        sums[program]      [2, C_small]: of g and of g * xhat, xhat = (z - mean) * rstd
+        dweight[program]   [C_small, KH, KW, C_BIG], with HAS_WGRAD: of act(u) * window, wgrad's
+
+    A window is one step: KH * KW * 4 <= BLOCK_K. Grid: (tiles of C_small, programs).
+    """
+    wait_for_previous()
+    tl.static_assert(KH * KW * 4 <= BLOCK_K)
+    C_small = eighths * 8
+    cs = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    # Channels beyond the end are computed like the first ones, and not stored.
+    channel = run_in_bounds(cs, cs < C_small)
+    program = tl.program_id(1)
+    first, tiles = _share(program, tiles_per_program, one_more)
+    weight = _load_weight(weight_ptr, cs, 0, C_small, C_BIG, KH, KW, BLOCK_K)
+    mean, scale, shift = load_vectors(vectors_ptr, 0, C_small, channel)
+    mean, scale, shift = mean[:, None], scale[:, None], shift[:, None]
+    AT_ONCE: tl.constexpr = min(BLOCK_N, GRADIENT_AT_ONCE)
+    sum_g = tl.zeros((BLOCK_M, AT_ONCE), dtype=ACC_DTYPE)
+    sum_g_centred = tl.zeros((BLOCK_M, AT_ONCE), dtype=ACC_DTYPE)
+    dweight = tl.zeros((BLOCK_M, BLOCK_K), dtype=ACC_DTYPE)
+    for step in range(0, tiles):
+        p0 = (first + step) * BLOCK_N
+        count = tl.minimum(pixels - p0, BLOCK_N)
+        column = tl.arange(0, BLOCK_N)
+        exists = column < count
+        # Columns beyond the end read what the last pixel reads.
+        last = tl.minimum(column, count - 1)
+        corner = _corner(
+            p0 + last, image_step, row_step,
+            width_magic, width_shift, height_magic, height_shift, STRIDE_W, UNIT,
+        )  # fmt: skip
+        window = _load_window(padded_ptr, corner, 0, window_step, KH, KW, UNIT, BLOCK_K)
+        z = tl.load(
+            z_ptr + p0.to(tl.int64) * C_small + last[:, None] * C_small + channel[None, :]
+        ).T
+        acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=ACC_DTYPE)
+        acc = zero_beyond(dot(weight, window.T, acc, PRECISION), exists, count)
+        _, sum_g, sum_g_centred = gradient_in_pieces(
+            acc, z, sum_g, sum_g_centred, mean, scale, shift, 0.0, 0.0, count, -1, negative_slope,
+            True, True, False, ACTIVATION, ACC_DTYPE,
+        )  # fmt: skip
+        if HAS_WGRAD:
+            y = normalized(z, mean, scale, shift, negative_slope, ACTIVATION)
+            y = as_stored(y, exists[None, :], z.dtype, STORED_DTYPE)
+            dweight = dot(y, window, dweight, PRECISION)
+
+    rstd = tl.load(vectors_ptr + RSTD * C_small + channel)
+    sums_ptr += tl.cast(program, tl.int64) * 2 * C_small + cs
+    tl.store(sums_ptr, tl.sum(sum_g, axis=1), mask=cs < C_small)
+    tl.store(sums_ptr + C_small, tl.sum(sum_g_centred, axis=1) * rstd, mask=cs < C_small)
+    if HAS_WGRAD:
+        _store_dweight(dweight_ptr, dweight, program, 0, cs, C_small, C_BIG, KH, KW, BLOCK_K)
 
 
 @triton.jit(do_not_specialize=_WGRAD_COUNTS)
@@ -422,16 +534,31 @@ def wgrad_image(
             acc = dot(small.T, window, acc, PRECISION)
     if SWAPPED:
         acc = acc.T
+    _store_dweight(out_ptr, acc, split, k0, cs, C_small, C_BIG, KH, KW, BLOCK_N)
 
-    k = k0 + tl.arange(0, BLOCK_N)
+
+@triton.jit
+def _store_dweight(
+    out_ptr, acc, part, k0, cs, C_small, C_BIG: tl.constexpr, KH: tl.constexpr, KW: tl.constexpr,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    """out[part, cs, k0 and on] = acc[cs, k], where k is a tap and a channel."""
+    k = k0 + tl.arange(0, BLOCK)
     in_kernel = (k < KH * KW * 4) & (k % 4 < C_BIG)
     column = k // 4 * C_BIG + k % 4
-    row = split.to(tl.int64) * C_small + cs
+    row = tl.cast(part, tl.int64) * C_small + cs
     tl.store(
         out_ptr + row[:, None] * (KH * KW * C_BIG) + column[None, :],
         acc.to(out_ptr.dtype.element_ty),
         mask=(cs < C_small)[:, None] & in_kernel[None, :],
     )
+
+
+@triton.jit
+def _share(program, tiles_per_program, one_more):
+    """The first of a program's tiles, and how many it has: the first `one_more` have one more."""
+    first = program * tiles_per_program + tl.minimum(program, one_more)
+    return first, tiles_per_program + (program < one_more).to(tl.int32)
 
 
 @triton.jit

@@ -14,7 +14,7 @@ from .activation import activate
 from .loading import in_bounds
 from .normalizing import load_vectors, normalized, normalized_rows
 from .overlap import wait_for_previous
-from .product import gradient_epilogue
+from .product import gradient_at_input, gradient_epilogue
 from .rounding import rounded
 
 
@@ -100,6 +100,8 @@ def logits_dgrad(
     HAS_BELOW: tl.constexpr,
     HAS_NORM: tl.constexpr,
     HAS_SUMS: tl.constexpr,
+    AT_INPUT: tl.constexpr,
+    STORES: tl.constexpr,
     ACTIVATION: tl.constexpr,
     STORED_DTYPE: tl.constexpr,
     ACC_DTYPE: tl.constexpr,
@@ -110,8 +112,9 @@ def logits_dgrad(
 
     With HAS_BELOW it is the gradient of a layer's output, `below`, of out's shape: see
     `gradient_epilogue`, whose rows are the k and whose columns are images. N then counts the images
-    of one group, of which there are `tiles_n` tiles. Grid: (tiles of N, of all groups * tiles of
-    K).
+    of one group, of which there are `tiles_n` tiles. Memory takes the time here, so that gradient
+    is computed twice rather than stored: for its sums alone, without STORES, and then AT_INPUT, see
+    `gradient_at_input`. Grid: (tiles of N, of all groups * tiles of K).
     """
     wait_for_previous()
     tile = tl.program_id(0) // tiles_k
@@ -138,19 +141,26 @@ def logits_dgrad(
             other=0.0,
         )
         # acc is 0 where an image does not exist: small is.
-        acc = gradient_epilogue(
-            acc.T, below.T, count, tile, group, k, K, C_big, vectors_ptr, sums_ptr, negative_slope,
-            HAS_NORM, HAS_SUMS, ACTIVATION, STORED_DTYPE,
-        ).T  # fmt: skip
+        if AT_INPUT:
+            acc = gradient_at_input(
+                acc.T, below.T, count, group, k, C_big, N * (K // C_big), vectors_ptr, sums_ptr,
+                negative_slope, ACTIVATION,
+            ).T  # fmt: skip
+        else:
+            acc = gradient_epilogue(
+                acc.T, below.T, count, tile, group, k, K, C_big, vectors_ptr, sums_ptr,
+                negative_slope, HAS_NORM, HAS_SUMS, ACTIVATION, STORED_DTYPE,
+            ).T  # fmt: skip
     else:
         if HAS_BIAS:
             acc += tl.load(bias_ptr + k % C_big).to(ACC_DTYPE)[None, :]
         acc = activate(acc, negative_slope, ACTIVATION)
-    tl.store(
-        out_ptr + n[:, None] * K + k[None, :],
-        acc.to(out_ptr.dtype.element_ty),
-        mask=exists[:, None] & (k < K)[None, :],
-    )
+    if STORES:
+        tl.store(
+            out_ptr + n[:, None] * K + k[None, :],
+            acc.to(out_ptr.dtype.element_ty),
+            mask=exists[:, None] & (k < K)[None, :],
+        )
 
 
 @triton.jit(do_not_specialize=["N", "steps_per_split", "group_images"])

@@ -125,9 +125,9 @@ def gradient_epilogue(
         mean, scale, shift = mean[:, None], scale[:, None], shift[:, None]
     COLUMNS: tl.constexpr = min(acc.shape[1], GRADIENT_AT_ONCE)
     nothing = tl.zeros((acc.shape[0], COLUMNS), acc.dtype)
-    g, sum_g, sum_g_centred = _gradient_in_pieces(
-        acc, below, nothing, nothing, mean, scale, shift, count, -1, negative_slope,
-        HAS_NORM, HAS_SUMS, ACTIVATION, STORED_DTYPE,
+    g, sum_g, sum_g_centred = gradient_in_pieces(
+        acc, below, nothing, nothing, mean, scale, shift, 0.0, 0.0, count, -1, negative_slope,
+        HAS_NORM, HAS_SUMS, False, ACTIVATION, STORED_DTYPE,
     )  # fmt: skip
     if HAS_SUMS:
         sum_g = tl.sum(sum_g, axis=1)
@@ -144,13 +144,37 @@ def gradient_epilogue(
 
 
 @triton.jit
-def _gradient_in_pieces(
-    acc, below, sum_g, sum_g_centred, mean, scale, shift, count, LAST: tl.constexpr, negative_slope,
-    HAS_NORM: tl.constexpr, HAS_SUMS: tl.constexpr, ACTIVATION: tl.constexpr,
-    STORED_DTYPE: tl.constexpr,
+def gradient_at_input(
+    acc, below, count, group, row, channels, values, vectors_ptr, sums_ptr, negative_slope,
+    ACTIVATION: tl.constexpr,
+):  # fmt: skip
+    """As `gradient_epilogue` with a batch norm, but the gradient of what that norm took.
+
+    sums[group] is [2, channels]: dbeta and dgamma of the group, which has so many `values` of each
+    channel. The formula is that of `norm.norm_backward`.
+    """
+    channel = row % channels
+    mean, scale, shift = load_vectors(vectors_ptr, group, channels, channel)
+    rstd = tl.load(vectors_ptr + group * 5 * channels + RSTD * channels + channel)
+    offset = tl.cast(group, tl.int64) * 2 * channels + channel
+    # dz = scale * g - scale * dbeta / values - (z - mean) * (scale * rstd * dgamma / values)
+    level = scale * (tl.load(sums_ptr + offset) / values)
+    tilt = scale * rstd * (tl.load(sums_ptr + channels + offset) / values)
+    dz, _, _ = gradient_in_pieces(
+        acc, below, 0.0, 0.0, mean[:, None], scale[:, None], shift[:, None], level[:, None],
+        tilt[:, None], count, -1, negative_slope, True, False, True, ACTIVATION, acc.dtype,
+    )  # fmt: skip
+    return dz
+
+
+@triton.jit
+def gradient_in_pieces(
+    acc, below, sum_g, sum_g_centred, mean, scale, shift, level, tilt, count, LAST: tl.constexpr,
+    negative_slope, HAS_NORM: tl.constexpr, HAS_SUMS: tl.constexpr, AT_INPUT: tl.constexpr,
+    ACTIVATION: tl.constexpr, STORED_DTYPE: tl.constexpr,
 ):  # fmt: skip
     """g = acc * act'(u); sum_g and sum_g_centred, the sums of g and of g * (z - mean) over columns
-    that are GRADIENT_AT_ONCE apart.
+    that are GRADIENT_AT_ONCE apart. AT_INPUT: g * scale - level - (z - mean) * tilt in g's place.
 
     LAST: negative, and greater from piece to piece. A count is above it, which the compiler does
     not know: so each piece is computed under a condition of its own, where the compiler neither
@@ -161,13 +185,13 @@ def _gradient_in_pieces(
     if COLUMNS > GRADIENT_AT_ONCE:
         left, right = acc.reshape(ROWS, 2, COLUMNS // 2).permute(0, 2, 1).split()
         below_left, below_right = below.reshape(ROWS, 2, COLUMNS // 2).permute(0, 2, 1).split()
-        left, sum_g, sum_g_centred = _gradient_in_pieces(
-            left, below_left, sum_g, sum_g_centred, mean, scale, shift, count, LAST - COLUMNS,
-            negative_slope, HAS_NORM, HAS_SUMS, ACTIVATION, STORED_DTYPE,
+        left, sum_g, sum_g_centred = gradient_in_pieces(
+            left, below_left, sum_g, sum_g_centred, mean, scale, shift, level, tilt, count,
+            LAST - COLUMNS, negative_slope, HAS_NORM, HAS_SUMS, AT_INPUT, ACTIVATION, STORED_DTYPE,
         )  # fmt: skip
-        right, sum_g, sum_g_centred = _gradient_in_pieces(
-            right, below_right, sum_g, sum_g_centred, mean, scale, shift, count, LAST,
-            negative_slope, HAS_NORM, HAS_SUMS, ACTIVATION, STORED_DTYPE,
+        right, sum_g, sum_g_centred = gradient_in_pieces(
+            right, below_right, sum_g, sum_g_centred, mean, scale, shift, level, tilt, count, LAST,
+            negative_slope, HAS_NORM, HAS_SUMS, AT_INPUT, ACTIVATION, STORED_DTYPE,
         )  # fmt: skip
         g = tl.join(left, right).permute(0, 2, 1).reshape(ROWS, COLUMNS)
     else:
@@ -185,6 +209,8 @@ def _gradient_in_pieces(
                 sum_g += g
                 if HAS_NORM:
                     sum_g_centred += g * centred
+            if AT_INPUT:
+                g = g * scale - level - centred * tilt
     return g, sum_g, sum_g_centred
 
 

@@ -32,7 +32,7 @@ from benchmarks.model.recording import compiling
 
 HERE = Path(__file__).parent
 # Of the cases, each a file beside this one: ahead_of_time_every.py and so on.
-CASES = ("every", "from_image", "outputs")
+CASES = ("every", "from_image", "dgrad_wgrad", "outputs")
 # Instructions in PTX, or in what AMD's assembler reads.
 ASSEMBLY = {
     "matrix": r"wgmma\.mma_async|tcgen05\.mma|mma\.sync|v_mfma",

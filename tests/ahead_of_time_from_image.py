@@ -8,6 +8,7 @@ from benchmarks.model.recording import rounding
 from genfast.geometry import ConvGeometry
 from genfast.launch import from_image
 from genfast.launch.epilogue import Epilogue
+from genfast.launch.operand import Output
 
 K4S2 = ConvGeometry.conv((64, 64), (4, 4), (2, 2), (1, 1))
 OTHER = ConvGeometry.conv((66, 38), (4, 4), (2, 2), (1, 1))
@@ -45,12 +46,14 @@ def _cases(dtype, few):
     yield "uint8", lambda: _joined(K4S2, torch.uint8, dtype)
     yield "float", lambda: _joined(K4S2, torch.float32, dtype)
     yield "stride 1", lambda: _fprop(K4S1, dtype, 64, Epilogue())
+    yield "twice", lambda: _twice(K4S2, dtype, 64)
     # The last batch of an epoch, and images of another size: nothing new to compile.
     yield "leaky relu", lambda: _fprop(OTHER, dtype, 64, Epilogue(**leaky), batch=97)
     yield "plain", lambda: _wgrad(OTHER, dtype, 64, batch=1)
     yield "plain", lambda: from_image.padded(_image(3, OTHER.big, torch.float32, 97), OTHER, dtype)
     yield "uint8", lambda: _joined(OTHER, torch.uint8, dtype, 97)
     yield "float", lambda: _joined(OTHER, torch.float32, dtype, 97)
+    yield "twice", lambda: _twice(OTHER, dtype, 64, batch=97)
     if few:
         return
     image = _image(3, K4S2.big, dtype)
@@ -67,6 +70,9 @@ def _cases(dtype, few):
         yield f"{c_small} channels", lambda c=c_small: _fprop(K4S2, dtype, c, Epilogue(**leaky))
         yield f"{c_small} channels", lambda c=c_small: _fprop(K4S2, dtype, c, Epilogue(groups=1))
         yield f"{c_small} channels", lambda c=c_small: _wgrad(K4S2, dtype, c)
+    for c_small in (128, 40):
+        yield f"{c_small} channels twice", lambda c=c_small: _twice(K4S2, dtype, c)
+    yield "twice, no weight", lambda: _twice(K4S2, dtype, 64, want_dweight=False)
     for name, geometry in (("3x3", K3S1), ("5x5/2", K5S2), ("7x7", K7S1)):
         yield name, lambda g=geometry: _fprop(g, dtype, 64, Epilogue(**leaky))
         yield name, lambda g=geometry: _wgrad(g, dtype, 64)
@@ -98,3 +104,14 @@ def _wgrad(geometry, dtype, c_small, batch=64, y=False, groups=0, **activation):
     other = torch.empty_like(small) if y else None
     vectors = torch.empty(groups, 5, c_small) if groups else None
     from_image.wgrad(_padded(geometry, dtype, batch), small, other, vectors, **activation)
+
+
+def _twice(geometry, dtype, c_small, batch=64, want_dweight=True):
+    """The gradient at a norm's input, where it is computed twice."""
+    image = _padded(geometry, dtype, batch)
+    weight = torch.empty(c_small, 3, *geometry.kernel_size, dtype=dtype)
+    z = _image(c_small, geometry.small, dtype, batch)
+    below = Output(z, torch.empty(1, 5, c_small), "relu", 0.0)
+    if from_image.has_norm_sums(geometry, image.data, below):
+        sums, _ = from_image.norm_sums(image, weight, below, want_dweight)
+        from_image.fprop(image, weight, Epilogue(output=below, at_input=sums))

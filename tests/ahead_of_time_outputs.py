@@ -8,6 +8,7 @@ from benchmarks.model.recording import rounding
 from genfast.geometry import ConvGeometry
 from genfast.launch import logits, to_image
 from genfast.launch.epilogue import Epilogue
+from genfast.launch.operand import Output
 
 
 def cases(architecture, few):
@@ -78,5 +79,9 @@ def _logit_cases(name, c_small, c_big, dtype):
     z = _of_z(c_big, "leaky_relu", 1)
     yield f"{name} fprop of z", partial(logits.fprop, big, weight, geometry, Epilogue(), **z)
     yield f"{name} wgrad of z", partial(logits.wgrad, big, small, geometry, **z)
+    below, sums = Output(big, **z), torch.empty(1, 1, 2 * c_big)
+    yield f"{name} sums", partial(logits.norm_sums, small, weight, geometry, below)
+    at_input = Epilogue(output=below, at_input=sums)
+    yield f"{name} dgrad at input", partial(logits.dgrad, small, weight, geometry, at_input)
     two = _of_z(c_big, "leaky_relu", 2)
     yield f"{name} wgrad of z of two", partial(logits.wgrad, big, small, geometry, **two)

@@ -37,6 +37,7 @@ LOADERS = "test_blocks.py::test_ragged_tiles_with_either_loader"
 REDUCTIONS = "test_blocks.py::test_few_programs_share_long_reductions"
 SAMPLING = "test_sampling.py"
 FROM_IMAGE = "test_from_image.py::test_products"
+DGRAD_WGRAD = "test_dgrad_wgrad.py::test_bits_are_those_of_two_kernels"
 LOSSES = "test_losses.py"
 EXTENSIONS = "test_gan_extensions.py::test_a_step_is_that_of_a_plain_loop"
 PENALTIES = "test_gan_extensions.py::test_penalties_of_a_linear_discriminator"
@@ -51,7 +52,43 @@ NORMS = "test_norms.py::test_alone"
 COMPILED = "test_compile.py::test_compiled_networks_are_the_eager_ones"
 WORKERS = "test_workers.py::test_runs_of_two_processes_go_on_stop_and_fail_together"
 JOINT = "test_workers.py::test_processes_train_as_one_with_the_joint_batch"
+TWICE = "test_computed_twice.py::test_the_gradients_below"
 BUGS = (
+    Bug(
+        "the gradient at a norm's input, computed again, forgets rstd",
+        "kernels/product.py",
+        "tilt = scale * rstd * (",
+        "tilt = scale * (",
+        TWICE,
+    ),
+    Bug(
+        "pixels beyond the end count in sums of a gradient that is not stored",
+        "kernels/from_image.py",
+        "acc = zero_beyond(dot(weight, window.T, acc, PRECISION), exists, count)",
+        "acc = dot(weight, window.T, acc, PRECISION)",
+        TWICE,
+    ),
+    Bug(
+        "pixels beyond the end count in a weight's gradient beside those sums",
+        "kernels/from_image.py",
+        "y = as_stored(y, exists[None, :], z.dtype, STORED_DTYPE)",
+        "y = as_stored(y, (column >= 0)[None, :], z.dtype, STORED_DTYPE)",
+        TWICE,
+    ),
+    Bug(
+        "a channel of a map before logits has as many values as images",
+        "kernels/logits.py",
+        "C_big, N * (K // C_big), vectors_ptr",
+        "C_big, N, vectors_ptr",
+        TWICE,
+    ),
+    Bug(
+        "gradients computed twice have the first group's gamma and beta",
+        "genfast/launch/norm.py",
+        "sums.sum_partials(each.flatten(0, 1), total)",
+        "sums.sum_partials(each[0], total)",
+        TWICE,
+    ),
     Bug(
         "what a function is given beside a sum is looked up before it",
         "genfast/rewriting.py",
@@ -405,8 +442,8 @@ BUGS = (
     Bug(
         "all groups' gradients take the first group's vectors",
         "kernels/product.py",
-        "load_vectors(vectors_ptr, group, channels, channel)",
-        "load_vectors(vectors_ptr, 0, channels, channel)",
+        "    if HAS_NORM:\n        mean, scale, shift = load_vectors(vectors_ptr, group,",
+        "    if HAS_NORM:\n        mean, scale, shift = load_vectors(vectors_ptr, 0,",
         GRADIENT,
     ),
     Bug(
@@ -1418,6 +1455,34 @@ BUGS = (
         'kind in _found and getattr(kind, "forward", None) is _found[kind]',
         "kind in _found",
         "test_own_glu.py",
+    ),
+    Bug(
+        "a gradient that is stored nowhere is not rounded either",
+        "kernels/dgrad_wgrad.py",
+        "as_stored(acc, True, window.dtype, STORED_DTYPE)",
+        "acc.to(window.dtype)",
+        DGRAD_WGRAD,
+    ),
+    Bug(
+        "what lies beyond the edge of a box meets windows",
+        "kernels/dgrad_wgrad.py",
+        "zero_beyond(acc, exists, count), y,",
+        "acc, y,",
+        DGRAD_WGRAD,
+    ),
+    Bug(
+        "all rows of phases meet the windows of the first",
+        "kernels/dgrad_wgrad.py",
+        "(y0 * STRIDE_H + py) * row_step",
+        "y0 * STRIDE_H * row_step",
+        DGRAD_WGRAD,
+    ),
+    Bug(
+        "an image's own gradient is left out where its weight's comes with the one above",
+        "genfast/autograd.py",
+        "if i == 1 and not need_x and needs[0][0]:",
+        "if i == 1 and needs[0][0]:",
+        "test_dgrad_wgrad.py::test_where_it_runs",
     ),
 )
 

@@ -44,6 +44,7 @@ ENDS = {
     "pad_image",
     "join_images",
     "fprop_image",
+    "norm_sums_image",
     "wgrad_image",
     "to_image",
     "logits_fprop",

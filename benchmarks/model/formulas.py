@@ -108,6 +108,18 @@ def _flops_of_image(a, pixels):
     return 2 * pixels * 8 * a.eighths * a.KH * a.KW * a.C_BIG
 
 
+def _flops_of_both(a):
+    _, height, width, _ = a.tensors["small"]
+    product = height * width * a.KH * a.KW * a.C_small
+    image = a.H_big * a.W_big * a.IMAGE_KH * a.IMAGE_KW * a.C_IMAGE
+    return 2 * a.N * a.C_big * (product + image)
+
+
+def _small_size(a):
+    _, height, width, _ = a.tensors["small"]
+    return f"{height}x{width}"
+
+
 def _other_groups(end, group_rows, step_rows, steps, splits):
     """How often a mean step of `normalized_rows` meets another group than its program's first.
 
@@ -148,6 +160,13 @@ FORMULAS = {
         lambda a: f"{a.C_BIG}->{8 * a.eighths} ch image",
         _about_padded,
     ),
+    "norm_sums_image": Formula(
+        lambda a: {"norm_sums_image.step": _tiles_of_image(a) / a.grid[1]},
+        # The gradient counts where it is stored.
+        lambda a: _flops_of_image(a, a.pixels) if a.HAS_WGRAD else 0,
+        lambda a: f"{a.C_BIG}->{8 * a.eighths} ch image",
+        _about_padded,
+    ),
     "wgrad_image": Formula(
         lambda a: {
             "wgrad_image.step": a.tiles_per_split,
@@ -158,6 +177,18 @@ FORMULAS = {
         lambda a: _flops_of_image(a, a.pixels),
         lambda a: f"{a.C_BIG}->{8 * a.eighths} ch image",
         _about_padded,
+    ),
+    "dgrad_wgrad_image": Formula(
+        lambda a: {
+            "dgrad_wgrad_image.tile": a.tiles_per_program + a.one_more / a.grid[1],
+            "dgrad_wgrad_image.step": _dgrad_passes(a)["dgrad.step"],
+        },
+        _flops_of_both,
+        lambda a: (
+            f"{a.C_small}->{a.C_big} ch {_small_size(a)}->{a.H_big}x{a.W_big}, "
+            f"{a.C_IMAGE}->{a.C_big} ch image"
+        ),
+        lambda a: f"n {a.N}",
     ),
     "to_image": Formula(
         lambda a: {
@@ -179,7 +210,7 @@ FORMULAS = {
     ),
     "logits_dgrad": Formula(
         lambda a: {},
-        lambda a: 2 * _images_of_logits(a) * a.K * a.C_SMALL,
+        lambda a: 2 * _images_of_logits(a) * a.K * a.C_SMALL if a.STORES else 0,
         lambda a: f"{a.C_SMALL}->{a.K} ch logits",
         lambda a: f"n {_images_of_logits(a)}",
     ),

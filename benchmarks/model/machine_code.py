@@ -203,12 +203,13 @@ def regions(listing):
     # Outer before inner: a loop holds the headers of those inside it.
     loops.sort(key=lambda loop: -len(loop[1]))
     bodies = [set(graph.blocks), *(body for _, body in loops)]
+    sources = _sources(graph, bodies, skipped)
     found = []
     for index, body in enumerate(bodies):
         inner = [other for other in bodies[index + 1 :] if other < body]
         own = body.difference(skipped, *inner)
         instructions = [i for block in sorted(own) for i in graph.blocks[block]]
-        source = _source_loop(instructions) if index else None
+        source = sources[index]
         parent = max(k for k in range(index) if body <= bodies[k]) if index else 0
         called = sum(_length(listing, i) for i in instructions if i.name == "CALL")
         found.append(
@@ -221,6 +222,21 @@ def regions(listing):
             )
         )
     return _with_unrolling(found)
+
+
+def _sources(graph, bodies, skipped):
+    """What `_source_loop` says of each body but the first, which is straight code: None.
+
+    The compiler moves the first loads of a pipelined loop before it, into the loop around it, but
+    that one is a loop of its own.
+    """
+    sources = [None] * len(bodies)
+    for index in reversed(range(1, len(bodies))):
+        inside = [i for i in range(index + 1, len(bodies)) if bodies[i] < bodies[index]]
+        own = bodies[index].difference(skipped, *(bodies[i] for i in inside))
+        instructions = [i for block in sorted(own) for i in graph.blocks[block]]
+        sources[index] = _source_loop(instructions, {sources[i] for i in inside})
+    return sources
 
 
 def _length(listing, call):
@@ -355,8 +371,11 @@ def _ends_block(instruction):
     return instruction.name in ("BRA", "BRX", "JMX", "EXIT", "RET", "BSYNC")
 
 
-def _source_loop(instructions):
-    """Line and "function.variable" of the innermost `for` most of these instructions come from."""
+def _source_loop(instructions, others=()):
+    """Line and "function.variable" of the innermost `for` most of these instructions come from.
+
+    others: what was said of loops inside this one.
+    """
     votes = Counter()
     for instruction in instructions:
         if instruction.source is None:
@@ -367,8 +386,8 @@ def _source_loop(instructions):
             votes[max(around)] += 1
     if not votes:
         return None
-    (line, _, what), _ = votes.most_common(1)[0]
-    return line, what
+    found = ((line, what) for (line, _, what), _ in votes.most_common())
+    return next((loop for loop in found if loop not in others), None)
 
 
 @functools.cache

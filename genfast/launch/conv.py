@@ -10,6 +10,7 @@ from genfast import library, reference
 from genfast.backend import triton
 from genfast.geometry import ConvGeometry
 from genfast.launch import (
+    boxes,
     first_use,
     from_image,
     logits,
@@ -125,6 +126,46 @@ def wgrad_makes(source_is_big, weight, geometry, images):
     return from_image.fits(geometry, c_small, c_big, images) and not source_is_big
 
 
+def computed_twice(operation, source, weight, geometry, below):
+    """Whether the gradient of an `Output` takes less time if it is computed twice than if stored.
+
+    So it is beside images and logits, where products are bound by memory: `norm_sums`, and then the
+    product with an epilogue `at_input`.
+
+    Args:
+        operation: "fprop" or "dgrad", that computes it.
+        source: (N, C, H, W), what the product reads.
+        weight, geometry: of the convolution.
+        below: the `Output`.
+    """
+    if not below.is_made_reading:
+        return False
+    c_small, c_big = weight.shape[:2]
+    is_logit = logits.fits(geometry, c_small, PLAIN)
+    if operation == "dgrad":
+        return is_logit
+    fits = not is_logit and from_image.fits(geometry, c_small, c_big, source.shape[0])
+    return fits and from_image.has_norm_sums(geometry, source, below)
+
+
+def norm_sums(operation, source, weight, geometry, below, want_dweight):
+    """The sums that the backward of an `Output`'s batch norm needs, where it is `computed_twice`.
+
+    Args:
+        operation, weight, geometry, below: as there.
+        source: a tensor or an `Operand`.
+        want_dweight: whether the weight's gradient is wanted, of `below` and the source.
+
+    Returns:
+        (groups, parts, 2 * channels): sums of g and of g * xhat; and the weight's gradient, or None
+        where it was not wanted or is not computed with them.
+    """
+    source = operand(source)
+    if operation == "dgrad":
+        return logits.norm_sums(source.tensor(), weight, geometry, below), None
+    return from_image.norm_sums(source.padded(geometry), weight, below, want_dweight)
+
+
 def sums_apart(operation, source, weight, geometry, output_is_read):
     """Whether sums over each image take less time as a pass of their own than with the product.
 
@@ -219,7 +260,7 @@ def _wgrad(big, small, geometry, config=None):
         config.descriptors
         and not packed
         and h_small % box[1] == w_small % box[2] == 0  # A ragged box would pair zeros with pixels.
-        and _folds(geometry)
+        and boxes.folds(geometry)
         and memory.descriptor_fits(big)
     )
     small_boxed = boxed and memory.descriptor_fits(small)
@@ -234,7 +275,7 @@ def _wgrad(big, small, geometry, config=None):
 
     target = sums.partials(splits, dweight) if summed else dweight
     if boxed:
-        big = _big_descriptor(big, geometry, box, config.block_n)
+        big = boxes.big_descriptor(big, geometry, box, config.block_n)
     if small_boxed:
         small = memory.descriptor(small.view(-1, c_small), [config.block_k, config.block_m])
     tape.start(
@@ -253,8 +294,8 @@ def _wgrad(big, small, geometry, config=None):
         tiles_per_split=tiles_per_split,
         KW=geometry.kernel_size[1],
         TAPS=geometry.taps,
-        **_stride_and_padding(geometry),
-        **_alignments(c_big, c_small),
+        **boxes.stride_and_padding(geometry),
+        **boxes.alignments(c_big, c_small),
         **start.arithmetic(dweight),
         DESCRIPTORS=boxed,
         SMALL_DESCRIPTOR=small_boxed,
@@ -270,6 +311,8 @@ def _conv(direction, source, weight, geometry, epilogue, config=None):
     """As `fprop` or `dgrad`, the direction, by a `GemmConfig`; None takes the one to choose."""
     to_small = direction == "fprop"
     run = partial(_conv, direction, source, weight, geometry, epilogue)
+    if epilogue.at_input is not None:
+        raise ValueError("expected an epilogue at_input only beside images and logits, got one")
     config, _ = _config(direction, source, geometry, *weight.shape[:2], epilogue, config, run)
     if config.library:
         return _through_library(direction, source, weight, geometry, epilogue)
@@ -304,10 +347,10 @@ def _conv(direction, source, weight, geometry, epilogue, config=None):
     boxed = (
         config.descriptors
         and not packed
-        and _folds(geometry)
+        and boxes.folds(geometry)
         and memory.descriptor_fits(weight.view(-1, c_big))  # Each tap's box begins aligned.
         and (not to_small or (memory.descriptor_fits(big) and c_big % config.block_k == 0))
-        and (to_small or _stride_divides_kernel(geometry))
+        and (to_small or boxes.stride_divides_kernel(geometry))
     )
     small_boxed = boxed and memory.descriptor_fits(small)
     pixels = n // groups, *size
@@ -334,13 +377,13 @@ def _conv(direction, source, weight, geometry, epilogue, config=None):
         if stored_boxed and (epilogue.output is not None or epilogue.added is not None):
             below = below if memory.descriptor_fits(below) else below.clone()
             if to_small:
-                below = _small_descriptor(below, box, block_small, apart)
+                below = boxes.small_descriptor(below, box, block_small, apart)
             else:
-                below = _big_descriptor(below.view(big.shape), geometry, box, block_big, apart)
+                below = boxes.big_descriptor(below.view(big.shape), geometry, box, block_big, apart)
         if to_small or stored_boxed:
-            big = _big_descriptor(big, geometry, box, block_big, 0 if to_small else apart)
+            big = boxes.big_descriptor(big, geometry, box, block_big, 0 if to_small else apart)
         if small_boxed:
-            small = _small_descriptor(small, box, block_small, apart if to_small else 0)
+            small = boxes.small_descriptor(small, box, block_small, apart if to_small else 0)
         weight = memory.descriptor(weight, [block_small, block_big])
     shared = dict(
         weight=weight,
@@ -356,8 +399,8 @@ def _conv(direction, source, weight, geometry, epilogue, config=None):
         tiles_per_group=tiles_per_group,
         KH=geometry.kernel_size[0],
         KW=geometry.kernel_size[1],
-        **_stride_and_padding(geometry),
-        **_alignments(c_big, c_small),
+        **boxes.stride_and_padding(geometry),
+        **boxes.alignments(c_big, c_small),
         **epilogue.arguments(out, reductions),
         HAS_ADDED=epilogue.added is not None,
         **start.arithmetic(source),
@@ -461,51 +504,6 @@ def _collapse(big, small, geometry):
     if not geometry.is_product:
         return big, small, geometry
     return big.view(big.shape[0], 1, 1, -1), small, _FLAT
-
-
-def _folds(geometry):
-    """Whether a strided side folds evenly into a descriptor's view: see `_big_descriptor`."""
-    return all(n % s == 0 for n, s in zip(geometry.big, geometry.stride, strict=True))
-
-
-def _alignments(c_big, c_small):
-    """Powers of two that divide the channels, as far as they decide how wide loads are."""
-    return dict(BIG_ALIGNMENT=math.gcd(c_big, 16), SMALL_ALIGNMENT=math.gcd(c_small, 16))
-
-
-def _stride_divides_kernel(geometry):
-    return all(k % s == 0 for k, s in zip(geometry.kernel_size, geometry.stride, strict=True))
-
-
-def _big_descriptor(big, geometry, box, block_channels, groups=0):
-    """big as [N, H / sh, sh, W / sw, sw * C]: a tap's or a phase's pixels are a box of it.
-
-    With groups as [groups, N / groups, H / sh, sh * W / sw, sw * C]: see `kernels.conv`.
-    """
-    n, h, w, c = big.shape
-    sh, sw = geometry.stride
-    if groups:
-        rows = big.view(groups, n // groups, h // sh, sh * (w // sw), sw * c)
-        return memory.descriptor(rows, [1, *box, block_channels])
-    folded = big.view(n, h // sh, sh, w // sw, sw * c)
-    return memory.descriptor(folded, [box[0], box[1], 1, box[2], block_channels])
-
-
-def _small_descriptor(small, box, block_channels, groups=0):
-    """small as [N, H, W, C], or with groups as [groups, N / groups, H, W, C]."""
-    if groups:
-        small = small.unflatten(0, (groups, -1))
-        return memory.descriptor(small, [1, *box, block_channels])
-    return memory.descriptor(small, [*box, block_channels])
-
-
-def _stride_and_padding(geometry):
-    return dict(
-        STRIDE_H=geometry.stride[0],
-        STRIDE_W=geometry.stride[1],
-        PAD_H=geometry.padding[0],
-        PAD_W=geometry.padding[1],
-    )
 
 
 def _registers(config, described, tensor):

@@ -25,9 +25,12 @@ class Epilogue:
         multiplied by act'(u). Where it has vectors, each tile's sums of the result g and of
         g * xhat are returned, xhat = (z - mean) * rstd: those of batch norm's backward.
     sums: to return each tile's sums of g also for an output without vectors.
+    at_input: None, or (groups, 1, 2 * channels), those sums of all tiles of an output with vectors:
+        the result then is the gradient of what that batch norm took. Only of `from_image.fprop` and
+        `logits.dgrad`, which take hardly longer than memory: others compute a gradient once.
 
     Raises:
-        ValueError: an output beside any of the others, or sums without an output.
+        ValueError: an output beside any of the others; sums or `at_input` without an output.
     """
 
     bias: torch.Tensor | None = None
@@ -38,6 +41,7 @@ class Epilogue:
     output: Output | None = None
     sums: bool = False
     added: torch.Tensor | None = None
+    at_input: torch.Tensor | None = None
 
     def __post_init__(self):
         others = self.bias is not None or self.groups or self.vectors is not None
@@ -51,6 +55,8 @@ class Epilogue:
             )
         if self.sums and self.output is None:
             raise ValueError("expected sums only of a gradient, with an output, got sums without")
+        if self.at_input is not None and (self.output is None or self.output.vectors is None):
+            raise ValueError("expected an output with vectors beside at_input, got none")
 
     @property
     def parts_of_batch(self):
@@ -62,7 +68,7 @@ class Epilogue:
     @property
     def sums_per_channel(self):
         """How many sums of each channel are returned, apart from statistics."""
-        if self.output is None:
+        if self.output is None or self.at_input is not None:
             return 0
         return 2 if self.output.vectors is not None else int(self.sums)
 
@@ -113,9 +119,13 @@ class Epilogue:
     def of_gradient(self, out, sums):
         """Arguments of the kernels that compute the gradient of a layer's output."""
         made_by = self.output or self
+        if self.at_input is not None:
+            sums = self.at_input
+        elif self.sums_per_channel == 0:
+            sums = out
         return dict(
             vectors_ptr=out if made_by.vectors is None else made_by.vectors,
-            sums_ptr=out if self.sums_per_channel == 0 else sums,
+            sums_ptr=sums,
             negative_slope=made_by.negative_slope,
             HAS_NORM=made_by.vectors is not None,
             HAS_BELOW=self.output is not None,

@@ -4,6 +4,7 @@ why = from_image.why_not(geometry, c_small, c_big, images)     None: it fits
 image = from_image.padded(x, geometry)                         once an image
 small, statistics = from_image.fprop(image, weight, epilogue)
 dweight = from_image.wgrad(image, small)
+sums, dweight = from_image.norm_sums(image, weight, below)    a gradient's, which is not stored
 
 x = from_image.joined(reals, fakes, geometry, dtype)           two batches, in padded memory at once
 image = from_image.found(x, geometry)                          its `Padded`, without a pass
@@ -25,6 +26,8 @@ if triton is not None:
 
 # The channels of a padded image.
 CHANNELS = 4
+# Of `norm_sums`, at most: it has two accumulators.
+_SUMS_CHANNELS = 64
 # Pixels are divided by sizes through multiplications that are exact below this.
 _PIXEL_LIMIT = 2**30
 # Of `pad_image` and `join_images`: four pixels a thread.
@@ -73,6 +76,7 @@ class ImageConfig:
     num_warps: for a tile of `channels`.
     fprop_stages, wgrad_stages: tiles on their way from memory.
     resident: programs that share a multiprocessor.
+    sums_resident: so many of `norm_sums`, which takes more registers.
     """
 
     channels: int
@@ -84,28 +88,29 @@ class ImageConfig:
     fprop_stages: int
     wgrad_stages: int
     resident: int
+    sums_resident: int
 
 
 # Small enough that a test's few pixels and channels span several ragged tiles.
-_INTERPRETED = ImageConfig(32, 32, 32, 64, 32, 1, 1, 1, 1)
+_INTERPRETED = ImageConfig(32, 32, 32, 64, 32, 1, 1, 1, 1, 1)
 # Elements of two and of four bytes.
 _SHIPPED = {
     "sm_90": {
-        2: ImageConfig(128, 128, 64, 64, 64, 8, 3, 4, 3),
-        4: ImageConfig(64, 64, 64, 64, 32, 4, 2, 3, 3),
+        2: ImageConfig(128, 128, 64, 64, 64, 8, 3, 4, 3, 3),
+        4: ImageConfig(64, 64, 64, 64, 32, 4, 2, 3, 3, 2),
     },
     "sm_80": {
-        2: ImageConfig(128, 128, 64, 64, 64, 8, 2, 3, 2),
-        4: ImageConfig(64, 64, 64, 32, 32, 4, 2, 3, 2),
+        2: ImageConfig(128, 128, 64, 64, 64, 8, 2, 3, 2, 2),
+        4: ImageConfig(64, 64, 64, 32, 32, 4, 2, 3, 2, 2),
     },
     "gfx942": {
-        2: ImageConfig(128, 128, 64, 64, 64, 8, 1, 2, 2),
-        4: ImageConfig(64, 64, 64, 32, 32, 4, 1, 2, 2),
+        2: ImageConfig(128, 128, 64, 64, 64, 8, 1, 2, 2, 2),
+        4: ImageConfig(64, 64, 64, 32, 32, 4, 1, 2, 2, 2),
     },
 }
 _SHIPPED["sm_100"] = _SHIPPED["sm_90"]
 # Without matrix instructions: what more would not fit into the registers.
-_IEEE = ImageConfig(32, 64, 64, 32, 32, 4, 2, 2, 3)
+_IEEE = ImageConfig(32, 64, 64, 32, 32, 4, 2, 2, 3, 2)
 
 
 def why_not(geometry, c_small, c_big, images):
@@ -301,6 +306,7 @@ def fprop(image, weight, epilogue):
         one_more=count % programs,
         **_windows(image),
         **epilogue.arguments(out, reductions),
+        AT_INPUT=epilogue.at_input is not None,
         **start.arithmetic(data),
         BLOCK_M=block_m,
         BLOCK_N=block_n,
@@ -309,6 +315,82 @@ def fprop(image, weight, epilogue):
         num_stages=config.fprop_stages,
     )
     return result, reductions
+
+
+def has_norm_sums(geometry, tensor, below):
+    """Whether `norm_sums` takes the gradient at an image like the tensor, and the layer below.
+
+    Args:
+        geometry: of a convolution for which `fits` holds.
+        tensor: of the image's dtype and device.
+        below: an `Output`.
+    """
+    if not below.is_made_reading or len(below.vectors) > 1:
+        return False
+    elements = _elements(geometry)
+    return elements <= _element_block(_config(tensor), elements)
+
+
+def norm_sums(image, weight, below, want_dweight):
+    """Of a gradient that `fprop` would compute, the sums that a batch norm's backward needs.
+
+    The gradient itself is not stored: `fprop` with an epilogue `at_input` computes it again, as
+    memory would take longer.
+
+    Args:
+        image: a `Padded`, the gradient at an image, where `has_norm_sums`.
+        weight: (C_small, C_big, kh, kw) of the `conv_transpose2d` that made the image.
+        below: the `Output` that it made it of, (N, C_small, Ho, Wo), with vectors.
+        want_dweight: whether the weight's gradient, which takes the same reading, is wanted.
+
+    Returns:
+        (1, parts, 2 * C_small): sums of g and of g * xhat; and the weight's gradient or None.
+    """
+    data, geometry = image.data, image.geometry
+    z, c_small = memory.nhwc(below.value), weight.shape[0]
+    config = _config(data)
+    block_m = min(_SUMS_CHANNELS, _channel_block(config, c_small))
+    block_n = config.statistics_pixels
+    pixels = data.shape[0] * math.prod(geometry.small)
+    count = tiles.ceil_div(pixels, block_n)
+    channel_tiles = tiles.ceil_div(c_small, block_m)
+    filling = passes.programs(data, config.sums_resident)
+    programs = min(count, tiles.ceil_div(filling, channel_tiles))
+    of_norm = z.new_empty((1, programs, 2 * c_small), dtype=start.acc_dtype(z.dtype))
+    dweight = partials = None
+    if want_dweight:
+        dweight = memory.channels_last((c_small, *geometry.kernel_size, image.c_big), data)
+        partials = sums.partials(programs, dweight)
+    tape.start(
+        kernels.norm_sums_image,
+        (channel_tiles, programs),
+        padded_ptr=data,
+        weight_ptr=memory.nhwc(weight),
+        z_ptr=z,
+        vectors_ptr=below.vectors,
+        sums_ptr=of_norm,
+        dweight_ptr=partials if want_dweight else of_norm,
+        pixels=pixels,
+        eighths=c_small // 8,
+        tiles_per_program=count // programs,
+        one_more=count % programs,
+        **_windows(image),
+        negative_slope=below.negative_slope,
+        HAS_WGRAD=want_dweight,
+        ACTIVATION=below.activation,
+        STORED_DTYPE=start.tl_dtype(z.dtype),
+        **start.arithmetic(data),
+        BLOCK_M=block_m,
+        BLOCK_N=block_n,
+        BLOCK_K=_element_block(config, _elements(geometry)),
+        num_warps=_warps(config, block_m),
+        num_stages=config.fprop_stages,
+        # Unasked, the compiler takes 213 for 4 warps, and only two programs fit.
+        **(dict(maxnreg=168) if config.sums_resident == 3 else {}),
+    )
+    if want_dweight:
+        sums.sum_partials(partials, dweight)
+    return of_norm, dweight
 
 
 def wgrad(image, small, y=None, vectors=None, activation="identity", negative_slope=0.0):

@@ -2,6 +2,7 @@
 
 from genfast.backend import INTERPRETING, triton
 from genfast.launch import memory, norm, passes, start, sums, tape, tiles
+from genfast.launch.epilogue import Epilogue
 
 if triton is not None:
     from genfast.kernels import logits as kernels
@@ -70,15 +71,37 @@ def fprop(big, weight, geometry, epilogue, vectors=None, activation="identity", 
 
 def dgrad(small, weight, geometry, epilogue):
     """As `conv.dgrad`, where `fits`: (N, C_big, *geometry.big), channels_last; its sums or None."""
+    result = memory.channels_last((len(small), *geometry.big, weight.shape[1]), small)
+    return result, _dgrad(small, weight, geometry, epilogue, memory.nhwc(result), stores=True)
+
+
+def norm_sums(small, weight, geometry, below):
+    """Of a gradient that `dgrad` would compute, the sums that a batch norm's backward needs.
+
+    The gradient itself is not stored: `dgrad` with an epilogue `at_input` computes it again.
+
+    Args:
+        small, weight, geometry: as of `dgrad`.
+        below: the `Output` whose gradient it is, with vectors.
+
+    Returns:
+        (groups, parts, 2 * C_big): sums of g and of g * xhat.
+    """
+    z = memory.nhwc(below.value)
+    return _dgrad(small, weight, geometry, Epilogue(output=below), z, stores=False)
+
+
+def _dgrad(small, weight, geometry, epilogue, out, stores):
+    """As `dgrad`, but its sums or None. Without `stores` out, (N, H, W, C_big), stays as it is."""
     small, weight = memory.nhwc(small), memory.nhwc(weight)
     n, _, _, c_small = small.shape
     c_big = weight.shape[3]
-    result = memory.channels_last((n, *geometry.big, c_big), small)
-    out = memory.nhwc(result)
     k = geometry.taps * c_big
     # A program reads its columns of the weight once for all of its rows. Sums are of many rows: a
     # program writes as many as it has columns.
-    rows, columns = (4, 1024) if epilogue.output is None else (16, 256)
+    rows, columns = 4, 1024
+    if epilogue.output is not None:
+        rows, columns = 16 if stores else 32, 256
     if start.architecture(small) == "interpreter":
         rows, columns = 2, 64
     block_n, block_k = rows, _block(k, columns)
@@ -90,7 +113,7 @@ def dgrad(small, weight, geometry, epilogue):
         (groups * tiles_n * tiles_k,),
         small_ptr=small,
         weight_ptr=weight,
-        bias_ptr=memory.dense(epilogue.bias, result),
+        bias_ptr=memory.dense(epilogue.bias, out),
         out_ptr=out,
         below_ptr=epilogue.below(out),
         N=n // groups,
@@ -100,13 +123,16 @@ def dgrad(small, weight, geometry, epilogue):
         tiles_k=tiles_k,
         C_SMALL=c_small,
         HAS_BIAS=epilogue.bias is not None,
-        STORED_DTYPE=start.tl_dtype(result.dtype),
+        # Sums are of what is stored.
+        STORED_DTYPE=start.tl_dtype(out.dtype if stores else start.acc_dtype(out.dtype)),
+        AT_INPUT=epilogue.at_input is not None,
+        STORES=stores,
         **epilogue.of_gradient(out, sums_of_gradient),
         **_accumulator(small),
         BLOCK_N=block_n,
         BLOCK_K=block_k,
     )
-    return result, sums_of_gradient
+    return sums_of_gradient
 
 
 def wgrad(big, small, geometry, vectors=None, activation="identity", negative_slope=0.0):

@@ -379,6 +379,30 @@ def norm_backward(
     return dz, total, y
 
 
+def total_sums(partials, rows, need_total, process_group=None):
+    """Of the `partials` of `norm_backward`, for who computes dz elsewhere: what that is made of.
+
+    Args:
+        partials: (groups, parts, 2 * C), as there.
+        rows: the values of a channel in each group.
+        need_total, process_group: as there.
+
+    Returns:
+        (groups, 1, 2 * C): the sums over parts; and (2, C): the gradients of beta and of gamma,
+        None unless `need_total`.
+    """
+    each = sums.in_fewer_parts(partials, 1)
+    total = None
+    if need_total:
+        total = each.view(len(each) * 2, -1)
+        if len(each) > 1:
+            total = each.new_empty((2, each.shape[2] // 2))
+            sums.sum_partials(each.flatten(0, 1), total)
+    if process_group is not None:
+        each = _sums_of_all_processes(each, rows, process_group)
+    return each, total
+
+
 def _sums_of_all_processes(partials, rows, process_group):
     """(groups, 1, 2 * channels): their sums over processes, times the part of the values here.
 

@@ -170,6 +170,7 @@ def test_gradients(case, device):
     assert_close(found, exact, samples)
 
 
+@pytest.mark.float64
 @interpreted
 @pytest.mark.parametrize("bias", [False, True])
 def test_gradients_are_differences(bias, device):

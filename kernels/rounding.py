@@ -69,15 +69,19 @@ def as_stored(x, exists, READ_DTYPE: tl.constexpr, STORED_DTYPE: tl.constexpr):
         y = tl.where(exists, rounded(x.to(READ_DTYPE), STORED_DTYPE), 0.0)
     elif not INTERPRETED and tl.target_info.is_cuda() and READ_DTYPE.is_bf16():
         # Casts and selects would do. But the compiler moves selects, those of an activation too,
-        # across casts, and then takes pairs apart and puts bits of masks together.
+        # across casts, and then takes pairs apart and puts bits of masks together. The two of a
+        # pair need not be neighbours: of few channels a thread has several pixels, so each has its
+        # own mask, half of which counts.
         y = tl.inline_asm_elementwise(
-            "{ .reg .b32 p; cvt.rn.bf16x2.f32 p, $2, $1; and.b32 $0, p, $3; }", "=r,f,f,r,r",
-            [x, _ones_where(exists, x)], tl.bfloat16, is_pure=True, pack=2,
+            "{ .reg .b32 p, m; cvt.rn.bf16x2.f32 p, $2, $1; prmt.b32 m, $3, $4, 0x7610; "
+            "and.b32 $0, p, m; }",
+            "=r,f,f,r,r", [x, _ones_where(exists, x)], tl.bfloat16, is_pure=True, pack=2,
         )  # fmt: skip
     elif not INTERPRETED and tl.target_info.is_cuda() and READ_DTYPE.is_fp16():
         y = tl.inline_asm_elementwise(
-            "{ .reg .b32 p; cvt.rn.f16x2.f32 p, $2, $1; and.b32 $0, p, $3; }", "=r,f,f,r,r",
-            [x, _ones_where(exists, x)], tl.float16, is_pure=True, pack=2,
+            "{ .reg .b32 p, m; cvt.rn.f16x2.f32 p, $2, $1; prmt.b32 m, $3, $4, 0x7610; "
+            "and.b32 $0, p, m; }",
+            "=r,f,f,r,r", [x, _ones_where(exists, x)], tl.float16, is_pure=True, pack=2,
         )  # fmt: skip
     else:
         y = tl.where(exists, x, 0.0).to(READ_DTYPE)

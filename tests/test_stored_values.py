@@ -1,5 +1,6 @@
 """Where a kernel goes on with what it stores, it goes on with the values as they are stored."""
 
+import ast
 import json
 import os
 import subprocess
@@ -17,6 +18,7 @@ import triton.language as tl
 from genfast.kernels.rounding import rounded
 
 from genfast.geometry import ConvGeometry
+from genfast.kernels import rounding
 from genfast.launch import conv, norm, start
 from genfast.launch.epilogue import Epilogue
 
@@ -107,6 +109,31 @@ def test_the_compiler_keeps_the_rounding():
     assemblies = json.loads(done.stdout)
     for (which, instruction), text in zip(CONVERSION.items(), assemblies, strict=True):
         assert instruction in text, which
+
+
+def assemblies():
+    """(text, constraints) of each piece of assembly in rounding.py, a function's own put in."""
+    tree = ast.parse(Path(rounding.__file__).read_text())
+    calls = [node for node in ast.walk(tree) if isinstance(node, ast.Call)]
+    given = {
+        call.func.id: [a.value for a in call.args if isinstance(a, ast.Constant)]
+        for call in calls
+        if isinstance(call.func, ast.Name)
+    }
+    for call in calls:
+        if getattr(call.func, "attr", "") == "inline_asm_elementwise":
+            text, constraints = call.args[:2]
+            for own in [""] if isinstance(text, ast.Constant) else given["_rounded_pairs"]:
+                parts = [n.value for n in ast.walk(text) if isinstance(n, ast.Constant)]
+                yield " ".join([*parts, own]), constraints.value.split(",")
+
+
+def test_assembly_reads_all_that_it_is_given():
+    """Also of the second element of a pair, which may be another pixel with a mask of its own."""
+    found = list(assemblies())
+    assert len(found) >= 4
+    for text, constraints in found:
+        assert all(f"${i}" in text for i in range(len(constraints))), text
 
 
 GEOMETRIES = {

@@ -115,7 +115,7 @@ def test_a_run_and_its_resume(tmp_path):
     for options in ([], ["--no-ema"]):
         out = tmp_path / "samples.png"
         command = ["sample", str(tmp_path / "whole"), "--num", "4", "--out", str(out)]
-        assert main([*command, *options]) == 0
+        assert main([*command, "--device", "cpu", *options]) == 0
         pictures.append(out.read_bytes())
     assert pictures[0] != pictures[1]
     sample_checkpoint(stopped, 4, out, device="cpu", ema=False)

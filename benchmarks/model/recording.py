@@ -293,7 +293,7 @@ def _launch(name, grid, arguments, compiled, moved):
 # Beside views: operations that take memory without writing to it, and the profiler's marks.
 _START_NOTHING = (
     "_record_function_enter_new", "_record_function_exit", "detach", "empty", "empty_like",
-    "empty_strided", "new_empty", "new_empty_strided", "device",
+    "empty_strided", "new_empty", "new_empty_strided", "device", "promote_types",
 )  # fmt: skip
 # They write the tensor they are called on without reading it.
 _OVERWRITE = ("copy_", "fill_", "zero_", "normal_", "_foreach_copy_", "_foreach_zero_")

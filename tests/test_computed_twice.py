@@ -146,10 +146,10 @@ def test_the_gradients_below(case, device):
 
 
 @pytest.mark.parametrize("name", ["image", "logit"])
-def test_kernels_of_a_chain(name, monkeypatch):
+def test_kernels_of_a_chain(name, device, monkeypatch):
     """The gradient between is not stored, and no pass of the norm's own follows."""
     layer, case = LAYERS[name], dict(layer=name, dtype=torch.float32)
-    z, _, _, weight, _ = tensors_of(case, "cpu").values()
+    z, _, _, weight, _ = tensors_of(case, device).values()
     kind = torch.nn.ConvTranspose2d if layer.operation == "fprop" else torch.nn.Conv2d
     inner, outer = weight.shape[:2] if kind is torch.nn.ConvTranspose2d else weight.shape[1::-1]
     geometry = layer.geometry
@@ -158,7 +158,7 @@ def test_kernels_of_a_chain(name, monkeypatch):
         torch.nn.BatchNorm2d(inner),
         torch.nn.ReLU(),
         kind(inner, outer, geometry.kernel_size, geometry.stride, geometry.padding, bias=False),
-    )
+    ).to(device)
     y = chain(z)
     started, run = [], start.kernel
     monkeypatch.setattr(

@@ -231,10 +231,10 @@ ARE_TWO = {
 
 
 @pytest.mark.parametrize("name", [*IS_ONE, *ARE_TWO])
-def test_where_it_runs(name, started):
+def test_where_it_runs(name, started, device):
     how = (IS_ONE | ARE_TWO)[name]
-    model = FusedSequential(*discriminator(**how)).to(HALF)
-    x = torch.empty(64, model[0].in_channels, 64, 32, dtype=HALF)
+    model = FusedSequential(*discriminator(**how)).to(device, HALF)
+    x = torch.empty(64, model[0].in_channels, 64, 32, dtype=HALF, device=device)
     backward_of(model, x, started)
     is_one = name in IS_ONE
     assert started.count("dgrad_wgrad_image") == is_one
@@ -245,9 +245,9 @@ def test_where_it_runs(name, started):
 
 
 @pytest.mark.parametrize("why", ["frozen", "sm_80", "sm_100", "library", "float32"])
-def test_where_it_does_not_run(why, started, monkeypatch):
-    model = FusedSequential(*discriminator()).to(HALF)
-    x = torch.empty(64, 3, 64, 32, dtype=HALF)
+def test_where_it_does_not_run(why, started, device, monkeypatch):
+    model = FusedSequential(*discriminator()).to(device, HALF)
+    x = torch.empty(64, 3, 64, 32, dtype=HALF, device=device)
     if why == "frozen":
         model[0].weight.requires_grad_(False)
     elif why.startswith("sm_"):

@@ -20,6 +20,7 @@ from genfast.geometry import ConvGeometry
 from genfast.launch import (
     conv,
     dgrad_wgrad,
+    first_use,
     from_image,
     losses,
     norm,
@@ -176,9 +177,13 @@ def one(loss):
     What comes to a loss as this very tensor is known to be 1 without a look at the device.
     """
     kind = loss.dtype, loss.device
-    if kind not in _ones:
-        _ones[kind] = torch.ones((), dtype=loss.dtype, device=loss.device)
-    return _ones[kind]
+    if kind in _ones:
+        return _ones[kind]
+    made = torch.ones((), dtype=loss.dtype, device=loss.device)
+    # What is made in a capture has no value before that graph is replayed.
+    if not first_use.is_captured(loss.device):
+        _ones[kind] = made
+    return made
 
 
 _ones: dict[Any, torch.Tensor] = {}

@@ -6,6 +6,7 @@ import torch.nn.functional as F
 from oracle import DRAWS, assert_close
 
 from genfast import autograd, losses, use_backend
+from genfast.launch import first_use
 from genfast.launch import losses as launched
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -270,3 +271,13 @@ def test_the_gradient_for_a_dloss_of_one_is_there_already(count, dtype, device, 
 
 def launched_for(count):
     return ["logit_loss"] if count <= 4096 else ["logit_loss", "sum_partials"]
+
+
+def test_a_one_made_in_a_capture_is_not_kept(monkeypatch):
+    """Its memory holds a 1 only after that graph was replayed."""
+    loss = torch.zeros(())
+    monkeypatch.setattr(autograd, "_ones", {})
+    with monkeypatch.context() as capture:
+        capture.setattr(first_use, "is_captured", lambda device: True)
+        assert autograd.one(loss) == 1 and not autograd._ones
+    assert autograd.one(loss) is autograd.one(loss)

@@ -3,6 +3,10 @@
 One call takes at most `--minutes`; the next one picks up where it stopped. Each stage is a process
 of its own, so a crash costs one stage. What was done, and with which sources, is in
 benchmarks/results/gpu/stages.json; a stage whose sources changed is done again.
+
+Who has half an hour begins with `--only ceilings tests`, then `--only tuning overlap`, then `--only
+steps profile`, ten minutes each; `sanitizer` and `blocks`, which lets torch.compile tune itself for
+a quarter of an hour, come after those.
 """
 
 import argparse

@@ -213,6 +213,7 @@ def test_dropin_writes_and_draws_a_row_a_network(accelerated, monkeypatch, tmp_p
     assert out.with_suffix(".png").read_bytes()[:4] == b"\x89PNG"
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("build, shape, out_shape", TINY_NETWORKS)
 def test_dropin_networks_compute_the_same(build, shape, out_shape, accelerated):
     network = networks.Network("tiny", build, 2, shape)

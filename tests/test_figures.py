@@ -102,6 +102,7 @@ def test_what_processes_exchange_is_what_was_counted():
     assert list(said.groups()) == [f"{shares[key]:.2f}" for key in order]
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("batch", [128, 1024])
 def test_predictions_are_those_of_the_model(batch):
     """To a hundredth: another release of Triton compiles a little differently."""

@@ -194,6 +194,7 @@ def test_a_tile_that_is_wrong_or_does_not_run_is_noticed(monkeypatch):
 
 
 @interpreted
+@pytest.mark.exhaustive  # Other tests run each kernel too; this one is slow, as it runs all.
 def test_each_kernel_runs(monkeypatch):
     started = set()
     run = tuning.start.kernel

@@ -1,5 +1,6 @@
 """Pictures of the results: python -m benchmarks.plot makes a PNG beside each throughput CSV."""
 
+import argparse
 import csv
 import sys
 from pathlib import Path
@@ -64,7 +65,12 @@ def main():
 
 def draw_all(benchmark, plot):
     """Draw the CSVs that the command line names, or else all of a benchmark."""
-    paths = [Path(name) for name in sys.argv[1:]] or sorted(RESULTS.glob(f"{benchmark}_*.csv"))
+    parser = argparse.ArgumentParser(description=f"Draw a PNG beside each CSV of {benchmark}.")
+    parser.add_argument("csv", nargs="*", type=Path, help="files (default: those of the results)")
+    paths = parser.parse_args().csv or sorted(RESULTS.glob(f"{benchmark}_*.csv"))
+    missing = [str(path) for path in paths if not path.is_file()]
+    if missing:
+        sys.exit(f"expected files to draw, found none at {', '.join(missing)}")
     if not paths:
         sys.exit(f"expected {benchmark}_*.csv in {RESULTS}, found none: run benchmarks.{benchmark}")
     for path in paths:

@@ -208,7 +208,7 @@ def test_each_kernel_runs(monkeypatch):
     images = (False, 3, 8, (6, 6), 4, 2, 1), (True, 8, 3, (3, 3), 4, 2, 1)
     images += ((False, 8, 1, (4, 4), 4, 1, 0),)
     with use_backend("triton"):
-        each_kernel.main("cpu", [*images, *each_kernel.LAYERS[-2:]], [torch.float32])
+        each_kernel.main("cpu", [*images, *each_kernel.LAYERS[-2:]], [torch.float32, torch.float16])
     kernels = {
         name
         for path in (ROOT / "genfast" / "launch").glob("*.py")

@@ -66,8 +66,8 @@ def main(device="cuda", layers=LAYERS, dtypes=(torch.bfloat16, torch.float32)):
             torch.nn.ConvTranspose2d(16, 3, 4, 2, 1),
         )  # fmt: skip
         images = torch.randn(6, 3, 4, 8, device=device, dtype=dtype)
-        for layers in (begins, ends):
-            FusedSequential(*layers).to(device, dtype)(images).sum().backward()
+        for network in (begins, ends):
+            FusedSequential(*network).to(device, dtype)(images).sum().backward()
         mu, logvar = torch.randn(2, 5, 77, device=device, dtype=dtype)
         mu, logvar = mu.requires_grad_(), logvar.requires_grad_()
         z, kl = reparameterize_with_kl(mu, logvar)

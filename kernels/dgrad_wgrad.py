@@ -14,6 +14,7 @@ in registers, where it lies as it was computed.
 import triton
 import triton.language as tl
 
+from .from_image import load_window, share, store_dweight
 from .loading import aligned
 from .overlap import wait_for_previous
 from .product import dot, gradient_epilogue, zero_beyond
@@ -100,8 +101,7 @@ def dgrad_wgrad_image(
     cb0 = tl.program_id(0) * BLOCK_M
     cb = cb0 + tl.arange(0, BLOCK_M)
     program = tl.program_id(1)
-    first = program * tiles_per_program + tl.minimum(program, one_more)
-    tiles = tiles_per_program + (program < one_more).to(tl.int32)
+    first, tiles = share(program, tiles_per_program, one_more)
 
     lane = tl.arange(0, BLOCK_N)
     lane_n = lane // (BOX_H * BOX_W)
@@ -109,12 +109,6 @@ def dgrad_wgrad_image(
     lane_x = lane % BOX_W
     lane_corner = lane_n * image_step + lane_y * STRIDE_H * row_step
     lane_corner += lane_x * (STRIDE_W * COLUMN_STEP)
-    e = tl.arange(0, BLOCK_E)
-    in_window = e < IMAGE_KH * IMAGE_KW * 4
-    element = e // (IMAGE_KW * 4) * window_step * UNIT + e % (IMAGE_KW * 4)
-    if IMAGE_KH * IMAGE_KW * 4 % BLOCK_E:
-        # Whole pixels are in the window or not.
-        element = tl.max_contiguous(tl.multiple_of(tl.where(in_window, element, 0), 4), 4)
 
     total = tl.zeros((BLOCK_M, BLOCK_E), dtype=ACC_DTYPE)
     for tile in range(first, first + tiles):
@@ -149,12 +143,7 @@ def dgrad_wgrad_image(
         corner += (x0 * STRIDE_W + px) * COLUMN_STEP
         corner = tl.minimum(corner + lane_corner, last).to(tl.int64) * UNIT
         # Loaded after the loop, into shared memory that the loop is done with.
-        if IMAGE_KH * IMAGE_KW * 4 % BLOCK_E == 0:
-            window = tl.load(padded_ptr + corner[:, None] + element[None, :])
-        else:
-            window = tl.load(
-                padded_ptr + corner[:, None] + element[None, :], mask=in_window[None, :], other=0.0
-            )
+        window = load_window(padded_ptr, corner, 0, window_step, IMAGE_KH, IMAGE_KW, UNIT, BLOCK_E)
         y = below.load([n0, y0, py, x0, px * C_big + cb0]).reshape(BLOCK_N, BLOCK_M).T
         acc = gradient_epilogue(
             zero_beyond(acc, exists, count), y, count, phase * boxes + box, 0, cb, C_big, C_big,
@@ -162,10 +151,4 @@ def dgrad_wgrad_image(
         )  # fmt: skip
         total = dot(as_stored(acc, True, window.dtype, STORED_DTYPE), window, total, PRECISION)
 
-    column = e // 4 * C_IMAGE + e % 4
-    row = program.to(tl.int64) * C_big + cb
-    tl.store(
-        out_ptr + row[:, None] * (IMAGE_KH * IMAGE_KW * C_IMAGE) + column[None, :],
-        total.to(out_ptr.dtype.element_ty),
-        mask=(cb < C_big)[:, None] & (in_window & (e % 4 < C_IMAGE))[None, :],
-    )
+    store_dweight(out_ptr, total, program, 0, cb, C_big, C_IMAGE, IMAGE_KH, IMAGE_KW, BLOCK_E)

@@ -301,7 +301,7 @@ def fprop_image(
     C_small = eighths * 8
     STEPS: tl.constexpr = (KH * KW * 4 + BLOCK_K - 1) // BLOCK_K
     cs = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
-    first, tiles = _share(tl.program_id(1), tiles_per_program, one_more)
+    first, tiles = share(tl.program_id(1), tiles_per_program, one_more)
     if STEPS == 1:
         weight = _load_weight(weight_ptr, cs, 0, C_small, C_BIG, KH, KW, BLOCK_K)
     for step in range(0, tiles):
@@ -318,11 +318,11 @@ def fprop_image(
         )  # fmt: skip
         acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=ACC_DTYPE)
         if STEPS == 1:
-            window = _load_window(padded_ptr, corner, 0, window_step, KH, KW, UNIT, BLOCK_K)
+            window = load_window(padded_ptr, corner, 0, window_step, KH, KW, UNIT, BLOCK_K)
             acc = dot(weight, window.T, acc, PRECISION)
         else:
             for k0 in range(0, STEPS * BLOCK_K, BLOCK_K):
-                window = _load_window(padded_ptr, corner, k0, window_step, KH, KW, UNIT, BLOCK_K)
+                window = load_window(padded_ptr, corner, k0, window_step, KH, KW, UNIT, BLOCK_K)
                 weight = _load_weight(weight_ptr, cs, k0, C_small, C_BIG, KH, KW, BLOCK_K)
                 acc = dot(weight, window.T, acc, PRECISION)
         below = acc
@@ -403,7 +403,7 @@ def norm_sums_image(
     # Channels beyond the end are computed like the first ones, and not stored.
     channel = run_in_bounds(cs, cs < C_small)
     program = tl.program_id(1)
-    first, tiles = _share(program, tiles_per_program, one_more)
+    first, tiles = share(program, tiles_per_program, one_more)
     weight = _load_weight(weight_ptr, cs, 0, C_small, C_BIG, KH, KW, BLOCK_K)
     mean, scale, shift = load_vectors(vectors_ptr, 0, C_small, channel)
     mean, scale, shift = mean[:, None], scale[:, None], shift[:, None]
@@ -422,7 +422,7 @@ def norm_sums_image(
             p0 + last, image_step, row_step,
             width_magic, width_shift, height_magic, height_shift, STRIDE_W, UNIT,
         )  # fmt: skip
-        window = _load_window(padded_ptr, corner, 0, window_step, KH, KW, UNIT, BLOCK_K)
+        window = load_window(padded_ptr, corner, 0, window_step, KH, KW, UNIT, BLOCK_K)
         z = tl.load(
             z_ptr + p0.to(tl.int64) * C_small + last[:, None] * C_small + channel[None, :]
         ).T
@@ -442,7 +442,7 @@ def norm_sums_image(
     tl.store(sums_ptr, tl.sum(sum_g, axis=1), mask=cs < C_small)
     tl.store(sums_ptr + C_small, tl.sum(sum_g_centred, axis=1) * rstd, mask=cs < C_small)
     if HAS_WGRAD:
-        _store_dweight(dweight_ptr, dweight, program, 0, cs, C_small, C_BIG, KH, KW, BLOCK_K)
+        store_dweight(dweight_ptr, dweight, program, 0, cs, C_small, C_BIG, KH, KW, BLOCK_K)
 
 
 @triton.jit(do_not_specialize=_WGRAD_COUNTS)
@@ -511,7 +511,7 @@ def wgrad_image(
             pixel, image_step, row_step,
             width_magic, width_shift, height_magic, height_shift, STRIDE_W, UNIT,
         )  # fmt: skip
-        window = _load_window(padded_ptr, corner, k0, window_step, KH, KW, UNIT, BLOCK_N)
+        window = load_window(padded_ptr, corner, k0, window_step, KH, KW, UNIT, BLOCK_N)
         offset = pixel.to(tl.int64)[:, None] * C_small + channel[None, :]
         inside = (p < pixels)[:, None]
         small = tl.load(small_ptr + offset, mask=inside, other=0.0)
@@ -534,11 +534,11 @@ def wgrad_image(
             acc = dot(small.T, window, acc, PRECISION)
     if SWAPPED:
         acc = acc.T
-    _store_dweight(out_ptr, acc, split, k0, cs, C_small, C_BIG, KH, KW, BLOCK_N)
+    store_dweight(out_ptr, acc, split, k0, cs, C_small, C_BIG, KH, KW, BLOCK_N)
 
 
 @triton.jit
-def _store_dweight(
+def store_dweight(
     out_ptr, acc, part, k0, cs, C_small, C_BIG: tl.constexpr, KH: tl.constexpr, KW: tl.constexpr,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -555,7 +555,7 @@ def _store_dweight(
 
 
 @triton.jit
-def _share(program, tiles_per_program, one_more):
+def share(program, tiles_per_program, one_more):
     """The first of a program's tiles, and how many it has: the first `one_more` have one more."""
     first = program * tiles_per_program + tl.minimum(program, one_more)
     return first, tiles_per_program + (program < one_more).to(tl.int32)
@@ -592,7 +592,7 @@ def _corner(
 
 
 @triton.jit
-def _load_window(
+def load_window(
     padded_ptr, corner, k0, window_step, KH: tl.constexpr, KW: tl.constexpr, UNIT: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):  # fmt: skip

@@ -185,7 +185,7 @@ def sums_apart(operation, source, weight, geometry, output_is_read):
     size = geometry.small
     if operation == "dgrad":
         size = tuple(map(tiles.ceil_div, geometry.big, geometry.stride))
-    problem = _problem(operation, source, geometry, c_small, c_big, True)
+    problem = problem_of(operation, source, geometry, c_small, c_big, True)
     config = tiles.gemm_config(architecture, problem)
     # A smaller last batch goes the same way.
     images = tiles.representative(source.shape[0])
@@ -466,7 +466,7 @@ def _config(operation, tensor, geometry, c_small, c_big, epilogue, config, run):
     config: it, where it is chosen already, or None: run(config) then computes the product by one.
     """
     statistics = epilogue.groups > 0 or epilogue.sums_per_channel > 0
-    problem = _problem(operation, tensor, geometry, c_small, c_big, statistics)
+    problem = problem_of(operation, tensor, geometry, c_small, c_big, statistics)
     architecture = start.architecture(tensor)
     if problem.images * max(map(math.prod, (geometry.small, geometry.big))) >= _PIXEL_LIMIT:
         config = tiles.LIBRARY
@@ -477,13 +477,18 @@ def _config(operation, tensor, geometry, c_small, c_big, epilogue, config, run):
     return config, tiles.splits(architecture, problem, config)
 
 
-def _problem(operation, tensor, geometry, c_small, c_big, statistics):
+def precision_of(tensor):
+    """The `precision` of a `Problem` whose operands are like the tensor."""
+    return "half" if tensor.element_size() == 2 else start.precision(tensor)
+
+
+def problem_of(operation, tensor, geometry, c_small, c_big, statistics):
     """The `Problem` of a product, one of whose operands is the tensor."""
     if geometry.is_product:
         geometry, c_big = _FLAT, c_big * geometry.taps
     return tiles.Problem(
         operation=operation,
-        precision="half" if tensor.element_size() == 2 else start.precision(tensor),
+        precision=precision_of(tensor),
         statistics=statistics,
         c_small=c_small,
         c_big=c_big,

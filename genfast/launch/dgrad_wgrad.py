@@ -11,7 +11,18 @@ import torch
 
 from genfast.backend import triton
 from genfast.geometry import ConvGeometry
-from genfast.launch import boxes, from_image, memory, passes, predict, start, sums, tape, tiles
+from genfast.launch import (
+    boxes,
+    conv,
+    from_image,
+    memory,
+    passes,
+    predict,
+    start,
+    sums,
+    tape,
+    tiles,
+)
 from genfast.launch.epilogue import Epilogue
 from genfast.launch.operand import Output
 
@@ -69,25 +80,13 @@ def gains(
         return False
     if not from_image.fits(image_geometry, c_big, c_image, n):
         return False
-    precision = "half" if dz.element_size() == 2 else start.precision(dz)
+    problem = conv.problem_of("dgrad", dz, geometry, c_small, c_big, with_sums)
     architecture = start.architecture(dz)
-    shipped = _shipped(architecture, precision)
+    shipped = _shipped(dz)
     if shipped is None or not (boxes.folds(geometry) and boxes.stride_divides_kernel(geometry)):
         return False
     if any(channels * dz.element_size() % 16 for channels in (c_small, c_big)):
         return False  # No descriptors: see `memory.descriptor_fits`.
-    problem = tiles.Problem(
-        operation="dgrad",
-        precision=precision,
-        statistics=with_sums,
-        c_small=c_small,
-        c_big=c_big,
-        small=geometry.small,
-        big=geometry.big,
-        kernel_size=geometry.kernel_size,
-        stride=geometry.stride,
-        images=n,
-    )
     alone = tiles.gemm_config(architecture, problem)
     if not alone.descriptors:  # PyTorch's library has none either.
         return False
@@ -128,8 +127,7 @@ def dgrad_wgrad(
     c_big = weight.shape[3]
     y = memory.nhwc(below.value)
     small, y, weight = (t if memory.descriptor_fits(t) else t.clone() for t in (small, y, weight))
-    precision = "half" if small.element_size() == 2 else start.precision(small)
-    shipped = _shipped(start.architecture(small), precision)
+    shipped = _shipped(small)
     tile = shipped.tile
     size = tuple(map(tiles.ceil_div, geometry.big, geometry.stride))
     box = tiles.box(tile.block_n, *size)
@@ -137,8 +135,7 @@ def dgrad_wgrad(
     count = boxes_n * boxes_h * boxes_w
     phases = geometry.stride[0] * geometry.stride[1]
     channel_tiles = tiles.ceil_div(c_big, tile.block_m)
-    filling = tiles.ceil_div(passes.programs(small, shipped.resident), channel_tiles)
-    programs = min(count * phases, filling)
+    programs, shares = passes.shares(small, count * phases, channel_tiles, shipped.resident)
 
     below_image = image.geometry
     dweight = memory.channels_last((c_big, *below_image.kernel_size, image.c_big), small)
@@ -161,8 +158,7 @@ def dgrad_wgrad(
         boxes=count,
         boxes_h=boxes_h,
         boxes_w=boxes_w,
-        tiles_per_program=count * phases // programs,
-        one_more=count * phases % programs,
+        **shares,
         **_windows(image),
         negative_slope=below.negative_slope,
         KH=geometry.kernel_size[0],
@@ -187,8 +183,9 @@ def dgrad_wgrad(
     return dweight, reductions
 
 
-def _shipped(architecture, precision):
-    """The `Shipped` of an architecture, None where there is none."""
+def _shipped(tensor):
+    """The `Shipped` for operands like a tensor, None where there is none."""
+    architecture, precision = start.architecture(tensor), conv.precision_of(tensor)
     if architecture == "interpreter":
         return Shipped(tiles.shipped(architecture, precision)[0], 1)
     return _SHIPPED.get(precision) if tiles.family(architecture) == "sm_90" else None

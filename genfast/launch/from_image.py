@@ -289,8 +289,7 @@ def fprop(image, weight, epilogue):
     tiles_per_group = tiles.ceil_div(pixels, block_n)
     count = groups * tiles_per_group
     channel_tiles = tiles.ceil_div(c_small, block_m)
-    filling = passes.programs(data, config.resident)
-    programs = min(count, tiles.ceil_div(filling, channel_tiles))
+    programs, shares = passes.shares(data, count, channel_tiles, config.resident)
     reductions = epilogue.reductions(out, count)
     tape.start(
         kernels.fprop_image,
@@ -302,8 +301,7 @@ def fprop(image, weight, epilogue):
         pixels=pixels,
         eighths=c_small // 8,
         tiles_per_group=tiles_per_group,
-        tiles_per_program=count // programs,
-        one_more=count % programs,
+        **shares,
         **_windows(image),
         **epilogue.arguments(out, reductions),
         AT_INPUT=epilogue.at_input is not None,
@@ -354,8 +352,7 @@ def norm_sums(image, weight, below, want_dweight):
     pixels = data.shape[0] * math.prod(geometry.small)
     count = tiles.ceil_div(pixels, block_n)
     channel_tiles = tiles.ceil_div(c_small, block_m)
-    filling = passes.programs(data, config.sums_resident)
-    programs = min(count, tiles.ceil_div(filling, channel_tiles))
+    programs, shares = passes.shares(data, count, channel_tiles, config.sums_resident)
     of_norm = z.new_empty((1, programs, 2 * c_small), dtype=start.acc_dtype(z.dtype))
     dweight = partials = None
     if want_dweight:
@@ -372,8 +369,7 @@ def norm_sums(image, weight, below, want_dweight):
         dweight_ptr=partials if want_dweight else of_norm,
         pixels=pixels,
         eighths=c_small // 8,
-        tiles_per_program=count // programs,
-        one_more=count % programs,
+        **shares,
         **_windows(image),
         negative_slope=below.negative_slope,
         HAS_WGRAD=want_dweight,

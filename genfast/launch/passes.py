@@ -15,6 +15,20 @@ def programs(tensor, each):
     return each * predict.chip(start.architecture(tensor)).multiprocessors
 
 
+def shares(tensor, count, channel_tiles, each):
+    """How programs share `count` tiles of pixels, `each` of them on every multiprocessor.
+
+    Args:
+        tensor: as for `programs`.
+        channel_tiles: the grid's first axis, whose programs share the pixels alike.
+
+    Returns:
+        How many programs do, and the arguments that `kernels.from_image.share` takes.
+    """
+    sharing = min(count, tiles.ceil_div(programs(tensor, each), channel_tiles))
+    return sharing, dict(tiles_per_program=count // sharing, one_more=count % sharing)
+
+
 def elementwise(x, groups, planes=False, tiles_read=1):
     """Grid, and arguments that say what lies where, for one pass over groups of [rows, C].
 

@@ -10,7 +10,7 @@ from torch import nn
 from torch.optim import optimizer as torch_optimizer
 
 from genfast.backend import INTERPRETING, use_backend
-from genfast.launch import adam, start
+from genfast.launch import adam, first_use, start
 from genfast.models import DCGANDiscriminator, DCGANGenerator
 from genfast.training import GANStep, VAEStep
 from genfast.training.steps import base, half_weights, updates
@@ -484,7 +484,7 @@ class Graph:
     def __init__(self, monkeypatch):
         self._patch, self.starts = monkeypatch, []
         self.capturing = False
-        monkeypatch.setattr(updates, "_is_capturing", lambda device: self.capturing)
+        monkeypatch.setattr(first_use, "is_captured", lambda device: self.capturing)
 
     def record(self, function):
         run = start.kernel

@@ -93,6 +93,20 @@ def test_both_parts_of_the_suite_are_the_suite():
     assert tests.PARTS[1][-2:] == ("-n", "0")
 
 
+def run_what_is_missing(folder, passed, *options):
+    """The tests of a folder that the file `passed` does not name, in a pytest of their own."""
+    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider"]
+    # Where workers run this test too, it would take itself for one of theirs.
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("PYTEST_")}
+    return subprocess.run(
+        [*command, "-p", "benchmarks.gpu.only_missing", *options, folder],
+        cwd=folder,
+        env=environment | {"GENFAST_PASSED": str(passed), "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+    )
+
+
 def test_only_what_has_passed_is_not_run_again(tmp_path):
     names = ("passes", "fails", "skips")
     (tmp_path / "test_three.py").write_text(
@@ -103,17 +117,8 @@ def test_only_what_has_passed_is_not_run_again(tmp_path):
     )
     passed = tmp_path / "passed.json"
     passed.write_text(json.dumps({"passed": []}))
-    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-p"]
-    # Where workers run this test too, it would take itself for one of theirs.
-    environment = {k: v for k, v in os.environ.items() if not k.startswith("PYTEST_")}
     for workers, again in (("0", names), ("2", names[1:])):
-        done = subprocess.run(
-            [*command, "benchmarks.gpu.only_missing", "-v", "-n", workers, tmp_path],
-            cwd=tmp_path,
-            env=environment | {"GENFAST_PASSED": str(passed), "PYTHONPATH": str(ROOT)},
-            capture_output=True,
-            text=True,
-        )
+        done = run_what_is_missing(tmp_path, passed, "-v", "-n", workers)
         ran = set(re.findall(r"test_three\.py::test_(\w+)", done.stdout))
         assert ran == set(again), done.stdout
         assert json.loads(passed.read_text())["passed"] == ["test_three.py::test_passes"]
@@ -133,15 +138,7 @@ def test_a_worker_that_lost_its_gpu_is_replaced(tmp_path):
     )
     passed = tmp_path / "passed.json"
     passed.write_text(json.dumps({"passed": []}))
-    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-p"]
-    environment = {k: v for k, v in os.environ.items() if not k.startswith("PYTEST_")}
-    done = subprocess.run(
-        [*command, "benchmarks.gpu.only_missing", "-n", "1", "--dist", "worksteal", tmp_path],
-        cwd=tmp_path,
-        env=environment | {"GENFAST_PASSED": str(passed), "PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-    )
+    done = run_what_is_missing(tmp_path, passed, "-n", "1", "--dist", "worksteal")
     assert "an illegal memory access" in done.stdout
     names = [name.partition("::")[2] for name in json.loads(passed.read_text())["passed"]]
     assert names == ["test_after_it", "test_last"], done.stdout

@@ -203,12 +203,14 @@ def regions(listing):
     # Outer before inner: a loop holds the headers of those inside it.
     loops.sort(key=lambda loop: -len(loop[1]))
     bodies = [set(graph.blocks), *(body for _, body in loops)]
-    sources = _sources(graph, bodies, skipped)
+    inside = [[k for k, other in enumerate(bodies) if other < body] for body in bodies]
+    own = []
+    for body, inner in zip(bodies, inside, strict=True):
+        blocks = body.difference(skipped, *(bodies[k] for k in inner))
+        own.append([i for block in sorted(blocks) for i in graph.blocks[block]])
+    sources = _sources(own, inside)
     found = []
-    for index, body in enumerate(bodies):
-        inner = [other for other in bodies[index + 1 :] if other < body]
-        own = body.difference(skipped, *inner)
-        instructions = [i for block in sorted(own) for i in graph.blocks[block]]
+    for index, (body, instructions) in enumerate(zip(bodies, own, strict=True)):
         source = sources[index]
         parent = max(k for k in range(index) if body <= bodies[k]) if index else 0
         called = sum(_length(listing, i) for i in instructions if i.name == "CALL")
@@ -224,18 +226,19 @@ def regions(listing):
     return _with_unrolling(found)
 
 
-def _sources(graph, bodies, skipped):
+def _sources(own, inside):
     """What `_source_loop` says of each body but the first, which is straight code: None.
 
     The compiler moves the first loads of a pipelined loop before it, into the loop around it, but
     that one is a loop of its own.
+
+    Args:
+        own: each body's instructions, outer bodies before inner ones, without those of
+        inside: the bodies within it, by their places.
     """
-    sources = [None] * len(bodies)
-    for index in reversed(range(1, len(bodies))):
-        inside = [i for i in range(index + 1, len(bodies)) if bodies[i] < bodies[index]]
-        own = bodies[index].difference(skipped, *(bodies[i] for i in inside))
-        instructions = [i for block in sorted(own) for i in graph.blocks[block]]
-        sources[index] = _source_loop(instructions, {sources[i] for i in inside})
+    sources = [None] * len(own)
+    for index in reversed(range(1, len(own))):
+        sources[index] = _source_loop(own[index], {sources[k] for k in inside[index]})
     return sources
 
 

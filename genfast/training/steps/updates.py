@@ -12,7 +12,7 @@ from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimize
 
 from genfast import functional
 from genfast.backend import INTERPRETING, selected_backend
-from genfast.launch import adam
+from genfast.launch import adam, first_use
 from genfast.training.steps import half_weights
 
 _STATE = {"step", "exp_avg", "exp_avg_sq"}
@@ -138,9 +138,9 @@ class Update:
         """The table of group i on the device; None if a graph could not read it."""
         host = adam.table(weights)
         device = weights[0].p.device
-        if device.type == "cpu" and not _is_capturing(device):
+        if device.type == "cpu" and not first_use.is_captured(device):
             return host
-        if _is_capturing(device):
+        if first_use.is_captured(device):
             # Nothing can be copied to the device now, and memory taken now may be another's earlier
             # in each replay. So it goes into memory from before, when the recording is over.
             spare = self._spare.get(i)
@@ -176,10 +176,6 @@ def recording(*updates):
         for update in updates:
             stack.enter_context(update._recording())
         yield
-
-
-def _is_capturing(device):
-    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 
 def _own_step(optimizer):

@@ -22,3 +22,10 @@ def test_sums(groups, parts, of_batch, device, monkeypatch):
     again = torch.empty_like(out)
     sums.sum_partials(partials, again, of_batch=of_batch and not groups)
     assert torch.equal(out, again)
+
+
+@pytest.mark.parametrize(("parts", "length", "kernels"), [(2048, 1, 1), (2049, 1, 2), (513, 64, 2)])
+def test_few_sums_of_many_parts_are_one_kernel(parts, length, kernels, device, started):
+    out = torch.empty(length, device=device)
+    sums.sum_partials(torch.ones(parts, length, device=device), out)
+    assert (out == parts).all() and started == ["sum_partials"] * kernels
